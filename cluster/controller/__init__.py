@@ -1,4 +1,4 @@
-"""The controller's state machine: events in, effects out.
+"""The controller's state machine, which turns events into effects.
 
-Imports ``cluster.policy`` and the floors below, and ``prometheus_client``; no Ray, socket or clock.
+Imports ``cluster.policy``, lower layers and ``prometheus_client``, but no Ray, sockets or clock.
 """

@@ -1,4 +1,4 @@
-"""The adapters that the attention workers have, load or free."""
+"""Table of the adapters that the attention workers have, load or free."""
 
 from __future__ import annotations
 

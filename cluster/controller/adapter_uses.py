@@ -1,7 +1,7 @@
-"""Adapters of requests at gateways, which wait there for a queue position or for a worker.
+"""Adapters that requests at gateways use, including requests that still wait for a worker.
 
-A gateway reports them with each request for a snapshot, together with the version that it knows.
-Until it knows that an adapter is unloaded, it may accept requests that name the adapter. Pure.
+A gateway reports them with each poll for a snapshot, together with the version that it has. Until
+that version shows an adapter as unloaded, the gateway may accept requests that name it. Pure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class _Report:
     version: int
-    """Version of the snapshot that the gateway knows."""
+    """Version of the snapshot that the gateway has."""
     keys: frozenset[str]
     """Keys of the adapters that its requests use."""
 
@@ -26,7 +26,7 @@ class AdapterUses:
         self._retired: dict[str, int] = {}
 
     def report(self, gateway: str, version: int, keys: Collection[str]) -> None:
-        """Record the snapshot version that a gateway knows and the adapters of its requests."""
+        """Record the snapshot version that a gateway has and the adapters that its requests use."""
         self._reports[gateway] = _Report(version, frozenset(keys))
 
     def leave(self, gateway: str) -> None:
@@ -42,6 +42,6 @@ class AdapterUses:
         self._retired.pop(key, None)
 
     def may_use(self, key: str) -> bool:
-        """Return whether a request at any gateway uses the adapter, or may use it."""
+        """Return whether a request at any gateway uses the adapter or may still start to use it."""
         version = self._retired.get(key, 0)
         return any(key in r.keys or r.version < version for r in self._reports.values())

@@ -33,7 +33,7 @@ from cluster.core.frames import AdaptersKept, KeepAdapters
 from cluster.core.states import AdapterState, ClusterState, WorkerState
 
 LOAD_LIMIT_S = 120.0
-"""Time in which all workers must have an adapter, and in which a new worker must have all."""
+"""Time limit for all workers to load an adapter, and for a new worker to load all adapters."""
 _KEPT_ERRORS = 64
 UNUSED_S = 5.0
 """Time without requests after which an unloaded adapter is freed. Requests of a lost worker may
@@ -45,13 +45,13 @@ RETRY_S = 30.0
 
 
 class AdapterUnloadCommand(Message, frozen=True, kw_only=True):
-    """Unload an adapter."""
+    """A client's command to unload an adapter."""
 
     name: str
 
 
 class AdapterLoadCommand(Message, frozen=True, kw_only=True):
-    """Load an adapter."""
+    """A client's command to load an adapter."""
 
     name: str
     path: str
@@ -96,13 +96,13 @@ class Adapters:
         self._table = cluster.adapters
         self._number = 0
         self._answers: dict[str, int] = {}
-        """By worker, the number of the newest command that it has carried out."""
+        """Worker -> number of the newest command that it has carried out."""
         self._since: dict[str, float] = {}
-        """By adapter, the time at which its load began or requests last used it."""
+        """Adapter key -> time at which its load began or requests last used it."""
         self._awaits_since: dict[str, float] = {}
-        """By worker that lacks only its adapters, the time since which it waits."""
+        """Worker that waits only for its adapters -> time at which the wait began."""
         self._errors: dict[str, str] = {}
-        """By adapter, the error of its load. Keeps the last ``_KEPT_ERRORS``."""
+        """Adapter key -> error of its load, for the last ``_KEPT_ERRORS`` errors."""
         self.uses = AdapterUses()
         """Adapters used by requests at the gateways."""
         self._retry_at = 0.0
@@ -112,7 +112,7 @@ class Adapters:
     # ---- queries --------------------------------------------------------------------------
 
     def is_settled(self, key: str) -> bool:
-        """Whether the load of an adapter has ended."""
+        """Whether the load of an adapter has succeeded or failed."""
         kept = self._table.by_key.get(key)
         return kept is None or kept.state is not AdapterState.LOADING
 
@@ -121,7 +121,7 @@ class Adapters:
         return self._errors.get(key, "")
 
     def answer(self, key: str) -> dict[str, Any]:
-        """The entry of an adapter after its load; empty if it has been unloaded since.
+        """Return the entry of a loaded adapter; empty if it has been unloaded since.
 
         Raises ``RequestError`` if it could not be loaded.
         """
@@ -167,7 +167,7 @@ class Adapters:
     # ---- events ---------------------------------------------------------------------------
 
     def restore(self, now: float) -> None:
-        """Send all adapters to the workers again: a new controller does not know their commands."""
+        """Send all adapters to the workers again: a new controller does not know what they got."""
         self._since = dict.fromkeys(self._table.by_key, now)
         for kept in self._table.in_state(AdapterState.UNLOADING):
             self.uses.retire(kept.adapter.key, self._cluster.version)
@@ -184,7 +184,7 @@ class Adapters:
             self._order(record)
 
     def answered(self, record: WorkerRecord, frame: AdaptersKept, now: float) -> str:
-        """Take a worker's report of its adapters; return the reason of a start that fails."""
+        """Record a worker's report of its adapters; return the reason if the start must fail."""
         name, errors = record.name, dict(frame.errors)
         if frame.number < self._number:
             return ""
@@ -193,9 +193,9 @@ class Adapters:
         self._answers[name] = frame.number
         is_new, record.awaits_adapters = record.awaits_adapters, False
         if is_new:
-            self._cluster.touch()  # gateways may send it requests
+            self._cluster.touch()  # gateways may now send requests to the worker
         changed = self._table.note_lacking(name, errors)
-        if changed:  # gateways send it no request for these
+        if changed:  # gateways send the worker no requests for these
             self._cluster.send_snapshot()
         words = [
             self._failed(name, key, error, now, is_new=is_new, is_news=key in changed)
@@ -255,7 +255,7 @@ class Adapters:
         return [r for r in self._cluster.workers.alive() if r.member.runs_attention]
 
     def _settle(self, now: float) -> None:
-        """Mark adapters that all workers have loaded as ready for requests."""
+        """Make adapters that all workers have loaded ready for requests."""
         cluster = self._cluster
         asked = [r for r in self._workers() if r.may_join or self._is_starting]
         for kept in self._table.in_state(AdapterState.LOADING):
@@ -283,10 +283,11 @@ class Adapters:
     def _failed(
         self, worker: str, key: str, error: str, now: float, *, is_new: bool, is_news: bool
     ) -> str:
-        """Handle an adapter that a worker cannot load; return the reason of a start that fails.
+        """Handle an adapter that a worker cannot load; return the reason if the start must fail.
 
-        The error ends a start, or the load of a client. Other workers serve an adapter that is
-        loaded. ``is_new``: the worker has not joined. ``is_news``: the error is new.
+        The error ends the start, or the load that a client requested. An adapter that is loaded
+        stays in use on the other workers. ``is_new``: the worker has not joined. ``is_news``: the
+        error is new.
         """
         kept = self._table.by_key.get(key)
         if kept is None:

@@ -1,9 +1,9 @@
-"""Autoscaling: resize the pools by load, with the same scale operations that clients can begin.
+"""Autoscaling: resizes the pools by load, with the scale operations that clients also use.
 
 ``cluster.policy.autoscaling`` decides, from the stats that workers report with their heartbeats.
-Its windows restart whenever the cluster does not serve completely or an operation runs. After a
+Its averages restart whenever the cluster is not complete or an operation runs. After a
 scale operation that failed or was cancelled, the next one waits; the wait doubles with each further
-failure. Operations of an earlier controller count, too.
+failure. Operations of an earlier controller count too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_DOUBLINGS = 5
 
 
 class Autoscaling:
-    """Begins scale operations by load, or only records them. Owned by the controller.
+    """Begins scale operations by load, or records them in a dry run. Owned by the controller.
 
     ``now`` is in monotonic seconds.
     """
@@ -44,10 +44,10 @@ class Autoscaling:
         self._limits = self._section.limits(cluster.config.workers.pools)
         self._pools: dict[Role, PoolHistory] = {}
         self._slot_seconds: dict[str, tuple[float, float]] = {}
-        """By worker: time of the last sample, and the counter at that time."""
+        """Worker -> time of its last sample, and its counter at that time."""
         self._look_at = cluster.began_at
         self._refused_until: dict[tuple[Role, bool], float] = {}
-        """Ends of waits after refusals, by pool and whether the pool should have grown."""
+        """(pool, whether it should have grown) -> end of the wait after a refusal."""
         self._decision: AutoscaleDecision | None = None
         self._noted: Mapping[Role, int] | None = None
         """Pool sizes of the last dry-run entry in the history."""
@@ -58,7 +58,7 @@ class Autoscaling:
 
     @property
     def is_on(self) -> bool:
-        """Whether the policy decides, even if only for the history."""
+        """Whether the policy decides; in a dry run its decisions only appear in the history."""
         return self._section.autoscale != "off"
 
     def tick(self, now: float) -> None:
@@ -110,7 +110,7 @@ class Autoscaling:
                     self._pools[role].add(sample)
 
     def _sample(self, role: Role, workers: Sequence[WorkerRecord], now: float) -> PoolSample | None:
-        """Sample of the workers of a pool; None while a worker has not reported."""
+        """Sample the workers of a pool; None while a worker has not reported."""
         kv_use = seat_use = slot_time = None
         running = waiting = 0.0
         if runs_attention(role):
@@ -134,7 +134,7 @@ class Autoscaling:
         )
 
     def _slot_time(self, workers: Sequence[WorkerRecord], now: float) -> float | None:
-        """Mean share of the time since the last sample; None while a worker's is unknown."""
+        """Mean share of time in activated slots since the last sample; None while unknown."""
         shares = [self._slot_share(record, now) for record in workers]
         known = [share for share in shares if share is not None]
         return sum(known) / len(known) if len(known) == len(shares) and known else None
@@ -150,7 +150,7 @@ class Autoscaling:
         return max(counter - before[1], 0.0) / (now - before[0])
 
     def _allowed(self, role: Role) -> PoolLimits:
-        """Limits of a pool; expert workers never outnumber the experts of a bank."""
+        """Size limits of a pool; it never has more expert workers than a bank has experts."""
         limits = self._limits[role]
         most = min((b.num_experts for b in self._cluster.desired.banks), default=limits.max_workers)
         if not holds_experts(role) or most >= limits.max_workers:
@@ -165,7 +165,7 @@ class Autoscaling:
     # ---- whether to act ---------------------------------------------------------------------
 
     def _obstacle(self) -> str:
-        """Reason why the current stats are not sampled; empty if they are."""
+        """Reason why the stats must not be sampled now; empty if they may."""
         running = self._cluster.operations.running
         if running is not None:
             return f"{running.id} is under way"
@@ -183,7 +183,7 @@ class Autoscaling:
     def _pause(self, change: tuple[Role, bool] | None, now: float) -> str:
         """Reason why no scale operation may begin yet after a failure; empty if one may.
 
-        A refusal delays an equal change only."""
+        A refusal delays only the change that was refused."""
         left_s = self._refused_until.get(change, now) - now if change is not None else 0.0
         if left_s > 0:
             return f"{left_s:.0f} s are left after a refusal"

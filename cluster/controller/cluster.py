@@ -56,7 +56,7 @@ _VERSIONS_OF_A_TERM = 1_000_000
 
 
 class Cluster:
-    """State of one cluster. One thread; ``now`` is in monotonic seconds."""
+    """State of one cluster. Used by one thread; ``now`` is in monotonic seconds."""
 
     def __init__(
         self,
@@ -84,11 +84,11 @@ class Cluster:
         self._is_remembered = True
         self.term = term
         self.identity = identity
-        """Distinguishes controllers that claim the same term."""
+        """Identity that distinguishes controllers that claim the same term."""
         self.host = host
         """Host of the controller."""
         self.nodes: NodeIds | None = None
-        """The live nodes; None before the first look."""
+        """The live nodes; None before they are listed for the first time."""
         self.known_nodes: frozenset[str] = frozenset()
         """Ids of nodes that are accounted for, if the pool sizes follow the nodes."""
         self.num_slots = num_slots
@@ -103,7 +103,7 @@ class Cluster:
         self.sent_version = 0
         """Version of the memory that was last sent to the workers."""
         self.order_numbers = count((term << 32) + 1)
-        """Numbers of load commands and requests; each is used once in the life of the cluster."""
+        """Source of the numbers of load commands and requests; none is used twice in a cluster."""
         self.places = Places(members)
         self.late: tuple[str, ...] = ()
         """Workers that steps, or the next generation, wait for."""
@@ -252,7 +252,7 @@ class Cluster:
         )
 
     def nodes_alive(self, nodes: NodeIds, now: float) -> None:
-        """Take the ids of the live nodes; places of other nodes become free to be filled."""
+        """Record the ids of the live nodes and reopen places whose node has left."""
         self.nodes = nodes
         if self.places.nodes_alive(nodes):
             self.send_snapshot()
@@ -278,7 +278,7 @@ class Cluster:
     def end_trace(
         self, opened: OpenTrace, seconds: float, attributes: Mapping[str, Any], error: str = ""
     ) -> None:
-        """End the trace of a change; for the arguments see ``effects.RecordTrace``."""
+        """End the trace of a change; the arguments are described in ``effects.RecordTrace``."""
         self.touch()
         self.effects.append(self.traces.end(opened, seconds, attributes, error))
 
@@ -330,7 +330,7 @@ class Cluster:
         """Run the generation, since all members have replied; returns whether it runs now."""
         formed = self.round
         if formed.highest_epoch > self.placement.epoch:
-            # a survivor ran a later epoch than the controller knew, so the new one must be higher
+            # a member ran a later epoch than the controller knew, so the new one must be higher
             placement = replace(self.placement, epoch=formed.highest_epoch + 1)
             self.form(formed.members, placement, now)
             return False

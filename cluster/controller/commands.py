@@ -1,4 +1,4 @@
-"""Client commands: the operation that each one begins, and the time of its reply."""
+"""Client commands: begins the operation of each one and decides when its reply is ready."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from cluster.core.errors import RequestError
 
 M = TypeVar("M", bound=Message)
 _PLAN_LIMIT_S = 20.0
-"""Longest wait for the decision on a command to rebalance; it continues afterwards."""
+"""Longest wait of a client for the plan of a rebalance, which continues afterwards."""
 _ADAPTER_LIMIT_S = LOAD_LIMIT_S + 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class BegunCommand:
-    """A command that the controller has accepted."""
+    """A command that the controller has accepted, and its reply."""
 
     answer: Callable[[], dict[str, Any]]
     """Return the reply to the client as plain data. Raises ``RequestError``."""
     is_settled: Callable[[], bool] = lambda: True
     """Return whether the reply is ready."""
     limit_s: float = 0.0
-    """Longest wait for a ready reply. The client gets a reply after it in any case."""
+    """Longest wait for ``is_settled``, in seconds. After it the client gets a reply in any case."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

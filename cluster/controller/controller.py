@@ -1,4 +1,4 @@
-"""The controller's state machine: events in, effects out. No Ray, no sockets, no clock.
+"""The controller's state machine, which turns events into effects without Ray, sockets or a clock.
 
 The parts of the controller share one model (``Cluster``): each handles the events of its subject,
 changes the model and adds effects to it. Every method is called from one thread; ``now`` is in
@@ -64,7 +64,7 @@ class Controller:
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: frames.ControlFrame, now: float) -> None:
-        """A worker sent a frame. Raises ``ProtocolError`` for an unexpected one."""
+        """Handle a frame of a worker. Raises ``ProtocolError`` for an unexpected one."""
         cluster = self.cluster
         record = cluster.workers.find(name)
         if record.is_lost or not cluster.is_up:
@@ -129,7 +129,7 @@ class Controller:
                 raise ProtocolError(f"{name} sent {type(frame).__name__}")
 
     def disconnected(self, name: str, reason: str, is_invalid: bool, now: float) -> None:
-        """The control connection of a worker closed; ``is_invalid``: after an invalid frame."""
+        """Handle a closed connection of a worker; ``is_invalid``: after an invalid frame."""
         if name in self.cluster.workers:
             record = self.cluster.workers[name]
             record.disconnected = reason
@@ -137,7 +137,7 @@ class Controller:
             self._lose_disconnected(now)
 
     def _lose_disconnected(self, now: float) -> None:
-        """Declare disconnected workers lost if a peer reported them or their time is over."""
+        """Declare disconnected workers lost if a peer reported them or they are too late."""
         reported = {report.suspect for report in self.cluster.round.reports}
         gone = {
             r.name: f"its control connection closed ({r.disconnected})"
@@ -147,7 +147,7 @@ class Controller:
         self.lost(gone, now)
 
     def created(self, name: str, now: float) -> None:
-        """The process or constructor of a new worker runs; its start-up limit begins."""
+        """Record that the process of a new worker runs, so that its start limit begins."""
         if not (record := self.cluster.workers.find(name)).has_process:
             record.has_process, record.since = True, now
 
@@ -173,7 +173,7 @@ class Controller:
             cluster.effects.append(EndWorkers(tuple(fresh)))
 
     def fail_start(self, error: str, now: float) -> None:
-        """End all workers and keep the error. Does nothing once the start is complete."""
+        """End all workers and record the error. Does nothing once the start is complete."""
         if self.cluster.state is ClusterState.STARTING:
             self.cluster.error = error
             self.stop(now, f"the start failed: {error}")
@@ -212,7 +212,7 @@ class Controller:
         self.cluster.effects.append(EndAllWorkers())
 
     def all_ended(self, now: float) -> None:
-        """Every worker process has ended."""
+        """Record that every worker process has ended."""
         for record in self.cluster.workers.alive():
             record.enter(WorkerState.LOST, "ended")
         if self.cluster.state is ClusterState.DRAINING:
@@ -269,7 +269,7 @@ class Controller:
         }
 
     def restore(self, collected: CollectedState, now: float) -> None:
-        """Continue with running workers. The first call to a restarted controller."""
+        """Continue with running workers. Must be the first call to a restarted controller."""
         self.cluster.state = ClusterState.RECOVERING
         parts = (self.recovery, self.draining, self.scaling, self.adapters)
         continue_with(collected, self.cluster, *parts, now)

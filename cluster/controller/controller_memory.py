@@ -38,7 +38,7 @@ class HistoryEntry:
     cause: str
     effect: str
     took_s: float | None = None
-    """Longest pause of streams in seconds; without streams, until the generation ran; or None."""
+    """Seconds of the longest stream pause, or without streams until the generation ran; or None."""
     is_felt: bool = False
     """Whether ``took_s`` is the pause of streams."""
 
@@ -120,7 +120,7 @@ class ControllerMemory(Message, frozen=True, kw_only=True):
     """The newest entries."""
     lost: tuple[LostWorker, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
-    """Arguments that the cluster was started with, see ``ControllerActor``."""
+    """Arguments of the cluster's start, see ``ControllerActor``."""
     desired: ExpertPlacement | None = None
     """The placement of the whole cluster; None if it is the one in force."""
     places: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""JSON documents about the cluster for clients, also before the cluster exists."""
+"""Makes JSON documents about the cluster for clients, also before the cluster exists."""
 
 from __future__ import annotations
 

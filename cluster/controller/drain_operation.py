@@ -25,9 +25,9 @@ class DrainCommand(OperationCommand, frozen=True, kw_only=True):
     requested_by: tuple[str, ...] = ()
     """Workers that requested the drain themselves; empty for a client's command."""
     limit_s: float
-    """Time in which the workers must have left."""
+    """Time limit for the workers to leave, in seconds."""
     force: bool = False
-    """Whether workers leave after the limit even if they still have requests."""
+    """Whether the workers end at the limit even if they still have requests."""
 
 
 class DrainStep(Enum):
@@ -61,7 +61,7 @@ class Drain(TimedOperation):
     before: ExpertPlacement | None = None
     """The placement before the drain; None if the drain has not changed it."""
     copied_in: int = 0
-    """Generation in which the drain copied experts; until it ends, workers keep the old copies."""
+    """Generation in which the drain copied experts; within it, workers keep the old copies too."""
     outcome: tuple[OperationState, str] | None = None
     """State and message with which the drain ends after it is rolled back."""
 

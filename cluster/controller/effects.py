@@ -26,7 +26,7 @@ class SendFrame:
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """Start one more worker, which holds its part of the placement."""
+    """Start a worker, which loads its part of ``placement``."""
 
     member: Member
     placement: ExpertPlacement
@@ -62,9 +62,9 @@ class RecordTrace:
     attributes: Mapping[str, Any]
     """Attributes of the span; an unknown value is None."""
     error: str = ""
-    """Kind of the error; empty if there was none."""
+    """Type of the error; empty if there was none."""
     span_id: bytes = b""
-    """See ``ChangeTraces``."""
+    """Id of the span, see ``ChangeTraces``."""
 
 
 Effect = SendFrame | StartWorker | EndWorkers | ReleasePlaces | EndAllWorkers | RecordTrace

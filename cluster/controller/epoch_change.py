@@ -62,10 +62,10 @@ class EpochChange:
         limit_s: float = 120.0,
         bytes_per_s: float | None = None,
     ) -> None:
-        """The placement of ``stage`` gets an epoch that is new to all workers.
+        """The placement of ``stage`` gets an epoch that no worker has seen.
 
-        ``limit_s`` is the time until the switch; ``bytes_per_s`` limits the rate at which each
-        worker reads weights, None for no limit.
+        ``limit_s`` is the time limit up to the switch; ``bytes_per_s`` limits the rate at which
+        each worker reads weights, None for no limit.
         """
         self.state = ChangeState.LOAD
         self.reason = ""
@@ -108,7 +108,7 @@ class EpochChange:
         ]
 
     def tick(self, now: float) -> None:
-        """Fail the change if its time is over or another generation has begun."""
+        """Fail the change after its time limit or if another generation has begun."""
         if self.is_over:
             return
         if self._cluster.generation.number != self.generation.number:
@@ -117,7 +117,7 @@ class EpochChange:
             self._fail(f"could not {self.state.value} within {self._limit_s:g} s")
 
     def cancel(self, reason: str) -> bool:
-        """Abandon the change; returns False if it is too late."""
+        """Abandon the change; returns False if it can no longer be stopped."""
         if self.state is ChangeState.SWITCH or self.is_over:
             return False
         self._fail(reason)
@@ -170,7 +170,7 @@ class EpochChange:
     def _order_all(
         self, worker: str, fills: Sequence[SlotFill], tried: frozenset[int], now: float
     ) -> None:
-        """Send one load command per source, and use the sources as evenly as possible."""
+        """Send a load command for each source, with the experts divided evenly among sources."""
         by_source: dict[int, list[SlotFill]] = {}
         used = Counter({o.source: len(o.fills) for o in self._orders.pending.values()})
         alive = {m.device for m in self.generation.experts}

@@ -11,7 +11,7 @@ from cluster.core.frames import LoadExperts
 from cluster.planner.stages import SlotFill
 
 CHECKPOINT = -1
-"""Stands for the checkpoint in places where a source device is expected."""
+"""Value of ``source`` for the checkpoint instead of a device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +21,7 @@ class ExpertLoadCommand:
     worker: str
     fills: tuple[SlotFill, ...]
     epoch: int
-    """Placement epoch of the controller at the command; workers with a later one reject it."""
+    """Placement epoch in force at the command; workers with a later epoch reject it."""
     began_at: float
     """Monotonic time of the command."""
     source: int
@@ -31,7 +31,7 @@ class ExpertLoadCommand:
 
 
 class ExpertLoadCommands:
-    """The pending load commands of one recovery or of one placement change."""
+    """Sends load commands for one recovery or placement change and tracks their replies."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster

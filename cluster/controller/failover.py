@@ -6,7 +6,7 @@
         ─▶ if all its members run it, it continues; otherwise the live ones form the next one
 
 The workers also keep state that only the controller needs (the history, lost workers and reasons):
-they receive it in a ``ControllerSnapshot`` and return it in ``WorkerReport``.
+it sends them a ``ControllerSnapshot``, which they return in ``WorkerReport``.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class CollectedFrames:
     ready: frames.WorkerReady | None = None
     report: frames.WorkerReport | None = None
     asks_for_drain: bool = False
-    """It received SIGTERM and requests a drain."""
+    """Whether the worker received SIGTERM and requests a drain."""
 
     def take(self, frame: frames.ControlFrame) -> None:
-        """Record a frame; frames that only matter later are ignored."""
+        """Record a frame; frames without use in a restart are ignored."""
         match frame:
             case frames.Register():
                 self.register = frame
@@ -99,7 +99,7 @@ class CollectedState:
         )
 
     def silent_members(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
-        """Return the members of ``alive`` whose silence may be caused by ``own_host``."""
+        """Return the members of ``alive`` whose silence ``own_host`` may cause."""
         pulses = [
             Liveness(name=m.name, heard_at=float(m.name in self.frames_by_worker), host=m.node)
             for m in self.generation.members
@@ -109,7 +109,7 @@ class CollectedState:
 
     @property
     def answers(self) -> dict[str, frames.GenerationReady]:
-        """Reports of the members of the newest generation, as ``GenerationReady`` replies."""
+        """Reports of the newest generation's members, converted to ``GenerationReady``."""
         number, names = self.generation.number, {m.name for m in self.generation.members}
         return {
             name: frames.GenerationReady(
@@ -154,10 +154,10 @@ class ReportCollector:
     ) -> None:
         """Wait for the reports of ``expected``, at most ``limit_s``.
 
-        The wait for a worker that has ended is ``confirm_s``; for one that a peer reported, five
-        times that, since its connection attempt may have been lost. Workers in ``known`` only, and
-        the ``fresh`` ones, are not waited for. ``fresh`` workers have never connected to a
-        controller: they had no generation, and may not have received a command to start.
+        The wait is ``confirm_s`` for a worker that has ended, and five times that for one that a
+        peer reported, since its connection attempt may have been lost. There is no wait for workers
+        that are only in ``known``, and none for the ``fresh`` ones: these have never connected to a
+        controller, had no generation, and may not have received a command to start.
         """
         self._expected = set(expected)
         self._fresh = set(fresh)
@@ -176,12 +176,12 @@ class ReportCollector:
             self._suspected_at.setdefault(frame.worker, now + 4 * self._confirm_s)
 
     def gone(self, name: str, now: float) -> None:
-        """The connection or process of a worker ended; if it is alive, it connects again."""
+        """Record that a worker's connection or process ended. A live worker connects again."""
         self._frames_by_worker.pop(name, None)
         self._suspected_at[name] = min(now, self._suspected_at.get(name, now))
 
     def is_complete(self, now: float) -> bool:
-        """Return whether all awaited reports have arrived or their time is over."""
+        """Return whether all awaited reports have arrived or timed out."""
         awaited = self._expected - self._fresh
         return now >= self._deadline or not any(self._is_awaited(name, now) for name in awaited)
 
@@ -233,7 +233,7 @@ def continue_with(
     cluster.membership.desired = memory.desired or cluster.desired
     cluster.known_nodes = memory.known_nodes
     cluster.adapters.restore(memory.adapters, memory.has_ordered_adapters)
-    for record in list(cluster.workers.alive()):  # before they join other workers
+    for record in list(cluster.workers.alive()):  # check them before they join other workers
         if why := cluster.workers.incompatibility(record.name, collected.generation):
             record.enter(WorkerState.LOST, why)
             cluster.effects.append(EndWorkers((record.name,)))
@@ -285,10 +285,10 @@ def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now:
 
 
 def _restore_workers(table: WorkerTable, collected: CollectedState) -> None:
-    """Update the records of a new table from the reports; missing workers stay unchanged."""
+    """Update the worker records from the reports; records without a report stay unchanged."""
     for worker in collected.memory.lost:
         record = table[worker.member.name]
-        record.state, record.reason = worker.state, worker.reason  # restored: not a transition
+        record.state, record.reason = worker.state, worker.reason  # restored, not a transition
     number = collected.generation.number
     members = {m.name for m in collected.generation.members}
     for name, received in collected.frames_by_worker.items():

@@ -1,7 +1,7 @@
-"""Failure detection: decides which workers are lost, from the last sign of life of each.
+"""Failure detection: decides which workers are lost.
 
-Causes are silence, stalled loops, members that do not reply, starts that take too long, and reports
-of peers. ``FailureDetector`` only reports to the controller, which acts.
+A worker is lost if it is silent, its loop stalls, it does not reply to a generation, its start
+takes too long, or peers report it. ``FailureDetector`` only reports it; the controller acts.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.1
 """Time between two ticks. A tick that is later by this time counts as late."""
 _LATE_GAPS = 2.0
-"""Silence, in expected gaps, after which waits for a processor are measured."""
+"""Silence, in multiples of the expected gap, after which waits for a processor are measured."""
 _WARY_S = 10.0
-"""Time after a loss in which each worker gets the whole detection limit: survivors and a new worker
-keep the machine busy."""
+"""Time after a loss in which each worker may be silent for the whole detection limit, because
+recovery keeps the machine busy."""
 _FORMING_S = 0.5
-"""Time after which a forming generation shows which members it waits for."""
+"""Time after which the status shows the members that a forming generation waits for."""
 
 
 class FailureDetector:
@@ -50,16 +50,16 @@ class FailureDetector:
         """Whether this tick is late; time of the tick after a long pause, infinite until then."""
         self._gaps: dict[str, GapWindow] = {}
         self._starting: frozenset[str] = frozenset()
-        """Hosts on which workers start, as of the last tick; "" stands for an unknown host."""
+        """Hosts on which workers were starting at the last tick; empty for an unknown host."""
         self._held = frozenset[str]()
         """Workers that are silent together with most other hosts."""
         self._ran_at = self._busy_at = cluster.began_at
-        """When the last round had no late new worker; when another member had still to join."""
+        """Last times at which no new worker was late, and at which others still had to join."""
 
     def heard(self, record: WorkerRecord, now: float) -> None:
-        """Record a frame of a worker.
+        """Record that a frame of a worker arrived, and the gap since the last one.
 
-        The gap is ignored while a worker starts on its host or on an unknown host, and for GPU
+        The gap is ignored while a worker starts on the same or an unknown host, and for GPU
         workers, whose thread may wait for a step.
         """
         node, alive_s = record.member.node, self._cluster.config.transport.alive_s
@@ -67,15 +67,15 @@ class FailureDetector:
         record.gaps = self._gaps.setdefault(node, GapWindow(alive_s, is_remote))
         is_starting = record.is_pending or not self._starting.isdisjoint(("", node))
         tells_nothing = is_starting or str(record.info.get("device")).startswith("cuda")
-        if now - self.last_tick <= 2 * TICK_S:  # else the controller may have been paused
+        if now - self.last_tick <= 2 * TICK_S:  # otherwise the controller may have been paused
             record.gaps.add(math.inf if tells_nothing else now - record.heard_at, now)
         record.heard_at, record.starved_s = now, 0.0
 
     def suspects(self, now: float) -> dict[str, int]:
         """Return the late workers of this host (name -> process id).
 
-        They are late with a sign of life or with progress; their waits for a processor are passed
-        to ``starved``.
+        They are late with a sign of life or with progress. The caller measures their waits for a
+        processor and passes them to ``starved``.
         """
         cluster, transport = self._cluster, self._cluster.config.transport
         return {
@@ -101,8 +101,8 @@ class FailureDetector:
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> str:
         """Record that a worker lost a peer.
 
-        If the peer is only held up in a step, returns the reason to form a generation again, else
-        an empty string. Raises ``ProtocolError`` for an unknown peer.
+        If the peer is alive but does not leave a step, returns the reason to form a generation
+        again, otherwise an empty string. Raises ``ProtocolError`` for an unknown peer.
         """
         cluster, limit = self._cluster, self._limits.detection_limit_s
         suspect = cluster.workers.find(frame.worker)
@@ -122,7 +122,7 @@ class FailureDetector:
         return ""
 
     def mismatch(self, name: str, frame: Heartbeat, now: float) -> str | None:
-        """Return the reason to form a generation again if a member deviates for too long."""
+        """Return the reason to form a generation again if a member runs a wrong one for long."""
         cluster, record = self._cluster, self._cluster.workers[name]
         number, epoch, found = cluster.round.number, cluster.placement.epoch, ""
         is_member = cluster.runs and record.state is WorkerState.SERVING
@@ -158,10 +158,10 @@ class FailureDetector:
         self.last_tick, self._starting = now, frozenset(r.member.node for r in starting)
 
     def end_hold(self, now: float) -> str:
-        """Hold silent workers while the cause may be the controller's own host.
+        """Do not declare silent workers lost while the cause may be the controller's own host.
 
-        At the end of such a hold, returns the reason to form a generation again: steps may have
-        stopped, and reports of peers are void. Otherwise returns an empty string.
+        At the end of such a hold, returns the reason to form a generation again, because steps may
+        have stopped and reports of peers are void. Otherwise returns an empty string.
         """
         cluster, limit, before = self._cluster, self._limits.detection_limit_s, self._held
         known = {m.name for m in cluster.round.members} - cluster.round.joins
@@ -178,7 +178,7 @@ class FailureDetector:
             self._held_at = max(cluster.workers[name].heard_at for name in self._held)
             logger.warning("most other hosts are silent: %s", ", ".join(sorted(self._held)))
         silence = now - self._held_at
-        if self._held or not before or silent:  # losing nodes in Ray's list ends a hold, too
+        if self._held or not before or silent:  # the loss of nodes in Ray's list also ends a hold
             return ""
         for record in cluster.workers.alive():
             record.credit(silence, now)
@@ -187,7 +187,7 @@ class FailureDetector:
         return f"most other hosts were silent for {silence:.1f} s"
 
     def watch_steps(self, now: float) -> None:
-        """Record the members that steps or a slowly forming generation wait for."""
+        """Record and log the members that steps or a slowly forming generation wait for."""
         cluster = self._cluster
         late: tuple[str, ...] = ()
         if cluster.runs:
@@ -204,7 +204,7 @@ class FailureDetector:
     def void_reports(self, now: float) -> str:
         """Return the reason to form a generation again after a long pause, or an empty string.
 
-        Reports of peers from the pause may be outdated, and do not show which end was silent.
+        Reports of peers that date from the pause may be wrong about which end was silent.
         """
         if self._woke_at != now or not self._cluster.round.reports or self._held:
             return ""
@@ -237,7 +237,7 @@ class FailureDetector:
             yield self._confirmed_reports(now)
 
     def _late_starts(self, now: float) -> dict[str, str]:
-        """Return workers that are not ready in time; a new one may wait for resources."""
+        """Return workers that are not ready in time; a new worker may also wait for resources."""
         cluster, limit = self._cluster, self._limits.start_limit_s
         if cluster.can_accept_operations:
             known = {m.name for m in cluster.round.members}

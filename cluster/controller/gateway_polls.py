@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 SILENCE_LIMIT_S = 5.0
-"""Maximum time from a reply to the next poll; live gateways take milliseconds."""
+"""Time without a poll after which a gateway counts as dead; live gateways take milliseconds."""
 _KEPT = 64
 
 
@@ -27,7 +27,7 @@ class GatewayPolls:
         self._gone: deque[str] = deque(maxlen=_KEPT)
 
     def begin(self, gateway: str) -> bool:
-        """Begin a poll; return whether the gateway had been taken for dead."""
+        """Begin a poll; return whether the gateway had counted as dead."""
         self._polls.setdefault(gateway, _Poll()).num_open += 1
         if gateway not in self._gone:
             return False
@@ -40,7 +40,7 @@ class GatewayPolls:
             poll.num_open, poll.answered_at = poll.num_open - 1, now
 
     def leave(self, gateway: str) -> bool:
-        """Remove a gateway that ends in order; return whether it was known."""
+        """Remove a gateway that shuts down; return whether it was known."""
         return self._polls.pop(gateway, None) is not None
 
     def take_gone(self, now: float) -> list[str]:

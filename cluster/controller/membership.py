@@ -55,9 +55,9 @@ class GenerationRound:
     loaded: list[SlotFill] = field(default_factory=list)
     """Experts that members have loaded since the generation was announced."""
     joins: frozenset[str] = frozenset()
-    """New members; the others ran a generation without them just before."""
+    """Members that were not in the generation that ran before."""
     before: ExpertPlacement | None = None
-    """The placement of that generation, which the slots still hold; None if no member joins."""
+    """Placement of the generation before, which the slots still hold; None if no member joins."""
 
     @property
     def number(self) -> int:
@@ -73,7 +73,7 @@ class GenerationRound:
         return [m.name for m in self.members if m.name not in self.answers]
 
     def missing(self, placement: ExpertPlacement) -> list[SlotFill]:
-        """Return the experts of the maps that, by the replies, are not in their slots."""
+        """Return the experts of a placement that are not in their slots, by the replies."""
         loaded = {(f.bank, f.device, f.slot, f.expert) for f in self.loaded}
         return [
             SlotFill(bank=bank, device=member.device, slot=slot, expert=expert)
@@ -144,10 +144,10 @@ class MemberRecords:
         return self._highest_epoch
 
     def activate(self, placement: ExpertPlacement) -> None:
-        """Put a placement in force: a step of the running generation has named its epoch.
+        """Put a placement in force, after a step of the running generation has used its epoch.
 
-        If the cluster is complete, it becomes the desired placement; one made by a drain is
-        temporary.
+        If the cluster is complete, it becomes the desired placement too; a placement made by a
+        drain is temporary.
         """
         self.placement = placement
         rows = [bank.physical_to_logical for bank in placement.banks]
@@ -180,13 +180,13 @@ class MemberRecords:
             record.enter(WorkerState.SERVING)
 
     def stall(self, members: Sequence[Member], now: float) -> None:
-        """Record that no generation can run; a later one may use these members."""
+        """Record that no generation can run now; a later one may use these members."""
         survivors = replace(self.round.generation, members=tuple(members))
         self.round = GenerationRound(survivors, now, Phase.STALLED)
         self._stand_by()
 
     def _stand_by(self) -> None:
-        """Make serving members ready: they run no steps until the next RunGeneration."""
+        """Make serving members ready, since they run no steps until the next RunGeneration."""
         for member in self.round.members:
             record = self._workers[member.name]
             if record.state is WorkerState.SERVING:

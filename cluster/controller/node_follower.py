@@ -23,13 +23,13 @@ from cluster.core.errors import ConflictError, RequestError
 from cluster.policy.node_following import FollowDecision, FollowedNode, NodeFollowingPolicy
 
 LIMIT_S = 600.0
-"""Time limit of such a scale operation: the longest load time of a new worker."""
+"""Time limit of these scale operations: the longest time that a new worker may load."""
 _OWN = "follow-nodes-"
-"""Prefix of the ``request_id`` of such a scale operation."""
+"""Prefix of the ``request_id`` of these scale operations."""
 
 
 class NodeFollower:
-    """Adapts the numbers of workers to the nodes. Owned by the controller."""
+    """Adapts the numbers of workers to the labelled nodes. Owned by the controller."""
 
     def __init__(self, cluster: Cluster, scaling: Scaling) -> None:
         self._cluster = cluster
@@ -46,7 +46,7 @@ class NodeFollower:
         """The running scale operation of a client."""
 
     def observe(self, nodes: Sequence[FollowedNode], now: float) -> None:
-        """Take the live nodes labelled for a worker role. Called every half second."""
+        """Process the list of live nodes with a role label. Called every half second."""
         cluster = self._cluster
         if not (cluster.config.workers.follow_nodes and cluster.can_accept_operations):
             return
@@ -58,7 +58,7 @@ class NodeFollower:
             self._follow(nodes, now)
 
     def _watch_operations(self, nodes: Sequence[FollowedNode], now: float) -> None:
-        """Account for the nodes that operations concern."""
+        """Mark nodes as accounted for when an operation that concerns them ends."""
         cluster, running = self._cluster, self._cluster.operations.running
         if running is not None and running.request_id.startswith(_OWN):
             self._operation = running
@@ -82,7 +82,7 @@ class NodeFollower:
             self._ended(own, staying, now)
 
     def _withdraw(self, own: Operation, staying: set[str], now: float) -> None:
-        """Cancel a scale operation if one of its nodes left before its workers served."""
+        """Cancel the scale operation if one of its nodes left before the new workers served."""
         if self._cluster.scale is not None and self._nodes - staying:
             with suppress(ConflictError):
                 self._scaling.cancel(own, now)

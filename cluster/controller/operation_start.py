@@ -1,4 +1,4 @@
-"""The start of an operation: the checks for every kind, in one order."""
+"""Starts an operation of any kind, with the same checks in the same order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ C = TypeVar("C", bound=OperationCommand, contravariant=True)
 
 
 class OperationKind(Protocol[C]):
-    """Methods of one kind of operation that its start needs. They change nothing."""
+    """What ``start_operation`` needs of one kind of operation. The methods change nothing."""
 
     def target(self, command: C) -> str:
         """Describe the target of the operation. Raises an error for an invalid command."""

@@ -1,4 +1,4 @@
-"""Operations: changes of the cluster that take time. One runs at a time. Plain values."""
+"""Operations: drains, scales and rebalances, of which one runs at a time. Plain values."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Operation:
     """One operation. Its owner writes ``phase``, ``progress`` and ``result``."""
 
     id: str
-    """Permanent name: the kind, the term of the controller and a number."""
+    """Permanent id, made of the kind, the term of the controller and a number."""
     kind: str
     """``drain``, ``rebalance`` or ``scale``."""
     target: str
-    """The worker, node or gateway; of a scaling, the pool sizes that it leads to."""
+    """The worker, node or gateway; for a scaling, the resulting pool sizes."""
     request_id: str
     """Id chosen by the client, so that a retry does not begin a second operation; may be empty."""
     asked: str = ""
-    """Content of the request, to detect another request with the same id."""
+    """Content of the request, to detect a different request with the same id."""
     started: float
     """Time of day, seconds since 1970."""
     state: OperationState = OperationState.RUNNING
@@ -78,7 +78,7 @@ class Operation:
 
 
 _TOLD_S = 1.0
-"""Precision with which the next controller knows the remaining time."""
+"""Precision of the remaining time that the next controller gets, in seconds."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,9 +87,9 @@ class TimedOperation:
 
     operation: Operation
     deadline: float
-    """Monotonic time of its limit; only valid in one controller."""
+    """Monotonic time of its limit; valid only in this controller."""
     left_s: float
-    """Time left until the deadline, since the clocks of two hosts differ."""
+    """Seconds until the deadline, for the next controller, whose clock differs."""
 
     def restore(self, operations: Operations, now: float) -> None:
         """Continue the operation of an earlier controller, after ``operations`` is restored."""
@@ -114,9 +114,9 @@ class OperationCommand(Message, frozen=True, kw_only=True):
     """Fields that distinguish it from another command with the same ``request_id``."""
 
     request_id: str = ""
-    """Id that begins one operation, even if the command is sent again."""
+    """Id of the command: a repeated command with the same id begins no second operation."""
     expected_epoch: int | None = None
-    """Placement epoch that must be in force."""
+    """Placement epoch that must be in force; None for any."""
 
     @property
     def asked(self) -> str:

@@ -43,16 +43,16 @@ class RecoveryProblem(StrEnum):
 
 
 class Recovery:
-    """Handles members that leave and join. Owned by the controller; one thread."""
+    """Handles members that leave and join. Owned by the controller and used by one thread."""
 
     def __init__(self, cluster: Cluster, limits: ControllerSettings) -> None:
-        """The workers and the placement of ``cluster`` are the desired ones."""
+        """The workers and the placement of ``cluster`` are those that recovery restores."""
         self._cluster = cluster
         self._limits = limits
         self._failed: list[SlotFill] = []
         self._barred: dict[int, str] = {}
         self._lost: dict[str, Role] = {}
-        """Members (name -> role) that were lost since a generation ran."""
+        """Members (name -> role) that were lost since the last generation ran."""
         self._lost_at = 0.0
         self._trace: OpenTrace | None = None
         """Trace of the running recovery, if any."""
@@ -123,7 +123,7 @@ class Recovery:
             self._go_on([*members, *fresh], f"{names} {verb} ready{order}", now)
 
     def _orders_behind(self, fresh: Sequence[Member]) -> list[str]:
-        """Return ids of the operations that added these workers, or drained the earlier ones."""
+        """Return ids of the operations that added these workers or drained their predecessors."""
         cluster, scale = self._cluster, self._cluster.scale
         found = []
         if scale is not None and any(m.name in cluster.new_workers for m in fresh):
@@ -143,7 +143,7 @@ class Recovery:
         if not frame.error:
             cluster.moved("recovery", len(reload.fills), frame.num_bytes, now - reload.began_at)
             cluster.round.loaded += reload.fills
-        self._run_if_complete(now)  # loads missing experts again after a rejection for newer maps
+        self._run_if_complete(now)  # repeats loads that were rejected because of newer maps
         return True
 
     def answered(self, name: str, frame: GenerationReady, now: float) -> None:
@@ -203,7 +203,7 @@ class Recovery:
     def _run_if_complete(self, now: float) -> None:
         """Run the forming generation once all its experts are in memory.
 
-        A load command of an earlier controller may not have been carried out.
+        Checks the slots, because a load command of an earlier controller may have been lost.
         """
         cluster = self._cluster
         if self.reloads.is_pending or not cluster.is_forming or cluster.round.late():
@@ -221,7 +221,7 @@ class Recovery:
         self._cluster.places.joined(cluster.round.members)
         for member in cluster.round.members:
             cluster.workers[member.name].started_with = None
-        if self._lost:  # steps run again after the loss
+        if self._lost:  # the first steps after the loss run now
             took_s, lost = now - self._lost_at, sorted(self._lost)
             cluster.metrics.recovered(set(self._lost.values()), took_s)
             opened, self._trace = self._trace, None

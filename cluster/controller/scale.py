@@ -1,14 +1,14 @@
-"""Scaling: workers are added or removed while the cluster serves, and no request fails.
+"""Scaling: adds or removes workers while the cluster serves; no request fails.
 
-    SETTLE  a generation runs, and no weights are moving
-    START   new places are part of the cluster; their workers start and load in the background
-    JOIN    once all of them are ready, they join one generation; new expert workers take over the
-            experts that they have loaded
-    then    surplus workers are drained, and their places removed (``Draining.remove``)
+    SETTLE  wait until a generation runs and no weights move
+    START   add new places; their workers start and load in the background
+    JOIN    once all new workers are ready, they join one generation; new expert workers take over
+            the experts that they have loaded
+    then    drain surplus workers and remove their places (``Draining.remove``)
 
-A scaling is rolled back if a new worker is lost in START (in JOIN it is replaced), if the time
-limit ends, or if a client cancels it: new places whose workers have not served are removed, and the
-others serve as before. ``Scaling`` decides the next step; the controller acts. A restarted
+A scaling is rolled back if a new worker is lost in START (in JOIN it is replaced), at the time
+limit, or if a client cancels it: new places whose workers have not served are removed, and the
+other workers serve as before. ``Scaling`` decides the next step; the controller acts. A restarted
 controller continues the scaling of an earlier one (``ControllerMemory``).
 """
 
@@ -33,7 +33,7 @@ from cluster.policy.places import place_of
 
 
 class Scaling:
-    """Starts and advances scalings, one at a time. Owned by the controller."""
+    """Carries out scale operations, one at a time. Owned by the controller."""
 
     def __init__(self, cluster: Cluster, rebalancing: Rebalancing, draining: Draining) -> None:
         """``rebalancing`` begins no change during a scaling; ``draining`` drains workers."""
@@ -181,7 +181,7 @@ class Scaling:
         self._enter(scale, ScaleStep.START)
 
     def _finish(self, scale: Scale, now: float) -> dict[str, str]:
-        """All new workers serve: remove surplus places, and drain their workers.
+        """Remove surplus places and drain their workers, after all new workers serve.
 
         Returns workers (name -> reason) of removed places that have not served yet and must end.
         """

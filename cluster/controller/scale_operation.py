@@ -17,13 +17,13 @@ class ScaleCommand(OperationCommand, frozen=True, kw_only=True):
     content = ("attention", "expert")
 
     attention: int | None = None
-    """Attention workers; None leaves their number as it is."""
+    """New number of attention workers; None for no change."""
     expert: int | None = None
-    """Expert workers, in colocated mode all workers; None leaves their number as it is."""
+    """New number of expert workers, in colocated mode of all workers; None for no change."""
     cause: str = ""
     """Reason of a command by the controller itself; empty for a client's command."""
     nodes: frozenset[str] = frozenset()
-    """Ids of the new nodes for which the node follower scales; else empty."""
+    """Ids of the new nodes if the node follower scales for them; otherwise empty."""
     limit_s: float
     """Time limit for new workers to serve, and then for removed workers to leave."""
 

@@ -10,25 +10,25 @@ from cluster.config.cluster import ClusterConfig
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerSettings:
     detection_limit_s: float = 2.0
-    """Time without heartbeat or progress after which a worker is lost, at the latest."""
+    """Longest time without heartbeat or progress before a worker is declared lost."""
     hold_limit_s: float = 30.0
-    """Longest silence of most other hosts without losses: its own host may be the cause."""
+    """Longest time that workers are not declared lost while most other hosts are silent."""
     confirm_s: float = 0.2
-    """Time in which another cause may show up for a worker that a peer reported as lost."""
+    """Time from a peer's report of a lost worker until the worker is declared lost for it."""
     mismatch_s: float = 1.0
-    """Time for which a member may report another generation or epoch than the controller knows."""
+    """Longest time for which a member may report a generation or epoch that is not in force."""
     start_limit_s: float = 600.0
-    """Limit for the whole start; later, for a new worker from its registration."""
+    """Time limit of the whole start; later of a new worker, from its registration."""
     start_silence_s: float = 30.0
-    """``detection_limit_s`` while workers start: importing and loading starve other threads."""
+    """``detection_limit_s`` while workers start, since imports and loading starve other threads."""
     load_limit_s: float = 600.0
-    """Limit for a running worker that loads experts."""
+    """Time limit for a running worker to load experts."""
     retry_s: float = 5.0
-    """Pause before the load of experts is retried if no worker could load them; doubles."""
+    """Pause before experts that no worker could load are tried again; doubles each time."""
     generation_limit_s: float = 15.0
-    """Limit for a member to take part in a new generation."""
+    """Time limit for a member to join a new generation."""
     join_limit_s: float = 4.0
-    """Time for which other workers may wait for new workers to take part."""
+    """Longest time that running workers wait for new workers to join a generation."""
     collect_limit_s: float = 10.0
     """Time in which workers must connect to a restarted controller to avoid being lost."""
 
@@ -40,6 +40,6 @@ class ControllerSettings:
         return cls(
             detection_limit_s=limit_s,
             generation_limit_s=generation_limit_s,
-            # a world is built for each generation, a socket only for each new worker
+            # every generation sets up torch.distributed; with sockets only new workers connect
             join_limit_s=generation_limit_s if config.is_collective else 2 * limit_s,
         )

@@ -15,7 +15,7 @@ from cluster.controller.effects import RecordTrace
 from cluster.core.codec import SPAN_ID_BYTES
 
 _KEPT = 16
-"""Maximum number of changes in the snapshot."""
+"""Maximum number of changes that the snapshot lists."""
 
 
 @dataclass(slots=True)

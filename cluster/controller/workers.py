@@ -1,4 +1,4 @@
-"""The workers as the controller sees them: a record of each, and their common facts."""
+"""The controller's table of workers: a record of each, and facts that all share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WorkerRecord:
     """One worker as the controller sees it. Owned and changed by the controller only."""
 
     member: Member
-    """The controller sets name, role, rank and device; the worker its process and addresses."""
+    """The controller sets name, role, rank and device, the worker its process and addresses."""
     heard_at: float
     """Monotonic time of the last frame."""
     progress_at: float
@@ -42,18 +42,18 @@ class WorkerRecord:
     has_process: bool = False
     """Whether its process runs, although it has not connected yet."""
     started_with: ExpertPlacement | None = None
-    """Placement of which it has its part loaded; None once it was in a generation that ran."""
+    """Placement whose part it loads at its start; None once it was in a generation that ran."""
     state: WorkerState = WorkerState.STARTING
     reason: str = ""
     """Reason of the loss."""
     operation: str = ""
     """Id of the operation that drained it."""
     drains: bool = False
-    """Whether it takes no new request; its running ones move to other workers."""
+    """Whether it takes no new requests, while its running ones move to other workers."""
     loaded_bytes: int = 0
-    """Weights read so far."""
+    """Bytes of weights read so far."""
     total_bytes: int = 0
-    """Weights to read; 0 while unknown."""
+    """Bytes of weights to read; 0 while unknown."""
     build: Build | None = None
     """Build of the worker; None before ``Register``."""
     info: dict[str, Any] = field(default_factory=dict)
@@ -65,9 +65,9 @@ class WorkerRecord:
     answered_status_token: int = 0
     """Token of the newest status request that it has answered."""
     mismatch: tuple[int, float] | None = None
-    """Generation in which its heartbeats deviate from the controller's state, and since when."""
+    """Generation in which its heartbeats name another generation or epoch, and since when."""
     generation: int = 0
-    """Generation that it ran, or had begun to join, at its last heartbeat."""
+    """Generation that it ran or was joining at its last heartbeat."""
     starved_s: float = 0.0
     """Seconds for which it has waited for a processor since its last sign of life."""
     starved_steps_s: float = 0.0
@@ -89,7 +89,7 @@ class WorkerRecord:
     adapters: tuple[str, ...] = ()
     """Keys of the adapters that its requests use, from its last heartbeat."""
     problems: tuple[str, ...] = ()
-    """Descriptions of its parts that do not work, from its last heartbeat."""
+    """Texts about its parts that do not work, from its last heartbeat."""
     kept_version: int = 0
     """Version of the newest controller snapshot that it has stored."""
     gone_at: float | None = None
@@ -129,7 +129,7 @@ class WorkerRecord:
 
     @property
     def is_lost(self) -> bool:
-        """Whether it is lost or drained: the controller expects nothing more from it."""
+        """Whether it is lost or drained, so that the controller expects no more frames."""
         return self.state in GONE
 
     @property
@@ -208,7 +208,7 @@ class WorkerRecord:
         self.progress_at = min(now, self.progress_at + seconds)
 
     def starve(self, seconds: float, at_most: float, now: float) -> None:
-        """Advance its clocks by a wait for a processor, each by up to ``at_most`` in total."""
+        """Advance its clocks by a wait for a processor, each by at most ``at_most`` in total."""
         silence_s = min(seconds, max(0.0, at_most - self.starved_s))
         stall_s = min(seconds, max(0.0, at_most - self.starved_steps_s))
         self.starved_s += silence_s
@@ -239,7 +239,7 @@ class WorkerRecord:
         )
 
     def to_dict(self, num_slots: int) -> dict[str, Any]:
-        """Return its entry in a snapshot; ``num_slots`` per bank, if it holds experts."""
+        """Return its entry in a snapshot; ``num_slots``: its expert slots per bank, if any."""
         shown = self.state
         if self.drains and not self.is_lost:
             shown = WorkerState.DRAINING
@@ -274,7 +274,7 @@ class WorkerTable:
     """Worker records by name, in rank order, including lost ones. Owned by the controller."""
 
     def __init__(self, members: Sequence[Member], *, model: ModelSection, now: float) -> None:
-        """Attention workers add more facts of the model once they are ready."""
+        """``model``: first facts of the model; attention workers add others once they are ready."""
         self._records: dict[str, WorkerRecord] = {}
         self.lost_at = -math.inf
         """Monotonic time of the last loss."""
@@ -341,8 +341,8 @@ class WorkerTable:
     def incompatibility(self, name: str, generation: Generation) -> str | None:
         """Return the reason why a registered worker cannot serve with the others; None if it can.
 
-        It is compared with a member of the newest generation or, before the first one, with any
-        worker.
+        The worker is compared with a member of the newest generation or, before the first one, with
+        any worker.
         """
         names = {m.name for m in generation.members}
         others = [r for r in self.alive() if r.build is not None and r.name != name]

@@ -1,4 +1,4 @@
 """Draining workers while the cluster serves.
 
-Imports ``cluster.controller.rebalance``, lower modules of the controller and the floors below.
+Imports ``cluster.controller.rebalance``, lower modules of the controller and lower layers.
 """

@@ -1,8 +1,8 @@
-"""Draining: workers are emptied, leave the generation and end, and no request fails.
+"""Draining: workers hand over their requests and experts, leave the generation and end.
 
-A client drains a worker or a node, a worker requests a drain when it receives SIGTERM, and a
-scaling drains the workers that it removes. A restarted controller continues the drain of an earlier
-one (``ControllerMemory``).
+No request fails. A client drains a worker or a node, a worker requests a drain when it receives
+SIGTERM, and a scaling drains the workers that it removes. A restarted controller continues the
+drain of an earlier one (``ControllerMemory``).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from cluster.core.errors import ConflictError, UnknownNameError
 from cluster.core.frames import ControlFrame
 
 SIGNAL_LIMIT_S = 120.0
-"""Limit of a drain that a worker requested after SIGTERM."""
+"""Time limit of a drain that a worker requests after SIGTERM."""
 
 
 class Draining:
     """Decides which workers are drained next, one drain at a time. Owned by the controller."""
 
     def __init__(self, cluster: Cluster, rebalancing: Rebalancing) -> None:
-        """``rebalancing`` begins and continues no change while a drain runs."""
+        """``rebalancing`` makes no change while a drain runs."""
         self._cluster = cluster
         self._rebalancing = rebalancing
         self._requests = DrainRequests(follow_nodes=cluster.config.workers.follow_nodes)
@@ -70,7 +70,7 @@ class Draining:
         self._start(tuple(names), DrainCommand(limit_s=limit_s), True, operation, now)
 
     def requested(self, name: str, now: float, *, node_leaves: bool = False) -> None:
-        """A worker received SIGTERM, or its node will leave (then this is called repeatedly)."""
+        """Handle SIGTERM to a worker, or a node that will leave (then called repeatedly)."""
         running = self._running
         if running is None or name not in running.record.names or node_leaves:
             self._requests.add(name, now, node_leaves=node_leaves)
@@ -99,7 +99,7 @@ class Draining:
             running.ended(names, now)
 
     def tick(self, now: float) -> None:
-        """Begin a drain that workers requested, and advance the one that runs."""
+        """Begin the drain that workers requested, or advance the running one."""
         if self._running is None:
             self._begin_requested(now)
         if (running := self._running) is not None:
@@ -117,7 +117,7 @@ class Draining:
         if not names:
             return
         ready = tuple(name for name in names if self._cluster.workers[name].is_ready)
-        if ready:  # do not wait for the workers that are not ready
+        if ready:  # workers that are not ready are drained later
             self._requests.pause(set(names) - set(ready), now)
             names = ready
         try:

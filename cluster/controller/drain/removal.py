@@ -1,4 +1,4 @@
-"""Changes that a cluster needs before workers can leave it. Pure: nothing changes here."""
+"""Computes the placement that a cluster needs before workers can leave it. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.policy.coverage import stage_on
 
 
 def stage_without(names: Sequence[str], cluster: Cluster) -> Stage | None:
-    """Return a placement without these workers, and the experts that other workers must load.
+    """Return a placement without these workers, with the experts that others must load for it.
 
     None if these workers hold no experts. Raises ``ConflictError`` if the cluster cannot run
     without them.

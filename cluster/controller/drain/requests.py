@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 RETRY_S = 5.0
-"""Pause after a drain was rejected or rolled back before its workers can request another one."""
+"""Time after a rejected or rolled back drain in which its workers cannot request another one."""
 GATHER_S = 0.3
-"""Time in which requests of several workers are gathered into one drain."""
+"""Time in which the requests of several workers are combined into one drain."""
 LATE_S = 1.5
-"""Time in which Ray reports that a node leaves, after the signal to the node's processes."""
+"""Longest time from a signal to a node's processes until Ray reports that the node leaves."""
 
 
 class DrainRequests:
-    """Workers that request a drain. Times are monotonic seconds."""
+    """Collects drain requests of workers. Times are monotonic seconds."""
 
     def __init__(self, *, follow_nodes: bool) -> None:
-        """``follow_nodes``: wait ``LATE_S`` to learn whether the node of a worker leaves."""
+        """``follow_nodes``: wait ``LATE_S`` until it is known whether a worker's node leaves."""
         self._follow_nodes = follow_nodes
         self._gather_s = LATE_S if follow_nodes else GATHER_S
         self._requested: dict[str, float] = {}
@@ -24,14 +24,14 @@ class DrainRequests:
         self._on_leaving: set[str] = set()
 
     def add(self, name: str, now: float, *, node_leaves: bool) -> None:
-        """Add a request. A repeated one, or one in the pause after a drain, has no effect."""
+        """Add a request. It is ignored if it is repeated or within ``RETRY_S`` after a drain."""
         if node_leaves:
             self._on_leaving.add(name)
         if now >= self._not_before.get(name, now):
             self._requested.setdefault(name, now)
 
     def are_due(self, now: float) -> bool:
-        """Return whether a worker has waited long enough for others to be gathered with it."""
+        """Return whether a worker has waited long enough for the requests of others."""
         limits = {n: GATHER_S if n in self._on_leaving else self._gather_s for n in self._requested}
         return any(now - self._requested[n] >= limit_s for n, limit_s in limits.items())
 

@@ -1,8 +1,8 @@
 """One drain: its steps and its rollback.
 
-    COPY    while steps run, other workers read the experts that only these workers hold from their
-            memory; in the epoch that follows, the others have all experts
-    MOVE    the workers take no new request; the gateways move the running ones to other workers
+    COPY    while steps run, other workers copy the experts that only the drained workers hold; the
+            next epoch uses the copies
+    MOVE    the workers take no new requests; the gateways move the running ones to other workers
     LEAVE   a generation without them runs
     END     their processes end. New workers start in their places, after the drain of a node once
             that node has left. Places are removed instead if the cluster is scaled down, or
@@ -41,7 +41,7 @@ class RunningDrain:
     def __init__(
         self, record: Drain, cluster: Cluster, rebalancing: Rebalancing, requests: DrainRequests
     ) -> None:
-        """``record`` is the drain of the cluster until it is over."""
+        """``record``: the state of the drain, which the next controller gets."""
         self.record = cluster.drain = record
         self._cluster = cluster
         self._rebalancing = rebalancing
@@ -49,7 +49,7 @@ class RunningDrain:
         self._change: EpochChange | None = None
         """The placement change that the drain is waiting for; None without one."""
         self._asked = 0
-        """Token of the status requests sent since the workers take no new request."""
+        """Token of the status request that was sent after the workers stopped taking requests."""
 
     @property
     def is_over(self) -> bool:
@@ -59,7 +59,7 @@ class RunningDrain:
     def restore(self, now: float) -> None:
         """Continue the drain of an earlier controller.
 
-        Copies of experts begin again. The workers take no new request if the drain was in MOVE.
+        The copies begin again. If the drain was in MOVE, the workers still take no new requests.
         """
         drain, table = self.record, self._cluster.workers
         states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
@@ -111,7 +111,7 @@ class RunningDrain:
         if drain.removes_places:
             text += "" if is_scaling else ", and the cluster continues without its place"
             self._cluster.effects.append(ReleasePlaces(tuple(map(place_of, drain.names))))
-        elif not drain.command.node:  # else the node itself will be taken down
+        elif not drain.command.node:  # a drained node is taken down
             for name in drain.names:
                 self._cluster.places.reopen(name)
         self._end(OperationState.SUCCEEDED, text, now)
@@ -154,7 +154,7 @@ class RunningDrain:
             cluster.send(Shutdown(reason="drained"), *drain.names)
             cluster.effects.append(EndWorkers(drain.names))
         if self.is_over or now <= drain.deadline or drain.step in _TOO_LATE:
-            return  # in time, or in a step with limits of its own
+            return  # in time, or in a step with its own limits
         if not (drain.command.force and drain.step is DrainStep.MOVE):
             text = f"could not {drain.step.value} within {drain.command.limit_s:g} s"
             self._undo(OperationState.FAILED, text, now)
@@ -162,7 +162,7 @@ class RunningDrain:
             self._leave(now)
 
     def _check_again(self, now: float) -> None:
-        """Begin to copy or to move; the cluster may have changed since the command."""
+        """Begin COPY or MOVE, after another check because the cluster may have changed."""
         drain, cluster = self.record, self._cluster
         stage = stage_without(drain.names, cluster)
         if stage is None or not stage.fills:
@@ -176,7 +176,7 @@ class RunningDrain:
         self._change = EpochChange(cluster, stage, now, limit_s=left_s)
 
     def _watch_copies(self, now: float) -> None:
-        """Continue once the others have the experts; start over after a generation change."""
+        """Go to MOVE once the others have the experts; repeat COPY after a change of generation."""
         change = self._change
         assert change is not None, "COPY has a running change"
         generation = self._cluster.generation.number
@@ -203,13 +203,13 @@ class RunningDrain:
         self._enter(DrainStep.MOVE)
 
     def _count_moved(self) -> None:
-        """Record the highest number of requests that its workers have reported so far."""
+        """Record the highest number of requests that the drained workers have reported."""
         found, result = self._attention(), self.record.operation.result
         held = sum(record.num_requests or 0 for record in found)
         result["requests_moved"] = max(result["requests_moved"], held)
 
     def _is_empty(self, record: WorkerRecord) -> bool:
-        """Return whether a status reply since the worker takes no new request shows no requests."""
+        """Return whether the worker has reported no requests since it stopped taking new ones."""
         return record.answered_status_token >= self._asked and record.num_requests == 0
 
     def _leave(self, now: float) -> None:
@@ -273,7 +273,7 @@ class RunningDrain:
         return [r for r in records if r.member.runs_attention]
 
     def _hold_back(self, drains: bool) -> None:
-        """Show to the gateways whether the attention workers of the drain take requests."""
+        """Tell the gateways whether the drained attention workers take new requests."""
         for record in self._attention():
             record.drains = drains
         self._cluster.touch()

@@ -1,4 +1,4 @@
-"""Moves experts while the cluster serves, so that the load is balanced.
+"""Moves experts while the cluster serves, to balance the load.
 
-Imports lower modules of the controller and the floors below.
+Imports lower modules of the controller and lower layers.
 """

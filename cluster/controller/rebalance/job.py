@@ -1,4 +1,4 @@
-"""Commands to rebalance, and descriptions of decisions."""
+"""Rebalance commands, and texts that describe decisions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RebalanceCommand(OperationCommand, frozen=True, kw_only=True):
     content = ("dry_run",)
 
     dry_run: bool = False
-    """Only report the decision."""
+    """Whether to report the decision without a change."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ def answer(decision: RebalanceDecision, asked: RebalanceQuery) -> str:
 
 
 def by_load(profile: LoadProfile) -> str:
-    """Describe the load that a plan is made for, since another load leads to another plan."""
+    """Describe the load that a plan is made for, because the plan depends on it."""
     return f"by the load of {profile.tokens} rows"
 
 

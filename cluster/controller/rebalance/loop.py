@@ -1,11 +1,10 @@
-"""Rebalancing: moves experts by load while the cluster serves, without an effect on requests.
+"""Rebalancing: moves experts by load while the cluster serves, without interrupting requests.
 
 At the end of a load window or on a client's command, the policy (``cluster.policy.rebalance``)
-decides. A decision is carried out in stages (``cluster.planner.stages``), each a change of the
-placement epoch (``EpochChange``) with the best shares and decode devices for its slots. A failed
-stage leaves the placement of the stages before it. The next whole window shows the achieved effect.
-Planning runs in the planner thread, and its result is dropped if the cluster has changed.
-``Rebalancing`` decides the next step; the controller acts.
+decides. The decision is carried out in stages (``cluster.planner.stages``), each a change of the
+placement epoch (``EpochChange``) with the best shares and decode devices for its slots. If a
+stage fails, the placement of the stage before it stays. The next whole window measures the effect.
+Planning runs in the planner thread; its result is dropped if the cluster has changed.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Rebalancing:
         self.plans = PlannerThread(cluster, executor)
         """Plans of decisions, by operation id, and of the shares of the running stage."""
         self._looked: tuple[float, CurrentLoad] | None = None
-        """Number of rows at the last dry run, and the load that it used."""
+        """Number of rows counted before the last dry run, and the load that it used."""
         self._newest: RunningRebalance | None = None
         self._ended: RunningRebalance | None = None
         """The change before ``_newest``."""
@@ -113,7 +112,7 @@ class Rebalancing:
     def _load_for(self, command: RebalanceCommand) -> CurrentLoad | None:
         """Return the current load, or that of the last dry run if no step has been counted since.
 
-        So a command after a dry run does what the dry run showed, even if a window has ended.
+        Therefore a command after a dry run does what that run showed, even if a window has ended.
         """
         rows = self._cluster.load.totals().rows
         if self._looked is not None and self._looked[0] == rows:
@@ -139,10 +138,10 @@ class Rebalancing:
     def frame(self, name: str, frame: ControlFrame, now: float) -> None:
         """Handle a frame of a worker about the running change."""
         if (job := self._job) is not None:
-            job.frame(name, frame, now)  # without a job, an earlier controller ordered the switch
+            job.frame(name, frame, now)  # without a job, the frame answers an earlier controller
 
     def tick(self, now: float) -> None:
-        """Advance the running change, or decide at the end of a window whether one pays."""
+        """Advance the running change, or at the end of a window decide whether to begin one."""
         self.plans.tick(now)
         if self._job is not None:
             self._job.tick(now)
@@ -210,7 +209,7 @@ class Rebalancing:
     # ---- carrying out ---------------------------------------------------------------------
 
     def _follow(self, decision: RebalanceDecision, asked: RebalanceQuery, now: float) -> bool:
-        """Start a change, or count why not. A command does not wait for the interval."""
+        """Start the change, or count the reason against it. A command ignores ``interval_s``."""
         rested_at = self._last.ended_at if self._last is not None else self._cluster.began_at
         if decision.action == "none":
             self._cluster.metrics.decided("skipped_gain")

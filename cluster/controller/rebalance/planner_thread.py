@@ -1,8 +1,8 @@
-"""Plans of rebalancing: their inputs, and their computation in the planner thread.
+"""Computes plans of rebalancing in a thread of their own.
 
 The controller's loop must answer heartbeats within milliseconds; planning a large model takes
-longer. So plans are computed from immutable values, and a plan is stale once the placement or the
-generation has changed.
+longer. Therefore plans are computed from immutable values, and a plan is stale once the placement
+or the generation has changed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from cluster.sizing.replay import ExpertStepCost
 logger = logging.getLogger(__name__)
 
 _TOKENS_PER_EXPERT = 4
-"""Tokens per expert of a bank that a window needs for reliable statistics."""
+"""Tokens per expert that a window must have for reliable statistics."""
 
 T = TypeVar("T")
 CHANGED = "the cluster has changed since the plan began"
 """Error of a plan whose inputs are stale."""
 PlanCallback = Callable[[Future[T], str, float], None]
-"""Callback of a plan: the finished future, the error (empty if there is none), the time."""
+"""Callback with the finished future, the error (empty if there is none) and the time."""
 
 
 class PlannerThread:
-    """Named computations in the planner thread; their callbacks are called at a tick.
+    """Runs named computations in the planner thread and calls their callbacks at a tick.
 
-    A computation must be a pure function of immutable values. One thread calls; ``now`` is in
-    seconds.
+    A computation must be a pure function of immutable values. Methods are called on one thread;
+    ``now`` is in seconds.
     """
 
     def __init__(self, cluster: Cluster, executor: Executor) -> None:
@@ -68,8 +68,8 @@ class PlannerThread:
     def load_now(self, has_ended: bool) -> CurrentLoad | None:
         """Return the newest window if it has enough rows, else the average; None without load.
 
-        ``has_ended``: a window has just ended. If False, all load so far is used before the first
-        window has ended.
+        ``has_ended``: a window has just ended. If False and no window has ended yet, all load so
+        far is used.
         """
         tracker, banks = self._cluster.load, self._cluster.placement.banks
         newest = tracker.windows[-1] if tracker.windows else None
@@ -89,7 +89,7 @@ class PlannerThread:
         return CurrentLoad(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
 
     def plan(self, what: str, work: Callable[[], T], then: PlanCallback[T], now: float) -> None:
-        """Run ``work`` on the present state; ``then`` is called at a tick, or now if it is done."""
+        """Run ``work`` and call ``then`` at a later tick, or now if the result is ready."""
         basis, future = self._basis(), self._executor.submit(work)
 
         def finish(now: float) -> None:

@@ -1,4 +1,4 @@
-"""One change of the placement by load: its stages and its result."""
+"""One rebalance: its stages and its result."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RunningRebalance:
         self.ended_at = 0.0
         """Monotonic seconds."""
         self.is_proved = True
-        """Whether the effect of the ended change is measured, or there is none to measure."""
+        """Whether the effect of the ended change has been measured or cannot be."""
         self._cluster = cluster
         self._plans = plans
         self._opened = cluster.begin_trace(names.REBALANCE)
@@ -89,7 +89,7 @@ class RunningRebalance:
         self._advance(now)
 
     def tick(self, now: float) -> None:
-        """Abandon the change if a drain or scaling runs, else check its time limit."""
+        """Abandon the change if a drain or scaling runs, otherwise check its time limit."""
         running = self._cluster.operations.running
         if running is not None and running.kind in ("drain", "scale"):
             reason = f"{running.id} takes precedence"
@@ -100,7 +100,7 @@ class RunningRebalance:
         self._advance(now)
 
     def abandon(self, outcome: RebalanceOutcome, reason: str, now: float) -> bool:
-        """End the change before its next stage is in force; returns False if it is too late."""
+        """End the change before its next stage takes effect; returns False if it is too late."""
         is_planning = self._plans.drop(_SHARES)
         if is_planning or (self.change is not None and self.change.cancel(reason)):
             self._end(outcome, reason, now)
@@ -187,7 +187,7 @@ class RunningRebalance:
         self.change = None
 
     def _summary(self, now: float) -> str:
-        """Summary of all stages, for messages."""
+        """Describe the results of all stages, for messages."""
         decision = self.decision
         is_whole = is_reached(self._cluster.placement, decision.target)
         whole = "" if is_whole else ", as far as the slots allow"
