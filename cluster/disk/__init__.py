@@ -1,4 +1,4 @@
-"""Files that are written atomically, and threads for calls that wait for a disk.
+"""Atomic writes of files, and threads for calls that may wait for a disk.
 
 Imports the standard library alone.
 """

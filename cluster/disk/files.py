@@ -1,4 +1,4 @@
-"""Files that stay consistent if the disk is full or fails, or the process is killed.
+"""Writes files that stay consistent if the disk fills or fails, or the process is killed.
 
 ``RecordFile`` appends whole records. ``new_file`` and ``replace_file`` write a temporary file and
 rename it: readers see the old content or the new one.
@@ -20,8 +20,8 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 class RecordFile:
     """Appends records to an open file, each completely or not at all.
 
-    After an error the file is cut to the records before it; if that fails too, it is cut before
-    the next record is written.
+    After an error the file is truncated to its complete records, at the latest before the next
+    record is written.
 
     Args:
         fd: descriptor of a file that was opened for appending (``O_APPEND``).
@@ -35,7 +35,7 @@ class RecordFile:
         """Bytes of all records in the file."""
 
     def append(self, record: bytes) -> None:
-        """Append a record. Raises ``OSError``; the file then has the records before this one."""
+        """Append a record. After an ``OSError`` the file has the records before this one."""
         if self._is_torn:
             self.truncate(self.num_bytes)
         self._is_torn = True
@@ -56,7 +56,7 @@ class RecordFile:
 
 
 def write_all(fd: int, content: bytes) -> None:
-    """Write all bytes. Raises ``OSError``, also after a part was written."""
+    """Write all bytes. Raises ``OSError``, possibly after a part was written."""
     left = memoryview(content)
     while left:
         num_written = os.write(fd, left)

@@ -1,7 +1,7 @@
 """Threads for calls that wait for a disk.
 
-A hanging disk blocks only these threads; asyncio's own threads stay free for other work. They are
-daemons, so that a hanging call does not keep the process from ending.
+A disk that hangs blocks only these threads; asyncio's own threads stay free for other work. They
+are daemon threads, so that the process can end while a call hangs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 END_S = 5.0
-"""Time for disk calls to end when their gateway ends."""
+"""Time that running disk calls get when their gateway ends."""
 _IDLE_S = 5.0
 """Time after which an idle thread ends."""
 
@@ -42,11 +42,11 @@ class DiskThreads:
     """A bounded number of threads for the calls of one disk, used by one event loop.
 
     Args:
-        what: subject of its error messages, such as "the state folder".
-        max_threads: calls that run at a time.
-        max_waiting: calls that may wait for a thread.
-        limit_s: longest time of a call, waiting included.
-        error: makes the exception of a timed-out call from its message.
+        what: subject of error messages, such as "the state folder".
+        max_threads: maximum number of running calls.
+        max_waiting: maximum number of calls that wait for a thread.
+        limit_s: time limit of a call, including its wait.
+        error: makes the exception of a timed-out call from a message.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class DiskThreads:
         """Run a call in a thread and return its result. Raises the call's exception; raises
         ``error`` on a timeout, if a timed-out call blocks every thread, or if too many calls wait.
 
-        A running call cannot be stopped: it may still have its effect. If the caller no longer
-        waits when the result arrives, ``release`` closes the result in one of the threads.
+        A running call cannot be stopped and may still take effect. If the caller no longer waits
+        when the result arrives, one of the threads passes the result to ``release``.
         """
         self._check_capacity()
         job = _Job(partial(call, *args))
@@ -144,14 +144,14 @@ class _Job:
             self.is_running = False
 
     def has_result(self, release: Callable[[Any], object]) -> bool:
-        """Whether the result has arrived; if not, ``release`` is called when it arrives."""
+        """Whether the result has arrived; if not, ``release`` will be called with it later."""
         with self._changed:
             self._release = release
             return self.result is not None
 
 
 class _DaemonExecutor(Executor):
-    """Starts threads on demand; they end when idle.
+    """Executor that starts threads on demand and ends idle ones.
 
     Unlike ``ThreadPoolExecutor`` it does not join its threads when the process ends.
     """
@@ -195,7 +195,7 @@ class _DaemonExecutor(Executor):
             future.set_result(found)
 
     def _next_call(self) -> tuple[Future[Any], Callable[[], Any]] | None:
-        """The next call; None after ``_IDLE_S`` without one, so that the thread ends."""
+        """Wait for the next call; None after ``_IDLE_S`` without one, so that the thread ends."""
         with self._changed:
             self._num_idle += 1
             has_work = self._changed.wait_for(lambda: bool(self._waiting), _IDLE_S)

@@ -1,7 +1,7 @@
 """Expert load of the whole cluster over time: totals, windows, exponential averages. Pure.
 
 Attention workers report their counts since their start (``cluster.core.load_report``). The tracker
-sums them; differences between two moments are windows. Each ``half_life_s`` of time with load
+sums them; the difference between two times is a window. Each ``half_life_s`` of time with load
 halves the weight of a window in the average; idle time does not change it.
 """
 
@@ -20,16 +20,16 @@ from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.load_report import BankKey, Counts, LoadReport, sum_by_copy
 
 Source = Literal["total", "window", "average"]
-"""Since the start; the newest window with load; or the exponential average."""
+"""Period of a load: since the start, the newest window with load, or the exponential average."""
 Phase = Literal["prefill", "decode"]
 Floats = npt.NDArray[np.float64]
 TOP_EXPERTS = 8
-"""Experts of a bank that have their own metric by default."""
+"""Number of experts of a bank that have their own metric by default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadSums:
-    """Sums over attention workers at one moment, or the difference of two moments."""
+    """Sums over attention workers at one time, or the difference between two times."""
 
     rows: float
     """Rows of committed steps."""
@@ -82,7 +82,7 @@ class LoadWindow:
 
 
 class LoadTracker:
-    """Owned by the controller; ``now`` is in monotonic seconds."""
+    """Collects the load reports. Owned by the controller; ``now`` is in monotonic seconds."""
 
     def __init__(self, section: LoadSection, now: float) -> None:
         self._section = section
@@ -95,8 +95,8 @@ class LoadTracker:
         epochs."""
         self._watched_epoch: int | None = None
         self._own: dict[BankKey, Floats] = {}
-        """[num_experts] by bank: tokens counted while an expert was watched, up to the latest
-        choice."""
+        """[num_experts] by bank: tokens counted while the expert was among the busiest, up to the
+        latest choice."""
         self._chosen_at: dict[BankKey, Floats] = {}
         """[num_experts] by bank: all tokens at the latest choice."""
         self.num_windows = 0
@@ -139,7 +139,7 @@ class LoadTracker:
         return max((r.epoch for r in self._reports.values()), default=0)
 
     def totals(self) -> LoadSums:
-        """Load since the cluster's start, including lost workers."""
+        """Load since the cluster's start, including that of lost workers."""
         reports = tuple(self._reports.values())
         return LoadSums(
             rows=float(sum(r.rows for r in reports)),

@@ -1,7 +1,7 @@
-"""Expert load for commands and the admin API: by expert, by copy, and its balance.
+"""Makes the documents of expert load for commands and the admin API.
 
-Layers run in lockstep, so the balancedness of all layers is the sum of their mean device loads
-divided by the sum of their largest device loads.
+All devices run the same layer at a time. Therefore the balancedness of all layers is the sum of
+their mean device loads divided by the sum of their largest device loads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DeviceLoads = Mapping[BankKey, Sequence[float]]
 def slot_tokens(bank: BankPlacement, load: CopyLoad, phase: Phase | None = None) -> list[list[int]]:
     """Return ``[device][expert slot]`` -> tokens of one phase, or of both.
 
-    The counts must belong to this placement: they are by copy and by expert.
+    The counts must be of this placement, because they are by copy.
     """
     tokens = [[0] * len(slots) for slots in bank.physical_to_logical]
     by_copy, by_expert = load.prefill.tolist(), load.decode.tolist()
@@ -41,7 +41,8 @@ def slot_tokens(bank: BankPlacement, load: CopyLoad, phase: Phase | None = None)
 def achieved_loads(
     placement: ExpertPlacement, load: LoadTracker, phase: Phase | None = None
 ) -> DeviceLoads:
-    """Return tokens of each device in this placement epoch: of the newest window, else in total."""
+    """Return tokens of each device in this placement epoch, of the newest window or else in
+    total."""
     newest, epoch = load.windows[-1] if load.windows else None, placement.epoch
     copies = newest.copies if newest and newest.epoch == epoch else load.copies(epoch)
     return {
@@ -114,13 +115,14 @@ def load_document(
     model: str,
     top_k: int,
 ) -> dict[str, Any]:
-    """``load --json``: a load profile (tokens by expert since the start) with additions.
+    """Return the document of ``load --json``: a load profile since the start, with more fields.
 
-    Of each bank: ``prefill`` and ``decode`` are the parts of ``counts``; ``window`` and
-    ``average`` the same over the newest window and as exponential average; ``slots`` the tokens of
-    this epoch by device and expert slot, None until there are any; ``watched`` the busiest
-    experts, ``watched_tokens`` and ``rest_tokens`` as in ``LoadTracker.watched_tokens``; ``copies``
-    of each expert. ``load``, ``balancedness``: as in ``placement_report``.
+    Fields of a bank: ``prefill`` and ``decode`` are the two parts of ``counts``; ``window`` and
+    ``average`` are counts over the newest window and as exponential average; ``slots`` has the
+    tokens of this epoch by device and expert slot, None before the first; ``watched`` lists the
+    busiest experts, ``watched_tokens`` and ``rest_tokens`` are those of
+    ``LoadTracker.watched_tokens``; ``copies`` counts the copies of each expert. ``load`` and
+    ``balancedness`` are as in ``placement_report``.
     """
     totals, window, average = (load.sums(s) for s in ("total", "window", "average"))
     copies = load.copies(placement.epoch)
@@ -172,7 +174,7 @@ def _balancedness(
     profile: LoadProfile | None,
     phase: Phase | None = None,
 ) -> dict[BankKey | None, dict[str, float | None]]:
-    """Return ``predicted`` and ``achieved`` by bank; the key None is for all layers together."""
+    """Return ``predicted`` and ``achieved`` of each bank, and under None of all layers."""
     names = {
         "predicted": expected_loads(placement, profile, phase),
         "achieved": achieved_loads(placement, load, phase),

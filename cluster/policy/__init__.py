@@ -1,4 +1,4 @@
-"""Policies of the controller: they take plain values and return a decision.
+"""Policies of the controller: functions of plain values that return a decision.
 
 Imports ``cluster.core``, ``config``, ``planner``, ``load`` and ``sizing``; no Ray, socket or clock.
 """

@@ -1,16 +1,18 @@
 """Autoscaling policy: how many workers each pool should have, and why. Pure: times are passed in.
 
-A pool's use is compared with a target, measure by measure, and the largest ratio counts:
+Each measure of a pool's use is compared with its target, and the largest ratio counts:
 
     attention worker   share of KV blocks in use, share of max_num_seqs that runs: kv_target
     expert worker      share of time in which it computes activated expert slots: slot_time_target
     colocated worker   all three
 
-    queue   over queue_s, queue_target sequences wait at each worker, and the queue would not be
-            gone within up_s at its present rate:  workers x (running + waiting) / running
-    grow    over up_s, the ratio exceeds _TOLERANCE:  workers x ratio
-    shrink  for down_s nothing has waited, and even the highest demand, an average over up_s, leaves
-            the ratio of fewer workers at _AFTER_SHRINKING or below
+Each rule proposes the number of workers after the colon if its condition holds:
+
+    queue   if on average over queue_s at least queue_target sequences wait at each worker, and the
+            queue would last longer than up_s:  workers x (running + waiting) / running
+    grow    if the ratio averaged over up_s exceeds _TOLERANCE:  workers x ratio
+    shrink  if nothing has waited for down_s, and with fewer workers the highest demand of that time
+            would give a ratio of at most _AFTER_SHRINKING:  that number of workers
 
 A change at most doubles or halves a pool, one pool changes at a time, and each change restarts all
 averages. A pool that had to grow again soon after it shrank waits twice as long the next time.
@@ -38,7 +40,7 @@ _TOLERANCE = 1.1
 _AFTER_SHRINKING = 0.85
 """Highest expected ratio after a pool shrinks."""
 _MOST_HOLDS = 8
-"""Longest time before shrinking, in ``down_s``."""
+"""Longest time before shrinking, in multiples of ``down_s``."""
 _SAME = 1e-9
 
 
@@ -54,7 +56,8 @@ class Urgency(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSample:
-    """Measurements of a pool's workers at one time: means over the workers, and sums."""
+    """Measurements of a pool at one time: means over its workers (``*_use``, ``slot_time``),
+    sums."""
 
     at_s: float
     num_workers: int
@@ -76,14 +79,14 @@ class Proposal:
 
     urgency: Urgency
     wanted: int
-    """Workers, within the limits."""
+    """Number of workers, within the limits."""
     reason: str
     """Reason, for display."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoscaleDecision:
-    """A decision, which the controller carries out."""
+    """Pool sizes that the controller should reach."""
 
     wanted: Mapping[Role, int]
     """Workers of each pool; at most one pool differs from the current number."""
@@ -117,7 +120,8 @@ class PoolHistory:
         self._limits = limits
         self._samples: deque[PoolSample] = deque()
         self._demands: deque[tuple[float, float]] = deque()
-        """(time, workers needed at the target for the average use over ``up_s``)."""
+        """(time, number of workers with which the average use over ``up_s`` would meet its
+        target)."""
         self._began_at = self._queued_at = math.inf
         self._size = 0
         self._hold_s = section.down_s
@@ -125,7 +129,7 @@ class PoolHistory:
         """Time of the last shrink, if the pool has not grown since."""
 
     def restart(self) -> None:
-        """Forget the measurements: the pool does not serve normally."""
+        """Forget the measurements, because the pool does not serve normally."""
         self._samples.clear()
         self._demands.clear()
 
@@ -147,7 +151,7 @@ class PoolHistory:
                 self._demands.popleft()
 
     def proposal(self) -> Proposal:
-        """Return what the pool needs now."""
+        """Return the number of workers that the pool needs now."""
         if not self._samples:
             return self._keep("no numbers of its workers yet")
         size, limits = self._size, self._limits
@@ -231,7 +235,7 @@ class PoolHistory:
         return _mean_waiting(self._recent(self._section.queue_s)) / max(self._size, 1)
 
     def _uses(self) -> list[_Use]:
-        """Known measures, the one with the largest ratio first."""
+        """The known measures, sorted by falling ratio."""
         section, samples = self._section, self._samples
         found = (
             ("KV use", [s.kv_use for s in samples], section.kv_target),

@@ -1,15 +1,15 @@
-"""Which worker serves which expert after members left or joined. Pure.
+"""Decides which worker serves which expert after members left or joined. Pure.
 
 Weights stay in place if possible. The maps use the desired copies that each device holds; an expert
-without a desired copy uses any other copy. A member with free slots must load an expert that no
-device holds, so that the loads stay even. When all devices of the desired placement are back, the
-maps are the desired placement.
+without a desired copy uses any other copy. An expert that no device holds is loaded by a member
+with free slots, chosen so that loads stay even. When all devices of the desired placement are back,
+the maps are the desired placement.
 
 Example, one bank of 4 experts, desired ((0, 1), (2, 3), (0, 2)), device 1 is lost:
 
-    cover -> maps ((0, 1, 3), (-1, -1), (0, 2)), loads (expert 3 into slot 2 of device 0)
+    plan_coverage -> maps ((0, 1, 3), (-1, -1), (0, 2)), loads (expert 3 into slot 2 of device 0)
 
-and when a worker joins that was started with device 1's copies: ((0, 1), (2, 3), (0, 2)).
+When a worker joins that was started with device 1's copies, the maps are the desired ones again.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class ExpertHoldings:
     desired: ExpertPlacement
     """The placement of the whole cluster."""
     joining: Mapping[int, ExpertPlacement] = field(default_factory=dict)
-    """Device -> placement with which its new worker was started; it holds its part of that
-    placement."""
+    """Device -> placement with which its new worker was started; the worker holds its part of
+    it."""
     room: int | None = None
-    """Expert slots of a device in each bank; None if banks grow."""
+    """Number of expert slots of a device in each bank; None if banks can grow."""
     barred: frozenset[int] = frozenset()
-    """Devices that reported that they cannot load."""
+    """Devices that reported that they cannot load experts."""
     failed: Collection[SlotFill] = ()
     """Failed loads on which ``current`` relies."""
     expert_load: Mapping[tuple[str, int], Sequence[float]] = field(default_factory=dict)
@@ -50,16 +50,15 @@ class ExpertHoldings:
 
 
 Missing = Sequence[tuple[int, int]]
-"""(index of the bank, expert) of experts without a free slot."""
+"""(index of the bank, expert) of experts for which there is no free slot."""
 
 
 def plan_coverage(
     holdings: ExpertHoldings, devices: Collection[int], epoch: int
 ) -> tuple[Stage | None, Missing]:
-    """Return maps that use only ``devices`` (those of the members), and the loads that they need
-    first.
+    """Return a stage whose maps use only ``devices``, those of the members, and missing experts.
 
-    ``epoch`` is the epoch of the new placement. There is no stage if an expert has no free slot.
+    ``epoch`` is the epoch of the new placement. The stage is None if an expert has no free slot.
     """
     present = frozenset(devices)
     banks: list[BankPlacement] = []
@@ -96,7 +95,7 @@ def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | Non
 def without_devices(
     gone: Collection[int], placement: ExpertPlacement, room: int | None
 ) -> ExpertPlacement:
-    """Return a placement without these devices, and without rows after the last remaining one.
+    """Return a placement without these devices; rows after the last remaining device are dropped.
 
     ``room`` as in ``ExpertHoldings``. Raises ``ConflictError`` if the others have too few slots.
     """
@@ -106,7 +105,7 @@ def without_devices(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailureDecision:
-    """How the cluster continues after members left or joined; the controller carries it out."""
+    """How the cluster continues after members left or joined."""
 
     stage: Stage | None
     """Maps of the new generation, and the loads that it needs first. None if no generation can run,
@@ -120,7 +119,7 @@ class FailureDecision:
 def decide_members(
     members: Sequence[Member], holdings: ExpertHoldings, highest_epoch: int
 ) -> FailureDecision:
-    """Return how these ``members``, survivors and newcomers, continue.
+    """Decide how the cluster continues with these ``members``, survivors and new workers.
 
     ``highest_epoch`` is the highest placement epoch that any worker ran; new maps have a higher
     one.
@@ -164,7 +163,7 @@ def describe_pools(pools: Mapping[Role, int]) -> str:
 
 
 class _Bank:
-    """One bank: from the held experts to the used ones."""
+    """Chooses the used copies of one bank from the held ones."""
 
     def __init__(
         self,
@@ -210,7 +209,7 @@ class _Bank:
         return used
 
     def without_copy(self) -> list[int]:
-        """Experts that no row names."""
+        """Experts of which no device holds a copy."""
         found = {expert for row in self._rows for expert in row}
         return [e for e in range(self._desired.num_experts) if e not in found]
 
@@ -259,7 +258,7 @@ class _Bank:
         return self._desired.with_slots(self._rows, decode)
 
     def _decode_device(self, places: Sequence[int], expert: int, others: Sequence[int]) -> int:
-        """Return the copy whose device decodes the fewest of the ``others`` before it."""
+        """Return the copy whose device decodes the fewest of the ``others``."""
         for device in (self._desired.decode_device[expert], self._current.decode_device[expert]):
             if device in places:
                 return device

@@ -18,11 +18,11 @@ class Liveness:
     heard_at: float
     """Time of its last frame."""
     progress_at: float = 0.0
-    """Last heartbeat with a higher progress counter, or from an idle loop."""
+    """Time of the last heartbeat with a higher progress counter or from an idle loop."""
     waiting: bool = False
     """Whether its loop waits for a peer within a step."""
     running: bool = True
-    """Whether it takes part in a running generation, so that its loop must progress."""
+    """Whether it is in a running generation, so that its loop must progress."""
     host: str = ""
     patience_s: float = math.inf
     """Longest silence that its gaps explain (``cluster.policy.silence``)."""
@@ -49,11 +49,11 @@ def find_silent(
 ) -> dict[str, str]:
     """Return workers to declare lost (name -> reason).
 
-    A worker is lost if its silence exceeds its patience, or ``limit_s`` if ``is_wary``. If at least
-    two workers on the controller's own host, and half of the workers there, are late at the same
-    time, that machine is busy, and their limit is ``limit_s``. A loop that stalls with pending work
-    for ``limit_s`` is lost too, unless it waits for a peer or some worker is silent: it may wait
-    for that worker.
+    A worker is lost if its silence exceeds its patience, or with ``is_wary`` if it exceeds
+    ``limit_s``. If half of the workers on the controller's own host, and at least two, are late at
+    the same time, the machine is busy, and their limit is ``limit_s``. A worker is also lost if its
+    loop stalls with pending work for ``limit_s``, unless it waits for a peer or another worker is
+    silent, for which it may wait.
     """
     limits = {p.name: limit_s if is_wary else min(p.patience_s, limit_s) for p in pulses}
     here = [p for p in pulses if p.running and p.host == own_host]
@@ -79,9 +79,8 @@ def silent_hosts(
 ) -> frozenset[str]:
     """Return workers whose silence may be caused by the controller's own host, ``own_host``.
 
-    This holds if one of them is about to be declared lost, or silent for half of ``limit_s``, and
-    most other hosts are silent at the same time: no worker of the host was heard for half of that
-    time.
+    A silence counts if its worker is about to be declared lost, or is silent for half of
+    ``limit_s``. The own host may be the cause if most other hosts are silent for half of that time.
     """
     away = [p for p in pulses if p.host not in ("", own_host)]
     over = [limit for p in away if now - p.heard_at > (limit := min(p.patience_s, limit_s / 2))]
@@ -89,8 +88,8 @@ def silent_hosts(
 
 
 def unheard_hosts(pulses: Sequence[Liveness], own_host: str, since: float) -> frozenset[str]:
-    """Return workers of hosts that were not heard since ``since``, if this holds for most other
-    hosts and at least two workers."""
+    """Return the workers of hosts without a frame since ``since``, if these are most other hosts
+    and have at least two workers."""
     away = [p for p in pulses if p.host not in ("", own_host)]
     heard: dict[str, float] = {}
     for pulse in away:
@@ -112,13 +111,13 @@ def confirm_losses(
 ) -> dict[str, str]:
     """Return workers to declare lost now (name -> reason), by the reports of their peers.
 
-    A report takes effect after ``confirm_s``; a dead suspect has usually been noticed by then (its
-    control connection closes). The remaining reports are caused by bad paths, which one end may
-    notice alone: between two hosts, or between two workers of one host. One end is lost, together
-    with workers of its role and host that reports connect to the same path. Ends are preferred in
-    this order: an end that is ``silent``, that is on most bad paths, that only ``joins`` the
-    others, that the others ``can_spare``, that is an expert worker (it holds no request), that most
-    reporters name; then the highest name.
+    A report takes effect after ``confirm_s``, in which the control connection of a dead suspect
+    usually closes. The remaining reports come from bad paths, between two hosts or two workers of
+    one host, which only one end may notice. One end is declared lost, together with workers of its
+    role and host that reports name for the same path. The choice prefers, in this order, an end
+    that is ``silent``, is on most bad paths, only ``joins`` the others, that the others
+    ``can_spare``, that is an expert worker (which holds no requests), or that most reporters name;
+    then the highest name.
     """
     if not any(now - r.at >= confirm_s for r in reports):
         return {}

@@ -1,15 +1,14 @@
-"""Following the nodes: how many workers there should be, given the nodes that are labelled for a
-role.
+"""Node following: computes the numbers of workers from the nodes that are labelled for a role.
 
-A node counts as new until it is settled and accounted for. Afterwards it changes no number, so that
-a scale command stays in force until other nodes register. Pure; times are arguments.
+A node is new until no other node has registered for a while and its workers are accounted for. Then
+it changes no number, so that a client's scale command stays in force until other nodes register.
+Pure; times are arguments.
 
-    new nodes, and no other for SETTLE_S     add the workers that fit on them, minus the places that
-                                             wait for resources and do not fit on known nodes
-    a node leaves                            its workers are drained and their places removed
-                                             (``Draining``); places of workers that were lost before
-                                             that are removed here
-    a node is lost                           its places wait for another node for LOST_S
+    new nodes, then none for SETTLE_S   add the workers that fit on them, minus the places that wait
+                                        for resources and do not fit on known nodes
+    a node leaves                       ``Draining`` drains its workers and removes their places;
+                                        places of workers lost before are removed here
+    a node is lost                      its places wait for another node for LOST_S
 
 Example with one expert worker per node: a node is lost and another one registers: the waiting
 worker starts there, and the numbers do not change. If two register, one worker is added.
@@ -25,8 +24,8 @@ from cluster.core.topology import Role
 from cluster.policy.places import place_of
 
 SETTLE_S = 10.0
-"""Time without another new node after which new nodes are used. Nodes that register together cause
-one scale command, and a node that leaves immediately causes none."""
+"""Time without another new node after which new nodes are used, so that nodes that register
+together cause one scale command, and a node that leaves immediately causes none."""
 MAX_SETTLE_S = 60.0
 """Longest wait for new nodes to settle."""
 LOST_S = 300.0
@@ -38,10 +37,10 @@ MAX_RETRY_S = 300.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FollowedNode:
-    """A living node that is labelled for a role of workers."""
+    """A live node that is labelled for a role of workers."""
 
     node_id: str
-    """Ray's id: a host that returns is another node."""
+    """Ray's id; a host that returns gets another one."""
     address: str
     """Address, for display."""
     role: Role
@@ -50,12 +49,12 @@ class FollowedNode:
     workers: tuple[str, ...] = ()
     """Workers on the node."""
     leaves: bool = False
-    """Whether Ray drains the node."""
+    """Whether Ray drains the node, because it will leave."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FollowDecision:
-    """A decision about the nodes, which the controller carries out."""
+    """New numbers of workers, which the controller should reach."""
 
     wanted: dict[Role, int]
     """New numbers of workers, for the roles whose number changes."""
@@ -95,14 +94,14 @@ def followed_nodes(
 
 @dataclass(slots=True)
 class NodeFollowingPolicy:
-    """Records when nodes and places changed, and decides. Owned by the controller."""
+    """Decides the numbers of workers from the nodes. Owned by the controller."""
 
     _new_since: dict[str, float] = field(default_factory=dict)
     """Ids of new nodes -> time of their first appearance."""
     _waits_since: dict[str, float] = field(default_factory=dict)
-    """Places without a worker on a remaining node -> start of their wait."""
+    """Places whose worker is not on a remaining node -> start of their wait."""
     _departed: set[str] = field(default_factory=set)
-    """Places whose worker's node left on purpose."""
+    """Places whose worker was on a node that was drained."""
     _not_before: float = 0.0
     _retry_s: float = RETRY_S
 
@@ -114,7 +113,7 @@ class NodeFollowingPolicy:
         now: float,
         most_experts: int = 0,
     ) -> FollowDecision | None:
-        """Return the decision; None if there is nothing to do yet.
+        """Return the decision; None if no number changes yet.
 
         ``places`` are the places of the cluster by name; ``known`` are ids of nodes that are
         accounted for; ``most_experts`` limits the workers that hold experts, 0 for no limit.
@@ -185,7 +184,7 @@ class _Pool:
     waiting: tuple[str, ...]
     """Places without a worker, and places whose worker's node leaves."""
     more: int
-    """Additional workers that fit on the new nodes, beyond the waiting places."""
+    """Number of workers that fit on the new nodes, beyond the waiting places."""
     missing: int
     """Waiting places that fit on no node."""
     addresses: tuple[str, ...]

@@ -1,8 +1,8 @@
-"""Places of the cluster: which are empty, and when a new worker starts. Pure; times are arguments.
+"""Places of the cluster: tracks the empty ones and decides when a new worker starts. Pure.
 
-A place is a role and a rank; the cluster starts with some, and scaling adds others. A lost worker
-leaves its place empty; a new worker starts there under a new name (``expert-1.2`` after
-``expert-1``), with the same rank and device.
+A place is a position in a pool: a role and a rank. Scaling adds and removes places. If a worker is
+lost, a new worker starts in its place with the same rank and device under a new name
+(``expert-1.2`` after ``expert-1``). Times are arguments.
 
     FILLED ──▶ EMPTY ◀──▶ STARTING ──▶ FILLED
        │         ▲           │ └─────▶ LEFT_OUT ──▶ EMPTY
@@ -26,16 +26,15 @@ from cluster.core.states import next_state
 from cluster.core.topology import ADDRESS_FIELDS, Member, Role, holds_experts
 
 NodeIds = Mapping[str, frozenset[str]]
-"""Address of a host -> ids of its living nodes, including one whose departure was not noticed yet.
-"""
+"""Address of a host -> ids of its live nodes; an old node counts until Ray notices its end."""
 MAX_START_DEATHS = 3
-"""Consecutive deaths during starts after which a place is skipped."""
+"""Number of consecutive deaths during starts after which a place is skipped."""
 LEFT_OUT_S = 300.0
 """Time until a skipped place gets one more try: the longest back-off of a restarted container in
 Kubernetes."""
 _CALM_S = 60.0
 _MAX_DELAY_S = 30.0
-"""Longest delay between two workers of a place, and until a try in a skipped place while nothing
+"""Longest delay between two workers of a place, also of a skipped place while no generation
 runs."""
 
 
@@ -45,17 +44,16 @@ class PlaceState(Enum):
     FILLED = "filled"
     """Its worker has been in a generation, or belongs to the start of the cluster."""
     EMPTY = "empty"
-    """Its worker is lost. Another one starts, later if several were lost recently."""
+    """Its worker is lost. Another one starts, with a delay if several were lost recently."""
     STARTING = "starting"
     """Its worker has never been in a generation."""
     LEFT_OUT = "left out"
-    """Too many workers died while they started. Another one starts after ``LEFT_OUT_S``, or sooner
-    if the cluster cannot run without it."""
+    """Skipped: too many workers died while they started. Another one starts after ``LEFT_OUT_S``,
+    or sooner if the cluster cannot run without it."""
     CORDONED = "cordoned"
-    """Its worker has left on purpose: no other starts before ``reopen``."""
+    """Its worker was drained; no other starts before ``reopen``."""
     REMOVED = "removed"
-    """Scaling has removed it from the cluster; the number of its workers is kept for their names.
-    """
+    """Removed by scaling. The number of its workers is kept, so that names are not reused."""
 
 
 _NEXT = {
@@ -95,7 +93,7 @@ class _Place:
     member: Member
     """Its newest worker."""
     number: int
-    """Number of workers that it has had."""
+    """Number of workers that the place has had."""
     state: PlaceState = PlaceState.FILLED
     not_before: float = 0.0
     """Monotonic time at which the next worker may start."""
@@ -106,7 +104,7 @@ class _Place:
     closed: ClosedPlace | None = None
     """Set while it is skipped or cordoned."""
     is_new: bool = False
-    """Whether scaling adds it: its first worker has not been in a generation, and the cluster runs
+    """Whether scaling is adding it: no worker of it has been in a generation, and the cluster runs
     without it."""
 
     @property
@@ -149,15 +147,14 @@ class Places:
             place.enter(PlaceState.EMPTY)
 
     def cordon(self, name: str, node: str = "") -> None:
-        """A worker leaves on purpose: its place stays empty until ``reopen``, or until ``node`` has
-        left."""
+        """Keep the place of a drained worker empty until ``reopen``, or until ``node`` has left."""
         place = self._place_of(name)
         if place is not None and place.state in _HELD:
             ids = self._alive.get(node, frozenset())
             place.close(PlaceState.CORDONED, "left on purpose", node, ids)
 
     def reopen(self, name: str) -> None:
-        """Allow a new worker in the place of this one, which has left or failed."""
+        """Allow a new worker in the place of this drained or failed one."""
         place = self._place_of(name)
         if place is not None and place.state in _CLOSED:
             place.enter(PlaceState.EMPTY)
@@ -228,7 +225,7 @@ class Places:
         return {p.name: p.member.role for p in self._present()}
 
     def pools(self) -> dict[Role, int]:
-        """Places by role."""
+        """Number of places of each role."""
         return dict(Counter(p.member.role for p in self._present()))
 
     def devices(self) -> frozenset[int]:
@@ -240,20 +237,20 @@ class Places:
         return [self._places[name].member.name for name in names]
 
     def is_new(self, name: str) -> bool:
-        """Whether scaling adds this place, and none of its workers has been in a running
+        """Whether scaling is adding this place: none of its workers has been in a running
         generation."""
         return self._places[name].is_new
 
     def to_add(self, role: Role, count: int) -> list[str]:
-        """Return the places that must be added for ``count`` workers of a role: free ones of the
-        lowest ranks."""
+        """Return the places to add for ``count`` workers of a role: unused ones of the lowest
+        ranks."""
         taken = {p.member.rank for p in self._present() if p.member.role == role}
         free = [rank for rank in range(count + len(taken)) if rank not in taken]
         return [place_name(role, rank) for rank in free[: max(count - len(taken), 0)]]
 
     def to_remove(self, role: Role, count: int) -> list[str]:
-        """Return the places to remove for ``count`` workers of a role: those without a worker, then
-        high ranks."""
+        """Return the places to remove for ``count`` workers of a role: first places without a
+        worker, then high ranks."""
         own = [p for p in self._present() if p.member.role == role]
         own.sort(key=lambda p: (p.state is not PlaceState.FILLED, p.member.rank))
         return sorted(p.name for p in own[count:])
@@ -295,7 +292,7 @@ class Places:
         new: Collection[str] = (),
         members: Collection[str] | None = None,
     ) -> None:
-        """Continue for an earlier controller; ``gone``: workers that left (name -> reason).
+        """Restore places of an earlier controller; ``gone``: workers that left (name -> reason).
 
         ``names`` are all its places, empty if unknown, and ``new`` the places that it was adding.
         ``members`` are the workers of its newest generation, None if unknown.

@@ -1,8 +1,8 @@
-"""Finds the workers for which the steps of a generation wait if none commits. Pure.
+"""Finds the workers for which steps wait while no step commits, to report the cluster not ready.
 
-Readiness falls within 2 s after the last progress. A heartbeat comes every 0.5 s, so a worker that
-has not advanced for ``STALL_S`` has reported it after 1.5 s, and a silent worker is late after the
-same time. This declares no worker lost: the limits of detection may be much longer.
+This takes at most 2 s after the last progress: workers send a heartbeat every 0.5 s, so a stall of
+``STALL_S`` is reported after 1.5 s, and a silent worker is late after the same time. No worker is
+declared lost here; the limits of failure detection may be much longer.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STALL_S = 0.9
-"""Time without progress after which a step stalls. Exchanges and commits are progress, as is
-computing within a step for a time that grows with its rows (``workers.metrics.activity``)."""
+"""Time without progress after which a step counts as stalled. Exchanges and commits are progress,
+and so is computation for a time that grows with the rows (``workers.metrics.activity``)."""
 STEPS_WAIT = "steps wait for"
 """Text for operators, before the names of workers."""
 SILENT_S = 1.5
-"""Time without a sign of life after which a worker is late. It applies to idle workers too, because
-every step needs all members."""
+"""Time without a sign of life after which a worker is late, even if idle: every step needs all
+members."""
 _FRESH_S = 1.0
 """Maximum age of a heartbeat that shows that a worker advances."""
 
@@ -37,12 +37,11 @@ class StepProgress:
 
 
 def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
-    """Return the members for which steps wait; none if a step advances anywhere, or no step is
-    requested.
+    """Return the members for which steps wait; none if a step advances or no step is requested.
 
-    Silent members are late. If no member is silent and a step that an attention worker requests or
-    runs stalls, the members are late that stall without waiting; otherwise the members for which
-    attention workers wait, except those that wait themselves if others are left.
+    Silent members are late. If no member is silent and a step of an attention worker stalls, the
+    late members are those that stall without waiting for a peer. If there are none, they are the
+    members for which attention workers wait, preferably those that do not wait themselves.
     """
     if silent := tuple(p.name for p in paces if now - p.heard_at >= SILENT_S):
         return silent

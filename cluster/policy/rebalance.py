@@ -1,8 +1,7 @@
-"""Rebalancing policy: whether to change the placement, to which one, and the predicted effect.
-Pure.
+"""Rebalancing policy: decides whether to change the placement, and to which one. Pure.
 
-Two changes compete: new shares and decode devices alone, which move no weights, and single moves
-within the budget. With the experts' part of the step times from ``cluster.sizing.replay``,
+There are two kinds of changes: new shares and decode devices alone, which move no weights, and
+moves of single experts within the budget. With the times of experts from ``cluster.sizing.replay``,
 
     gain of a second  = 1 - time after / time now
     cost              = bytes to move / rate x _MOVE_SLOWDOWN + stages x _SWITCH_S
@@ -28,11 +27,11 @@ from cluster.sizing.replay import ExpertStepCost, simulate_window
 
 Action = Literal["none", "split", "move"]
 _MOVE_SLOWDOWN = 0.1
-"""Share of throughput that is lost while weights move."""
+"""Assumed share of throughput that is lost while weights move."""
 _SWITCH_S = 0.05
-"""Cost of a new epoch: a message to all workers, and an empty step at worst."""
+"""Assumed cost of a new epoch: a message to all workers, and at worst an empty step."""
 _LEAST_GAIN = 0.015
-"""Share of the step time below which a prediction is noise."""
+"""Share of the step time below which a predicted gain is noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,12 +41,12 @@ class CurrentLoad:
     profile: LoadProfile
     """Tokens by logical expert."""
     prefill_share: float
-    """Share of prompt rows, 0 to 1."""
+    """Share of the rows that are prompt rows, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebalanceDecision:
-    """A decision, which the controller carries out."""
+    """The decision and its predicted effect."""
 
     action: Action
     """``none``; ``split``: other shares and decode devices only; ``move``: weights too."""
@@ -56,9 +55,9 @@ class RebalanceDecision:
     target: ExpertPlacement
     """The new placement; the current one for ``none``."""
     num_moves: int
-    """Slots to fill."""
+    """Number of slots to fill."""
     num_bytes: int
-    """Weights to move."""
+    """Bytes of weights to move."""
     balancedness_now: float | None
     """Mean divided by the largest load of the devices, under the observed load."""
     balancedness_then: float | None
@@ -72,8 +71,7 @@ class RebalanceDecision:
 
 
 def why_impossible(config: ClusterConfig, num_expert_workers: int) -> str:
-    """Return why a cluster with this configuration and number of expert workers cannot rebalance;
-    empty if it can."""
+    """Return the reason why such a cluster cannot rebalance; empty if it can."""
     workers = config.workers
     if workers.mode == "local":
         return "one worker holds all experts (--mode local)"
@@ -108,8 +106,7 @@ def decide_placement(
 
 
 def mixed_balancedness(placement: ExpertPlacement, load: CurrentLoad) -> float | None:
-    """Predicted balancedness of a load: prompts by the shares, decodes by the table; None without
-    load."""
+    """Predicted balancedness: prompts follow the shares, decodes the table; None without load."""
     by_share = expected_loads(placement, load.profile, "prefill")
     by_table = expected_loads(placement, load.profile, "decode")
     part = load.prefill_share
@@ -128,7 +125,7 @@ class _CandidateEvaluator:
     step: ExpertStepCost
 
     def candidates(self) -> list[Plan]:
-        """Candidates: shares alone; moves for prompts; moves for decodes; both."""
+        """Plan the candidates: shares alone; moves for prompts, for decodes, for both."""
         rows, profile, topology = self.step.decode_tokens, self.load.profile, self.topology
         still = PlanOptions(max_move_fraction=0.0, decode_tokens=rows)
         plans = [mesh.plan(profile, topology, self.current, still)]
@@ -170,7 +167,7 @@ class _CandidateEvaluator:
         )
 
     def seconds(self, placement: ExpertPlacement) -> float:
-        """Experts' time for a row of the load, with its mix of prompts and decodes."""
+        """Predicted time of the experts for one row of the load, with its mix of phases."""
         window = simulate_window(self.load.profile, self.topology, placement, self.step)
         prefill = window.prefill_step_s / self.step.prefill_tokens
         decode = window.decode_step_s / self.step.decode_tokens

@@ -1,10 +1,10 @@
-"""How long a worker may be silent, derived from recent gaps of the workers of its host. Pure.
+"""Patience: how long a worker may be silent, from recent gaps of its host's workers. Pure.
 
 Accrual failure detectors compare a silence with the observed gaps in a bounded window (Hayashibara
 et al., "The phi accrual failure detector", 2004), with a margin that follows the lateness of
 arrivals (Chen, Toueg and Aguilera, "On the quality of service of failure detectors", 2002). The
-largest gap replaces the distribution, which has a heavy tail on a busy machine. Because the machine
-is busy, not one worker, the workers of a host share their gaps.
+largest gap replaces the distribution, which has a heavy tail on a busy machine. The workers of a
+host share their gaps, because a busy machine delays all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 LATENESS_FACTOR = 4.0
 """Patience is the expected gap plus this factor times the largest recent lateness."""
 MIN_GAPS = 4.0
-"""Smallest patience in expected gaps: a machine may be busy for the first time."""
+"""Smallest patience, in multiples of the expected gap: a machine may become busy at any time."""
 REMOTE_MIN_S = 1.0
 """Smallest patience over a network: TCP retransmits a lost segment after 0.2 s, and again 0.4 s
 later (RFC 6298, with the smallest timeout of Linux)."""
@@ -32,7 +32,7 @@ class GapWindow:
         self._largest = self._largest_before = math.inf
 
     def add(self, gap_s: float, now: float) -> None:
-        """Add a gap between two frames of a worker; an infinite gap means that nothing is known."""
+        """Add a gap between two frames of a worker; infinity stands for an unknown gap."""
         if now - self._began_at >= WINDOW_S:
             self._began_at = now
             self._largest_before, self._largest = self._largest, 0.0
