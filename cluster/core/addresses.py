@@ -11,8 +11,7 @@ _GIVE_UP_MS = 60_000
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Split an address into host, without brackets, and port. Raises ``ValueError`` if the port is
-    not a number."""
+    """Split an address into its host, without brackets, and its port. Raises ``ValueError``."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 

@@ -34,7 +34,7 @@ class ArithmeticAgreement(Message, frozen=True, kw_only=True):
     """The arithmetic that the members of a generation use."""
 
     kernels: str = ""
-    """Arithmetic of all products; empty if results are not exact."""
+    """Arithmetic of all matrix products; empty if results are not exact."""
     torch: str = ""
     """As in ``ArithmeticOffer``, equal on all members."""
     reason: str = "no worker has reported its arithmetic"

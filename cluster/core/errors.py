@@ -1,4 +1,4 @@
-"""Every exception that expertmesh raises on purpose.
+"""Exceptions that expertmesh raises on purpose.
 
     ExpertMeshError
     ├── ConfigError               a setting breaks a rule; has field, value and rule
@@ -83,7 +83,7 @@ class _TextError:
 
 
 class RequestError(_TextError, ExpertMeshError):
-    """The request is wrong: ``param`` names the field, ``code`` is the machine-readable reason."""
+    """The request is invalid; ``param`` names the field, ``code`` the reason for programs."""
 
     default_code = "invalid_value"
 
@@ -232,7 +232,7 @@ class TransferAbortedError(TransportError):
 
 
 class GenerationChangedError(TransportError):
-    """The controller announced a new generation: the current step is abandoned and run again."""
+    """The controller announced a new generation, so the current step is abandoned and repeated."""
 
 
 def first_line(error: BaseException) -> str:

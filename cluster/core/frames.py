@@ -66,7 +66,7 @@ class ControlProof(ControlFrame, frozen=True, kw_only=True):
 
 
 class Register(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: the worker accepts connections and has begun to load."""
+    """Worker -> controller: the worker accepts connections and loads weights now."""
 
     member: Member
     build: Build = Build()
@@ -76,7 +76,7 @@ class Register(ControlFrame, frozen=True, kw_only=True):
 
 
 class LoadProgress(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller: weights read so far."""
+    """Worker -> controller: bytes of weights read so far."""
 
     loaded_bytes: int
     total_bytes: int

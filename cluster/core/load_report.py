@@ -55,10 +55,10 @@ class BankCounts(Message, frozen=True, kw_only=True):
 
 
 class LoadReport(Message, frozen=True, kw_only=True):
-    """All counts of one attention worker at one moment."""
+    """All counts of one attention worker at one time."""
 
     epoch: int
-    """Placement epoch that ``epoch_prefill`` and ``epoch_decode`` belong to."""
+    """Placement epoch of ``epoch_prefill`` and ``epoch_decode``."""
     rows: int
     """Number of rows of committed steps since the worker's start."""
     banks: Mapping[BankKey, BankCounts]

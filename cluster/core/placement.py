@@ -105,7 +105,7 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         return tuple(len(self.logical_to_physical(e)) for e in range(self.num_experts))
 
     def logical_to_physical(self, expert: int) -> tuple[tuple[int, int], ...]:
-        """All copies of an expert as (device, expert slot), by device."""
+        """(device, expert slot) of all copies of an expert, by device."""
         return tuple(
             (device, slots.index(expert))
             for device, slots in enumerate(self.physical_to_logical)

@@ -44,7 +44,7 @@ def kill_process(process: ProcessIdentity) -> None:
 
 
 def wait_gone(process: ProcessIdentity, limit_s: float) -> bool:
-    """Wait until the process has ended; False if it has not within ``limit_s``."""
+    """Wait until the process has ended; return False if it still runs after ``limit_s``."""
     deadline = time.monotonic() + limit_s
     while is_running(process):
         if time.monotonic() > deadline:

@@ -1,6 +1,7 @@
 """Proofs that a side of an internal connection knows the cluster token, made from two nonces.
 
-A proof includes the kind of connection and the side, so that it cannot be reflected or reused.
+A proof is an HMAC over both nonces, the kind of connection and the side, so that it cannot be
+reflected or reused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The controller's watchdog: a small process that kills the controller if its event loop hangs.
 
-Ray restarts an actor whose process has ended, but does not notice a stopped or hanging process, and
-without a controller no generation follows a loss. The controller writes a byte every ``BEAT_S``;
-this file, run as a script, reads them. It ends when the pipe closes, and so with the controller.
+Ray restarts an actor whose process has ended, but not one that hangs, and without a controller the
+cluster cannot recover from losses. The controller writes a byte every ``BEAT_S``; this file, run as
+a script, reads them. It ends when the pipe closes, which the end of the controller does.
 """
 
 from __future__ import annotations
