@@ -1,4 +1,4 @@
-"""Placement planners: they take expert load and return a placement. Pure.
+"""Placement planners, which compute a placement from expert load. Pure.
 
 Imports ``cluster.core`` and numpy.
 """

@@ -1,8 +1,8 @@
-"""Which experts share a device: swap primary copies of experts that have no second copy.
+"""Chooses the experts that share a device, by swaps of primary copies of experts with one copy.
 
-Where spare copies exist, split weights even out the load that a device gets, so primary copies are
-free to serve other ends within limits: decode steps whose worst device activates few slots, and
-experts that fire together on one device, so that a token goes to fewer devices.
+Split weights of spare copies can balance the load of the devices, so primary copies may also serve
+two other goals: that the busiest device of a decode step activates few slots, and that experts
+which tokens often choose together are on one device, so that a token is sent to fewer devices.
 
 Every round takes one device of each bank and makes its best swap with any other device.
 """
@@ -23,7 +23,7 @@ AFFINITY_PRICE = 60.0
 
 
 class Arrangement:
-    """Primary copies of all banks, with their cost."""
+    """Primary copies of all banks, and the cost that swaps reduce."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Arrangement:
         return np.asarray(gain)
 
     def _joined(self, device: Ints, own: Ints, other: Ints) -> Floats:
-        """[banks, own, experts] affinity that two experts gain with their devices by a swap."""
+        """[banks, own, experts] affinity of two experts with their devices that a swap gains."""
         assert self._affinity is not None
         rows = self._rows
         experts = np.arange(other.shape[1])
@@ -145,7 +145,7 @@ def arrange(
     affinity: Floats | None = None,
     rounds: int = 40,
 ) -> tuple[Ints, Ints]:
-    """Return slots and primary copies after swaps; every device keeps its number of both."""
+    """Return slots and primary copies after swaps; every device keeps its numbers of both."""
     state = Arrangement(slots, primary, loads, weight, speeds, affinity)
     tried = np.zeros(slots.shape[:2], dtype=bool)
     tried[:, speeds == 0] = True

@@ -1,6 +1,6 @@
-"""Predictions for a given placement, independent of the planner that made it.
+"""Predicts balance and moves of a given placement, independent of the planner that made it.
 
-Also the plan that ignores the load: experts in order.
+Also makes the plan that ignores the load: experts in order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cluster.planner.base import (
 from cluster.planner.moves import find_moves
 
 PREDICTED_ROWS = (16, 64, 256)
-"""Rows of the decode steps that a plan makes a prediction for."""
+"""Numbers of rows of the decode steps for which a plan makes a prediction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class PlacedGroup:
     slots: Ints
     primary: Ints
     slot_loads: Floats
-    """Slot loads by the placement's own split weights."""
+    """Slot loads according to the placement's split weights."""
     speeds: Floats
     """[num_devices]."""
 
@@ -49,9 +49,9 @@ class PlacedGroup:
 def placed_groups(
     profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement, name: str
 ) -> Iterator[PlacedGroup]:
-    """Return all banks of a placement, grouped by their number of experts.
+    """Yield the banks of a placement in groups with equal numbers of experts.
 
-        Raises ``ConfigError``, with the placement's ``name``, if placement, load and devices do not
+    Raises ``ConfigError``, with the placement's ``name``, if placement, load and devices do not
     match.
     """
     placed = banks_of(profile, placement, name)
@@ -138,7 +138,7 @@ def banks_of(
 
 
 def _slot_loads(banks: Sequence[BankPlacement], slots: Ints, loads: Floats) -> Floats:
-    """Return slot loads by the placements' own split weights."""
+    """Return slot loads according to the placements' split weights."""
     width = slots.shape[2]
     shares = np.zeros(slots.shape)
     for b, bank in enumerate(banks):

@@ -1,11 +1,11 @@
-"""What planners speak of: devices, limits, and the plan that comes out.
+"""Types of the planners: devices, limits and the resulting plan.
 
-The algorithms work on all banks with equally many experts at once, as arrays:
+The algorithms process all banks with equal numbers of experts together, as arrays:
 
     slots       [num_banks, num_devices, num_slots] int64, expert in a slot, ``FREE_SLOT`` for none
     loads       [num_banks, num_experts] float64, each bank's loads divided by their sum
     slot_loads  [num_banks, num_devices, num_slots] float64, share of the bank's load in a slot
-    primary     [num_banks, num_experts] int64, the decode device: that of the primary copy
+    primary     [num_banks, num_experts] int64, the device of the primary copy, which serves decodes
 
 The utilization of a device is its load over its speed.
 """
@@ -36,10 +36,9 @@ class PlannedDevice:
     """A device that may hold experts."""
 
     num_expert_slots: int | None = None
-    """Number of copies of each bank that it can hold; None for an equal share plus the spare slots.
-    """
+    """Number of expert slots for each bank; None for an equal share plus the spare slots."""
     speed: float = 1.0
-    """Relative speed: its load should be in proportion."""
+    """Relative speed, to which its load should be proportional."""
     node: str = ""
     domain: str = ""
     """Failure domain; empty for the node."""
@@ -59,7 +58,7 @@ class PlannedTopology:
     devices: tuple[PlannedDevice, ...]
     """Device ``d`` of the placement."""
     num_redundant: int = 0
-    """Spare slots per bank of each device that does not set its number of slots."""
+    """Spare slots per bank of each device without ``num_expert_slots``."""
 
     def __post_init__(self) -> None:
         check(bool(self.devices), "num_devices", 0, "must be at least 1")
@@ -128,12 +127,12 @@ class PlannedTopology:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
-    """Limits and purpose of a plan."""
+    """Limits of a plan, and the decode step that it optimizes."""
 
     max_move_fraction: float | None = None
-    """Largest share of all slots that may change; None for no limit."""
+    """Maximum share of all slots that may change; None for no limit."""
     decode_tokens: int = 16
-    """Rows of a decode step for which the decode table is made."""
+    """Rows of the decode step for which the decode table is optimized."""
 
     def __post_init__(self) -> None:
         share = self.max_move_fraction
@@ -215,9 +214,9 @@ def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevic
 def planned_topology(
     experts: Sequence[Member], placement: ExpertPlacement, num_slots: int
 ) -> PlannedTopology:
-    """Return the living devices, each with ``num_slots`` slots; none for lost ones.
+    """Return the devices, each with ``num_slots`` slots; lost devices have none.
 
-        A device that holds more (for example after a recovery) may keep them. On a single node each
+    A device that holds more (for example after a recovery) may keep them. On a single node each
     worker is its own failure domain.
     """
     by_device = {m.device: m for m in experts}
@@ -242,8 +241,7 @@ def equally_large(profile: LoadProfile) -> Iterator[tuple[BankLoad, ...]]:
 
 
 def normalised(counts: Sequence[Sequence[float]]) -> Floats:
-    """Normalize the loads of banks with equal numbers of experts; a bank without load counts as
-    even."""
+    """Divide each bank's loads by their sum; a bank without load gets equal loads."""
     loads = np.array(counts, dtype=np.float64)
     total = loads.sum(1, keepdims=True)
     even = np.full_like(loads, 1.0 / loads.shape[1])

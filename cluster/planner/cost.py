@@ -1,6 +1,7 @@
 """Cost of a placement: utilization of its devices in prefill, activated slots in decode.
 
-Layers run in lockstep, so the cost of a placement is the sum over banks of the busiest device.
+All devices run the same layer at a time, so the cost of a placement is the sum over banks of the
+cost of the busiest device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cluster.planner.base import Floats, Ints, relative_speeds
 
 
 def utilization(slot_loads: Floats, speeds: Floats) -> Floats:
-    """[num_banks, num_devices] load divided by speed; 1 everywhere is perfect balance."""
+    """[num_banks, num_devices] load divided by speed; all 1 under perfect balance."""
     return np.asarray(slot_loads.sum(-1) / np.maximum(speeds, 1e-9))
 
 
@@ -31,7 +32,7 @@ def activation(loads: Floats, top_k: int, rows: int) -> Floats:
 def expected_peak(active: Floats, primary: Ints, speeds: Floats) -> Floats:
     """[num_banks] expected activated slots of the worst device, in slots of a device of mean speed.
 
-        ``active`` [num_banks, num_experts] are independent probabilities. The distribution of each
+    ``active`` [num_banks, num_experts] are independent probabilities. The distribution of each
     device's sum is exact; devices are treated as independent.
     """
     chance = _by_device(active, primary, len(speeds))
@@ -55,7 +56,7 @@ def _by_device(active: Floats, primary: Ints, devices: int) -> Floats:
 
 
 def sum_distribution(chance: Floats) -> Floats:
-    """[..., n] -> [..., n + 1]: distribution of the number of successes."""
+    """Probabilities [..., n] of n events -> distribution [..., n + 1] of the number that happen."""
     found = np.zeros((*chance.shape[:-1], chance.shape[-1] + 1))
     found[..., 0] = 1.0
     for i in range(chance.shape[-1]):

@@ -1,13 +1,14 @@
-"""The decode table: which one copy of each expert serves decode steps.
+"""Computes the decode table: the one copy of each expert that serves decode steps.
 
-A decode step costs the activated slots of the worst device, so the table should make the expected
-maximum of a sum of coin tosses small. That expectation is at most ``log(sum_d M_d) / s`` with M_d
-the moment generating function of device d's sum, which is a product over its experts:
+The cost of a decode step is the number of activated slots of the worst device. Each expert is
+activated with a probability q_e, so the table should minimize the expected maximum over devices of
+a sum of Bernoulli variables. This is at most ``log(sum_d M_d) / s``, where M_d is the moment
+generating function of device d's sum, a product over its experts:
 
     log M_d(s) = sum_e log(1 + q_e (e^s - 1)),    q_e = 1 - (1 - p_e)^rows
 
-So every expert has a weight, the one in the sum, and what is left is to balance weights: a rarely
-used expert counts for more than its mean because it varies more.
+Therefore each expert gets its term of the sum as a weight, and the table balances weights. A rarely
+used expert weighs more than its mean because it varies more.
 """
 
 from __future__ import annotations
@@ -93,9 +94,9 @@ def _swept(copies: Ints, weight: Floats, relative: Floats, primary: Ints) -> Int
 
 
 def _exchange_along_paths(copies: Ints, weight: Floats, relative: Floats, table: Ints) -> None:
-    """Shift experts along a path of devices, from a heavy one to a light one; changes ``table``.
+    """Move experts along a path of devices, from a heavy one to a light one; changes ``table``.
 
-        An expert that cannot move from its device to the lightest one may displace another expert
+    An expert that cannot move from its device to the lightest one may displace another expert
     there.
     """
     several = np.nonzero(copies[:, 1] >= 0)[0].tolist() if copies.shape[1] > 1 else []
@@ -119,7 +120,7 @@ def _better_path(
     table: Ints,
     load: Floats,
 ) -> list[tuple[int, int]] | None:
-    """Breadth-first from the heaviest device; the shortest path that lowers the sum of peaks."""
+    """Find the shortest path from the heaviest device that lowers the sum, breadth-first."""
     utilization = load / relative
     start = int(utilization.argmax())
     leaving: dict[int, list[int]] = {}

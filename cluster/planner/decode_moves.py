@@ -1,9 +1,9 @@
-"""Moves for decode steps: experts change devices to reduce the load of the busiest device.
+"""Plans moves of experts that reduce the load of the busiest device in decode steps.
 
-``mesh`` moves copies for prompts, whose tokens are shared by the copies. A decode row uses one copy
-of each expert, so its balance needs other moves. Here each bank's busiest device gives an expert to
-another device. That device uses a free slot, the slot of a dispensable copy, or gives a lighter
-expert in exchange. This continues while the busiest device gains, and within a budget.
+``mesh`` plans moves for prompts, whose tokens all copies of an expert share. In decode steps one
+copy of each expert serves all rows, so other moves are needed. Here each bank's busiest device
+gives an expert to another device, which uses a free slot, the slot of a dispensable copy, or gives
+a lighter expert in exchange. This repeats while it helps the busiest device and the budget lasts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _ExpertMove:
     gives: int
     to: int
     slot: int
-    """Slot of ``to`` for the expert; -1 if it has a copy already."""
+    """Slot of ``to`` for the expert; -1 if ``to`` has a copy already."""
     takes: int = FREE_SLOT
 
 
@@ -129,7 +129,7 @@ class _BankTrades:
                     yield from self._swaps(busiest, to, expert)
 
     def _swaps(self, busiest: int, to: int, expert: int) -> Iterator[_ExpertMove]:
-        """Return whether slots are swapped, so that every expert keeps its number of copies."""
+        """Yield swaps of two experts; every expert keeps its number of copies."""
         for slot, other in enumerate(self._rows[to]):
             less = self._work[expert] - self._work[other]
             if other == FREE_SLOT or self._primary[other] != to or less <= 0:

@@ -1,8 +1,8 @@
-"""Candidate edits of one bank for the local search: few slots to change.
+"""Proposes edits of one bank for the local search, each of which changes few slots.
 
 There are two kinds. A *copy* gives a busy expert one more copy on a light device, in a free slot or
 in place of a dispensable copy. A *swap* exchanges experts of two devices, two moves. Copies are
-offered as one list in the order of the light devices. Each entry builds on the earlier ones, so
+proposed as one list in the order of the light devices. Each entry builds on the earlier ones, so
 every prefix of the list is a useful set of edits.
 """
 
@@ -29,7 +29,7 @@ _SWAP_FROM, _SWAP_TO = 4, 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Rules for every placement of the search."""
+    """Rules that every placement of the search must satisfy."""
 
     usable: Bools
     """[num_devices, num_slots] slots that exist."""
@@ -42,7 +42,7 @@ class Limits:
 
 
 class BankView:
-    """One bank, as needed to choose edits."""
+    """One bank, with the derived values from which edits are chosen."""
 
     def __init__(self, slots: Ints, primary: Ints, slot_loads: Floats, limits: Limits) -> None:
         num_experts = len(primary)
@@ -180,7 +180,7 @@ def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
 def _swaps(view: BankView) -> list[list[Edit]]:
     """Return swaps of an expert of a heavy device for a smaller one of a light device.
 
-    Swaps come first that can move the excess of one device to the deficit of the other: at least
+    First come swaps that can move the excess of one device to the deficit of the other: at least
     the load of the heavy device's own copy, at most the load of the expert on all heavy devices.
     Primary copies are swapped for primary copies, so that every device keeps its number of them.
     """

@@ -6,8 +6,8 @@ each node, *global* treats all devices as one node. Both give each spare slot to
 largest load per copy, then pack the copies by falling load onto the lightest device with a free
 slot. Copies take equal shares.
 
-Difference: these maps hold no expert twice on a device. If EPLB puts two copies of one expert on a
-device, one slot stays free and the other takes both shares. The loads are the same.
+Difference: in these maps no device holds an expert twice. If EPLB puts two copies of one expert on
+a device, one slot stays free and the other takes both shares. The loads are the same.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _packed(weights: Floats, num_packs: int) -> list[list[int]]:
 
 
 def _replicated(load: Floats, num_copies: int) -> tuple[Ints, Ints]:
-    """Return the expert of each copy, and copies by expert; each goes to the largest load."""
+    """Return the expert of each copy, and copies by expert; each copy goes to the largest load."""
     count = np.ones(len(load), dtype=np.int64)
     copies = list(range(len(load)))
     while len(copies) < num_copies:

@@ -1,10 +1,10 @@
-"""A placement from scratch: the number of copies of each expert, and their devices.
+"""Makes a placement from scratch: the number of copies of each expert, and their devices.
 
 Every device first gets its part of the experts (their primary copies, which serve decode steps),
-then its spare slots get redundant copies. A good placement balances the loads, and its copies
-connect all devices, so that shares alone can later move load from any device to any other. So a
-redundant copy goes to a device that is not yet connected with the primary copy's device; the
-busiest experts, which carry most load, are the ones copied.
+then redundant copies of the busiest experts in its spare slots. A good placement balances the
+loads. Its copies also connect all devices, so that new shares alone can later move load from any
+device to any other: a redundant copy goes to a device that is not yet connected with the device of
+the primary copy.
 
 All banks are filled together, one copy of each bank per round.
 """
@@ -65,8 +65,7 @@ def _replicas(loads: Floats, total: int, capacities: Ints, two_nodes: bool) -> I
 
 
 def _copies(loads: Floats, replicas: Ints) -> tuple[Ints, Bools]:
-    """[num_banks, num_copies] experts in the order of their placement, and which copies are
-    primary.
+    """[num_banks, num_copies] experts in the order of their placement; whether copies are primary.
 
     Experts with several copies come first, then by falling load.
     """

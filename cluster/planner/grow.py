@@ -1,6 +1,6 @@
-"""A placement for more devices: only the new devices take over experts. Pure.
+"""Extends a placement to new devices, which take over experts; no other expert moves. Pure.
 
-It is fast to compute, and the former device of an expert can serve it until the new one does.
+This is fast to compute, and the former device of an expert can serve it until the new one does.
 Rebalancing finds better placements later.
 
 Example, one bank of 6 experts without load on 2 devices, and device 2 is new:

@@ -1,13 +1,13 @@
-"""The default planner: expert load, devices and the current placement in, a placement out.
+"""The default planner: computes a placement from expert load, devices and current placement.
 
 Without a current placement it fills from scratch (``fill``), arranges primary copies (``arrange``)
 and searches until every bank is balanced (``search``). With one it changes as few slots as
-possible: first the shares alone (``split``), then single moves within the budget. Decode tables
-come last, from the existing copies (``decode``).
+possible: first the shares alone (``split``), then single moves within the budget. Finally it makes
+the decode tables from the existing copies (``decode``).
 
-Differences from the public algorithm (``eplb``): copies take solved instead of equal shares, it
-starts from the current placement, no two copies share a device, devices may differ, and decode
-steps have their own table.
+Differences from the public algorithm (``eplb``): the shares of copies are optimized instead of
+equal, planning starts from the current placement, no device has two copies of an expert, devices
+may differ, and decode steps have their own table.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ _LEAST_GAIN = 2e-4
 """Smallest gain in balancedness that justifies a move."""
 _LEAST_GAIN_FULL = 5e-5
 _WORTH_A_NEW_PLAN = 0.002
-"""Gain in balancedness for which a plan from scratch replaces many moves, if moves are free."""
+"""Gain in balancedness at which a plan from scratch is preferred, if moves are not limited."""
 _NO_LIMIT = 1 << 40
 _EXACT = 1e-6
-"""Tolerance of the last split."""
+"""Tolerance of the final split."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,11 +84,10 @@ def plan(
     options: PlanOptions | None = None,
     coactivation: Coactivation | None = None,
 ) -> Plan:
-    """Return the best placement found. With ``current`` it is within the move budget and never
-    worse.
+    """Return the best placement found; with ``current``, one within the move budget, never worse.
 
-        Deterministic. Raises ``ConfigError`` if there are too few slots, or if the current
-    placement has other banks or devices.
+    Deterministic. Raises ``ConfigError`` if there are too few slots, or if the current placement
+    has other banks or devices.
     """
     options = options or PlanOptions()
     check(bool(profile.banks), "load_profile.banks", "none", "must name at least one bank")
@@ -115,8 +114,7 @@ def plan(
 def resolved(
     profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement
 ) -> ExpertPlacement:
-    """Return the same slots with the best shares and decode devices for a load; the epoch is
-    unchanged."""
+    """Return the placement with the best shares and decode devices for a load; its epoch stays."""
     options = PlanOptions(max_move_fraction=0.0)
     return placement.with_shares(plan(profile, topology, placement.packed(), options).placement)
 
@@ -169,7 +167,7 @@ def _from_scratch(
 
 
 def _affinity(group: _Group, coactivation: Coactivation | None) -> Floats | None:
-    """[num_banks, num_experts, num_experts] symmetric, each summing to 1; None if unknown."""
+    """[num_banks, num_experts, num_experts] affinity, symmetric, each summing to 1; or None."""
     if coactivation is None:
         return None
     experts = group.load.shape[1]

@@ -1,4 +1,4 @@
-"""The step from one placement to the next: which slots change, and the source of their weights."""
+"""Finds the slots that change between two placements, and the sources of their weights."""
 
 from __future__ import annotations
 

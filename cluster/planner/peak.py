@@ -1,16 +1,16 @@
-"""Swaps that reduce the exact expected peak of decode steps on the busiest device.
+"""Finds swaps that reduce the expected peak: activated slots of the busiest device in decodes.
 
-``decode`` balances a bound of the expected peak. This is fast, but misses that it pays to
-concentrate uncertainty: some devices with few experts that are nearly always activated, others with
-more experts that are not. With F_d(t) the probability that device d serves at most t slots in a
+``decode`` balances a bound of the expected peak. This is fast, but the exact value is lower if
+uncertainty is concentrated: some devices have few experts that are nearly always activated, others
+more experts that rarely are. With F_d(t) the probability that device d serves at most t slots in a
 step,
 
     expected peak = sum over t of 1 - prod_d F_d(t)
 
 and a swap changes two of the factors by one Bernoulli variable each. Every round takes the device
-of each bank that raises the peak most. It makes the best swap of one of its slots for a slot of
-another device, or of a primary copy for a redundant one, that keeps the load balanced and larger
-batches about as they were.
+of each bank that raises the peak most, and makes its best swap: one of its slots for a slot of
+another device, or a primary copy for a redundant one. A swap must keep the load balanced and must
+not make larger batches much worse.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FAILURES = 8
 """Consecutive devices of a bank without a good swap after which the bank is finished."""
 _ROUNDS = 150
 _MOST_WORK = 20_000_000
-"""Largest number of intermediate values: some tenths of a second of a core."""
+"""Maximum number of intermediate values, which take some tenths of a second on a core."""
 _SOLVING = 32
 """Cost of solving the shares of a bank, in values for each pair of devices."""
 _THRESHOLDS = 64
@@ -113,9 +113,9 @@ class _Search:
         )
 
     def _take(self, banks: Ints, device: Ints, gain: Floats) -> Bools:
-        """Make the best swap that passes; return whether there was one. [open banks]
+        """Make the best swap that passes the checks; return [open banks] whether there was one.
 
-                ``gain`` [open banks, swaps of two slots, then of primaries] of each bank's
+        ``gain`` [open banks, swaps of two slots, then of primaries] is that of the banks'
         ``device``.
         """
         is_done = np.zeros(len(banks), dtype=bool)
@@ -155,8 +155,7 @@ class _Search:
         return PlacedBanks(slots=slots, primary=primary, slot_loads=self.now.slot_loads[banks])
 
     def _passes(self, banks: Ints, found: PlacedBanks) -> Bools:
-        """Return [banks] whether no batch size is much worse than at the start; solves the slot
-        loads."""
+        """Solve the slot loads; return [banks] whether no batch size is much worse than before."""
         speeds = self._limits.speeds
         passes = np.ones(len(banks), dtype=bool)
         for (active, _), most in zip(self._watched, self._most, strict=True):
@@ -195,7 +194,7 @@ class Grid:
 
 
 class ServedDistributions:
-    """Distributions of the experts that devices serve, and the effect of swaps on them."""
+    """Distributions of the number of experts that devices serve, and the effect of swaps."""
 
     def __init__(
         self, *, slots: Ints, primary: Ints, active: Floats, grid: Grid, nodes: Ints | None
@@ -226,7 +225,7 @@ class ServedDistributions:
         self._holds[bank, self._slots[bank, slot], self._device[slot]] = True
 
     def worst(self, skipped: Bools) -> Ints:
-        """[banks] the device that raises the peak most, except ``skipped`` [banks, devices]."""
+        """[banks] device that raises the peak most, except ``skipped`` [banks, devices]."""
         weight = np.exp(self._log_all) * self._grid.width
         share = -(self._log * weight[:, None]).sum(2)
         return np.asarray(np.where(skipped, -np.inf, share).argmax(1))

@@ -1,4 +1,4 @@
-"""Local search from a placement: few moves, each with enough gain.
+"""Local search that improves a placement with few moves.
 
 Every round tries some sets of edits for each bank that is not balanced well enough, solves the
 split weights of all sets at once, and takes the set with the largest gain per move for each bank.
@@ -25,16 +25,16 @@ _MAX_ROUNDS = 60
 _SCARCE = 1.0
 """Moves left per active bank below which existing moves are reconsidered."""
 _BRIEF, _FULL, _STUCK = 0, 1, 2
-"""Stages of trying a bank: a few sets of edits first, all sets if none of them helped."""
+"""Effort for a bank: a few sets of edits first, all sets if none of them helped, then none."""
 _FAR_OFF = 0.95
 """Balancedness below which all sets are tried immediately."""
 _MAX_BATCH = 1 << 22
-"""Largest number of values in linear systems that are solved together."""
+"""Maximum number of values in linear systems that are solved together."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PlacedBanks:
-    """Banks with their split and decode devices."""
+    """Banks with their slot loads and decode devices, as arrays."""
 
     slots: Ints
     """[num_banks, num_devices, num_slots] experts."""
@@ -64,9 +64,9 @@ class SearchGoal:
     target: float
     """Banks with this balancedness are not changed."""
     least_gain: float
-    """Smallest gain of a move, in the measure."""
+    """Smallest gain of a move, in terms of ``_measure``."""
     budget: int
-    """Moves in all banks together."""
+    """Maximum number of moves in all banks together."""
     per_move: bool
     """Whether to take the best gain per move instead of the best gain."""
 

@@ -1,4 +1,4 @@
-"""Split weights: the share of an expert's tokens that each of its copies takes.
+"""Computes split weights: the share of an expert's tokens that each of its copies takes.
 
 For given copies, the device loads that are best for every convex measure at once, including the
 maximum, minimize ``sum_d load_d^2 / speed_d``. This is a convex quadratic program with one equality
@@ -24,7 +24,7 @@ _MAX_ITERATIONS = 40
 _CENTERING = 0.1
 """Factor by which each iteration lowers the complementarity."""
 _STEP = 0.95
-"""Share of the distance to the boundary that a step may go."""
+"""Maximum step, as a share of the distance to the boundary."""
 _TINY = 1e-7
 """Smallest load of an expert relative to the mean: the method needs positive loads."""
 
@@ -70,7 +70,7 @@ class _Copies:
 def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-6) -> Floats:
     """Return slot loads [num_banks, num_devices, num_slots] with the best balance.
 
-        ``loads`` sum to 1 in each bank, ``speeds`` to 1. The loads of an expert's copies sum to its
+    ``loads`` sum to 1 in each bank, ``speeds`` to 1. The loads of an expert's copies sum to its
     load (an expert without load counts as a tiny one). ``tolerance`` bounds the gap to the optimum
     of the quadratic program.
     """
@@ -83,7 +83,7 @@ def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-6) -
 
 
 def shares(slots: Ints, slot_loads: Floats, num_experts: int) -> Floats:
-    """Split weights: slot loads over the load of their expert; 0 in free slots.
+    """Return split weights: slot loads divided by the load of their expert; 0 in free slots.
 
     The copies of an expert without any load share it equally.
     """
@@ -168,7 +168,7 @@ def _newton(
 ) -> Floats:
     """Return the Newton direction of the slot loads of open banks; it preserves every expert's sum.
 
-        With D = slot load / slack and v the change of the devices' utilization: change = D (r - v)
+    With D = slot load / slack and v the change of the devices' utilization: change = D (r - v)
     minus D times the D-weighted mean of (r - v) over the expert, and ``(T + Laplacian(D)) v`` = the
     sum of r over the devices.
     """

@@ -1,16 +1,16 @@
-"""Stages on the way to a placement: which slots can be filled, and which copies can be dropped.
+"""Divides a change of placement into stages, because no slot in use may be overwritten.
 
-A slot that is in force is never overwritten, so a change has stages. Each stage fills slots that
-are free in the placement in force, and takes effect before the next one begins:
+Each stage drops copies that are not needed and fills slots that are free in the placement in force.
+It takes effect before the next stage begins:
 
     now      device 0: 0 1 2    device 1: 2 3 0     (2 and 0 have two copies)
     target   device 0: 0 1 3    device 1: 2 3 1
-    stage 1  device 0: 0 1 -    device 1: 2 3 -     copies that the target does not have
+    stage 1  device 0: 0 1 -    device 1: 2 3 -     dropped copies that the target does not have
     stage 2  device 0: 0 1 3    device 1: 2 3 1     new copies in the free slots
 
-Every expert has a copy in every stage, and with a free slot on each device never fewer copies than
-before or after. If each device is full of single copies that others should take, a copy that will
-stay is dropped for one stage.
+Every expert has a copy in every stage and, if each device has a free slot, never fewer copies than
+before or after. If all slots hold single copies that other devices should take, a copy that the
+target keeps is dropped for one stage.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class SlotFill:
     """Index of the bank in the placement."""
     device: int
     slot: int
-    """Expert slot, free in the placement in force; it may be after the last slot of the maps."""
+    """Expert slot that is free in the placement in force; may be after the last slot of the
+    maps."""
     expert: int
     sources: tuple[int, ...] = ()
     """Devices that hold it in the placement in force; empty if it is read from the checkpoint."""
@@ -51,9 +52,9 @@ class Stage:
 def next_stage(
     current: ExpertPlacement, target: ExpertPlacement, num_slots: int, devices: frozenset[int]
 ) -> Stage | None:
-    """Return the next stage from ``current`` to ``target``; None if nothing is left to do.
+    """Return the next stage from ``current`` to ``target``; None if the target is reached.
 
-        Only the set of experts on each of ``devices`` (the living ones) matters, not their slots;
+    Only the set of experts on each of ``devices`` (the live ones) matters, not their slots;
     ``num_slots`` is the capacity of each device. The epoch is one above the current one.
     """
     changes = [
@@ -127,13 +128,13 @@ class _BankChange:
     def drop_replaced(self) -> None:
         """Empty the slots of unwanted copies, for experts whose wanted copies are all in place.
 
-        So an expert never has fewer copies during the change than before or after it.
+        Therefore an expert never has fewer copies during the change than before or after it.
         """
         missing = {e for d in self._devices for e in self._wanted[d] - set(self._rows[d])}
         self._drop(missing)
 
     def drop_unwanted(self) -> None:
-        """If no slot changed: empty unwanted copies of all experts, as long as one copy stays."""
+        """If no slot has changed, empty unwanted copies of all experts that have another copy."""
         self._drop(set())
 
     def _drop(self, kept: set[int]) -> None:
@@ -143,11 +144,10 @@ class _BankChange:
                     self._empty(device, slot)
 
     def make_room(self) -> None:
-        """If still no slot changed: empty a wanted copy for one stage, to free a slot for an
-        expert.
+        """If still no slot has changed, empty a wanted copy for one stage to free its slot.
 
-                That expert can then leave a device on which it is not wanted, so the stages come to
-        an end.
+        An expert can then move there from a device on which it is not wanted, so that the stages
+        end.
         """
         displaced = self._displaced()
         for device in self._devices:

@@ -1,4 +1,4 @@
-"""Planning without a cluster: the start plan, the roofline, pool sizes, replays of a load.
+"""Plans without a cluster: the start plan, roofline estimates, pool sizes, replays of loads.
 
 Imports ``cluster.core``, ``cluster.config``, ``cluster.planner`` and numpy; pure.
 """

@@ -1,4 +1,4 @@
-"""Characteristics of devices and links for ``cluster.sizing.roofline``, with their sources.
+"""Characteristics of CPUs and networks for ``cluster.sizing.roofline``, with their sources.
 
 GPUs are in ``cluster.sizing.gpus``.
 """
@@ -56,9 +56,11 @@ def expert_step_cost(
     dtype: str,
     gpu: DeviceSpec = UNKNOWN_GPU,
 ) -> ExpertStepCost:
-    """Cost of an expert step by the device's roofline: a slot's weights are read, and each pair is
-    two operations per weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy
-    uses ratios only, so a part of a device counts as a whole one.
+    """Return the cost of an expert step according to the device's roofline.
+
+    Each activated slot costs reading its weights, each (row, expert) pair two operations per
+    weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy uses only ratios,
+    so a share of a device counts as a whole one.
 
     ``expert_bytes``: of the largest expert; ``dtype``: as workers name it; ``gpu``: the GPU of
     workers on CUDA.

@@ -45,7 +45,7 @@ _KNOWN_GPUS = {
 
 
 def _contains(words: list[str], part: list[str]) -> bool:
-    """Whether ``words`` contains all of ``part``; ``A100-SXM4-80GB`` is an ``A100``, too."""
+    """Whether ``words`` contains all of ``part``; ``A100-SXM4-80GB`` also counts as ``A100``."""
     products = {word.partition("-")[0] for word in words} | set(words)
     return products.issuperset(part)
 
@@ -72,6 +72,6 @@ UNKNOWN_GPU = gpu_spec("")
 
 
 def slowest_gpu(facts: Iterable[tuple[str, float]]) -> DeviceSpec:
-    """The slowest of GPUs given by name and bandwidth: each step waits for its last worker."""
+    """Return the slowest of GPUs given by (name, bandwidth), for which every step waits."""
     gpus = [gpu_spec(*known) for known in facts]
     return min(gpus, key=lambda gpu: gpu.bandwidth_bytes_s, default=UNKNOWN_GPU)

@@ -27,7 +27,7 @@ from cluster.sizing.roofline import (
 )
 
 _CONTEXT_SHARE = 0.5
-"""Average length of a sequence, as a share of the limit."""
+"""Assumed average length of a sequence, as a share of the maximum."""
 
 
 def resolve_mode(
@@ -38,7 +38,7 @@ def resolve_mode(
     free_cpus: float | None = None,
     gpu: DeviceSpec = UNKNOWN_GPU,
 ) -> ClusterConfig:
-    """The configuration with ``auto`` replaced by a mode, for workers on these nodes.
+    """Return the configuration with mode ``auto`` replaced by the mode for these nodes.
 
     ``max_model_len`` is the model's own limit, used if the configuration has none; ``gpu`` is the
     GPU of workers on CUDA. Raises ``ConfigError`` as ``plan_shares`` does.
@@ -63,7 +63,7 @@ def choose_mode(
     context_tokens: float,
     device: DeviceSpec,
 ) -> WorkersSection:
-    """The pools of the faster layout, with the mode and its reason; disaggregated if equal.
+    """Return the pools of the faster layout, with mode and reason; disaggregated if equal.
 
     Both layouts have the same number of workers and the same ``batch``.
     """
@@ -105,7 +105,7 @@ def bank_sizes(
 
 
 def _obstacle(workers: WorkersSection, size: ModelSize, total: int) -> str:
-    """Why colocated workers are impossible; empty if they are possible."""
+    """Reason why colocated workers are impossible; empty if they are possible."""
     experts = min((b.num_experts for b in size.banks), default=0)
     if workers.placement_file is not None:
         return f"the placement file is for {workers.num_expert_workers} expert workers"
@@ -117,7 +117,7 @@ def _obstacle(workers: WorkersSection, size: ModelSize, total: int) -> str:
 def _reason(
     apart: StepTime, together: StepTime, batch: int, context_tokens: float, device: DeviceSpec
 ) -> str:
-    """One line of text: the winner, both predictions, and their parts."""
+    """Describe both predictions and their parts in one line, the faster layout first."""
     is_colocated = together.step_s < apart.step_s
     first, second = (together, apart) if is_colocated else (apart, together)
     price = "; two pools would buy elasticity and failure isolation, not speed" * is_colocated

@@ -1,4 +1,4 @@
-"""Sizes of the attention and the expert pool, by the roofline. Pure.
+"""Computes the sizes of the attention and the expert pool with the roofline formulas. Pure.
 
 For each batch, every split of the workers into two pools is compared with one colocated pool.
 """
@@ -35,7 +35,7 @@ class PoolChoice:
     colocated: StepTime | None
     """Decode step of one pool; None if there are more workers than experts."""
     activated: float
-    """Experts that the batch activates in a layer, mean over the banks."""
+    """Number of experts that the batch activates in a layer, averaged over the banks."""
 
     @property
     def best(self) -> StepTime:
@@ -62,7 +62,7 @@ def size_pools(
     device: DeviceSpec,
     balancedness: float = 1.0,
 ) -> list[PoolChoice]:
-    """The best pools of ``num_workers`` for each batch.
+    """Return the best pools of ``num_workers`` for each batch.
 
     No expert pool has more workers than a bank has experts. Raises ``ConfigError`` for invalid
     counts.

@@ -1,8 +1,7 @@
-"""Replay of a changing load without a cluster, which compares policies of replanning.
+"""Simulates a recorded load that changes, to compare policies of rebalancing without a cluster.
 
-A trace is a list of load profiles, one for each window of time. Each window runs under the
-placement that was planned from the previous window, since a real cluster knows a load only
-afterwards.
+A trace is a list of load profiles, one for each window of time. Each window runs with the placement
+that was planned from the previous window, because a real cluster knows a load only afterwards.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from cluster.planner.assess import placed_groups
 from cluster.planner.base import Floats, Plan, PlannedTopology, PlanOptions, relative_speeds
 
 Policy = Literal["never", "eplb", "mesh"]
-"""``never`` keeps the first window's plan (by mesh); the others replan for each window."""
+"""``never`` keeps the plan that mesh makes for the first window; the others replan every window."""
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertStepCost:
-    """Costs of a device's part of a layer, and of moving an expert."""
+    """Time of a device for its experts of a layer, and the bytes of an expert that moves."""
 
     slot_s: float = 10e-6
     """Seconds to read the weights of one activated expert slot."""
@@ -53,16 +52,16 @@ class ExpertStepCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulatedWindow:
-    """One window under one policy."""
+    """Predicted costs of one window under one policy."""
 
     balancedness: float
-    """Mean over layers, for the window's own load."""
+    """Balancedness for the window's own load, averaged over layers."""
     prefill_step_s: float
     """Seconds of the experts in a prefill step, over all layers."""
     decode_step_s: float
     """Seconds of the experts in a decode step, over all layers."""
     slots_moved: int
-    """Expert slots that changed between the previous window and this one."""
+    """Number of expert slots that changed before this window."""
     bytes_moved: int
     """Bytes of the experts that moved into these slots."""
 
@@ -129,7 +128,7 @@ def simulate_window(
     step: ExpertStepCost,
     moved: int = 0,
 ) -> SimulatedWindow:
-    """The cost of a window under a placement: the sum over banks of the slowest device.
+    """Compute the cost of a window with a placement: the sum over banks of the slowest device.
 
     ``moved`` is the number of expert slots that changed before the window.
     """

@@ -5,10 +5,11 @@
     attention step  (weights + B x context x KV bytes) / bandwidth
     exchange        rows x distinct devices per row x bytes / link, there and back, and latencies
 
-With m micro-batches of B / m rows, the experts of two pools work on one while attention works on
-another: the step is the longest of m x attention, m x experts, and the time of one micro-batch from
-start to end. Full overlap needs m >= 2 (1 + Tcomm / Texpert), and each micro-batch reads its
-weights again. Colocated workers run attention, then experts, and overlap only the exchange.
+With two pools and m micro-batches of B / m rows, experts compute one micro-batch while attention
+computes another: the time of the step is the largest of m x attention, m x experts, and the time of
+one micro-batch from start to end. Full overlap needs m >= 2 (1 + Tcomm / Texpert), and each micro-
+batch reads its weights again. Colocated workers run attention, then experts, and overlap only the
+exchange.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 MAX_MICRO_BATCHES = 2
-"""Most micro-batches that the engine has in flight."""
+"""Maximum number of micro-batches that the engine has in flight."""
 SUM_BYTES = 4
-"""Bytes of an element of a partial sum: float32. NCCL sends the model's dtype; this is ignored."""
+"""Bytes of an element of a partial sum (float32). NCCL sends the model's dtype instead; ignored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +41,7 @@ class DeviceSpec:
     """Seconds of work that one message costs each of its ends."""
 
     def share(self, part: float) -> DeviceSpec:
-        """A worker that owns ``part`` of the device; its link and latency do not change."""
+        """Return a worker that owns ``part`` of the device; link and latency do not change."""
         return replace(
             self,
             bandwidth_bytes_s=self.bandwidth_bytes_s * part,
@@ -97,7 +98,7 @@ class StepTime:
     layout: str
     """Text such as ``1 attention + 2 expert workers``."""
     num_micro_batches: int
-    """1 or 2, whichever is faster."""
+    """Number of micro-batches, 1 or 2, with the faster step."""
     attention_s: float
     """Attention and all other work except experts."""
     experts_s: float

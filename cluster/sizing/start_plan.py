@@ -1,4 +1,4 @@
-"""The plan of a start: placement, shares of resources, slots, and the arguments of each worker.
+"""Plans a start: placement, resources, expert slots, and the arguments of each worker.
 
 ``ExistingWorker`` describes a running worker for a restarted controller.
 """
@@ -47,7 +47,7 @@ class StartPlan:
     """The configuration for the workers, with resolved device and shares."""
     placement: ExpertPlacement
     num_slots: int
-    """Expert slots per bank of each expert worker: the most that are planned, and spare slots."""
+    """Expert slots per bank of each expert worker: the most that are planned, plus spare slots."""
     load: LoadProfile | None = None
     """Expected load; None if the workers are running already."""
     holders: tuple[ExpertHolder, ...] = ()
@@ -59,7 +59,7 @@ class StartPlan:
         return resolved_share(self.config.workers)
 
     def with_members(self, members: Sequence[Member]) -> StartPlan:
-        """The plan with a placement for ``members``, whose nodes are known now."""
+        """Return the plan with a placement for ``members``, whose nodes are known now."""
         holders = sorted((m for m in members if m.holds_experts), key=lambda m: m.device)
         devices = [planned_device(m) for m in holders]
         if not devices or self.load is None:
@@ -84,8 +84,9 @@ def plan_start(
 ) -> StartPlan:
     """Plan the start; ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``.
 
-    ``profile`` is the expected load. The devices' nodes are not known yet: see ``StartPlan.on``.
-    Raises ``ConfigError`` for requests that the model or nodes cannot satisfy. Creates nothing.
+    ``profile`` is the expected load. The workers' nodes are known later:
+    ``StartPlan.with_members``. Raises ``ConfigError`` for requests that the model or nodes cannot
+    satisfy. Creates nothing.
     """
     assert config.workers.mode != "auto", "the mode is decided before the start"
     _check_labels(config, nodes)
@@ -113,7 +114,7 @@ def plan_start(
 
 
 def _check_labels(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None:
-    """Reject following nodes without role labels, as they would imply no number of workers."""
+    """Reject ``follow_nodes`` without labelled nodes, which would give no number of workers."""
     labelled = {node.labels.role for node in nodes}
     for role in config.workers.pools if config.workers.follow_nodes else ():
         rule = f"needs nodes that are labelled {ROLE}={role}, and there are none"
@@ -149,7 +150,7 @@ def expected_load(
 def first_placement(
     config: ClusterConfig, load: LoadProfile, devices: Sequence[PlannedDevice]
 ) -> ExpertPlacement:
-    """The placement of the file, or one planned for the load, or the contiguous one.
+    """Return the placement of the file, or one planned for the load, or the contiguous one.
 
     It is planned if a load profile was given, if one exists and rebalancing is on, if devices with
     spare slots are in several failure domains, or if devices differ in speed. Local mode has one
