@@ -1,4 +1,4 @@
-"""The controller's end of the control sockets: an asyncio TCP server that workers connect to.
+"""The controller's control server: an asyncio TCP server to which workers connect.
 
 A connection is accepted after both ends have proved that they know the cluster token
 (``cluster.core.frames``) and have the same release. If a peer sends invalid data, too much data or
@@ -92,7 +92,7 @@ class ControlServer:
         self._server: asyncio.Server | None = None
         self.address = ""
         """``host:port`` once the server listens; empty before."""
-        self._unproved: dict[_Connection, None] = {}  # oldest first
+        self._unproved: dict[_Connection, None] = {}  # the oldest first
         self._workers: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

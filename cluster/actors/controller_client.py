@@ -1,4 +1,4 @@
-"""Creates the controller actor in Ray and calls it. Ray is imported on the first call only."""
+"""Creates the controller actor in Ray and calls it. Imports Ray only when it is called."""
 
 from __future__ import annotations
 

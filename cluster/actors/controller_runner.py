@@ -62,7 +62,7 @@ _END_AGAIN_S = 1.0
 
 
 class ControllerRunner:
-    """Connects one controller to its sockets and workers. Event loop of the actor only."""
+    """Connects one controller to its sockets and workers. Used on the actor's event loop only."""
 
     def __init__(self, group: WorkerGroup, background: Background) -> None:
         self.group = group
@@ -74,7 +74,8 @@ class ControllerRunner:
         self.failure = ""
         """Why there is no controller; empty before the start."""
         self.collector: ReportCollector | None = None
-        """Receives the workers' frames while a restarted actor collects reports; else None."""
+        """Receiver of the workers' frames while a restarted actor collects reports; otherwise
+        None."""
         self.server: ControlServer | None = None
         self.plan: StartPlan | None = None
         """Start plan with the configuration; None before the start."""

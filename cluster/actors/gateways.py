@@ -52,7 +52,7 @@ class Gateways:
         self._polls.end(gateway, time.monotonic())
 
     def leaves(self, gateway: str) -> None:
-        """Handle the orderly end of a gateway."""
+        """Handle the shutdown of a gateway."""
         if self._polls.leave(gateway):
             self._left(gateway, f"{gateway} has left", "its requests have ended")
 

@@ -1,7 +1,7 @@
 """Handoff to a restarted controller actor, which finds the workers and collects their reports.
 
     claim a term ─▶ find the worker actors ─▶ open a control server ─▶ send each worker its address
-        until it calls ─▶ ``ReportCollector`` collects the reports ─▶ the actor continues with the
+        until it connects ─▶ ``ReportCollector`` collects reports ─▶ the actor continues with the
         collected state
 
 Meanwhile the workers keep serving. A worker refuses the address of a controller if it already
@@ -62,7 +62,7 @@ class Handoff:
     async def _repeat(self) -> None:
         """Try to restore the cluster until that succeeds. The workers keep serving."""
         runner, began_at, pause_s = self._runner, 0.0, _RESTORE_PAUSE_S
-        term = 0  # claim one term only: a superseded controller must not supersede its successor
+        term = 0  # claim only one term: a superseded controller must not supersede its successor
         while self.is_pending:
             try:
                 async with asyncio.timeout(_RESTORE_LIMIT_S):

@@ -28,7 +28,7 @@ CALL_LIMIT_S = 5.0
 
 @dataclass(slots=True)
 class ActorCalls:
-    """Calls one worker actor and interprets Ray's errors. Owned by ``WorkerGroup``."""
+    """Calls one worker actor and converts Ray's errors. Owned by ``WorkerGroup``."""
 
     name: str
     handle: Any
@@ -86,7 +86,9 @@ class ActorCalls:
         except ActorUnavailableError:
             return None  # the network may recover; a dead actor raises ActorDiedError
         except (RayActorError, RayTaskError) as err:
-            return ray_tools.error_summary(err)  # dead, or its ping raised why it cannot continue
+            return ray_tools.error_summary(
+                err
+            )  # dead, or its ping raised the reason why it cannot continue
         except (TimeoutError, RayError):
             return None  # busy: covered by the start limit
         return None

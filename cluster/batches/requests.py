@@ -1,4 +1,4 @@
-"""The requests of a batch file.
+"""Reads and validates the requests of a batch file.
 
 Source of the format: https://developers.openai.com/api/reference/resources/batches
 """
@@ -19,11 +19,11 @@ from cluster.core.errors import RequestError
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 """Endpoints to which a request of a batch may be sent."""
 MAX_REQUESTS = 50_000
-"""Most requests of a file; OpenAI's limit."""
+"""Maximum number of requests of a file, as at OpenAI."""
 MAX_ID_CHARS = 512
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 _MAX_DEPTH = 128
-"""Deepest nesting of objects and arrays in a line; servers have lower limits for bodies."""
+"""Maximum nesting of objects and arrays in a line; servers have lower limits for bodies."""
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -41,7 +41,7 @@ class BatchRequest:
     """One line of a batch file."""
 
     custom_id: str
-    """The client's name for it, repeated in its response."""
+    """The client's id for it, which its response repeats."""
     url: str
     """One of the endpoints."""
     body: dict[str, Any]
@@ -108,7 +108,7 @@ class RequestFile:
 
 
 def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> BatchRequest:
-    """Parse the request in a line; ``endpoints`` None allows any. Raises ``RequestError``."""
+    """Parse the request in a line; None for ``endpoints`` allows any. Raises ``RequestError``."""
     found = _parsed(line, number)
     if not isinstance(found, dict):
         raise _line_error(number, "", "must be an object")
@@ -133,7 +133,7 @@ def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> B
 
 
 def _parsed(line: bytes, number: int) -> Any:
-    """Parse a line, whose value can be written as JSON again. Raises ``RequestError``."""
+    """Parse a line to a value that can be written as JSON again. Raises ``RequestError``."""
     try:
         text = line.decode("utf-8-sig")
         found = json.loads(text, parse_constant=_refuse_constant)

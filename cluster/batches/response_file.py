@@ -1,4 +1,4 @@
-"""Append-only file with the responses of a batch, which survives disk errors and kills."""
+"""Append-only file with the responses of a batch that survives disk errors and killed processes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cluster.disk.files import RecordFile, sync_folder, write_all
 logger = logging.getLogger(__name__)
 
 LINE_ID = "batch_req_"
-"""Prefix of a response's id, with which its line begins."""
+"""Prefix of a response's id, which is the first value of its line."""
 _BEGIN = f'{{"id": "{LINE_ID}'.encode()
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 _PROBE_BYTES = 64 * 1024
 _MAX_BEGINS = 8
-"""Most positions in a damaged line at which a response is searched."""
+"""Maximum number of positions in a damaged line at which a response is looked for."""
 
 
 class InUseError(ConflictError):
@@ -33,10 +33,10 @@ class InUseError(ConflictError):
 class ResponseFile:
     """File of response lines, at most one for each request.
 
-    After an error the file is cut to its whole lines. When the file is opened again, the remains of
-    a killed process are repaired: a partial line is removed, each whole line stays. Lines that are
-    not synced yet are also kept in memory, and are written again if a sync fails. One process at a
-    time can have the file open (``flock(2)``).
+    After an error the file is truncated to its whole lines. When the file is opened, a partial line
+    that a killed process left is removed; whole lines stay. Lines that are not synced yet also stay
+    in memory and are written again if a sync fails. Only one process can have the file open at a
+    time (``flock(2)``).
     """
 
     def __init__(self, path: Path, *, is_private: bool = False) -> None:
@@ -84,7 +84,7 @@ class ResponseFile:
         return self._records.num_bytes
 
     def append(self, custom_id: str, line: Mapping[str, Any]) -> None:
-        """Append a response. Raises ``OSError``; the file then has the responses before it."""
+        """Append a response. After an ``OSError`` the file has the responses before it."""
         assert custom_id not in self.answered_ids, custom_id
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
         raw = text.encode(errors="backslashreplace") + b"\n"  # escapes lone surrogates
@@ -101,7 +101,7 @@ class ResponseFile:
         self._records.truncate(before)
 
     def sync(self) -> None:
-        """Wait until the responses are on disk. Raises ``OSError``: a later call tries again."""
+        """Wait until the responses are on disk. After an ``OSError`` a later call tries again."""
         self._write_doubtful()
         if not self._unsynced:
             return
@@ -117,7 +117,7 @@ class ResponseFile:
         self._num_synced_bytes = self.num_bytes
 
     def close(self) -> None:
-        """Sync, and let other processes open the file."""
+        """Sync the file and let other processes open it."""
         with contextlib.suppress(OSError):
             self.sync()
         os.close(self._fd)
@@ -160,7 +160,7 @@ class ResponseFile:
         self._records.truncate(num_bytes)
 
     def _rewrite(self, lines: list[_Line]) -> None:
-        """Replace the file by one with these lines; it stays whole until then."""
+        """Replace the file atomically with one that has only these lines."""
         path = Path(os.path.realpath(self._path))
         draft = path.with_name(f"{path.name}.new")
         fd = os.open(draft, _OPEN | os.O_TRUNC, os.fstat(self._fd).st_mode & 0o777)
@@ -182,7 +182,7 @@ class ResponseFile:
         os.close(old)
 
     def _write_doubtful(self) -> None:
-        """Write lines again that a failed sync may have lost: the disk forgets such errors."""
+        """Write lines again that a failed sync may have lost; the next sync would not report it."""
         if self._is_doubtful:
             self._records.truncate(self._num_synced_bytes)
             self._records.append(b"".join(self._unsynced))
@@ -220,7 +220,7 @@ def is_success(status: int) -> bool:
 
 
 def _is_partial(line: bytes) -> bool:
-    """Whether a line without a whole response begins like one.
+    """Whether a line is the beginning of a response, which is not complete.
 
     Some file systems leave trailing zeros when a machine fails.
     """
@@ -229,7 +229,7 @@ def _is_partial(line: bytes) -> bool:
 
 
 def _response_in(line: bytes) -> _LineResponse | None:
-    """The response in a line, which may be preceded by a part of another one."""
+    """Return the response in a line, which may follow a part of another one."""
     if not line.endswith(b"\n"):
         return None
     begin = 0

@@ -1,4 +1,4 @@
-"""Runs a batch: sends its unanswered requests, several at a time, and writes the responses."""
+"""Runs a batch: sends its requests without a response, several at a time, and writes responses."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _FULL, _AWAY = frozenset({408, 429}), frozenset({502, 503})
-"""Statuses of servers that are full (408: the request timed out before it started), and of servers
-that cannot serve now."""
+"""HTTP statuses of full servers (408: the request timed out before it started) and of servers that
+cannot serve now."""
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 30.0
 _READ_AHEAD = 16
-"""Requests that are read ahead."""
+"""Number of requests that are read ahead."""
 _SYNC_S = 1.0
-"""Time between two syncs; a machine failure loses at most the work since the last one."""
+"""Time between two syncs; a crash of the machine loses at most the responses since the last."""
 
 
 class UnreachableError(Exception):
@@ -53,7 +53,7 @@ SendRequest = Callable[[BatchRequest], Awaitable[BatchResponse]]
 
 
 class RunInThread(Protocol):
-    """Runs a disk call in a thread, to its end even if the caller is cancelled."""
+    """Runs a disk call in a thread; it completes even if the caller is cancelled."""
 
     async def __call__(self, call: Callable[[], Result], /) -> Result: ...
 
@@ -82,25 +82,25 @@ class BatchRun:
     """Runs one batch: continues from its response file and ends when every request has a response.
 
     If the process dies before a response is written, the request is sent again: it may run twice,
-    but has one response. While the disk rejects responses, they wait in memory and no request is
+    but gets one response. While the disk rejects responses, they wait in memory and no request is
     sent. Raises ``ConflictError`` if the files belong to another batch.
     """
 
     requests: RequestFile
     responses: ResponseFile
     errors: ResponseFile
-    """File of failed responses; may be the same as ``answers``."""
+    """File of error responses; may be the same as ``responses``."""
     send: SendRequest
     concurrency: int
-    """Requests that run at a time."""
+    """Maximum number of requests that run at a time."""
     give_up_s: float
-    """Time without any reachable server after which the batch fails."""
+    """Time without a reachable server after which the batch fails."""
     on_progress: Callable[[BatchCounts], None] = lambda counts: None
     clock: Callable[[], float] = time.monotonic
     in_thread: RunInThread = in_asyncio_thread
     """Runs every call that waits for the disk."""
     disk_limit_s: float = 0.0
-    """Longest time that responses wait for a disk that rejects them."""
+    """Longest time that responses wait while the disk rejects them."""
     counts: BatchCounts = field(init=False)
     _reached_s: float = field(init=False)
     _read: deque[BatchRequest] = field(init=False, default_factory=deque)
@@ -187,7 +187,7 @@ class BatchRun:
     async def _write(self, call: Callable[[], None]) -> None:
         """Make a write call, and retry it while the disk rejects it.
 
-        Other writes wait meanwhile. Raises ``OSError`` after ``disk_limit_s``.
+        Other writes wait for it. Raises ``OSError`` after ``disk_limit_s``.
         """
         async with self._writing:
             wait_s, failed_s = _FIRST_WAIT_S, None
@@ -220,7 +220,7 @@ class BatchRun:
 
 
 def response_line(request: BatchRequest, answer: BatchResponse) -> dict[str, Any]:
-    """One line of the response file, in OpenAI's format."""
+    """Make a line of the response file in OpenAI's format."""
     return {
         "id": f"{LINE_ID}{uuid.uuid4().hex}",
         "custom_id": request.custom_id,

@@ -1,6 +1,6 @@
-"""Hashes of API keys: only SHA-256 digests of the keys are kept in files and command lines.
+"""Hashes API keys: only SHA-256 digests of keys are in files and command lines.
 
-Keys are random and long, so a plain hash is enough: they cannot be found by trial.
+A plain hash is sufficient, because keys are random and too long to be guessed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def hash_key(key: str) -> str:
 
 
 def is_hashed(key: str) -> bool:
-    """Whether a text is a hashed key, as ``hash_key`` returns it."""
+    """Whether a text is a hashed key in the format of ``hash_key``."""
     return _HASHED.fullmatch(key) is not None
 
 

@@ -1,4 +1,4 @@
-"""Memory of a GPU that is left for keys and values once the weights are loaded."""
+"""Computes the memory of a GPU for keys and values after the weights are loaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from cluster.core.checks import check
 
 _CONTEXT_BYTES = 1 << 30
-"""Most bytes that a process takes of a GPU beyond its tensors: the CUDA context and loaded kernels.
-A process on a shared GPU cannot tell how much of the remaining use is its own."""
+"""Maximum bytes of a GPU that a process uses beyond its tensors, for the CUDA context and kernels.
+A process on a shared GPU cannot measure this share of the used memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class GpuMemory:
     free_bytes: int
     """Bytes of the GPU that no process uses."""
     own_bytes: int
-    """Bytes of the tensors of this process."""
+    """Bytes of this process's tensors."""
     share: float = 1.0
     """Share of the GPU that the worker may use: ``gpus_per_worker``."""
 
@@ -41,7 +41,7 @@ def kv_budget(
     block_bytes: int,
     state_bytes: int = 0,
 ) -> int:
-    """Bytes for keys and values, at least one block; ``asked_bytes`` if they fit.
+    """Return the bytes for keys and values, at least one block; ``asked_bytes`` if they fit.
 
     ``reserves``: bytes that steps allocate later, by purpose. ``state_bytes``: bytes of recurrent
     states, which are allocated separately from KV. Raises ``ConfigError``.

@@ -1,4 +1,4 @@
-"""Data type of the KV cache, and the bytes that a key or a value takes in it."""
+"""Data type of the KV cache, and the size of a key or value in it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ FP8_SCALE_BYTES = 1
 
 
 def kv_vector_bytes(kind: KvCacheDType, head_dim: int, itemsize: int) -> int:
-    """Bytes of the key, or the value, of one token and head; ``itemsize`` is the model's.
+    """Return bytes of the key or value of one token and head; ``itemsize`` is that of the model.
 
-    A head of 64 in a bfloat16 model: ``auto`` 128, ``fp8`` 65, 1.97 times as many blocks.
+    Example, a head of 64 in a bfloat16 model: ``auto`` 128 bytes, ``fp8`` 65, so that 1.97 times as
+    many blocks fit.
     """
     return head_dim + FP8_SCALE_BYTES if kind == "fp8" else head_dim * itemsize

@@ -78,7 +78,7 @@ def is_listening(endpoint: str) -> bool:
 
 
 def rank_endpoint(endpoint: str, rank: int) -> str:
-    """The endpoint of attention rank ``rank``; a listening rank has a port of its own."""
+    """Return the endpoint of an attention rank; each listening rank has its own port."""
     if not is_listening(endpoint):
         return endpoint
     head, _, port = endpoint.rpartition(":")

@@ -12,11 +12,11 @@ from cluster.core.checks import check, check_each, is_at_least_1, is_not_negativ
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 NAME_RULE = "must be 1 to 128 letters, digits or ._:/- and begin with a letter or a digit"
 MAX_PATH = 1024
-"""Most characters of a folder's path."""
+"""Maximum length of a folder's path in characters."""
 MAX_TENANTS = 64
-"""Most tenants of an adapter."""
+"""Maximum number of tenants of an adapter."""
 MAX_TENANT = 128
-"""Most characters of a tenant's name."""
+"""Maximum length of a tenant's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class LoraModule:
         return cls(name=name, path=path, tenants=tuple(tenants.split("+")) if mark else ())
 
     def __str__(self) -> str:
-        """The text that ``parse`` takes."""
+        """The text that ``parse`` accepts."""
         mark = f"@{'+'.join(self.tenants)}" if self.tenants else ""
         return f"{self.name}{mark}={self.path}"
 

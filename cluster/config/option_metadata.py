@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 FLAG = "flag"
-"""Key of the option's name."""
+"""Metadata key of the option's name."""
 BARE = "bare"
-"""Key of the value that an option has if it is given without a value."""
+"""Metadata key of the value of an option that is given without a value."""
 INTERNAL: Mapping[str, str] = MappingProxyType({FLAG: ""})
 """Metadata of a field without an option."""
 
@@ -19,5 +19,5 @@ def flag(name: str) -> Mapping[str, str]:
 
 
 def bare(value: str) -> Mapping[str, str]:
-    """Metadata of a field whose option may be given without a value and then means ``value``."""
+    """Metadata of a field whose option may be given without a value, which stands for ``value``."""
     return MappingProxyType({BARE: value})

@@ -1,6 +1,7 @@
-"""CPU and GPU accounting: each worker's share of the cluster's resources. Plain values.
+"""Computes each worker's share of the cluster's CPUs and GPUs. Plain values.
 
-Ray's CPUs only decide where a worker fits; ``WorkerShare.threads`` is the number of threads.
+Ray uses the reserved CPUs only to decide where a worker fits; ``WorkerShare.threads`` is its number
+of threads.
 
 Example: on one node of 2 CPUs, 3 workers each reserve 0.6666 CPUs and compute with one thread; one
 worker alone reserves 2 CPUs and computes with two threads.
@@ -30,17 +31,17 @@ class NodeResources:
     node_id: str
     """Ray's node id."""
     address: str
-    """IP address, for messages and for ordering."""
+    """IP address, for messages and as sort order."""
     cpus: float
-    """CPUs in Ray's accounting."""
+    """Number of CPUs that Ray counts."""
     gpus: float = 0.0
-    """GPUs in Ray's accounting."""
+    """Number of GPUs that Ray counts."""
     labels: NodeLabels = field(default_factory=NodeLabels)
     """The expertmesh labels of the node."""
 
 
 def ids_by_address(nodes: Sequence[NodeResources]) -> dict[str, frozenset[str]]:
-    """Ids of the nodes at each address; a host that rejoins may be two nodes for a while."""
+    """Return the ids of the nodes at each address; a host that rejoins may briefly be two nodes."""
     addresses = {n.address for n in nodes}
     return {a: frozenset(n.node_id for n in nodes if n.address == a) for a in addresses}
 
@@ -56,8 +57,8 @@ class WorkerShare:
     device: Literal["cpu", "cuda"]
     """Device on which the workers compute."""
     threads: int = 1
-    """Compute threads of one worker, at least one: its share's whole cores. The gateway, the
-    controller and Ray have no cores of their own, as their load is small."""
+    """Compute threads of one worker: the whole cores of its share, at least one. No cores are
+    reserved for the gateway, the controller and Ray, since their load is small."""
 
 
 def resolved_share(workers: WorkersSection) -> WorkerShare:
@@ -71,7 +72,7 @@ def resolved_share(workers: WorkersSection) -> WorkerShare:
 
 
 def num_fitting_workers(node: NodeResources, share: WorkerShare) -> int:
-    """Workers of this share that fit on the empty node; one if the share is zero."""
+    """Number of workers with this share that fit on the empty node; one if the share is zero."""
     wanted = ((share.gpus, node.gpus), (share.cpus, node.cpus))
     return min(
         (_num_fitting_shares([amount], each) for each, amount in wanted if each > 0), default=1
@@ -79,7 +80,7 @@ def num_fitting_workers(node: NodeResources, share: WorkerShare) -> int:
 
 
 def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources, ...]:
-    """Nodes that a role may run on: nodes labelled for it, otherwise nodes without a role label.
+    """Return the nodes for a role: those labelled for it, otherwise those without a role label.
 
     Equivalent to the selector of ``node_labels.selector_for``.
     """
@@ -88,7 +89,7 @@ def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources,
 
 
 _Pools = Mapping[tuple[NodeResources, ...], int]
-"""Nodes -> workers that share them. Two pools have no node in common."""
+"""Nodes -> number of workers on them. Two pools have no node in common."""
 
 
 def _pools(workers: WorkersSection, nodes: Sequence[NodeResources]) -> _Pools:
@@ -151,7 +152,7 @@ def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
 
 
 def _check_fit(kind: Literal["cpus", "gpus"], value: float, pools: _Pools) -> None:
-    """Reject a value if a pool's workers, each on one node, do not fit on the pool's nodes."""
+    """Raise ``ConfigError`` if a pool's workers, each on one node, do not fit on its nodes."""
     for nodes, count in pools.items():
         amounts = [float(getattr(n, kind)) for n in nodes]
         there = ", ".join(f"{n.address}: {a:g}" for n, a in zip(nodes, amounts, strict=True))
@@ -165,9 +166,9 @@ def _check_fit(kind: Literal["cpus", "gpus"], value: float, pools: _Pools) -> No
 
 
 def _largest_share(amounts: Sequence[float], num_workers: int) -> float:
-    """Largest share for which ``num_workers`` workers fit, each on one node.
+    """Return the largest share with which ``num_workers`` workers fit, each on one node.
 
-    It uses up some node exactly, so it is one of the amounts divided by an integer.
+    It uses all of some node, so it is one of the amounts divided by an integer.
     """
     candidates = {
         _round_down(amount / parts) for amount in amounts for parts in range(1, num_workers + 1)
@@ -179,7 +180,7 @@ def _largest_share(amounts: Sequence[float], num_workers: int) -> float:
 
 
 def _num_fitting_shares(amounts: Sequence[float], share: float) -> int:
-    """Number of workers of ``share`` that fit on nodes with these amounts."""
+    """Number of workers with this share that fit on nodes with these amounts."""
     grains = max(1, round(share * _GRAIN))
     return sum(round(amount * _GRAIN) // grains for amount in amounts)
 

@@ -1,4 +1,4 @@
-"""The composition root: one process starts Ray, the controller, the workers and the gateway.
+"""The launcher process, which starts Ray, the controller, the workers and the gateway.
 
-Imports everything; torch only in a child process.
+May import everything, but torch only in a child process.
 """

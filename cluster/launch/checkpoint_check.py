@@ -1,4 +1,4 @@
-"""Check of a checkpoint in a short-lived child process, before anything else starts.
+"""Checks a checkpoint in a short-lived child process, before anything else starts.
 
 The check compares every tensor with the model and therefore imports torch, which costs a second and
 300 MB that the CLI process avoids. ``python -m cluster.launch.checkpoint_check FOLDER`` prints one
@@ -37,7 +37,7 @@ _MAX_RANK = "--max-lora-rank"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointFacts:
-    """Facts about a checkpoint, and about torch on this host, that a start needs."""
+    """Facts about a checkpoint and this host's torch that a start needs."""
 
     model_type: str
     dtype: str
@@ -45,15 +45,15 @@ class CheckpointFacts:
     context_tokens: int
     """Context length in tokens."""
     kv_vectors_per_token: int
-    """Key and value vectors of one token in the KV cache, over all layers and heads."""
+    """Number of key and value vectors of one token in the KV cache, over all layers and heads."""
     head_dim: int
     """Length of each of these vectors."""
     state_bytes: int = 0
     """Bytes of a sequence's recurrent states over all layers; 0 if the model has none."""
     attention_values: int
-    """Weights that an attention rank reads in each step."""
+    """Number of weights that an attention rank reads in each step."""
     attention_weights: int
-    """Weights that an attention rank holds."""
+    """Number of weights that an attention rank holds."""
     banks: tuple[dict[str, Any], ...]
     """Expert banks in the order of their use: ``bank``, ``layer`` and the fields of a
     ``cluster.sizing.roofline.BankSize``."""
@@ -71,7 +71,7 @@ class CheckpointFacts:
     """Whether the folder has weights; a start needs them, a plan does not."""
 
     def itemsize(self, dtype: str) -> int:
-        """Bytes of a value in a compute dtype; ``auto`` is the checkpoint's own."""
+        """Bytes of a value in a compute dtype; ``auto`` is that of the checkpoint."""
         return _ITEMSIZES[self.dtype if dtype == "auto" else dtype]
 
     def kv_bytes_per_token(self, dtype: str, kv_cache_dtype: KvCacheDType = "auto") -> int:
@@ -93,7 +93,7 @@ class CheckpointFacts:
 
 
 class CheckpointCheck:
-    """A running check, started early so that it overlaps with other work."""
+    """A running check, which overlaps with other work of the start."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Inspection of an existing Ray cluster: its nodes, its Serve, a running expertmesh cluster.
+"""Inspects an existing Ray cluster: its nodes, its Serve, a running expertmesh cluster.
 
 Options that the joined Ray cannot satisfy are rejected here, before anything is created.
 """
@@ -29,7 +29,7 @@ _POLL_S = 0.2
 _ANSWER_LIMIT_S = 60.0
 _CALL_LIMIT_S = 10.0
 _FREE_LIMIT_S = 10.0
-"""Time for Ray to count ended actors' resources as free; nodes report them ten times a second."""
+"""Time limit for Ray to count ended actors' resources as free; nodes report 10 times a second."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class JoinedRay:
     gateway_nodes: tuple[str, ...] = ()
     """Addresses of the nodes labelled for the gateway; if empty, it runs on Ray's head node."""
     selector: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Label selector of those nodes, for Ray."""
+    """Ray's label selector of those nodes."""
     free_cpus: float | None = None
     """CPUs that other users of the joined Ray left before expertmesh started anything; None for a
     private Ray."""
@@ -100,7 +100,7 @@ def _free_cpus() -> float:
 
 
 def _reserved_cpus() -> float:
-    """CPUs of live nodes that expertmesh's placement groups reserve."""
+    """Number of CPUs of live nodes that expertmesh's placement groups reserve."""
     from ray.util.placement_group import placement_group_table
 
     from cluster.actors.ray_tools import WORKERS_GROUP, cluster_nodes
@@ -116,9 +116,9 @@ def _reserved_cpus() -> float:
 
 
 def wait_free_cpus(wanted: float, limit_s: float, count: Callable[[], float] = _free_cpus) -> None:
-    """Wait until Ray counts ``wanted`` CPUs as free, and log a warning after ``limit_s``.
+    """Wait until Ray counts ``wanted`` CPUs as free; log a warning after ``limit_s``.
 
-    Other users of the Ray cluster may have taken some of them.
+    Other users of the Ray cluster may have taken some of the CPUs.
     """
     deadline = time.monotonic() + limit_s
     while (free := count()) < wanted - 1e-3:  # sums of fractions
@@ -163,7 +163,7 @@ def _resolve(plan: LaunchPlan, nodes: tuple[NodeResources, ...], free_cpus: floa
 
 
 def _gateway_address(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> str:
-    """Address of the gateway for clients if ``host`` is every interface, else empty.
+    """Return the gateway's address for clients if ``host`` is every interface, else empty.
 
     Raises ``ConfigError`` if ``host`` cannot be reached from outside the gateway's node.
     """
@@ -213,8 +213,8 @@ def check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:
 
 
 def running_serve() -> Mapping[str, Any] | None:
-    """HTTP options of the connected Ray's running Serve, with the ``location`` of its proxies; None
-    without Serve.
+    """Return HTTP options of the joined Ray's running Serve and the ``location`` of its proxies;
+    None without Serve.
     """
     import ray
     from ray import serve
@@ -238,9 +238,9 @@ def check_ray_token(plan: LaunchPlan, nodes: Sequence[NodeResources], address: s
 
 
 def allows_unauthenticated(address: str) -> bool:
-    """Whether a Ray accepts calls without a token, tested at its GCS at ``address``.
+    """Whether a Ray accepts calls without a token, tested by a call to its GCS at ``address``.
 
-    The client of this process cannot tell: a Ray without tokens accepts a client with one.
+    The Ray client of this process cannot tell: a Ray without tokens accepts a client with one.
     """
     import grpc
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc

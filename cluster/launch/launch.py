@@ -4,9 +4,9 @@
 own. It reads one ``LaunchPlan`` from stdin and writes one JSON event per line to stdout:
 ``progress``, ``note``, ``ready``, ``failed``, ``stopped``. It ends on SIGTERM, on the word
 ``drain`` after the running requests have ended, and when stdin closes unless the word ``detach``
-was sent before: a killed CLI process ends its cluster too. Everything it starts is a descendant or
-runs in its private Ray; a joined Ray keeps running. ``up`` in a joined Ray is the exception: there
-no process owns the cluster, and the launcher exits as soon as it is ready.
+was sent before, so that a killed CLI process also ends its cluster. Everything that the launcher
+starts is a descendant of it or runs in its private Ray; a joined Ray keeps running. ``up`` in a
+joined Ray is the exception: no process owns that cluster, and the launcher exits once it is ready.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ _DRAIN_POLL_S = 0.1
 
 
 class _StopRequested(BaseException):
-    """Raised on the main thread during the start; no ``except Exception`` may catch it."""
+    """Raised on the main thread during the start. ``except Exception`` does not catch it."""
 
 
 class EventSink:
-    """Writes events for the CLI process, which may have ended."""
+    """Writes events to the CLI process, which may have ended."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -70,7 +70,7 @@ class EventSink:
 
 
 class Launcher:
-    """One run of the launcher, from plan to end."""
+    """One run of the launcher, from the plan to the end of the cluster."""
 
     def __init__(self, plan: LaunchPlan, events: EventSink, make_parts: type[ClusterParts]) -> None:
         self._plan = plan
@@ -84,7 +84,7 @@ class Launcher:
         self._claims: list[socket.socket] = []
 
     def run(self) -> int:
-        """Start, wait for the end, stop; return the exit status."""
+        """Start the cluster, wait until it must end, stop it; return the exit status."""
         self._install_handlers()
         status, has_left = 1, False
         try:
@@ -152,7 +152,8 @@ class Launcher:
         return 0
 
     def _drain(self) -> None:
-        """Let load balancers redirect clients, then let requests end. A second stop aborts."""
+        """Give load balancers time to redirect clients, then requests to end. A second stop
+        aborts."""
         section = self._parts.plan.config.gateway
         logger.info("draining")
         self._parts.send_shutdown_stage("lead")
@@ -166,7 +167,7 @@ class Launcher:
             self._second_stop.wait(min(_DRAIN_POLL_S, left_s))
 
     def _end(self, status: int, has_left: bool) -> None:
-        """End everything in order, within a time limit; kill the rest."""
+        """End all parts in order within a time limit, then kill the rest."""
         if not has_left:
             helper = threading.Thread(target=self._parts.stop_services, daemon=True)
             helper.start()
@@ -186,7 +187,7 @@ class Launcher:
 
     def _record(self, state: RecordState, address: str) -> None:
         if self._outlives_launcher and state != "ready":
-            return  # nothing on this host needs clean-up, and an earlier record stays valid
+            return  # nothing on this host needs a clean-up, and an earlier record stays valid
         plan = self._parts.plan
         me = identify(os.getpid())
         assert me is not None
@@ -222,7 +223,7 @@ class Launcher:
 
 
 def _follow_cli(stream: TextIO, launcher: Launcher) -> None:
-    """Stop when the CLI process has ended, unless it detached before."""
+    """Stop the launcher when the CLI process has ended, unless it has detached."""
     for line in stream:
         if line.strip() == DETACH:
             return

@@ -1,7 +1,7 @@
-"""A private Ray: its environment, folder, start and end. Other Ray clusters are not touched.
+"""Starts and ends a private Ray, without effect on other Ray clusters.
 
 ``ray.init(address="local")`` runs in the launcher: the kernel ends gcs, raylet and monitor with the
-launcher, and the raylet's workers follow. Two agents outlive them and are found by their files.
+launcher, and then the raylet's workers end. Two agents survive them and are found by their files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from cluster.tracing.output_files import LIMIT_VARIABLE, MAX_BYTES
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
-"""Smallest size that works is 75 MiB. No tensor is sent through Ray's object store."""
+"""Size of Ray's object store, through which no tensor is sent. The smallest that works is 75
+MiB."""
 START_ATTEMPTS = 3
 _SYSTEM_CONFIG = {
     "worker_niceness": 0,
@@ -69,7 +70,7 @@ def make_temp_dir() -> Path:
 
 
 def temp_base() -> str:
-    """Parent folder of these folders. Raises ``StartError``."""
+    """Return the parent folder of ``make_temp_dir``. Raises ``StartError``."""
     for base in (tempfile.gettempdir(), "/tmp"):
         if os.access(base, os.W_OK) and len(base) + _RAY_PATH_CHARS < _SOCKET_PATH_LIMIT:
             return base
@@ -77,9 +78,9 @@ def temp_base() -> str:
 
 
 def private_environment(folder: Path) -> dict[str, str]:
-    """Environment of a launcher with a private Ray; writes the token that its Ray requires.
+    """Make the environment of a launcher with a private Ray; write the token that Ray requires.
 
-    Ray reads it on import, so it must be set before the process starts.
+    Ray reads the environment on import, so it must be set before the process starts.
     """
     token = folder / "token"
     replace_file(token, secrets.token_hex(32).encode(), mode=0o600)
@@ -100,7 +101,7 @@ def private_environment(folder: Path) -> dict[str, str]:
 
 
 def common_environment() -> dict[str, str]:
-    """Environment of every launcher, private Ray or not."""
+    """Environment of every launcher, with a private or a joined Ray."""
     source = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
     return {
@@ -131,7 +132,8 @@ def common_environment() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivateRay:
-    """The Ray of one cluster, running in and below this process, on the loopback interface."""
+    """Private Ray of one cluster, run by this process and its children on the loopback
+    interface."""
 
     folder: Path
     """Folder made by ``make_temp_dir``; ``stop`` removes it."""
@@ -194,7 +196,7 @@ def init_ray(folder: Path, **options: Any) -> Any:
 
 
 def _release_processes(err: Exception) -> None:
-    """Release the ended processes in the error's frames, which Ray never waits for."""
+    """Wait for the ended processes in the error's frames, for which Ray never waits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         err.__traceback__ = None
@@ -223,7 +225,7 @@ def join_ray(
 
 
 def _wait_for_port(address: str, deadline: float, sleep: Callable[[float], None]) -> None:
-    """Wait until the address accepts connections; Ray itself would retry for minutes."""
+    """Wait until the address accepts connections, because Ray itself would retry for minutes."""
     if "/" in address or not address.rpartition(":")[2].isdigit():
         return  # auto: Ray finds its address by its processes
     while True:

@@ -1,4 +1,5 @@
-"""Resolves the user's name of a model to a folder on this host: bundled, local, or from a hub."""
+"""Resolves MODEL to a folder on this host: the bundled one, a local one, or a download of the
+hub."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class ModelSource:
     folder: Path
     """Folder with the model's files."""
     name: str
-    """Default of the served name."""
+    """Default of ``served_model_name``."""
 
 
 def find_model(text: str | None, say: Callable[[str], None]) -> ModelSource:

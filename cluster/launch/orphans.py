@@ -17,7 +17,7 @@ _END_LIMIT_S = 3.0
 
 
 def identify(pid: int) -> ProcessIdentity | None:
-    """The process that has this pid now; None if there is none."""
+    """Return the identity of the process that has this pid now; None if there is none."""
     try:
         return ProcessIdentity(pid=pid, started_at=psutil.Process(pid).create_time())
     except psutil.Error:
@@ -25,7 +25,7 @@ def identify(pid: int) -> ProcessIdentity | None:
 
 
 def host_id() -> str:
-    """Identifier of this host and its process table, within which pids are valid."""
+    """Return an identifier of this host and its process table, within which pids are valid."""
     try:
         table = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -34,10 +34,10 @@ def host_id() -> str:
 
 
 def find_by_files(folder: Path) -> list[ProcessIdentity]:
-    """Processes of this user that have a file open below ``folder`` or name it as an argument.
+    """Find processes of this user that have a file open below ``folder`` or name it as argument.
 
-    Every process of a private Ray writes its log below the Ray's own folder, even an orphan that
-    has overwritten its command line and environment with a title.
+    Every process of a private Ray writes its log below Ray's folder, even one that has replaced its
+    command line and environment by a title.
     """
     prefix = f"{folder}/"
     pids = [

@@ -1,6 +1,6 @@
-"""Start and end of the parts of one cluster: Ray, controller with workers, gateway.
+"""Starts and ends the parts of one cluster: Ray, the controller with its workers, the gateway.
 
-Composition root: the only module that knows the classes of workers, controller and gateway.
+The only module that imports the classes of workers, controller and gateway together.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _TELL_LIMIT_S = 1.0
 _FAIL_LIMIT_S = 1.0
 _DEAD_LIMIT_S = 5.0
 _JOIN_PATIENCE_S = 30.0
-"""Time for a joined Ray to accept connections, as it may be starting."""
+"""Time limit for a joined Ray to accept connections, since it may be starting."""
 
 ProgressFn = Callable[[str, int, int], None]
-"""Called with stage, done, total (0 if unknown)."""
+"""Callback for progress: stage, amount done, total amount (0 if unknown)."""
 
 
 class ClusterParts:
@@ -51,7 +51,7 @@ class ClusterParts:
         self.plan = plan
         """The plan; ``start_ray`` adapts it to the joined Ray."""
         self.compute_threads = ""
-        """Description of the workers' compute threads; set by ``start_services``."""
+        """Text about the workers' compute threads; set by ``start_services``."""
         self.admin = {"http": "", "grpc": ""}
         """``host:port`` of a gateway's admin ports; set by ``start_services``."""
         self._progress = progress
@@ -93,7 +93,7 @@ class ClusterParts:
         try:
             _wait_all([pool.submit(self._start_workers), pool.submit(self._start_gateway)])
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # the end must not wait for a start
+            pool.shutdown(wait=False, cancel_futures=True)  # a stop must not wait for the start
         self._progress("gateway", 0, 0)
         section = self.plan.config.gateway
         wait_ready(self.plan.http_url, section, self._not_ready_reasons)
@@ -104,9 +104,10 @@ class ClusterParts:
         self._heard_at = time.monotonic()
 
     def find_loss(self) -> str | None:
-        """Why the cluster cannot continue; None while it can.
+        """Return the reason why the cluster cannot continue; None while it can.
 
-        A killed controller is no loss: Ray restarts it in seconds, and the workers serve meanwhile.
+        A killed controller is no reason: Ray restarts it in seconds, and the workers serve until
+        then.
         """
         import ray
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayError

@@ -1,7 +1,7 @@
-"""The input of one start, and all checks that need no process.
+"""Input of one start, and all checks that need no process.
 
-Nothing here imports Ray or torch, allocates, or starts a process, so that an invalid request fails
-in well under a second.
+This module does not import Ray or torch and starts no process, so that an invalid request fails in
+well under a second.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from cluster.sizing.gpus import gpu_spec
 from cluster.sizing.mode_choice import resolve_mode
 
 _PORTS = (20_000, 30_000)
-"""Range above the ports of Ray's workers, below the Kubernetes node ports and ephemeral ports."""
+"""Range of free ports, between those of Ray's workers and the node ports of Kubernetes."""
 _PORT_TRIES = 50
 START_LIMIT_S = 1800.0
-"""Longest start; large checkpoints on slow disks take minutes."""
+"""Default time limit of a start; large checkpoints on slow disks take minutes."""
 EVERY_INTERFACE = ("0.0.0.0", "::")
-"""Hosts that mean every interface."""
+"""Values of ``host`` that stand for every interface."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +61,10 @@ class LaunchPlan:
     num_gpus: int
     """GPUs of the private Ray."""
     wait_nodes: int = 0
-    """Nodes that the joined Ray must have before planning."""
+    """Number of nodes of the joined Ray to wait for before planning."""
     start_limit_s: float = START_LIMIT_S
     gateway_address: str = ""
-    """Address for clients of a gateway that listens on every interface; empty: this host."""
+    """Address for clients if the gateway listens on every interface; empty for this host."""
 
     @property
     def private_nodes(self) -> tuple[NodeResources, ...]:
@@ -75,7 +75,7 @@ class LaunchPlan:
     def resolved(
         self, nodes: Sequence[NodeResources], free_cpus: float | None = None
     ) -> LaunchPlan:
-        """The plan with ``--mode auto`` resolved for these nodes. Raises ``ConfigError``."""
+        """Return the plan with ``--mode auto`` resolved for these nodes. Raises ``ConfigError``."""
         if self.config.workers.mode != "auto":
             return self
         profile = LoadProfile.from_dict(self.profile) if self.profile else None
@@ -115,7 +115,7 @@ class LaunchPlan:
 
 
 def option_differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    """Options that differ between a running cluster and a new request, one text for each."""
+    """Describe each option that differs between a running cluster and a new request."""
     flags = sorted({*there, *here})
     return [
         f"{flag}: {there.get(flag) or 'default'}, not {here.get(flag) or 'default'}"
@@ -181,9 +181,9 @@ def _port_owner(port: int) -> str:
 
 
 def free_port(host: str) -> int:
-    """A free port, if possible outside the kernel's range of ephemeral ports.
+    """Return a free port, if possible outside the kernel's range of ephemeral ports.
 
-    The port is opened only after Ray and the workers, which open many ports of that range.
+    The port is opened only after Ray and the workers have opened many ports of that range.
     """
     first, last = _PORTS
     if (lowest := _lowest_ephemeral_port()) > first:

@@ -1,4 +1,4 @@
-"""Readiness probe of the gateway, with which the launcher waits for the end of a start."""
+"""Readiness probe of the gateway, for which the launcher waits at the end of a start."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def wait_ready(
     Args:
         url: URL of the gateway, without a path.
         section: its configuration.
-        ask: returns why the gateway is not ready; used if clients need a certificate, which this
-            process does not have.
-        limit_s: time for the gateway to become ready after the other parts.
+        ask: returns reasons why the gateway is not ready; used if clients need a certificate,
+            which this process does not have.
+        limit_s: time limit for the gateway to become ready after the other parts.
 
     Raises ``StartError`` after the limit.
     """
@@ -37,9 +37,9 @@ def wait_ready(
 
 
 def _ask_ready(url: str, has_tls: bool) -> list[str]:
-    """Why ``/ready`` does not respond with 200; empty if it does."""
+    """Return reasons why ``/ready`` does not respond with 200; empty if it does."""
     context = None
-    if has_tls:  # unverified: it is our own server, and the request holds no secret
+    if has_tls:  # unverified: it is the own server, and the request contains no secret
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

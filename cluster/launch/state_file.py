@@ -1,4 +1,4 @@
-"""The record of a running cluster: ``$XDG_STATE_HOME/expertmesh/<name>.json``.
+"""Reads and writes the record of a cluster: ``$XDG_STATE_HOME/expertmesh/<name>.json``.
 
 The file is written before the first process starts and removed after the last one has ended, so
 that a later command finds the cluster, and a later start cleans up after a killed one.
@@ -36,7 +36,7 @@ class ClusterRecord:
     name: str
     """Name of the file."""
     command: Command
-    """``serve`` ends with the CLI process, ``up`` does not."""
+    """Command that started it: with ``serve`` it ends with the CLI process, with ``up`` not."""
     state: RecordState
     """``ready`` once clients can call it."""
     launcher: ProcessIdentity
@@ -54,7 +54,7 @@ class ClusterRecord:
     temp_dir: str
     """Folder of the private Ray; empty when joined."""
     host: str
-    """Host and process table that the pids belong to."""
+    """Host and process table to which the pids belong."""
     processes: tuple[ProcessIdentity, ...] = ()
     """Processes that the launcher started on this host."""
     schema: Literal[1] = 1
@@ -74,14 +74,14 @@ class ClusterRecord:
         return self.joined and self.command == "up" and self.state == "ready"
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file: the fields, the most useful first."""
+        """The fields as the content of the file, the most useful ones first."""
         ports = {"http": split_address(self.http)[1], "grpc": split_address(self.grpc)[1]}
         pids = {"launcher": self.launcher.pid, "others": [p.pid for p in self.processes]}
         return {**asdict(self), "ports": ports, "pids": pids}
 
 
 def state_dir() -> Path:
-    """Folder of all records; created if it does not exist."""
+    """Return the folder of all records; create it if it does not exist."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     folder = Path(base) / "expertmesh"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -113,7 +113,7 @@ def write_record(record: ClusterRecord) -> None:
 
 
 def read_record(name: str) -> ClusterRecord | None:
-    """The record of that name; None if there is no readable one."""
+    """Read the record of that name; None if there is no readable one."""
     try:
         return from_plain(json.loads(record_path(name).read_text()), ClusterRecord)
     except (OSError, ValueError, ProtocolError):

@@ -1,7 +1,7 @@
 """Ends expertmesh's app and actors in a joined Ray: ``python -m cluster.launch.teardown ADDRESS``.
 
-``down`` uses it if no launcher owns them, or the launcher has ended. Nothing else in that Ray is
-touched. Exits with 3 if nothing listens at the address.
+``down`` uses it if no launcher owns them or the launcher has ended. It changes nothing else in that
+Ray. Exits with 3 if nothing listens at the address.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def end_joined(address: str) -> list[str]:
             ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
             serve.delete(APP_NAME)
         names = live_actor_names()
-        with contextlib.suppress(ExpertMeshError):  # the rest is killed
+        with contextlib.suppress(ExpertMeshError):  # what remains is killed
             ask_controller("stop", limit_s=_STOP_LIMIT_S)
         end_leftovers()
         return names
@@ -45,8 +45,8 @@ def end_joined(address: str) -> list[str]:
 def end_leftovers() -> list[str]:
     """End all actors of expertmesh's namespace and free their resources; return their names.
 
-    The controller ends first, as it would replace the others. Used by ``down`` without a
-    controller, and to clean up after an earlier run.
+    The controller ends first, because it would replace the other actors. Used by ``down`` without a
+    controller and to clean up after an earlier run.
     """
     from cluster.actors.ray_tools import kill_actors, live_actor_names, remove_placement_groups
 

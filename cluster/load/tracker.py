@@ -185,9 +185,7 @@ class LoadTracker:
         tokens when it is chosen, these remain in the rest, and its own counter begins at 0. The
         counter stops when another expert replaces it, and continues if it is chosen again.
 
-            Args:
-                key: the bank.
-                counts: [num_experts], all its tokens so far.
+        ``counts``: [num_experts], all tokens of the bank so far.
         """
         own = self._own_tokens(key, counts)
         watched = own[list(self.watched.get(key, ()))]

@@ -1,5 +1,5 @@
-"""Spans of requests and cluster changes, log records, rotation of files, checks of disks, and the
-counts of gateways.
+"""Trace spans of requests and cluster changes, logs and their rotation, checks of disks, and counts
+of gateways.
 
 No other folder imports OpenTelemetry. Imports ``cluster.core``.
 """

@@ -1,4 +1,4 @@
-"""Detection of nearly full disks, on which logs and timelines stop while requests continue."""
+"""Detects nearly full disks, on which logs and timelines stop while requests continue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHECK_INTERVAL_S = 2.0
 def low_disks(
     folders: Sequence[Path], look: Callable[[Path], os.statvfs_result] = os.statvfs
 ) -> tuple[LowDisk, ...]:
-    """Folders on nearly full disks; a folder that cannot be checked is left out."""
+    """Return the folders on nearly full disks; folders that cannot be checked are omitted."""
     found = []
     for folder in folders:
         try:
@@ -34,10 +34,10 @@ def low_disks(
 
 
 class DiskMonitor:
-    """Checks the disks of some folders periodically. One thread calls it, and never waits.
+    """Checks the disks of some folders periodically without blocking the calling thread.
 
-    A check may hang if the disk's server is lost (NFS), so each check runs in a thread of its own,
-    and the next one starts after it has ended.
+    A check may hang if the disk's server is lost (NFS). Therefore each check runs in its own
+    thread, and the next one starts after it has ended.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DiskMonitor:
         self._check_thread: threading.Thread | None = None
 
     def low(self, now: float) -> tuple[LowDisk, ...]:
-        """Nearly full disks according to the last finished check. May start another check.
+        """Return the nearly full disks of the last finished check; start another one if it is due.
 
         ``now`` is in monotonic seconds.
         """
@@ -65,7 +65,7 @@ class DiskMonitor:
             self._check_thread = threading.Thread(
                 target=self._check_once, args=(folders,), name="disks", daemon=True
             )
-            with contextlib.suppress(RuntimeError):  # the process has as many threads as it may
+            with contextlib.suppress(RuntimeError):  # the process has reached its limit of threads
                 self._check_thread.start()
         return self._low
 

@@ -1,6 +1,6 @@
-"""The tracer of a process, and the export of its spans.
+"""Tracer of a process, and the export of its spans.
 
-OpenTelemetry's SDK and its exporter (the extra ``otel``) are imported only if an endpoint is set.
+OpenTelemetry's SDK and exporter (the extra ``otel``) are imported only if an endpoint is set.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ logger = logging.getLogger(__name__)
 
 _STOP_S = 1.0
 _NEXT_SPAN_ID: ContextVar[SpanId | None] = ContextVar("_NEXT_SPAN_ID", default=None)
-"""Id of the next span if it had to be known before the span starts."""
+"""Id for the next span, if it was reserved before the span starts."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpanId:
-    """The id of a sampled span, unique over all traces, which may be used before the span starts.
+    """Id of a sampled span, unique in all traces; may be used before the span starts.
 
     Its serialized form has ``SPAN_ID_BYTES`` bytes.
     """
@@ -81,7 +81,7 @@ class SpanId:
 
 
 class TraceExport:
-    """A tracer with a background export thread of the SDK, so that ending a span never waits.
+    """Tracer whose spans a background thread of the SDK exports, so that ending one never waits.
 
     Args:
         provider: the SDK's provider. Its id generator is replaced.
@@ -113,9 +113,9 @@ class TraceExport:
         error: str = "",
         span_id: bytes = b"",
     ) -> None:
-        """Record something that has just ended as a trace of its own. None attributes are left out.
+        """Record an event that has just ended as a new trace, without attributes that are None.
 
-        ``span_id`` empty: a new id.
+        An empty ``span_id`` gets a new id.
         """
         now_ns = time.time_ns()
         known = {name: value for name, value in attributes.items() if value is not None}
@@ -130,7 +130,7 @@ class TraceExport:
     def record_child(
         self, parent: bytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
     ) -> None:
-        """Record a child span of another process's span; times are of ``time.monotonic_ns``."""
+        """Record a child span of another process's span; times are from ``time.monotonic_ns``."""
         day_ns = time.time_ns() - time.monotonic_ns()
         above = NonRecordingSpan(SpanId.from_bytes(parent).context)
         span = self.tracer.start_span(
@@ -149,7 +149,7 @@ class TraceExport:
 
 
 def _make_id_generator() -> RandomIdGenerator:
-    """Id generator that returns the id in ``_NEXT_SPAN_ID`` if set, else a random one."""
+    """Make an id generator that returns the id in ``_NEXT_SPAN_ID`` if set, else a random one."""
     from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
     class ChosenIds(RandomIdGenerator):
@@ -165,10 +165,10 @@ def _make_id_generator() -> RandomIdGenerator:
 
 
 def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
-    """Import the exporter; return the function that starts the export to ``endpoint`` (https is
-    TLS) over OTLP, given the name of this process.
+    """Import the exporter; return a function that starts the OTLP export to ``endpoint``.
 
-    A slow, missing or wrong collector costs only spans. The SDK's own variables also apply
+    The function takes the name of this process. An https endpoint uses TLS. A slow, missing or
+    wrong collector only loses spans. The SDK's own variables also apply
     (``OTEL_TRACES_SAMPLER``, ``OTEL_EXPORTER_OTLP_HEADERS``, ``OTEL_BSP_...``). Raises
     ``ConfigError`` if its packages are missing.
     """
@@ -195,7 +195,7 @@ def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
 
 
 def start_traces(endpoint: str | None, instance: str) -> TraceExport | None:
-    """The export of this process; None without an endpoint or without the required packages."""
+    """Start the export of this process; None without an endpoint or the required packages."""
     if endpoint is None:
         return None
     try:
@@ -206,7 +206,7 @@ def start_traces(endpoint: str | None, instance: str) -> TraceExport | None:
 
 
 def parent_context(headers: Mapping[str, Sequence[str]]) -> Context:
-    """The parent that ``traceparent`` and ``tracestate`` name; each may have several values.
+    """Return the parent in ``traceparent`` and ``tracestate``; each may have several values.
 
     Invalid headers count as absent (W3C Trace Context).
     """

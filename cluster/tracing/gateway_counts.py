@@ -1,7 +1,7 @@
-"""Counters and samples of a cluster's gateways, kept by each gateway and by the controller.
+"""Counters and samples of all gateways, which each gateway and the controller store.
 
-The gateways and the controller exchange new records, so that the history and the totals of the web
-page outlive any one of these processes. Pure; times are seconds since 1970.
+The gateways and the controller exchange new records, so that the history and totals of the web page
+survive the end of any of these processes. Pure; times are seconds since 1970.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 RETENTION_S = 600.0
-"""Age of the oldest sample, relative to the newest of all."""
+"""Maximum age of a sample, relative to the newest one."""
 MAX_GATEWAYS = 64
-"""Most gateways whose records are kept; the most recent ones stay."""
+"""Maximum number of gateways whose records are kept; the most recent ones stay."""
 
 
 class GatewayRecord(TypedDict):
@@ -21,7 +21,7 @@ class GatewayRecord(TypedDict):
     time: float
     """Time of the record."""
     created: float
-    """When the gateway started."""
+    """Time of the gateway's start."""
     totals: dict[str, float]
     """Counters by name."""
     samples: list[dict[str, Any]]
@@ -29,7 +29,7 @@ class GatewayRecord(TypedDict):
 
 
 class GatewayCounts:
-    """Records of running and ended gateways, by name."""
+    """Stores the records of running and ended gateways by name."""
 
     def __init__(self) -> None:
         self._records: dict[str, GatewayRecord] = {}
@@ -46,7 +46,7 @@ class GatewayCounts:
         self._drop_old_records()
 
     def newer_than(self, times: Mapping[str, float]) -> dict[str, GatewayRecord]:
-        """The records that are newer than ``times``, by gateway, with only the newer samples."""
+        """Return the records newer than ``times`` by gateway, each with only its newer samples."""
         return {
             name: {
                 **record,
@@ -63,7 +63,7 @@ class GatewayCounts:
     def exchange(
         self, records: Mapping[str, GatewayRecord], times: Mapping[str, float]
     ) -> dict[str, Any]:
-        """Merge the records of a gateway, which has the records of ``times``.
+        """Merge the records of a gateway that has the records of ``times``.
 
         Returns the ``records`` that it lacks, and the ``times`` of all records here.
         """

@@ -1,4 +1,4 @@
-"""The thread that writes the log of a process, so that a hanging disk blocks no other thread."""
+"""Thread that writes the log of a process, so that a disk that hangs blocks no other thread."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import TextIO
 logger = logging.getLogger(__name__)
 
 LIMIT_S = 0.5
-"""Longest wait for a line to be written."""
+"""Longest wait of a thread until its line is written."""
 MAX_WAITING = 10_000
-"""Most lines that wait for the disk; further lines are lost."""
+"""Maximum number of lines that wait for the disk; further lines are lost."""
 
 
 class LineWriter:
     """Writes lines in order. May be called on any thread.
 
-    A line is written when ``put`` returns, so that the last lines of a process are in its log. An
-    event loop does not wait; other threads wait ``LIMIT_S`` at most, and not again until the disk
-    has written the waiting lines.
+    ``put`` returns once the line is written, so that the last lines of a process are in its log. It
+    waits at most ``LIMIT_S``, does not wait again until the disk has written the pending lines, and
+    never waits on a thread with an event loop.
 
     Args:
         write: writes a line to a stream; must not raise.
@@ -56,7 +56,7 @@ class LineWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until all lines so far are written; see the class."""
+        """Wait until all lines so far are written, with the limits of the class."""
         with self._changed:
             if not self._is_late and current_thread() is not self._thread:
                 last = self._num_put

@@ -1,6 +1,6 @@
-"""Log records of every process in one format, with the request and generation they belong to.
+"""Log records of every process in one format, with their request and generation.
 
-Records go to stderr, which Ray redirects to a file of the process. The newest ones stay in memory,
+Records are written to stderr, which Ray redirects to a file. The newest ones also stay in memory,
 where ``expertmesh logs`` reads them on any host. Other libraries log only warnings.
 """
 
@@ -23,9 +23,9 @@ LogForm = Literal["text", "json"]
 PACKAGES = ("cluster", "workers", "gateway")
 """Packages that log at level INFO."""
 MAX_LINES = 2000
-"""Most lines that stay in memory."""
+"""Maximum number of lines that stay in memory."""
 MAX_LINE_CHARACTERS = 4000
-"""Longest text of a record; the rest is cut off."""
+"""Maximum length of a record's text; the rest is cut off."""
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
     "message",
     "asctime",
@@ -50,7 +50,7 @@ CONTEXT = Context()
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """A record as plain data with the ``extra`` fields of its call; ``ts``: seconds since 1970."""
+    """Convert a record to plain data with its ``extra`` fields; ``ts``: seconds since 1970."""
     found: dict[str, Any] = {
         "ts": round(record.created, 6),
         "level": record.levelname,
@@ -94,13 +94,13 @@ class RecentLines(logging.StreamHandler[TextIO]):
     """Writes each record and keeps the newest lines. Thread-safe; see ``LineWriter``."""
 
     def __init__(self, size: int = MAX_LINES, stream: TextIO | None = None) -> None:
-        """``stream`` None: stderr."""
+        """``stream``: output stream; None for stderr."""
         super().__init__(stream or sys.stderr)
         self._lines: deque[str] = deque(maxlen=size)
         self._number = 0
         self._guard = threading.Lock()
         self.output = OutputFiles()
-        """Files of Ray's that the lines are written to, if any; they are rotated."""
+        """Ray's files to which the lines are written, if any; they are rotated."""
         self._writer = LineWriter(self._write)
 
     def handle(self, record: logging.LogRecord) -> bool:
@@ -133,7 +133,7 @@ class RecentLines(logging.StreamHandler[TextIO]):
             stream.flush()
 
     def since(self, number: int, at_most: int = MAX_LINES) -> tuple[int, list[str]]:
-        """The newest lines after the first ``number`` ones, and the total number of lines."""
+        """Return the total number of lines, and the stored ones after line ``number``."""
         with self._guard:
             wanted = min(self._number - number, len(self._lines), at_most)
             return self._number, list(self._lines)[len(self._lines) - max(wanted, 0) :]
@@ -165,7 +165,7 @@ def set_up(process: str, form: LogForm = "text", stream: TextIO | None = None) -
 
 
 def format_library_logs(*libraries: str) -> None:
-    """Format the warnings of libraries that have handlers of their own as in this module."""
+    """Make libraries with their own handlers use the format of this module."""
     for name in libraries:
         logger = logging.getLogger(name)
         logger.setLevel(logging.WARNING)

@@ -1,7 +1,7 @@
 """Names of all spans, attributes and events in traces.
 
-Names for requests follow OpenTelemetry's conventions for generative AI, which are still in
-development: follow their changes here. Our own names begin with ``expertmesh.``.
+Names for requests follow OpenTelemetry's conventions for generative AI, which may still change.
+Other names begin with ``expertmesh.``.
 """
 
 PROVIDER = "expertmesh"

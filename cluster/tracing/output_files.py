@@ -1,4 +1,4 @@
-"""Rotation of the files that this process's standard output and error are written to.
+"""Rotates the files to which standard output and standard error of this process are written.
 
 The launcher has one file for both streams; Ray gives each of its processes two. If Ray rotates them
 (``RAY_ROTATION_MAX_BYTES``), it inserts a pipe and a thread of the same process, and the contents
@@ -51,7 +51,7 @@ class OutputFiles:
                     self._streams[path] = (stream,)
 
     def add_file(self, path: Path) -> None:
-        """Rotate this file of the launcher if both streams are written to it."""
+        """Rotate the launcher's file ``path`` if both streams are written to it."""
         with contextlib.suppress(OSError):
             if all(os.path.samestat(os.fstat(stream), path.stat()) for stream in _STREAMS):
                 self._streams[path] = tuple(_STREAMS)
@@ -71,7 +71,7 @@ class OutputFiles:
 
 
 def rotated_path(path: Path) -> Path:
-    """Name of a file's previous version, following Ray's scheme for files of Ray's."""
+    """Return the name of a file's previous version; Ray's files follow Ray's scheme."""
     if path.suffix in _STREAMS.values():
         return path.with_name(f"{path.stem}.1{path.suffix}")
     return path.with_name(f"{path.name}.1")
@@ -123,7 +123,7 @@ def _redirect(stream: int, path: Path) -> None:
 
 
 def _file_of(stream: int, suffix: str) -> Path | None:
-    """The file of a stream: its own, or the one that Ray's thread writes.
+    """Return the file of a stream: its own, or the one that Ray's thread writes.
 
     Raises ``OSError`` if the stream is closed or there is no ``/proc``.
     """
