@@ -74,8 +74,7 @@ class ControllerRunner:
         self.failure = ""
         """Why there is no controller; empty before the start."""
         self.collector: ReportCollector | None = None
-        """Receiver of the workers' frames while a restarted actor collects reports; otherwise
-        None."""
+        """Receives the workers' frames while a restarted actor collects reports; else None."""
         self.server: ControlServer | None = None
         self.plan: StartPlan | None = None
         """Start plan with the configuration; None before the start."""

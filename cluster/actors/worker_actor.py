@@ -86,9 +86,7 @@ class ActorCalls:
         except ActorUnavailableError:
             return None  # the network may recover; a dead actor raises ActorDiedError
         except (RayActorError, RayTaskError) as err:
-            return ray_tools.error_summary(
-                err
-            )  # dead, or its ping raised the reason why it cannot continue
+            return ray_tools.error_summary(err)  # dead, or its ping raised why it cannot continue
         except (TimeoutError, RayError):
             return None  # busy: covered by the start limit
         return None

@@ -285,9 +285,7 @@ class WorkerGroup:
     def _ended(self, actor: ActorCalls, task: asyncio.Future[None]) -> None:
         self._ending.discard(task)
         if task.cancelled() or task.exception() is not None:
-            self._actors.setdefault(
-                actor.name, actor
-            )  # it may be alive, so a later call tries again
+            self._actors.setdefault(actor.name, actor)  # it may be alive: a later call tries again
 
 
 async def _free_names(names: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 Ray restarts an actor whose process has ended, but not one that hangs, and without a controller the
 cluster cannot recover from losses. The controller writes a byte every ``BEAT_S``; this file, run as
-a script, reads them. It ends when the pipe closes, which the end of the controller does.
+a script, reads them. It ends when the pipe closes, as it does when the controller ends.
 """
 
 from __future__ import annotations
