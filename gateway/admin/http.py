@@ -120,7 +120,7 @@ def _set_field(message: Message, name: str, value: Any) -> None:
     except json_format.ParseError as err:
         known = message.DESCRIPTOR.fields_by_name
         field = known.get(name) or message.DESCRIPTOR.fields_by_camelcase_name.get(name)
-        rule = f"is no field, unlike {', '.join(known)}"
+        rule = f"is not a field: the fields are {', '.join(known)}"
         if field is not None:
             rule = _RULES.get(field.type, str(err))
         raise RequestError(f"{name} ({str(value)[:_MAX_SHOWN]}) {rule}", name) from err

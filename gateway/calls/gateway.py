@@ -229,7 +229,7 @@ class Gateway:
         self.admission.require_capacity(demand, facts.max_model_len, deadline_s)
         call, made = await make(facts)
         if not self.engines.workers.has_adapter(adapter):
-            raise NotReadyError(f"no worker could load the adapter {call.model}: ask again later")
+            raise NotReadyError(f"no worker could load the adapter {call.model}: retry later")
         if caller is not None:
             caller.check_tokens(time.monotonic())
         requests = complete_requests(call, made, call_id, adapter, caller)

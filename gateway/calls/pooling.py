@@ -259,8 +259,8 @@ def apply_mask(ids: tuple[int, ...], mask: Mask) -> tuple[int, ...]:
     """Return the tokens that a mask keeps. Raises ``RequestError``."""
     field = "attention_mask"
     require(len(mask) == len(ids), field, f"has {len(mask)} numbers for {len(ids)} tokens")
-    require(set(mask) <= {0, 1}, field, "must be made of 0 and 1")
-    require(any(mask), field, "must not leave out all tokens")
+    require(set(mask) <= {0, 1}, field, "must contain only 0 and 1")
+    require(any(mask), field, "must not exclude all tokens")
     return tuple(token for token, keep in zip(ids, mask, strict=True) if keep)
 
 
@@ -276,7 +276,7 @@ def classified_token(ids: tuple[int, ...], mask: Mask, facts: ModelFacts) -> int
     """Position of the token that a classifier reads. Raises ``RequestError`` if masked."""
     field, place = "attention_mask", pooled_position(ids, facts.pad_token_id)
     note = f"token {place}, which the classifier reads"
-    require(bool(mask[place]), field, f"must not leave out {note}")
+    require(bool(mask[place]), field, f"must not exclude {note}")
     return place
 
 

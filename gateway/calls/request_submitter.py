@@ -89,7 +89,7 @@ class RequestSubmitter:
                     return
             if now_s >= deadline_s:
                 waited = "" if can_go else ": the cluster is recovering"
-                raise DeadlineExceededError(f"the request's time is over{waited}", False)
+                raise DeadlineExceededError(f"the request's deadline has passed{waited}", False)
             if not can_go:
                 await self._cluster.wait_change(min(_POLL_S, deadline_s - now_s))
                 continue

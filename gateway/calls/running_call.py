@@ -189,7 +189,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         if any(entry.is_waiting for entry in lost):
             reason = "the worker was lost, and no other worker was ready before the deadline"
             return NotReadyError(reason, "not_ready", _NO_WORKER_RETRY_S)
-        return DeadlineExceededError("the request's time is over", self._has_token)
+        return DeadlineExceededError("the request's deadline has passed", self._has_token)
 
     def mark_sent(self) -> None:
         """Record that the result of the last ``next`` was written to the client."""

@@ -197,18 +197,18 @@ def _check_beams(call: GenerateCall) -> None:
     for name, neutral in _UNSUPPORTED_WITH_BEAMS.items():
         value = getattr(call, name)
         ok = value is None or value in neutral
-        require(ok, named.get(name) or name, "cannot go with use_beam_search")
+        require(ok, named.get(name) or name, "cannot be used with use_beam_search")
     scores_prompt = call.echo and call.logprobs is not None
-    require(not scores_prompt, "echo", "with logprobs cannot go with use_beam_search")
+    require(not scores_prompt, "echo", "with logprobs cannot be used with use_beam_search")
     rule = "(0) must be at least 1 with use_beam_search"
     require(call.max_tokens != 0, call.max_tokens_name, rule)
 
 
 def check_stream(call: GenerateCall) -> None:
     """Raise ``RequestError`` if a streamed call has choices that are known only at its end."""
-    require(not call.use_beam_search, "use_beam_search", "cannot go with a stream")
+    require(not call.use_beam_search, "use_beam_search", "cannot be used with a stream")
     is_ranked = call.kind is CallKind.COMPLETION and call.num_sampled > call.num_returned
-    require(not is_ranked, "best_of", "cannot go with a stream")
+    require(not is_ranked, "best_of", "cannot be used with a stream")
 
 
 def _check_prompts(call: GenerateCall, limits: GatewaySection) -> None:
@@ -227,7 +227,7 @@ def _check_stops(call: GenerateCall, limits: GatewaySection) -> None:
     name = call.stop_name
     check_length(name, len(call.stop), limits.max_stop_strings, "strings")
     _check_texts(name, "string", call.stop, limits)
-    require(not (call.stop and call.token_ids_only), name, "cannot go with token_ids_only")
+    require(not (call.stop and call.token_ids_only), name, "cannot be used with token_ids_only")
 
 
 def _check_texts(name: str, noun: str, texts: Sequence[str], limits: GatewaySection) -> None:
@@ -260,7 +260,7 @@ def _check_logprobs(call: GenerateCall, limits: GatewaySection) -> None:
     require(is_unique, field, "must not name a token twice")
     rule = f"{name} ({wanted}) must be the same or unset"
     require(wanted in (None, count), field, f"has {count} entries: {rule}")
-    require(not call.echo, field, "cannot go with echo")
+    require(not call.echo, field, "cannot be used with echo")
 
 
 def _check_masks(call: GenerateCall, limits: GatewaySection) -> None:
@@ -275,7 +275,7 @@ def _check_truncation(call: GenerateCall) -> None:
     require(fits, name, f"({wanted}) must be -1 or at least 1")
     given = call.truncation_side
     require(given in (None, "left", "right"), side, f"({str(given)[:32]!r}) must be left or right")
-    require(wanted is None or call.embeds is None, name, "cannot go with embeddings")
+    require(wanted is None or call.embeds is None, name, "cannot be used with embeddings")
 
 
 def check_chat(chat: ChatInput) -> None:

@@ -75,7 +75,7 @@ async def limit_time(request: Request, gateway: Gateway) -> AsyncIterator[None]:
         async with asyncio.timeout(limit_s):
             yield
     except TimeoutError as err:
-        raise DeadlineExceededError("the request's time is over", started=True) from err
+        raise DeadlineExceededError("the request's deadline has passed", started=True) from err
 
 
 async def read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> bytes:

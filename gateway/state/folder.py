@@ -78,9 +78,9 @@ def _check_content(folder: Path) -> None:
     if not mark.exists():
         others = {*os.listdir(folder)} - {NEW, WORK}
         # state.json may exist now: another gateway may have just created it
-        rule = "holds other files: give an empty folder, or a new one"
+        rule = "contains other files: use an empty or a new folder"
         check(not others or mark.exists(), "state_dir", str(folder), rule)
         return
     found = msgspec.json.decode(mark.read_bytes(), type=_FolderFormat).state_format
-    rule = f"holds objects of the format {found}, this release has {FORMAT}"
+    rule = f"contains objects of format {found}, this release supports {FORMAT}"
     check(found == FORMAT, "state_dir", str(folder), rule)

@@ -77,5 +77,5 @@ def decode_head(line: bytes) -> Head:
     except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise StorageError("a stored object is damaged") from err
     if head.format != FORMAT:
-        raise StorageError(f"a stored object has the format {head.format}, this is {FORMAT}")
+        raise StorageError(f"a stored object has format {head.format}, supported is {FORMAT}")
     return head

@@ -246,8 +246,8 @@ def test_a_gateway_starts_without_its_disk(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter").touch()
     wrong = open_store(GatewaySection(state_dir=str(tmp_path / "other")), opens=False)
-    with pytest.raises(ConfigError, match="holds other files"):
+    with pytest.raises(ConfigError, match="contains other files"):
         asyncio.run(open_in_time(wrong, threads))
     assert wrong is not None
-    with pytest.raises(StorageError, match="the state folder holds other files"):
+    with pytest.raises(StorageError, match="the state folder contains other files"):
         wrong.list_ids(KIND, "a")

@@ -351,7 +351,7 @@ def test_a_classifier_with_padding() -> None:
                 assert list(row.logits) == pytest.approx(other["logits"], abs=1e-4)
         hidden = post(stack, "/classify", input=[5, 6], attention_mask=[1, 0])
         assert (hidden.status_code, hidden.json()["error"]["param"]) == (400, "attention_mask")
-        assert "must not leave out token 1" in hidden.json()["error"]["message"]
+        assert "must not exclude token 1" in hidden.json()["error"]["message"]
         given = post(stack, "/classify", input=[5, 6], labels=["a"])
         assert (given.status_code, given.json()["error"]["param"]) == (400, "labels")
         drawn = post(stack, "/v1/completions", prompt=[5, 6])

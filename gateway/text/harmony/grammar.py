@@ -70,7 +70,7 @@ def harmony_grammar(
         return None
     if opened not in ("", OPENED) and not opened.endswith(MESSAGE):
         field = FIELD if answer is None else answer.field
-        raise RequestError(f"{field} cannot go with a prompt that ends within a header", field)
+        raise RequestError(f"{field} cannot be used with a prompt that ends within a header", field)
     lines: list[GrammarRule | str] = [
         *_start_rules(use, special_ids, opened),
         *_message_rules(special_ids),

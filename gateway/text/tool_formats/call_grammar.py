@@ -52,7 +52,7 @@ ArgumentRules = Callable[[Tool, int], list[GrammarRule]]
 def check_combinable_with_tools(answer: Grammar | None) -> None:
     """Raise ``RequestError`` for a grammar that cannot be combined with tools."""
     if answer is not None and answer.kind is not GrammarKind.JSON_SCHEMA:
-        raise RequestError(f"{answer.field} cannot go with tools", answer.field)
+        raise RequestError(f"{answer.field} cannot be used with tools", answer.field)
 
 
 def terminal(text: str, token_ids: Mapping[str, int]) -> str:

@@ -141,7 +141,7 @@ def test_refusals_have_their_status_over_both(
         ("deadline_s", 1e400, "(inf) must be a finite number"),
         ("deadline_s", {}, "({}) must be a finite number"),
         ("request_id", 7, "(7) must be a text"),
-        ("experts", 3, "(3) is no field, unlike attention, expert, deadline_s"),
+        ("experts", 3, "(3) is not a field: the fields are attention, expert, deadline_s"),
     ],
 )
 def test_a_wrong_field_is_named_with_value_and_rule(

@@ -198,13 +198,13 @@ INSPECT: list[tuple[dict[str, Any], pb.InspectRequest, str, str]] = [
         {"token_ids": [5, 6], "outputs": ["logits"], "attention_mask": [1, 2]},
         _inspect([5, 6], "logits", attention_mask=[pb.AttentionMask(mask=[1, 2])]),
         "attention_mask",
-        "attention_mask must be made of 0 and 1",
+        "attention_mask must contain only 0 and 1",
     ),
     (
         {"token_ids": [5, 6], "outputs": ["logits"], "attention_mask": [0, 0]},
         _inspect([5, 6], "logits", attention_mask=[pb.AttentionMask(mask=[0, 0])]),
         "attention_mask",
-        "must not leave out all tokens",
+        "must not exclude all tokens",
     ),
     (
         {"token_ids": [[5, 6], [7]], "outputs": ["logits"], "attention_mask": [[1, 1]]},

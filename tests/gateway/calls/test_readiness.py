@@ -174,7 +174,7 @@ def test_requests_wait_no_longer_than_their_time(moody: Stack) -> None:
     assert response.status_code == 408
     error = response.json()["error"]
     assert error["code"] == "deadline_exceeded"
-    assert error["message"] == "the request's time is over: the cluster is recovering"
+    assert error["message"] == "the request's deadline has passed: the cluster is recovering"
 
 
 def test_running_requests_go_on_through_a_recovery(moody: Stack) -> None:

@@ -66,7 +66,7 @@ def test_what_is_within_the_rules_passes(values: dict[str, Any]) -> None:
         ({"prompts": ("x",) * 3, "best_of": 2}, r"prompts times best_of \(6\) must be at most 4"),
         ({"logprob_token_ids": (4, 4)}, "logprob_token_ids must not name a token twice"),
         ({"logprob_token_ids": (4, 7), "logprobs": 1}, r"logprobs \(1\) must be the same or unset"),
-        ({"logprob_token_ids": (4,), "echo": True}, "logprob_token_ids cannot go with echo"),
+        ({"logprob_token_ids": (4,), "echo": True}, "logprob_token_ids cannot be used with echo"),
         ({"allowed_token_ids": ()}, "allowed_token_ids must not be empty"),
         ({"truncate_prompt_tokens": 0}, r"truncate_prompt_tokens \(0\) must be -1 or at least 1"),
         ({"truncate_prompt_tokens": -2}, r"truncate_prompt_tokens \(-2\)"),
@@ -100,7 +100,7 @@ def test_what_beams_can_follow_passes(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": 0.7}, "^temperature cannot go with use_beam_search$"),
+        ({"temperature": 0.7}, "^temperature cannot be used with use_beam_search$"),
         ({"top_p": 0.9}, "^top_p cannot"),
         ({"top_k": 5}, "^top_k cannot"),
         ({"min_p": 0.1}, "^min_p cannot"),
@@ -114,7 +114,7 @@ def test_what_beams_can_follow_passes(values: dict[str, Any]) -> None:
         ({"grammar": Grammar(kind=GrammarKind.REGEX, text="a")}, "^structured_outputs cannot"),
         ({"prompt_logprobs": 0}, "^prompt_logprobs cannot"),
         ({"logprob_token_ids": (5,)}, "^logprob_token_ids cannot"),
-        ({"echo": True, "logprobs": 0}, "^echo with logprobs cannot go with use_beam_search$"),
+        ({"echo": True, "logprobs": 0}, "^echo with logprobs cannot be used with use_beam_search$"),
         ({"echo": True, "max_tokens": 0}, r"^max_tokens \(0\) must be at least 1 with use_beam"),
         ({"early_stopping": "maybe"}, r"^early_stopping \('maybe'\) must be false, true or never$"),
         ({"length_penalty": 11}, r"^length_penalty \(11\) must be at least -10 and at most 10$"),
@@ -131,7 +131,7 @@ def test_tools_cannot_go_with_beams() -> None:
     tools = make_tool_use([Tool(name="f")])
     chat = dataclasses.replace(CHAT, use_beam_search=True, chat=_chat(False, True))
     check(chat)
-    with pytest.raises(RequestError, match="tools cannot go with use_beam_search"):
+    with pytest.raises(RequestError, match="tools cannot be used with use_beam_search"):
         check(chat, chat=dataclasses.replace(_chat(False, True), tools=tools))
 
 
@@ -145,14 +145,14 @@ def test_fields_of_beams_need_beams(values: dict[str, Any]) -> None:
 
 
 def test_beams_are_not_streamed() -> None:
-    with pytest.raises(RequestError, match="use_beam_search cannot go with a stream"):
+    with pytest.raises(RequestError, match="use_beam_search cannot be used with a stream"):
         check_stream(BEAMS)
 
 
 def test_embeddings_are_not_truncated() -> None:
     embeds = parse_embeds((1, 2), bytes(8))
     check(embeds=embeds)
-    with pytest.raises(RequestError, match="truncate_prompt_tokens cannot go with embeddings"):
+    with pytest.raises(RequestError, match="truncate_prompt_tokens cannot be used with embeddings"):
         check(embeds=embeds, truncate_prompt_tokens=5)
 
 
@@ -168,7 +168,7 @@ def test_ranked_choices_are_not_streamed() -> None:
     check_stream(dataclasses.replace(PLAIN, n=2))
     check_stream(dataclasses.replace(PLAIN, n=2, best_of=2))
     check_stream(dataclasses.replace(CHAT, best_of=3))  # refused as a whole
-    with pytest.raises(RequestError, match="best_of cannot go with a stream"):
+    with pytest.raises(RequestError, match="best_of cannot be used with a stream"):
         check_stream(dataclasses.replace(PLAIN, n=2, best_of=3))
 
 

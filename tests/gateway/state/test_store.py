@@ -511,7 +511,7 @@ def test_the_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ConfigError, match="holds other files") as caught:
+    with pytest.raises(ConfigError, match="contains other files") as caught:
         make(tmp_path)
     assert caught.value.field == "state_dir"
     assert files_in(tmp_path) == [tmp_path / "letter.txt"]
@@ -520,7 +520,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mark", "rule"),
     [
-        (b'{"state_format":2}', "holds objects of the format 2, this release has 1"),
+        (b'{"state_format":2}', "contains objects of format 2, this release supports 1"),
         (b"{", "damaged"),
     ],
 )

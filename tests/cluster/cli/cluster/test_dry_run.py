@@ -331,9 +331,9 @@ def test_adapters_that_cannot_be_loaded_are_refused(
     ("content", "rule"),
     [
         (None, "cannot be used: Not a directory"),
-        ({"other.txt": "x"}, "holds other files: give an empty folder, or a new one"),
+        ({"other.txt": "x"}, "contains other files: use an empty or a new folder"),
         ({"state.json": "{"}, "cannot be used: state.json is damaged"),
-        ({"state.json": '{"state_format": 999}'}, "holds objects of the format 999"),
+        ({"state.json": '{"state_format": 999}'}, "contains objects of format 999"),
     ],
 )
 def test_a_state_folder_that_cannot_be_used_is_refused(

@@ -196,7 +196,7 @@ def test_a_vocabulary_without_the_marks_has_no_grammar_of_its_own() -> None:
 
 def test_each_error_names_its_field() -> None:
     marks = dict.fromkeys(SPECIAL_TOKENS, 1)
-    with pytest.raises(RequestError, match=r"structured_outputs\.regex cannot go with tools"):
+    with pytest.raises(RequestError, match=r"structured_outputs\.regex cannot be used with tools"):
         harmony_grammar(TOOLS, marks, WORDS)
     large = Tool(name="f", parameters={"properties": {"x" * MAX_GRAMMAR_BYTES: {}}})
     with pytest.raises(RequestError, match=r"^tools have \d+ bytes of schemas"):

@@ -204,7 +204,7 @@ def test_calls_beside_a_response_format(compiler: GrammarCompiler) -> None:
     assert accepts(compiler, grammar, FIRST)
     assert not accepts(compiler, grammar, "seventeen")
     words = Grammar(kind=GrammarKind.REGEX, text="a", field="structured_outputs.regex")
-    with pytest.raises(RequestError, match=r"structured_outputs\.regex cannot go with tools"):
+    with pytest.raises(RequestError, match=r"structured_outputs\.regex cannot be used with tools"):
         answer_grammar(ToolUse(tools=OFFERED), ToolCallFormat.HERMES, {}, words)
 
 
