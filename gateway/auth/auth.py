@@ -55,7 +55,7 @@ class KeyRing:
         self.admin_ring: KeyRing | None = None
         """Keys that also open this port, without its limits."""
         self._clock = clock
-        self._usages: dict[bytes, KeyUsage] = {}  # usage of keys that were used
+        self._usages: dict[bytes, KeyUsage] = {}  # by digest, of keys that were used
 
     @property
     def is_open(self) -> bool:

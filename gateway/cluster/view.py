@@ -161,7 +161,7 @@ class SnapshotFollower:
             if snapshot is not None:
                 self._accept(snapshot)
         except NotReadyError as err:
-            logger.log(self._log_level(), "no fresh snapshot: %s", err)
+            logger.log(self._log_level(), "could not use a fresh snapshot: %s", err)
 
     async def call(
         self, call: ControllerCall, *details: Any, limit_s: float = CALL_TIMEOUT_S
@@ -181,7 +181,7 @@ class SnapshotFollower:
         try:
             return dict(await self.call(call, *details))
         except ExpertMeshError as err:
-            logger.log(self._log_level(), "no %s: %r", call, err)
+            logger.log(self._log_level(), "the controller call %s failed: %r", call, err)
             return None
 
     def _log_level(self) -> int:

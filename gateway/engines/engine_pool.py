@@ -112,7 +112,7 @@ class EnginePool:
         before, known = workers.leaving, workers.lacking
         workers.set_endpoints(endpoints)
         for gone in set(self._connectors) - set(endpoints):
-            logger.info("%s left the generation: stream dropped", gone.name)
+            logger.info("closed the stream to %s, which left the generation", gone.name)
             self._connectors.pop(gone).cancel()
             has_died = gone.name not in living
             if (client := workers.clients.pop(gone.name, None)) is not None:

@@ -42,7 +42,7 @@ class InferenceProcedures(PoolingProcedures):
         self, request: pb.GenerateRequest, call: GrpcCall
     ) -> AsyncGenerator[pb.GenerateChunk]:
         with await self._start(request, call, streams=True) as running:
-            await call.send_id()  # while the engine computes the first token
+            await call.send_id()  # meanwhile the engine computes the first token
             formatter = GrpcFormat(running, self._gateway.tokenizer, call.request_id)
             while deltas := await running.next():
                 for delta in deltas:

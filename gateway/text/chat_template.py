@@ -286,7 +286,7 @@ def _cut_at_mark(text: str, marked: Mapping[str, Any]) -> str:
         raise _cannot_continue()
     if text.startswith(_MARK, position):
         return text[:position]
-    num_spaces = len(content) - len(content.rstrip()) if content.strip() else 0  # as it stripped
+    num_spaces = len(content) - len(content.rstrip()) if content.strip() else 0  # stripped, too
     return text[: position - num_spaces]
 
 

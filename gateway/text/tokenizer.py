@@ -187,7 +187,7 @@ def load_tokenizer(folder: str, chat_template: str | None = None) -> Tokenizer |
     tokenizer = Tokenizer(backend, file=path)
     tokenizer.chat_template = _load_template(Path(folder), chat_template, tokenizer.special_ids)
     if isinstance(tokenizer.chat_template, HarmonyTemplate):
-        tokenizer.encode(tokenizer.chat_template.render([]))  # the first call takes a second
+        tokenizer.encode(tokenizer.chat_template.render([]))  # warm-up: the first takes a second
     return tokenizer
 
 
