@@ -22,17 +22,17 @@ from workers.quantization.matrix import Weight
 
 
 class ExpertKernel(Protocol):
-    """Weights of all slots for one exchange, and their product with rows.
+    """Holds the weights of all slots for one exchange, and multiplies rows by them.
 
-    Thread safety: one thread may resize, store and clear while another computes with other slots. A
-    computation reads the container of the weights once, and a resize replaces the whole container.
+    Thread safety: one thread may resize, store and clear while another computes with other slots.
+    For this, a resize replaces the container of the weights, which a computation reads only once.
     """
 
     def resize(self, num_slots: int) -> None:
         """Change the number of slots; remaining slots keep their contents."""
 
     def store(self, slot: int, matrix: int, weight: Weight) -> None:
-        """Copy one matrix [out, in] of one expert from the CPU, in the format
+        """Copy one matrix [out, in] of an expert from CPU memory into a slot. Its format is
         ``ExchangeSpec.form_of``."""
 
     def read(self, slot: int, matrix: int) -> Weight:
@@ -42,7 +42,7 @@ class ExpertKernel(Protocol):
         """Empty a slot."""
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
-        """See ``ExpertBank.compute``. Called with at least one pair."""
+        """Run (input row, slot) pairs, at least one; see ``ExpertBank.compute``."""
 
 
 MakeKernel = Callable[[ExchangeSpec, torch.dtype, torch.device], ExpertKernel]
@@ -58,10 +58,10 @@ def make_kernel(
     make_other: MakeKernel | None = None,
     side: SideStream | None = None,
 ) -> ExpertKernel:
-    """Return the fastest kernel for experts of this kind and size; ``team``: threads of compiled
+    """Return the fastest kernel for experts of this kind and size. ``team``: threads of compiled
     kernels.
 
-    ``make_other`` replaces the torch kernels on CPUs; ``side`` is the stream of threads that load.
+    ``make_other`` replaces the torch kernels on CPUs; ``side``: stream of threads that load.
     """
     if device.type == "cuda":
         return CudaExperts(exchange, dtype, device, side)
@@ -95,12 +95,12 @@ class ExpertBank:
         """Makes the bank's kernels."""
         self.num_slots = 0
         self.version = 0
-        """See ``SlotBank``."""
+        """Counter of changes; see ``SlotBank``."""
         self._kernels = [make(e, dtype, device) for e in spec.exchanges]
         self.resize(num_slots)
 
     def resize(self, num_slots: int) -> None:
-        """Change the capacity; remaining slots keep their contents."""
+        """Change the number of slots; remaining slots keep their contents."""
         for kernel in self._kernels:
             kernel.resize(num_slots)
         self.num_slots = num_slots
@@ -141,8 +141,8 @@ class ExpertBank:
     ) -> Tensor:
         """Run (input row, expert slot) pairs; slots without pairs are not touched.
 
-        inputs [N, in_width] model dtype; pair_input [P] int64 row of inputs of each pair;
-        pair_slot [P] int64 expert slot -> [P, out_width] model dtype, not weighted.
+        inputs [N, in_width] model dtype; pair_input [P] int64: row of ``inputs`` of each pair;
+        pair_slot [P] int64: expert slot. Returns [P, out_width] model dtype, not weighted.
         """
         if not len(pair_slot):
             return inputs.new_empty(0, self.spec.exchanges[exchange].out_width)
@@ -151,12 +151,12 @@ class ExpertBank:
     def compute_rows(
         self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """The weighted sum over each row's slots; at least one of them is not -1.
+        """Return the weighted sum of the expert outputs of each row: [T, out_width] ``dtype``.
 
-        inputs [T, in_width] model dtype, or with ``per_slot_input`` [T * k, in_width], or only the
-        rows of the slots that are not -1; slots [T, k] int64, -1 for none; weights [T, k] float32
-        -> [T, out_width] ``dtype``, which is the model's or float32. Products are summed in float32
-        in the order of the slots; their dtype follows from ``BankSpec.float32_weights``.
+        slots [T, k] int64, -1 for none, with at least one other value in each row; weights [T, k]
+        float32. inputs [T, in_width] model dtype, or with ``per_slot_input`` [T * k, in_width] or
+        only its rows for slots that are not -1. ``dtype`` is the model's or float32. Sums are
+        float32, in the order of slots; ``BankSpec.float32_weights`` sets the dtype of products.
         """
         kernel, spec = self._kernels[exchange], self.spec.exchanges[exchange]
         if isinstance(kernel, NativeExperts | CudaExperts):

@@ -10,9 +10,9 @@ Milliseconds for one layer of 64 experts, top-8, one thread of an AMD EPYC (avx5
     128 x 32          0.3 / 1.5 / 2.8    0.3 / 1.5 / 2.4    0.2 / 0.3 / 0.4    0.2 / 0.5 / 0.7
 
 and in float32: 512 x 256 packed 1.2 / 6.4 / 8.7, bmm 9.8 / 15.2 / 17.0; 128 x 32 packed 0.3 / 1.6 /
-2.4, bmm 0.2 / 0.4 / 0.6. So: packed from 64 Ki elements of a gate-and-up matrix on, else bmm, and
-there gathered while at most a quarter of the slots has work, and a loop where padding would cost
-more than it saves. ``functional.grouped_mm`` was never best.
+2.4, bmm 0.2 / 0.4 / 0.6. Therefore experts with a gate-and-up matrix of at least 64 Ki elements use
+the packed loop. Smaller ones use bmm: gathered while at most a quarter of the slots has work, else
+padded, or a plain loop if padding costs too much. ``functional.grouped_mm`` was never best.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from workers.model.torch_private import pack, unpack
 from workers.quantization.matrix import Weight, plain
 
 PACKED_MIN_ELEMENTS = 64 * 1024
-"""Elements of an exchange's first matrix from which one call per expert is faster."""
+"""Minimum elements of an exchange's first matrix for which one call per expert is faster."""
 _WIDE_ROWS = 16
-"""Rows per used expert from which the loop finishes an expert before the next."""
+"""Minimum mean rows per used expert for which the loop finishes one expert before the next."""
 _CALL_ROWS = 16
-"""Rows for which the products take as long as a call and reading an expert's weights."""
+"""Number of rows whose products take as long as a call and reading an expert's weights."""
 _FEW_PAIRS = 16
-"""Maximum number of pairs for which to check whether every slot has one pair, so nothing needs
-sorting."""
+"""Maximum pairs for which to check whether each slot has only one pair, so that no sort is
+needed."""
 _FEW_SLOTS = 4
-"""Slots per used slot, or per pair, from which only the weights in use are gathered."""
+"""Minimum slots per used slot (or pair) for which only the weights in use are multiplied."""
 _MAX_PADDING = 4
 """Padded rows per pair above which a loop replaces the padded product."""
 
 
 class PackedExperts:
-    """One call per expert that has rows, with weights in oneDNN's layout (plain if it has none)."""
+    """Kernel with one call per expert that has rows. Weights use oneDNN's layout if it has one."""
 
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads
@@ -96,7 +96,7 @@ class PackedExperts:
 
 
 class PaddedExperts(StackedWeights):
-    """One batched product over all experts; rows are padded to the busiest expert's."""
+    """Kernel with one batched product over all experts, padded to the rows of the busiest one."""
 
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads
@@ -126,7 +126,7 @@ class PaddedExperts(StackedWeights):
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
     def _gathered(self, weights: Sequence[Tensor], rows: Tensor, slots: Tensor) -> Tensor:
-        """rows [P, in] -> [P, out], with weights gathered for each pair and without sorting."""
+        """Multiply rows [P, in] by copies of the weights of each pair's slot, without sorting."""
         gathered = (weight.index_select(0, slots) for weight in weights)
         blocks = batched_products(rows.unsqueeze(1), gathered, self._num_products, self._activate)
         return blocks.squeeze(1)
@@ -140,7 +140,7 @@ class PaddedExperts(StackedWeights):
         used: Tensor,
         height: int,
     ) -> Tensor:
-        """rows [P, in] sorted by their slots -> [P, out]."""
+        """Multiply rows [P, in], sorted by slot, in blocks of ``height`` padded rows per slot."""
         starts = counts.cumsum(0) - counts
         place = torch.arange(len(rows)) - starts[slots]
         if len(used) * _FEW_SLOTS <= len(counts):
@@ -156,7 +156,7 @@ class PaddedExperts(StackedWeights):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Products:
-    """Products with the weights of one slot each, shared between the compute threads."""
+    """Computes products slot by slot and divides them between the compute threads."""
 
     weights: Sequence[Sequence[Tensor] | Tensor]
     """[product][slot]."""
@@ -168,7 +168,7 @@ class _Products:
     compute_threads: ComputeThreads
 
     def of_pairs(self, rows: Tensor, slots: list[int]) -> Tensor:
-        """rows [P, in], each for a different slot -> [P, out], without sorting."""
+        """Multiply rows [P, in], each of a different slot, without sorting: [P, out]."""
         shares = [slice(*share) for share in self.compute_threads.split([1.0] * len(slots))]
         tasks = [partial(self._multiply, rows[s], slots[s], [1] * len(slots[s])) for s in shares]
         parts = self.compute_threads.run(tasks)
@@ -201,7 +201,7 @@ class _Products:
         return output
 
     def _multiply(self, rows: Tensor, slots: list[int], sizes: list[int]) -> Tensor:
-        """rows [R, in] -> [R, out]: the first ``sizes[0]`` rows with ``slots[0]``, and so on."""
+        """Multiply the first ``sizes[0]`` of rows [R, in] by ``slots[0]``, and so on: [R, out]."""
         for i, weights in enumerate(self.weights):
             own = [weights[slot] for slot in slots]
             biases = [self.biases[i][slot] for slot in slots] if self.biases else []

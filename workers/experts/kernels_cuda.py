@@ -10,7 +10,7 @@ from workers.model.config import ClampedSwiglu
 
 
 class CudaExperts(StackedWeights):
-    """Expert kernels in Triton; tests on CPUs run them in Triton's interpreter."""
+    """``ExpertKernel`` with Triton; tests on CPUs run it in Triton's interpreter."""
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
         return self._compute(inputs, pair_slot.unsqueeze(1), pair_input, 1)
@@ -23,7 +23,7 @@ class CudaExperts(StackedWeights):
         float32_weights: bool,
         dtype: torch.dtype,
     ) -> Tensor:
-        """See ``ExpertBank.compute_rows``; rows without any slot are also allowed."""
+        """See ``ExpertBank.compute_rows``; a row may also have no slot, which gives zeros."""
         from workers.cuda.row_sums import sum_rows
 
         sources, per_slot = None, self._exchange.per_slot_input

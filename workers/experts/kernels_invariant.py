@@ -1,7 +1,7 @@
 """Batch-invariant expert kernels, for ``--deterministic``.
 
-Each size of experts has one kernel, independent of the load of a step. A new kernel is tested
-(``row_invariance``); if its rows depend on each other, the next one is used.
+The kernel depends on the size of experts only, not on the number of rows in a step. Each new kernel
+is tested (``row_invariance``); if a row's result depends on other rows, the next kernel is tried.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from workers.model.layers import gated_activation
 from workers.quantization.matrix import Weight, plain
 
 Agree = Callable[[MakeKernel, ExchangeSpec, torch.dtype, torch.device], bool]
-"""Tests a kernel; see ``pairs_agree``."""
+"""Returns whether a kernel is batch-invariant; see ``pairs_agree``."""
 _GROUPS = ((0, 1), (5, 6), (0, 2), (7, 10), (1, 8), (3, 12), (11, 41), (0, NUM_TRIED_ROWS))
-"""Number of consecutive inputs of a test."""
+"""Number of consecutive inputs that are compared in a test."""
 _MAX_HEIGHT = 64
 """Maximum rows of a block; a slot with more rows has several blocks."""
 _TRIED_SLOTS = 6
 
 
 class BlockExperts(StackedWeights):
-    """One batched product over blocks of rows; each block belongs to one slot.
+    """Kernel with one batched product over blocks of rows; each block belongs to one slot.
 
-    The height of all blocks in a call is the number of rows of the busiest slot, within limits.
+    All blocks of a call have the same height: the rows of the busiest slot, within limits.
     """
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class BlockExperts(StackedWeights):
 
 
 class LoopExperts:
-    """One product for each slot that has rows."""
+    """Kernel with one product for each slot that has rows."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class LoopExperts:
 
 
 class InvariantKernels:
-    """Makes kernels, and caches the results of the tests by shape."""
+    """Makes batch-invariant kernels; tests each shape once and caches the result."""
 
     def __init__(self, agree: Agree | None = None) -> None:
         """``agree`` tests a kernel; the default is ``pairs_agree``."""
@@ -197,7 +197,7 @@ class _Trial:
         return self.kernel.compute(self.inputs, sources, slots).view(2, count, -1)
 
     def group(self, expert: int, first: int, last: int, num_mates: int) -> Tensor:
-        """Outputs of some inputs of one expert, after one pair for each of the first slots."""
+        """Compute inputs of one expert in a batch that begins with pairs of other slots."""
         mates = torch.arange(num_mates)
         rows = torch.arange(first, last)
         slots = torch.full_like(rows, self.first + expert)

@@ -25,8 +25,8 @@ from workers.quantization.matrix import Weight
 
 
 def unsupported_feature(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
-    """Name the feature of the exchange that the kernels lack, so that torch computes it; empty if
-    none.
+    """Name a feature of the exchange that the kernels lack, for which torch must compute it; empty
+    if there is none.
 
     Every width is supported, and every even width of quantized weights.
     """
@@ -62,7 +62,7 @@ class NativeExperts:
 
     @property
     def slots(self) -> NativeSlots:
-        """The current slots."""
+        """The current slots, for native code."""
         return NativeSlots(self._team, self._slots)
 
     def resize(self, num_slots: int) -> None:
@@ -70,7 +70,7 @@ class NativeExperts:
         self._slots = SlotTable(self._shape, num_slots, self._slots)
 
     def store(self, slot: int, matrix: int, weight: Weight, is_idle: bool = False) -> None:
-        """See ``ExpertKernel``. ``is_idle``: no step runs, so the whole team packs."""
+        """See ``ExpertKernel``. ``is_idle``: no step runs, so all threads of the team help."""
         team = self._team if is_idle else None
         if isinstance(weight, Tensor):
             weight = weight.to(self._shape.stored_as(matrix))

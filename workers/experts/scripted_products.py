@@ -1,9 +1,9 @@
 """TorchScript loop over the products of many experts, in one call without the GIL.
 
-Two compute threads that call one operator after the other compete for the GIL, and the waiting
-thread sleeps: at 40 microseconds a product, two were hardly faster than one. TorchScript runs a
-whole loop without the GIL. Decode steps of 8 layers of 64 experts (512 x 256, bfloat16, top-8), two
-cores of an AMD EPYC, torch 2.13, milliseconds at 1 / 8 / 32 rows: 13.6 / 37 / 72 -> 12.1 / 33 / 64.
+Two compute threads that call single operators compete for the GIL, and the waiting thread sleeps:
+at 40 microseconds a product, two threads were hardly faster than one. TorchScript runs a whole loop
+without the GIL. A decode step of 8 layers of 64 experts (512 x 256, bfloat16, top-8), two cores of
+an AMD EPYC, torch 2.13, went from 13.6 to 12.1 ms with 1 row, 37 to 33 with 8 and 72 to 64 with 32.
 
 TorchScript is deprecated. If torch does not have it, the same functions run as Python.
 """
@@ -36,7 +36,7 @@ def _scripted(function: F) -> F:
 def expert_products(
     rows: Tensor, sizes: list[int], weights: list[Tensor], biases: list[Tensor], is_packed: bool
 ) -> Tensor:
-    """rows [R, in] -> [R, out]: the first ``sizes[0]`` rows times the first weight, and so on.
+    """Multiply the first ``sizes[0]`` of rows [R, in] by the first weight, and so on: [R, out].
 
     The weights are [out, in], or in oneDNN's layout (see ``torch_private.pack``); biases are [out,
     1], or the list is empty.

@@ -1,4 +1,4 @@
-"""All expert slots of one device: the physical experts that it holds."""
+"""All expert slots of one device, and the physical experts in them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from workers.quantization.matrix import Weight
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedExpert:
-    """Identity of one load of an expert into a slot."""
+    """Identity of one load of an expert into a slot; a second load of it gets another object."""
 
     expert: int
 
 
 def torch_reason(banks: Sequence[BankSpec], dtype: torch.dtype) -> str:
-    """Log text: why torch computes experts although compiled kernels exist; empty otherwise."""
+    """Return the reason, for logs, why torch computes experts instead of kernels, or ``""``."""
     missing = {
         unsupported_feature(exchange, dtype) for bank in banks for exchange in bank.exchanges
     }
@@ -40,7 +40,7 @@ def torch_reason(banks: Sequence[BankSpec], dtype: torch.dtype) -> str:
 
 
 class ExpertSlots:
-    """The expert banks of one device. Capacity and placement are independent."""
+    """The expert banks of one device. There may be more slots than the placement fills."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class ExpertSlots:
         return {slot: held.expert for slot, held in self._contents[bank].copy().items()}
 
     def rows(self) -> tuple[tuple[int, ...], ...]:
-        """``[bank][slot]``: the logical expert that is complete there, or ``FREE_SLOT``."""
+        """``[bank][slot]``: the logical expert with complete weights there, or ``FREE_SLOT``."""
         found = []
         for bank in range(len(self.banks)):
             held = self.contents(bank)
@@ -86,7 +86,7 @@ class ExpertSlots:
         """Return copies of an expert's matrices, exchange by exchange; None if no slot holds it.
 
         Any thread may call it. If the slot is overwritten during the copy, the result is None,
-        never a mixture.
+        never a mixture of two experts.
         """
         if bank >= len(self.banks):
             return None
@@ -102,7 +102,7 @@ class ExpertSlots:
         return matrices if self._contents[bank].get(slot) is held else None
 
     def follow_steps(self) -> None:
-        """Order writes to the slots freed so far after the steps that have read them."""
+        """Let later writes to freed slots wait for the steps (on a GPU) that read the slots."""
         self._side.follow()
 
     def load_expert(
@@ -123,7 +123,8 @@ class ExpertSlots:
     def forget(self, bank: int, slot: int) -> LoadedExpert | None:
         """Mark a slot as empty, without freeing its weights. Returns the expert it held.
 
-        Call it before the last check of who uses the slot: ``contents`` must not list it then.
+        Call it before checking for the last time that the slot is unused, so that ``contents`` does
+        not list an expert that is about to be overwritten.
         """
         return self._contents[bank].pop(slot, None)
 
@@ -133,7 +134,7 @@ class ExpertSlots:
             self._contents[bank][slot] = held
 
     def clear(self, bank: int, slot: int) -> None:
-        """Empty a slot that no step may use."""
+        """Empty a slot. The caller must know that no step uses it."""
         self.forget(bank, slot)
         self.banks[bank].clear(slot)
 
@@ -146,8 +147,8 @@ class ExpertSlots:
         """Free the memory of slots that no step uses; return the number of these slots that held an
         expert.
 
-        ``used[bank][slot]`` is an expert, or -1 if the slot is unused. ``is_needed(bank, slot)``
-        reports further slots that are now in use; ``min_slots`` is the capacity that a bank keeps.
+        ``used[bank][slot]``: an expert, or -1 if the slot is unused. ``is_needed(bank, slot)``:
+        whether another slot is in use now. ``min_slots``: capacity that each bank keeps.
         """
         num_freed = 0
         for bank, slots in enumerate(used):
@@ -194,7 +195,7 @@ class ExpertSlots:
         """Return a source on disk, see ``CheckpointSource``; ``is_idle`` as in
         ``ExpertBank.store``.
 
-        Compiled kernels quantize the weights if they compute the experts, and for GPUs.
+        Experts of compiled kernels or GPUs are quantized by compiled kernels, others by torch.
         """
         team = self._team
         library = None if team is None else team.library

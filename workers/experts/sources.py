@@ -15,7 +15,7 @@ from workers.quantization.matrix import QuantizedMatrix, Weight
 from workers.quantization.rounding import quantize
 
 Round = Callable[[Tensor, WeightFormat], QuantizedMatrix]
-"""Quantizes a matrix, with the same bits as ``quantize``."""
+"""Function that quantizes a matrix, with the same bits as ``quantize``."""
 
 
 class ExpertWeight(NamedTuple):
@@ -55,7 +55,7 @@ class CheckpointSource:
         take: Callable[[int], None] = lambda num_bytes: None,
         round_weight: Round = quantize,
     ) -> None:
-        """``checkpoint`` belongs to this thread (``Checkpoint.another``).
+        """``checkpoint``: used only by this thread (``Checkpoint.another``).
 
         ``take`` is called with the size of each matrix that was read; it may wait or raise.
         ``round_weight`` quantizes experts during loading.
@@ -64,7 +64,7 @@ class CheckpointSource:
         self._take = take
         self._round = round_weight
         self.num_bytes = 0
-        """See ``ExpertSource``. Counts bytes on disk."""
+        """Bytes read so far, as stored on disk."""
         self._buffers: dict[tuple[int, int], Tensor] = {}
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
@@ -91,10 +91,10 @@ class CheckpointSource:
         self._checkpoint.files.close()
 
     def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Return the buffer into which all matrices of a shape are read, one after the other.
+        """Return the buffer into which all matrices of a shape are read, one at a time.
 
-        A new allocation for each matrix would leave gaps between the packed weights, of a third of
-        their size in a bank of 512 x 256 experts.
+        If each matrix were a new allocation, gaps would remain between the packed weights: a third
+        of their size in a bank of 512 x 256 experts.
         """
         if shape not in self._buffers:
             self._buffers[shape] = torch.empty(shape, dtype=dtype)

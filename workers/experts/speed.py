@@ -21,7 +21,7 @@ from workers.quantization.matrix import empty_weight, parts_of
 
 _RUNS = 9
 _GRAIN = 1.1
-"""Speeds are rounded to powers of this factor."""
+"""Factor whose powers are the possible results."""
 
 
 def slots_per_second(

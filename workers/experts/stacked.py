@@ -14,7 +14,7 @@ from workers.quantization.matrix import QuantizedMatrix, Weight, empty_weight, p
 
 
 class StackedWeights:
-    """Storage of an ``ExpertKernel``; subclasses compute."""
+    """Base class of expert kernels: stores the weights, with which subclasses compute."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class StackedWeights:
 def batched_products(
     blocks: Tensor, matrices: Iterable[Tensor], num_products: int, activate: GatedActivation
 ) -> Tensor:
-    """blocks [B, rows, in], and for each matrix of an expert (see ``ExchangeSpec.matrix_shapes``)
-    the matrix of each block [B, out, in] -> [B, rows, out]."""
+    """Run blocks [B, rows, in] through experts: [B, rows, out]. ``matrices``: for each matrix of
+    ``ExchangeSpec.matrix_shapes``, a tensor [B, out, in] with the matrix of each block."""
     known = list(matrices)
     weights, biases = known[:num_products], known[num_products:]
     for i, weight in enumerate(weights):
@@ -81,7 +81,7 @@ def batched_products(
 
 
 def _resized(weights: Tensor, num_slots: int) -> Tensor:
-    """[slots, ..] -> [num_slots, ..]: the existing slots, then zeros."""
+    """Resize [slots, ..] to [num_slots, ..]: the existing slots, then zeros."""
     new = weights.new_zeros((num_slots, *weights.shape[1:]))
     kept = min(len(weights), num_slots)
     new[:kept] = weights[:kept]

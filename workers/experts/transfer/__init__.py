@@ -1,4 +1,4 @@
-"""Loading experts while serving, from the checkpoint or from another worker's memory.
+"""Loads experts while the worker serves, from the checkpoint or another worker's memory.
 
 Imports ``workers.experts`` and ``workers.transport``.
 """

@@ -6,8 +6,8 @@
 Which source is faster is not known in advance: files in the page cache are faster than any network,
 and a cold network disk is slower than most. So each source first loads ``NUM_TRIALS`` experts;
 afterwards each expert is read from the source with the highest recent rate. A slower source is
-measured again when a measurement is short compared to the time since its last expert, because it
-may only have stalled for a moment. A source that failed is tried last.
+measured again after ``_RETRY_AFTER`` times the time that it takes for an expert, as it may have
+stalled only for a moment. A source that failed is tried last.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from workers.model.config import BankSpec
 logger = logging.getLogger(__name__)
 
 NUM_TRIALS = 2
-"""Experts that each source loads before rates are compared. The first one also opens files and
-connections, so its time does not count."""
+"""Number of experts that each source loads before rates are compared. The first one also opens
+files and connections, so its time does not count."""
 _NUM_LAST = 4
 """Number of experts over which a rate is measured."""
 _RETRY_AFTER = 8
-"""A slower source is measured again after this multiple of the time that it takes for an expert."""
+"""Multiple of a slower source's time per expert after which the source is measured again."""
 
 
 class NotHeldError(ProtocolError):
-    """No worker holds an expert. Says nothing about other experts."""
+    """No other worker holds the expert. The source can still load other experts."""
 
 
 class FasterSource:
-    """``ExpertSource`` over several sources; each can load every expert."""
+    """``ExpertSource`` that reads each expert from the faster of several sources."""
 
     def __init__(
         self, sources: Mapping[str, ExpertSource], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``sources`` by name; if all fail, the error of the first one is raised."""
+        """``sources``: by name. If all fail for an expert, the error of the first one is raised."""
         self._sources = dict(sources)
         self._clock = clock
         self._num_tried = dict.fromkeys(sources, 0)
@@ -86,8 +86,8 @@ class FasterSource:
     def _measured(
         self, name: str, bank: BankSpec, expert: int, dtype: torch.dtype
     ) -> Iterator[ExpertWeight]:
-        """Yield from a source and record its rate. The time includes storing, when a mapped file is
-        read."""
+        """Yield from a source and record its rate. The time includes storing the weights, because a
+        mapped file is read only then."""
         began = self._clock()
         yield from self._sources[name].weights(bank, expert, dtype)
         now = self._clock()
@@ -165,8 +165,8 @@ class HoldersSource:
             source.close()
 
     def _least_used_worker(self, bank: BankSpec, expert: int) -> str | None:
-        """Return the worker to use next: the one used least, so that the load on serving workers is
-        even."""
+        """Return the worker that holds the expert and was used least, to spread the load; None if
+        there is none."""
         able = [n for n, h in self._holders.items() if expert in h.experts[bank.index]]
         return min(able, key=lambda name: (self._num_asked[name], name), default=None)
 

@@ -1,24 +1,23 @@
-"""Load experts into expert slots while the worker serves, in one thread, command by command.
+"""Loads experts into expert slots while the worker serves, on one thread, command by command.
 
     controller ── LoadExperts(order, experts, source) ─▶ control thread ─▶ ExpertLoader's queue
-    controller ◀─ ExpertsLoaded(order, error, num_bytes) ─ loader thread, one matrix after another
+    controller ◀─ ExpertsLoaded(order, error, num_bytes) ─ loader thread, after the last matrix
 
 All loads after the start happen here: experts of a lost worker (``source`` kind ``checkpoint``),
 and experts that a rebalance moves. A new kind of source is an ``ExpertSource`` and an entry in the
 mapping of ``ExpertLoader``; ``source`` in the command names the kind and its parameters.
 
-A command fills slots that no current placement uses, so steps never read a slot that is being
-written; kernels allow that (``ExpertKernel``). A command that would break this rule is refused,
-because its controller does not know the current placement. An expert that is already in its slot is
-not read again. On a CPU a bank grows to the slots of a command; on a GPU its capacity is fixed
-(``--recovery-slots``). Commands run one after the other, and each gets one reply. The slots of a
-failed command have undefined contents.
+A command fills only slots that no current placement uses, so no step reads a slot while it is being
+written. A command for other slots comes from a controller that does not know the current placement,
+and is refused. An expert that is already in its slot is not read again. On a CPU, a bank grows to
+the slots of a command; on a GPU, its capacity is fixed (``--recovery-slots``). Commands run in
+order, and each gets one reply. The slots of a failed command have undefined contents.
 
-When a generation starts to run, slots outside its maps are freed (``keep_only``), in queue order:
-earlier commands were for this generation, or for one that will never run. Slots that a later
-generation already uses stay. A slot is marked empty before the last check of the current maps, and
-a worker reports its slots after it has received new maps, so it never reports a slot that is about
-to be written or freed.
+When a generation starts to run, slots outside its maps are freed (``keep_only``). This is queued
+behind earlier commands, which were for this generation or for one that will never run. Slots that a
+later generation already uses stay. A slot is marked empty before the last check of the current
+maps, and a worker reports its slots after it has received new maps, so it never reports a slot that
+is about to be written or freed.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from workers.experts.sources import ExpertSource
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"
-"""Kind of the source that reads from disk; it has no parameters."""
+"""Value of ``kind`` of the source that reads from disk; it has no parameters."""
 OpenSource = Callable[[Mapping[str, Any]], ExpertSource]
 """Opens a source, given ``LoadExperts.source``."""
 SlotOrder = tuple[int, int, int]
@@ -62,7 +61,7 @@ class Obstacle:
 
     reason: str
     passes: bool
-    """The epoch of the command has not reached this worker yet."""
+    """Whether the obstacle is temporary: the command's epoch has not reached this worker yet."""
 
 
 class ExpertLoader:
@@ -78,10 +77,10 @@ class ExpertLoader:
         max_slots: int | None = None,
         min_slots: int = 0,
     ) -> None:
-        """``sources`` by kind; ``answer`` is called on the loader's thread.
+        """``sources``: by kind. ``answer`` is called with each reply, on the loader's thread.
 
-        ``obstacle`` gets the slots to write and the epoch of their command; the loader waits for a
-        temporary obstacle, for at most ``_WAIT_LIMIT_S``.
+        ``obstacle``: returns why slots must not be written, given the slots and the epoch of their
+        command. The loader waits up to ``_WAIT_LIMIT_S`` for a temporary obstacle to end.
 
         ``max_slots``: capacity of a bank with fixed size; ``min_slots``: capacity that a growing
         bank keeps.
@@ -101,7 +100,7 @@ class ExpertLoader:
         self._submit(self._run_command, order)
 
     def keep_only(self, used: Sequence[Sequence[int]]) -> None:
-        """Free slots outside ``used`` (see ``ExpertSlots``) after the queued commands. Any thread.
+        """Queue the release of slots outside ``used`` (see ``ExpertSlots.keep_only``). Any thread.
 
         Banks of a fixed capacity keep their memory, so nothing is freed there.
         """
@@ -127,7 +126,7 @@ class ExpertLoader:
             logger.exception("could not free unused experts")
 
     def _is_needed(self, bank: int, slot: int) -> bool:
-        """Whether a step may read the slot, now or in an epoch that may follow."""
+        """Whether a step may read the slot, in the current epoch or a later one."""
         return self._obstacle([(bank, slot, FREE_SLOT)], sys.maxsize) is not None
 
     def _run_command(self, order: LoadExperts) -> None:
@@ -137,10 +136,10 @@ class ExpertLoader:
         except ExpertMeshError as err:
             error = str(err)
         except Exception as err:  # out of memory, for example: the command fails, not the worker
-            logger.exception("load order %d failed", order.order)
+            logger.exception("expert load command %d failed", order.order)
             error = f"{type(err).__name__}: {err}"
         if error:
-            logger.warning("load order %d: %s", order.order, error)
+            logger.warning("expert load command %d failed: %s", order.order, error)
         if not self._closing:
             self._answer(ExpertsLoaded(order=order.order, error=error, num_bytes=num_bytes))
 

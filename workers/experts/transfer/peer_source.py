@@ -1,8 +1,8 @@
 """Experts from the memory of another worker.
 
-An item of the transfer (``workers.transport.peer_link``) is one expert: its matrices [out, in]
-row-major, exchange by exchange, in the model's dtype, or each as quantized values, scales and zero
-points. Its key is bank and expert.
+An item of the transfer (``workers.transport.peer_link``) is one expert: its matrices [out, in],
+row-major, exchange by exchange. A matrix is sent in the model's dtype, or as quantized values,
+scales and zero points. The key of an item is bank and expert.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from workers.quantization.matrix import empty_weight, parts_of
 from workers.transport.peer_link import PeerClient, view_bytes
 
 PEER = "peer"
-"""Kind of the source; requires ``peer``, the worker's name, and ``address`` of its weights."""
+"""Value of ``kind`` of this source. Its parameters: ``peer`` (worker name) and ``address``."""
 GIVE_UP = "give up"
-"""Kind of a command that loads nothing and cancels unfinished transfers."""
+"""Value of ``kind`` in a command that loads nothing and cancels unfinished transfers."""
 KEY: Final = struct.Struct("!HH")
 """Key: bank and expert."""
 
 
 class ExpertProvider:
-    """``ItemProvider`` of the experts in this worker's slots.
+    """Provides the experts in this worker's slots to other workers (``ItemProvider``).
 
-    A slot is copied with its record of contents checked, so that a slot overwritten during the copy
-    is never sent as its earlier contents.
+    After the copy of a slot, its record of contents is checked, so that a slot overwritten during
+    the copy is not sent.
     """
 
     def __init__(self, slots: ExpertSlots) -> None:
@@ -60,7 +60,7 @@ class PeerSource:
     """``ExpertSource`` over one connection, which is opened for the first expert."""
 
     def __init__(self, connect: Callable[[], PeerClient], rate: RateLimit) -> None:
-        """``rate``: rate limit of the client, applied before connecting."""
+        """``rate``: limits the bytes per second; its time limit starts before connecting."""
         self._connect = connect
         self._rate = rate
         self._client: PeerClient | None = None

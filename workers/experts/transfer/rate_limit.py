@@ -1,4 +1,4 @@
-"""Rate limit of a weight transfer, and the time after which the transfer is aborted."""
+"""Rate limit of a weight transfer, and its time limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from cluster.core.errors import TransferAbortedError
 
 _BURST_S = 0.02
-"""Seconds of the rate that may be taken in one burst."""
+"""Size of the token bucket, in seconds of the rate."""
 
 
 class RateLimit:
@@ -23,7 +23,7 @@ class RateLimit:
         cancelled: threading.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``None`` means no limit; setting ``cancelled`` aborts the transfer."""
+        """``bytes_per_s``, ``limit_s``: None for no limit. Set ``cancelled`` to abort."""
         self._rate = bytes_per_s
         self._clock = clock
         self._cancelled = cancelled or threading.Event()
@@ -32,7 +32,7 @@ class RateLimit:
         self._ends_at = float("inf") if limit_s is None else clock() + limit_s
 
     def delay_s(self, num_bytes: int) -> float:
-        """Take bytes; return the seconds to wait before they may be used."""
+        """Take bytes from the bucket; return the seconds to wait before they may be transferred."""
         if self._rate is None:
             return 0.0
         now = self._clock()
@@ -40,7 +40,7 @@ class RateLimit:
         return max(self._free_at - now, 0.0)
 
     def take(self, num_bytes: int) -> None:
-        """Take bytes and wait until they may be used. Raises ``TransferAbortedError``."""
+        """Take bytes and wait until they may be transferred. Raises ``TransferAbortedError``."""
         delay_s = self.delay_s(num_bytes)
         left_s = self._ends_at - self._clock()
         if self._cancelled.wait(max(min(delay_s, left_s), 0.0)):
