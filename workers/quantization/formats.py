@@ -9,10 +9,10 @@ Codes = Literal["int8", "e4m3", "int4", "e2m1"]
 """Type of a quantized value: a two's complement integer, or a float of 8 bits (4 of exponent, 3 of
 mantissa) or 4 bits (2 and 1)."""
 ScaleDType = Literal["float32", "bfloat16", "float16", "e8m0"]
-"""Type of the scales; ``e8m0``: 8 bits, a power of two from 2**-127 up."""
+"""Type of the scales. ``e8m0`` is an 8-bit power of two, from 2**-127 up."""
 _SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1}
 GROUP_MULTIPLE = 8
-"""Group sizes are multiples of this, so that each group begins at a whole word."""
+"""Number of which group sizes must be multiples, so that each group begins at a whole word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,9 +30,9 @@ class WeightFormat:
     """Number of neighbours in a row that share a scale, a multiple of 8; None: the whole row."""
     scales: ScaleDType = "float32"
     has_zeros: bool = False
-    """Each group has a zero point, an int8. Only for integers."""
+    """Whether each group has a zero point, an int8. Only for integers."""
     zero_bits: int = 0
-    """Fractional bits of a zero point, so that its unit is 2**-zero_bits."""
+    """Fractional bits of a zero point: its unit is 2**-zero_bits."""
 
     @property
     def code_bits(self) -> int:

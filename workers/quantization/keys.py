@@ -1,8 +1,8 @@
-"""Keys of a ``quantization_config``: which are read, ignored or refused.
+"""Decides which keys of a ``quantization_config`` are read, ignored or refused.
 
-Tools record how they chose the quantized values (calibration, tuning, kernels to load with)
-together with the meaning of the values. A key that no reader has requested is ignored, unless its
-name mentions a property of a weight or an activation: bits, scales, zero points, orders, rotations,
+Besides the meaning of the quantized values, tools also record how they chose them (calibration,
+tuning, kernels to load with). A key that no reader has requested is ignored, unless its name
+mentions a property of a weight or an activation: bits, scales, zero points, orders, rotations,
 additions.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from cluster.core.errors import CheckpointError
 
 _NOTHING: tuple[Any, ...] = (None, False, "", "none", [], {})
-"""Values with which no key has an effect."""
+"""Values that turn a key off, whatever the key."""
 _NUMBERS = """
     bits format formats layout order zero zeros scale scales semantics kv
     activation activations rotation rotations hadamard quarot spinquant transform transforms
@@ -28,13 +28,13 @@ _NUMBER_KEYS = frozenset({"static_attention_dtype", "packing"})
 _HARMLESS_KEYS = frozenset(
     {"scale_dtype", "static_kv_granularity", "static_attention_granularity", "bits_per_weight"}
 )
-"""Keys with such words that have no effect: the files show the type of the scales."""
+"""Keys with such words that can be ignored, as the files show the type of the scales."""
 WHOLE_BITS = 16
 """Numbers with at least this many bits are not quantized."""
 
 
 class QuantizationKeys:
-    """Keys of one object. Keys that a reader requested are known."""
+    """Keys of one JSON object. It records which keys were read, for ``ignored``."""
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         """``name``: prefix of error messages."""
@@ -64,7 +64,7 @@ class QuantizationKeys:
         return found
 
     def honoured(self, *keys: str) -> None:
-        """Mark keys as read because the tensors in the files show their meaning."""
+        """Mark keys as read, because the tensors in the files already show what they say."""
         self._rest.difference_update(keys)
 
     def refused(self, key: str, rule: str = "") -> CheckpointError:
@@ -99,8 +99,8 @@ def check_overrides(keys: QuantizationKeys, key: str, same: Mapping[str, Any]) -
     """Check settings of single modules by pattern, as in GPTQModel's ``dynamic`` and AutoRound's
     ``extra_config``.
 
-    A module that is excluded (``-:``, or at least 16 bits) is stored unquantized, so it needs no
-    further check. Raises ``CheckpointError`` for a module with settings other than ``same``.
+    An excluded module (``-:``, or at least 16 bits) is stored unquantized and needs no check.
+    Raises ``CheckpointError`` for another module whose settings differ from ``same``.
     """
     found = keys.value(key)
     if found is None:

@@ -29,7 +29,7 @@ class QuantizedMatrix:
     shape: tuple[int, int]
     """[out, in]."""
     codes: Tensor
-    """[out, in] uint8; for 4 bits [out, in / 2], the lower half of a byte first."""
+    """Quantized values, [out, in] uint8; for 4 bits [out, in / 2], lower half of a byte first."""
     scales: Tensor
     """[out, groups] in the format's scale type; uint8 for ``e8m0``."""
     zeros: Tensor | None = None
@@ -52,7 +52,7 @@ class QuantizedMatrix:
     def of_parts(
         cls, form: WeightFormat, shape: tuple[int, int], parts: Sequence[Tensor]
     ) -> QuantizedMatrix:
-        """Return the matrix of the tensors that ``parts`` lists."""
+        """Create the matrix from its tensors, in the order of ``parts``."""
         codes, scales, *zeros = parts
         return cls(
             format=form, shape=shape, codes=codes, scales=scales, zeros=zeros[0] if zeros else None
@@ -112,7 +112,7 @@ def scale_dtype(form: WeightFormat) -> torch.dtype:
 
 
 def decode_codes(codes: Tensor, kind: Codes) -> Tensor:
-    """Dequantize values [.., bytes] uint8 to float32, without scale; 4 bits: two per byte."""
+    """Convert values [.., bytes] uint8 to float32, without scales; 4 bits: two per byte."""
     if kind == "int8":
         return codes.view(torch.int8).float()
     if kind == "e4m3":
@@ -133,7 +133,7 @@ def _by_element(of_groups: Tensor, group: int, width: int) -> Tensor:
 
 @cache
 def _pairs(kind: Codes) -> Tensor:
-    """[256, 2] float32: the two numbers of each byte of 4-bit values."""
+    """Return a table [256, 2] float32 of the two 4-bit numbers in each byte."""
     signed = [*range(8), *range(-8, 0)]
     numbers = torch.tensor(signed if kind == "int4" else [*_E2M1, *(-x for x in _E2M1)])
     byte = torch.arange(256)

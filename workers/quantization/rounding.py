@@ -1,11 +1,11 @@
-"""Quantization of matrices at load.
+"""Quantization of matrices during loading (``--quantize``).
 
-8-bit values are the nearest ones when the largest number of a group maps to the largest value. A
-4-bit value represents scale * (value - zero point). The candidate scales divide a group's range,
-including 0, into 15 to 8 steps; the best candidate is refined by least squares, and the one with
-the least squared error is used. The first scale equals Q4_1 of llama.cpp; fewer steps recover the
-grid of weights that were quantized with wider groups before. The values of a group depend on its
-numbers alone: every operation is elementwise or a sum in a fixed order, so all machines and
+In 8 bits, the largest number of a group maps to the largest value, and all numbers are rounded to
+the nearest value. A 4-bit value represents scale * (value - zero point). The candidate scales
+divide a group's range, including 0, into 15 to 8 steps; the best candidate is refined by least
+squares, and the scale with the least squared error is used. 15 steps equal Q4_1 of llama.cpp; fewer
+steps recover the grid of weights that were quantized before with wider groups. The values of a
+group depend on its numbers alone, and sums have a fixed order, so all machines and
 ``workers.native`` get the same bits.
 
 Source: the search over scales of ``make_qkx2_quants`` in llama.cpp's ggml-quants.c; here each error
@@ -29,16 +29,16 @@ FORMATS: Final[dict[IntegerCodes, WeightFormat]] = {
     "int8": WeightFormat(codes="int8", group=128, scales="bfloat16"),
     "int4": WeightFormat(codes="int4", group=32, scales="bfloat16", has_zeros=True, zero_bits=4),
 }
-"""Formats of matrices that are quantized at load: 8.125 and 4.75 bits per weight."""
+"""Formats into which matrices are quantized during loading: 8.125 and 4.75 bits per weight."""
 _SHORT_GROUP = 24
-"""Format of products outside the experts: 5 bits per weight."""
+"""Alternative group of 4-bit products outside the experts: 5 bits per weight."""
 _MAX = {"int8": 127, "int4": 7}
 _LEAST, _MOST = -8, 7
 _STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0)
-"""Candidates in order; of two equal errors, the first one counts."""
+"""Candidate numbers of steps. If two have the same error, the first one is used."""
 _NUM_REFINEMENTS = 2
 _CHAINS = 4
-"""Number of neighbours with separate sums."""
+"""Number of interleaved partial sums."""
 _NAN = 0x7FC0
 _GROUPS_AT_ONCE = 8192
 """Groups quantized together: their numbers fit in a processor's cache."""
@@ -46,8 +46,8 @@ _ROWS_AT_ONCE = 256
 
 
 def candidates(form: WeightFormat, width: int) -> list[WeightFormat]:
-    """Return the formats for a matrix with rows of this width that is not an expert: a format of
-    ``FORMATS``, or shorter groups if these fill rows. Of equal formats the first one counts."""
+    """Return the formats to try for a matrix outside the experts, with rows of ``width``: ``form``,
+    and shorter groups if they divide rows evenly. If errors are equal, the first format is used."""
     if not form.has_zeros or width % _SHORT_GROUP:
         return [form]
     return [form, replace(form, group=_SHORT_GROUP)]
@@ -96,7 +96,7 @@ def quantize_with_zeros(weight: Tensor, form: WeightFormat) -> QuantizedMatrix:
 
 
 def in_groups(weight: Tensor, form: WeightFormat) -> Tensor:
-    """weight [out, in] -> [out, groups, group] float32, padded with zeros at the end of a row."""
+    """Reshape weight [out, in] to [out, groups, group] float32, with zeros at the end of a row."""
     rows, width = weight.shape
     group = form.group or width
     return functional.pad(weight.float(), (0, -width % group)).view(rows, -1, group)
@@ -105,7 +105,7 @@ def in_groups(weight: Tensor, form: WeightFormat) -> Tensor:
 def of_groups(
     form: WeightFormat, shape: tuple[int, int], codes: Tensor, scales: Tensor, zeros: Tensor
 ) -> QuantizedMatrix:
-    """Matrix [out, in] of all groups: values [groups, bytes], scales and zero points [groups]."""
+    """Make a matrix from its groups: values [groups, bytes], scales and zero points [groups]."""
     rows, width = shape
     stored = codes.view(rows, -1)[:, : form.row_bytes(width)].contiguous()
     parts = stored, scales.view(rows, -1), zeros.view(rows, -1)
@@ -116,16 +116,16 @@ class _Codes(NamedTuple):
     """Quantization of groups [n]: a number is scale * (value - zero)."""
 
     scale: Tensor
-    """Exact in bfloat16."""
+    """Scales, exact in bfloat16."""
     zero: Tensor
-    """A multiple of 1/16."""
+    """Zero points, multiples of 1/16."""
     error: Tensor
-    """Sum of squares; NaN if the scale is 0 or NaN."""
+    """Sums of squared errors; NaN if the scale is 0 or NaN."""
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [group, n] float32 -> values [n, group / 2] uint8, scales [n] bfloat16, zero points [n]
-    int8."""
+    """Quantize n groups x [group, n] float32 to 4 bits. Returns values [n, group / 2] uint8, scales
+    [n] bfloat16 and zero points [n] int8."""
     total = _sum(x)
     low, high = x.amin(0).clamp_(max=0.0), x.amax(0).clamp_(min=0.0)
     span = (high - low) + total * 0.0  # keeps NaN
@@ -192,6 +192,6 @@ def _bfloat16(x: Tensor) -> Tensor:
 
 
 def _divisors(scales: Tensor) -> Tensor:
-    """Divisors of the numbers; a group of zeros has the scale 0, and values of 0."""
+    """Return the divisors of numbers: the scales, or 1 for the scale 0 of a group of zeros."""
     found = scales.float()
     return found.masked_fill_(found == 0, 1.0)

@@ -36,11 +36,11 @@ class StorageFormat:
 
     method: Method
     form: WeightFormat
-    """Format with scales in float32; the scales of a file are converted."""
+    """Format of the matrices. Its scales are float32; the scales of a file are converted."""
     block_rows: int = 1
-    """Rows that share a scale; for ``fp8``."""
+    """Number of rows that share a scale; above 1 only for ``fp8``."""
     zero_offset: int = 0
-    """Added to stored zero points: the first format of GPTQ stores them minus one."""
+    """Number added to stored zero points: the first version of GPTQ stores them minus one."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
     """Keys of ``quantization_config`` that have no effect, sorted."""
 
@@ -124,8 +124,8 @@ def _parse_shared_keys(
 ) -> WeightFormat:
     """Return the format from the keys that GPTQ, AWQ and AutoRound share.
 
-    The headers of the files show which matrices are quantized, and the files show whether the
-    columns of a group are neighbours (``desc_act``).
+    Two keys are not needed: the headers of the files show which matrices are quantized, and the
+    tensors show whether the columns of a group are neighbours (``desc_act``).
     """
     keys.honoured("modules_to_not_convert", "modules_in_block_to_quantize", "lm_head")
     keys.honoured("desc_act", "static_groups")
