@@ -1,7 +1,7 @@
-"""Sorts (row, expert slot) pairs by slot into blocks of rows with the same weights.
+"""Sorts (row, expert slot) pairs by slot, and divides them into blocks of pairs of one slot.
 
-Reference: ``argsort(stable=True)`` of the slots. All shapes depend on the number of pairs alone, so
-the host never waits for the device and a CUDA graph can capture the kernels.
+The order equals ``argsort(stable=True)`` of the slots. All shapes depend on the number of pairs
+alone, so the host never waits for the device and a CUDA graph can capture the kernels.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from torch import Tensor
 from workers.cuda.triton_common import jit, power_of_two
 
 _TILE_ELEMENTS = 4096
-"""Comparisons of pairs with slots that one program keeps in registers."""
+"""Number of comparisons (pairs x slots) that one program keeps in registers."""
 _MAX_TILE, _MIN_TILE = 64, 16
 _SUMMED_TILES = 256
 """Number of tile counts that a program adds up at a time."""
 _COUNTED_PAIRS = 1024
-"""Up to this number of pairs, each program counts all pairs, which is faster than two more
+"""Maximum pairs for which each program counts all pairs itself, which is faster than two more
 launches. On an H100, 2,048 pairs of 64 slots took 25 us this way, and 32,768 pairs took 850 us."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Pairs in blocks of at most ``height``, each block with pairs of one slot. Unused blocks are
-    last."""
+    """Pairs in blocks of at most ``height`` pairs of one slot each. Unused blocks are last."""
 
     order: Tensor
     """[P] int32: the pairs that have a slot, sorted by slot and then by pair number."""
@@ -40,7 +39,7 @@ class Blocks:
 
     @property
     def num_blocks(self) -> int:
-        """Upper bound of the number of blocks."""
+        """Number of blocks, including unused ones."""
         return self.table.shape[1]
 
 
@@ -50,8 +49,8 @@ def align(slots: Tensor, num_slots: int, height: int) -> Blocks:
 
     Rows must be contiguous. A slot of ``num_slots`` or more counts as none.
 
-    slots [[2, 0], [2, -1], [2, 0]], height 2: order [1, 5, 0, 2, 4, ..],
-    table [[0, 2, 2, -1, ..], [0, 2, 4, ..], [2, 2, 1, ..]]
+    Example: slots [[2, 0], [2, -1], [2, 0]], height 2 -> order [1, 5, 0, 2, 4, ..],
+    table [[0, 2, 2, -1, ..], [0, 2, 4, ..], [2, 2, 1, ..]].
     """
     num_pairs, top_k = slots.numel(), slots.shape[1]
     num_blocks = min(num_pairs, num_pairs // height + num_slots)
@@ -114,9 +113,9 @@ def _align(
     TILE: tl.constexpr,
     IS_COUNTED: tl.constexpr,
 ) -> None:
-    """Each program places the pairs of its own tile. Program i also writes the i-th block of each
-    slot. Programs run in any order. ``IS_COUNTED``: the number of pairs of each slot in each tile,
-    and up to it, is known; otherwise each program counts all pairs."""
+    """Each program writes the positions of the pairs of one tile. Program i also writes the i-th
+    block of each slot. Programs run in any order. ``IS_COUNTED``: ``tile_counts`` and ``tile_sums``
+    have the pairs of each slot in and up to each tile; otherwise each program counts all pairs."""
     begin = tl.program_id(0) * TILE
     own = begin + tl.arange(0, TILE)
     mine = _slots_of(slots, own, num_pairs, num_slots, slots_stride, TOP_K)

@@ -1,8 +1,8 @@
 """Dequantization of 8-bit and 4-bit weights. Reference: ``workers.quantization.matrix``.
 
-A byte holds the 4-bit values of two neighbouring columns. They become two tiles, of the even and of
-the odd columns, and each is multiplied by the matching columns of the rows, so the two halves need
-no interleaving.
+A byte holds the 4-bit values of two neighbouring columns. They become two tiles, one of the even
+and one of the odd columns. Each tile is multiplied by the matching columns of the input rows, so
+the two tiles need not be interleaved.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INT4 = tl.constexpr("""{
     fma.rn.bf16x2 $2, $2, one, minus;
     fma.rn.bf16x2 $3, $3, one, minus;
 }""")
-"""(value & 15) ^ 8 in the low bits of 128.0, which gives the number + 136."""
+"""Puts (value & 15) ^ 8 into the low bits of 128.0, which gives the number + 136."""
 E2M1 = tl.constexpr("""{
     .reg .b32 first, second, sign, whole, zero;
     prmt.b32 first, $4, 0, 0x4140;
@@ -61,15 +61,15 @@ E2M1 = tl.constexpr("""{
     fma.rn.bf16x2 $2, $2, whole, zero;
     fma.rn.bf16x2 $3, $3, whole, zero;
 }""")
-"""Sign, exponent and mantissa at their positions in bfloat16, times 2**126."""
+"""Moves sign, exponent and mantissa to their positions in bfloat16, and multiplies by 2**126."""
 
 
 @jit
 def decode_8bit(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr) -> tl.tensor:
     """Dequantize 8-bit values (uint8) to float32, without scale.
 
-    ``HAS_FLOAT8``: the device converts float8. Otherwise float8 values lack the factor that
-    ``decode_scale`` adds.
+    ``HAS_FLOAT8``: the device converts float8. Otherwise float8 values lack a power of two, by
+    which ``decode_scale`` multiplies the scale.
     """
     if CODES == "int8":
         found = codes.to(tl.int8, bitcast=True).to(tl.float32)
@@ -85,8 +85,8 @@ def decode_8bit(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr)
 
 @jit
 def decode_4bit(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Dequantize the lower and the upper halves of bytes (uint8) to float32, without the factor
-    that ``decode_scale`` adds."""
+    """Dequantize the lower and the upper halves of bytes (uint8) to float32. The values lack a
+    power of two, by which ``decode_scale`` multiplies the scale."""
     if CODES == "int4":
         low = (codes << 4).to(tl.int8, bitcast=True).to(tl.float32)
         high = (codes & 0xF0).to(tl.int8, bitcast=True).to(tl.float32)
@@ -113,7 +113,7 @@ def decode_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
 
 @jit
 def decode_zero_point(zero: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
-    """Convert a zero point to the range of the values of ``decode_4bit``."""
+    """Convert a zero point to the scaling of the values of ``decode_4bit``."""
     return zero * 16.0 if CODES == "int4" else zero
 
 
@@ -143,7 +143,7 @@ def bfloat16_products(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 @jit
 def power_of(scale: tl.tensor) -> tl.tensor:
-    """2**(value - 127) of E8M0 values; 255 is NaN."""
+    """Return 2**(value - 127) of E8M0 values; 255 is NaN."""
     code = scale.to(tl.int32)
     bits = tl.where(code == 0, 0x00400000, code << 23)
     bits = tl.where(code == 255, 0x7FC00000, bits)
@@ -152,7 +152,7 @@ def power_of(scale: tl.tensor) -> tl.tensor:
 
 @jit
 def _of_half(bits: tl.tensor) -> tl.tensor:
-    """Return the float32 with the bits of a float16. A smaller float type in its upper bits,
-    exponent next to mantissa, gives the same number except for a power of two, because the exponent
-    biases differ. This includes subnormal numbers."""
+    """Return the float32 of a float16 with these bits. Callers put a smaller float type into the
+    upper bits, exponent next to mantissa. The result is its number, even if subnormal, times a
+    power of two, because the exponent biases differ."""
     return bits.to(tl.float16, bitcast=True).to(tl.float32)

@@ -1,8 +1,8 @@
 """Attention of single rows over blocks of the KV cache, read in place.
 
-The keys of a row are split among programs, because the programs of one row would be too few for a
-GPU; a second kernel combines their results. The number of splits follows from shapes alone, so that
-a CUDA graph can capture the launch. Reference: ``workers.model.attention``.
+The keys of a row are split among several programs, because one program per row and head would not
+fill a GPU; a second kernel combines their results. The number of splits depends on shapes alone, so
+that a CUDA graph can capture the launch. Reference: ``workers.model.attention``.
 
 Source: "Flash-Decoding for long-context inference" (Dao et al., 2023).
 """
@@ -19,13 +19,13 @@ from torch import Tensor
 from workers.cuda.triton_common import LOG2_E, MIN_DOT, cast, dot, jit, power_of_two
 
 _ENOUGH_PROGRAMS = 528
-"""Four programs for each multiprocessor of an H100."""
+"""Number of programs that fill a GPU: four for each multiprocessor of an H100."""
 _MIN_SPLIT_KEYS, _MAX_SPLITS = 256, 64
 
 
 def num_splits(num_rows: int, num_kv_heads: int, max_length: int) -> int:
-    """Number of programs that share the keys of a row and head: a power of two, because each value
-    is compiled."""
+    """Number of programs that share the keys of a row and head. It is a power of two, because the
+    kernel is compiled for each value."""
     wanted = triton.cdiv(_ENOUGH_PROGRAMS, num_rows * num_kv_heads)
     useful = triton.cdiv(max_length, _MIN_SPLIT_KEYS)
     return power_of_two(min(wanted, useful, _MAX_SPLITS))

@@ -12,17 +12,17 @@ from workers.quantization.formats import WeightFormat
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Tile sizes of one program for blocks of a given height."""
+    """Tile sizes and launch parameters of one program, for blocks of a given height."""
 
     gate_rows: int
-    """Rows of weights that a program multiplies, of gate and up each."""
+    """Number of weight rows that a program multiplies, of gate and of up each."""
     rows: int
-    """Rows of weights of other matrices that a program multiplies."""
+    """Number of weight rows that a program multiplies, of other matrices."""
     row_bytes: int
     """Bytes of a weight row that a program reads at a time."""
     warps: int
     stages: int
-    """Concurrent reads (pipeline stages), if shared memory is large enough."""
+    """Number of pipeline stages (concurrent reads), if shared memory is large enough."""
 
 
 _LOW = Tile(gate_rows=32, rows=64, row_bytes=256, warps=4, stages=4)
@@ -30,17 +30,17 @@ _TILES = {
     64: Tile(gate_rows=64, rows=128, row_bytes=128, warps=4, stages=3),
     128: Tile(gate_rows=128, rows=256, row_bytes=128, warps=8, stages=4),
 }
-"""Tiles by block height for half types. Lower blocks, and all blocks in float32, use ``_LOW``. The
-fastest of 38 variants each on an H100 for 64 experts of 2,048 x 1,024 in bfloat16. Products of
-32,768 pairs: 506 and 477 TFLOPS; ``torch.nn.functional.grouped_mm`` (2.11) reaches 350 to 400, and
-sorting its pairs and restoring their order takes as long again."""
+"""Tiles by block height for float16 and bfloat16. Lower blocks, and all blocks in float32, use
+``_LOW``. Each tile was the fastest of 38 on an H100 for 64 experts of 2,048 x 1,024 in bfloat16.
+Products of 32,768 pairs reach 506 and 477 TFLOPS; ``torch.nn.functional.grouped_mm`` (2.11) reaches
+350 to 400, and sorting its pairs and restoring their order takes as long again."""
 _CODED_TILES = dict.fromkeys(_TILES, _TILES[64])
 """Tiles for quantized weights, the fastest of six variants: more programs hide the cost of
 dequantization."""
 TALLEST_BLOCK = {2: 128, 4: 64}
-"""Tiles by bytes of an input element."""
+"""Height of the highest blocks, by bytes of an input element."""
 _INTERPRETED_SHARED_BYTES = 227 << 10
-"""Shared memory of an H100, for the interpreter and for compiling without a device."""
+"""Shared memory of an H100 in bytes, for the interpreter and for compiling without a device."""
 
 
 def tile_of(height: int, item_bytes: int, form: WeightFormat | None) -> Tile:
@@ -68,9 +68,10 @@ def num_stages(
     form: WeightFormat | None,
     device: torch.device,
 ) -> int:
-    """Concurrent reads of ``step`` columns for ``height`` pairs and ``rows_read`` rows.
+    """Return the pipeline stages that fit: each reads ``step`` columns of ``height`` pairs and
+    ``rows_read`` weight rows.
 
-    ``width``: columns of a matrix. Dequantized weights take shared memory of their own.
+    ``width``: columns of a matrix. Dequantized weights take additional shared memory.
     """
     room = shared_bytes(device)
     row_bytes = tile.row_bytes
@@ -84,7 +85,7 @@ def num_stages(
 
 
 def _groups_read(form: WeightFormat, width: int, step: int) -> int:
-    """Scales of a row that are read with ``step`` quantized values; see ``weight_tiles``."""
+    """Number of scales of a row read with ``step`` quantized values; see ``weight_tiles``."""
     group = form.group or width
     if group >= width or group % step == 0:
         return 1

@@ -3,9 +3,9 @@
 With few rows, the time of a product is the time to read the weights, so a block may have few rows.
 With many rows, blocks are as high as tensor cores can use. The output of each pair is written to
 memory, so the sum over a row's pairs has a fixed order. Reference: ``workers.experts.kernels_cpu``
-and ``workers.model.weighting``, with the same roundings: gate and up, their product, a pair's
-output and, if requested, its product with the weight. With biases, a sum is rounded after the
-biases are added; a clamped SwiGLU is rounded only at its end.
+and ``workers.model.weighting``. These values are rounded, as there: gate and up, their product, the
+output of a pair and, if requested, its product with the weight. Biases are added before rounding; a
+clamped SwiGLU is rounded only at its end.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from workers.quantization.formats import WeightFormat
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 
 _UNSORTED_PAIRS = 32
-"""Up to this number of pairs, each pair is a block by itself: the sorting kernel would save less
-than its launch costs, because 32 pairs of 64 slots use 26 different slots on average, and the L2
-cache holds the repeated ones."""
+"""Maximum pairs for which each pair is a separate block. The launch of the sorting kernel costs more
+than it saves, because 32 pairs of 64 slots use 26 different slots on average, and the L2 cache
+holds the weights of the repeated ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,11 @@ class Pairs:
     slots: Tensor
     """[T, k] integers, -1 for none; rows are contiguous."""
     blocks: Blocks | None
-    """None: each pair is a block by itself."""
+    """The sorted pairs; None if each pair is a separate block."""
     sources: Tensor | None
     """[T * k] int64: the input row of each pair. None: see ``per_row``."""
     per_row: int
-    """Number of consecutive pairs that share an input row."""
+    """Number of consecutive pairs that share an input row, if ``sources`` is None."""
 
     @property
     def num_blocks(self) -> int:
@@ -53,18 +53,18 @@ class Pairs:
 
     @property
     def height(self) -> int:
-        """Rows of a tile."""
+        """Number of rows in a tile: the pairs of a block, padded to at least ``MIN_DOT``."""
         return MIN_DOT if self.blocks is None else max(self.blocks.height, MIN_DOT)
 
     def of_outputs(self) -> Pairs:
-        """The same pairs, each with an input row of its own."""
+        """The same pairs for a next product, whose input row p is the output of pair p."""
         return replace(self, sources=None, per_row=1)
 
 
 def make_pairs(
     slots: Tensor, num_slots: int, sources: Tensor | None, per_row: int, dtype: torch.dtype
 ) -> Pairs:
-    """Sort pairs (see ``Pairs``) for products with ``num_slots`` matrices of a dtype."""
+    """Make ``Pairs``, sorted if there are many, for products with ``num_slots`` matrices."""
     if slots.numel() <= _UNSORTED_PAIRS:
         return Pairs(slots, None, sources, per_row)
     height = MIN_DOT
@@ -90,7 +90,7 @@ class Matrices:
 
     @classmethod
     def of(cls, parts: Sequence[Tensor], form: WeightFormat | None, width: int) -> Matrices:
-        """``parts``: the weights, or the quantized values, scales and zero points if any."""
+        """Make matrices of ``parts``: weights, or quantized values, scales and any zeros."""
         return cls(parts[0], width, form, *parts[1:])
 
 
@@ -114,8 +114,8 @@ def gate_up(
     """Compute activation(gate x) * up x for each pair.
 
     inputs [N, in], weights [slots, 2 * inner, in] with the gate's rows first, biases [slots, 2 *
-    inner, 1] -> [P, inner], where rows of pairs without a slot are undefined. All contiguous,
-    float32 or a half type; dequantized weights are rounded to it, too.
+    inner, 1]. Returns [P, inner], undefined for pairs without a slot. All tensors are contiguous,
+    in float32, float16 or bfloat16, to which dequantized weights are rounded, too.
     """
     return _launch(inputs, weights, biases, pairs, activation)
 

@@ -1,8 +1,8 @@
 """One kernel for the steps between the projections and attention: norms, clip, rotation, and the
 write to the KV cache.
 
-With few rows, each of these operators would be a launch of its own, and the launches would dominate
-the time. Reference: ``attend_rows`` of ``TorchAttentionSublayer`` in
+With few rows, the launches of separate kernels for these operators would dominate the time.
+Reference: ``attend_rows`` of ``TorchAttentionSublayer`` in
 ``workers.model.attention_sublayer``, with the same roundings.
 """
 
@@ -44,11 +44,11 @@ def prepare_heads(
 ) -> Heads:
     """Norm, clip and rotate projected rows, and write keys and values to the cache.
 
-    rows [T, (A + 2K) * D], queries, keys, values; ``num_heads``: A; ``weight`` of the norm of
+    rows [T, (A + 2K) * D]: queries, keys, values. ``num_heads``: A. ``weight`` of the norm of
     queries and keys: [A + K, D] for one norm per head, [(A + K) * D] for one over all heads, or
-    None; ``clip``: limit of absolute values after the norms; ``waves``: cosines and signed sines
-    [T, 1, D], see ``Rope.rows``; cache [2 * K, num_blocks, block_size, D] or None to write nothing;
-    slot_mapping [T] int64: cache slot of each row.
+    None. ``clip``: limit of absolute values after the norms. ``waves``: cosines and signed sines
+    [T, 1, D], see ``Rope.rows``. cache [2 * K, num_blocks, block_size, D], or None to write
+    nothing. slot_mapping [T] int64: cache slot of each row.
     """
     cos, sin = waves
     num_rows, dim = len(rows), cos.shape[-1]

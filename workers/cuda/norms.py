@@ -17,7 +17,7 @@ _WARPS = 8
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Norm of rows x [T, H] with contiguous rows; weight [H]."""
+    """Return the norm of x [T, H], whose rows must be contiguous; weight [H]."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, x, weight, x, out, eps, is_sum=False)
     return out

@@ -1,6 +1,6 @@
 """Attention of chunks of prompts over blocks of the KV cache, read in place.
 
-Used for chunks that attend to keys of earlier steps, and for sliding windows. The keys of a shared
+It serves chunks that attend to keys of earlier steps, and sliding windows. The keys of a shared
 prefix are not copied. Reference: ``workers.model.attention``.
 
 Source: "FlashAttention-2" (Dao, 2023); the tiles of keys are blocks of the cache here.

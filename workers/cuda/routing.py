@@ -1,7 +1,7 @@
-"""Select the experts of each row, and compute their weights, in one kernel.
+"""Selects the experts of each row, and computes their weights, in one kernel.
 
-Reference: ``workers.model.routing.Router``, with the same roundings. Of equal experts, the first is
-selected.
+Reference: ``workers.model.routing.Router``, with the same roundings. If experts have equal scores,
+the first one is selected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.cuda.triton_common import cast, jit, power_of_two
 
 Scoring = Literal["softmax", "softmax_of_best", "sigmoid"]
 _LEAST_CHOICE = tl.constexpr(-3.0e38)
-"""Lowest score of an expert that can be selected; selected experts get a lower one."""
+"""Lowest score of an expert that can be selected. A selected expert gets a lower score."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class RoutingParams:
 def choose(
     logits: Tensor, choice: RoutingParams, correction: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return ids [T, k] int64, the best first, and weights [T, k] ``dtype`` of logits [T, E].
+    """Choose from logits [T, E]: ids [T, k] int64, the best first, and weights [T, k] ``dtype``.
 
     ``correction`` [E] float32, or None: added to the scores for the selection, not for the weights.
     """

@@ -19,9 +19,9 @@ def sum_rows(
 ) -> Tensor:
     """Sum the weighted outputs of each row's pairs that have a slot, in order, in float32.
 
-    outputs [T * k, out]; slots [T, k] integers, -1 for none; weights [T, k] float32
-    -> [T, out] ``dtype``. ``rounds_products``: weights, and then products of weight and output,
-    are rounded to the type of ``outputs``.
+    outputs [T * k, out]; slots [T, k] integers, -1 for none; weights [T, k] float32. Returns
+    [T, out] ``dtype``. ``rounds_products``: weights, and then products of weight and output,
+    are rounded to the dtype of ``outputs``.
     """
     num_rows, top_k = slots.shape
     width = outputs.shape[1]

@@ -1,8 +1,8 @@
 """CUDA graphs of a step on a GPU, and the host calls between them.
 
-All kernels of one graph cost the host one launch. A step that exchanges rows with other workers
-consists of several graphs, its pieces. Messages are sent between them in stream order, so the host
-does not wait for any piece.
+The host launches all kernels of one graph with one call. A step that exchanges rows with other
+workers consists of several graphs, its pieces. Between two pieces, the host enqueues messages on
+the stream, so it does not wait for any piece.
 
 Source: "Getting started with CUDA graphs" (NVIDIA, 2019); pieces as in vLLM, which splits at
 attention.
@@ -26,13 +26,13 @@ warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # a piece 
 
 
 class StepGraph:
-    """Recorded device and host work of one step, which ``replay`` repeats.
+    """Recorded work of one step, of device and host, which ``replay`` repeats.
 
-    Its memory stays allocated as long as the object lives.
+    The memory of the graphs stays allocated as long as the object lives.
     """
 
     def __init__(self, device: torch.device, pool: Any) -> None:
-        """``pool``: memory pool shared by all graphs that are replayed one after the other."""
+        """``pool``: memory pool, shared by graphs that never run at the same time."""
         self._device = device
         self._pool = pool
         self._parts: list[Callable[[], None]] = []
@@ -54,13 +54,13 @@ class StepGraph:
             self._end()
 
     def between(self, act: Callable[[], None]) -> None:
-        """During capture: register ``act``, which each replay calls here, between two pieces."""
+        """End a piece of the capture. Each replay calls ``act`` here, before the next piece."""
         self._end()
         self._parts.append(act)
         self._begin()
 
     def replay(self) -> None:
-        """Run the step again. Raises what a call between two pieces raised."""
+        """Run the step again. Raises the errors of the calls between two pieces."""
         for part in self._parts:
             part()
 
@@ -76,7 +76,7 @@ class StepGraph:
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream of all captures: torch shares memory only between graphs of one stream."""
+    """Return the stream of all captures: torch shares memory only between graphs of one stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -86,10 +86,10 @@ class _Kept(NamedTuple, Generic[Captured]):
 
 
 class StepGraphCache(Generic[Captured]):
-    """Captured steps of one kind, by key; the least recently used are dropped."""
+    """Captured steps of one kind, by key. It drops the least recently used ones."""
 
     def __init__(self, max_rows: int) -> None:
-        """``max_rows``: limit on the rows of all kept steps, except for a single step."""
+        """``max_rows``: limit of the sum of rows of kept steps; a single step may exceed it."""
         self._max_rows = max_rows
         self._state: Hashable = None
         self._kept: dict[Hashable, _Kept[Captured]] = {}
@@ -99,7 +99,7 @@ class StepGraphCache(Generic[Captured]):
         return len(self._kept)
 
     def keep_only(self, state: Hashable) -> None:
-        """Drop the steps captured with a different state of the tensors they use."""
+        """Drop the steps that were captured for another ``state`` of the tensors that they use."""
         if state != self._state:
             self.clear()
             self._state = state
@@ -109,7 +109,7 @@ class StepGraphCache(Generic[Captured]):
         self._pool = None  # torch allocates nothing for a pool whose graphs are deleted
 
     def get(self, key: Hashable, num_rows: int, capture: Callable[[Any], Captured]) -> Captured:
-        """Return the step of a key; capture it with a memory pool if it does not exist yet.
+        """Return the step of a key. If there is none, call ``capture`` with a memory pool.
 
         If memory does not suffice, the other steps are dropped and the capture is retried.
         """

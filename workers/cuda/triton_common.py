@@ -25,8 +25,8 @@ def jit(function: Callable[..., Any], any_alignment: Sequence[str] = ()) -> Any:
     """``triton.jit`` with a type that type checkers accept: a kernel is launched as
     ``kernel[grid](..)``.
 
-    Integer arguments are not specialized for 1 and multiples of 16, nor are the addresses in
-    ``any_alignment`` specialized for their alignment. Otherwise a step could trigger a compilation.
+    Triton does not specialize the kernel for integers of 1 or multiples of 16, nor for alignments
+    of addresses in ``any_alignment``. Otherwise a step could trigger a compilation.
     """
     kinds = function.__annotations__  # strings
     numbers = [name for name, kind in kinds.items() if kind == "tl.tensor" and name != "return"]
@@ -42,7 +42,7 @@ def power_of_two(number: int) -> int:
 
 @jit
 def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """total [m, n] float32 + a [m, k] @ b [k, n]; float32 operands are not rounded to tf32."""
+    """Return total [m, n] float32 + a [m, k] @ b [k, n]; float32 is not rounded to tf32."""
     if INTERPRETED:  # the interpreter treats bfloat16 as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -61,5 +61,5 @@ def cast(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 @jit
 def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """x in float32, after rounding to a dtype."""
+    """Return x in float32, after rounding it to a dtype."""
     return cast(x, dtype).to(tl.float32)

@@ -1,7 +1,7 @@
 """Products of input rows by tiles of expert weights, quantized or not.
 
-If a group of columns with one scale is a whole number of steps or a fraction of one, the scale is
-read once.
+A kernel processes the columns in steps. If a group (columns with one scale) is a whole number of
+steps, or a step is a whole number of groups, each scale is read once per step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workers.cuda.triton_common import INTERPRETED, cast, dot, jit
 def halves(
     x: tl.tensor, CODES: tl.constexpr, HEIGHT: tl.constexpr, STEP: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The even and the odd columns of input rows for 4-bit weights; otherwise all columns,
+    """Return the even and the odd columns of input rows for 4-bit weights, otherwise all columns
     twice."""
     if CODES == "int4" or CODES == "e2m1":
         even, odd = tl.split(x.reshape(HEIGHT, STEP // 2, 2))
@@ -78,7 +78,7 @@ def add_product(
         is_short: tl.constexpr = form[2] or parts[1].dtype.element_ty == tl.bfloat16
         if is_short and not form[3] and dtype == tl.bfloat16 and not INTERPRETED:
             low, high = decode_4bit_bfloat16(codes, CODES)
-            scale = scale.to(tl.bfloat16)  # as it was
+            scale = scale.to(tl.bfloat16)  # exact: a bfloat16 or a power of two
             low, high = _short_product(low, scale), _short_product(high, scale)
         else:
             low, high = decode_4bit(codes, CODES)
@@ -113,9 +113,9 @@ def _scales(
     STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Scales and zero points of ``STEP`` columns, float32: [1, ROWS] if the columns are in one
-    group, [groups, ROWS] if they are whole groups, else [COLUMNS, ROWS] for every column or every
-    second one."""
+    """Return scales and zero points of ``STEP`` columns, float32: [1, ROWS] if all columns are in
+    one group, [groups, ROWS] if they are whole groups, else [COLUMNS, ROWS] for each column (8
+    bits) or every second column (4 bits)."""
     groups: tl.constexpr = (DEPTH + GROUP - 1) // GROUP
     if groups == 1 or GROUP % STEP == 0:
         at = rows[None, :] * groups + start // GROUP
@@ -140,7 +140,7 @@ def _scales(
 def _scaled(
     numbers: tl.tensor, scale: tl.tensor, zero: tl.tensor, HAS_ZEROS: tl.constexpr
 ) -> tl.tensor:
-    """scale * (number - zero point) for numbers [columns, ROWS]."""
+    """Return scale * (number - zero point) for numbers [columns, ROWS]."""
     columns: tl.constexpr = numbers.shape[0]
     rows: tl.constexpr = numbers.shape[1]
     groups: tl.constexpr = scale.shape[0]
@@ -155,7 +155,7 @@ def _scaled(
 
 @jit
 def _short_product(numbers: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """scale * number for bfloat16 numbers and scales without zero points."""
+    """Return scale * number for bfloat16 numbers and scales, without zero points."""
     columns: tl.constexpr = numbers.shape[0]
     rows: tl.constexpr = numbers.shape[1]
     groups: tl.constexpr = scale.shape[0]
