@@ -29,8 +29,8 @@ from workers.quantization.formats import WeightFormat
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 
 _UNSORTED_PAIRS = 32
-"""Maximum pairs for which each pair is a separate block. The launch of the sorting kernel costs more
-than it saves, because 32 pairs of 64 slots use 26 different slots on average, and the L2 cache
+"""Maximum pairs for which each pair is a separate block. The launch of the sorting kernel costs
+more than it saves, because 32 pairs of 64 slots use 26 different slots on average, and the L2 cache
 holds the weights of the repeated ones."""
 
 
