@@ -225,7 +225,7 @@ ROWS = (
     ),
     Row(
         name="during-change",
-        text="`kill -9` another one during the generation change (1 + 4)",
+        text="`kill -9` a second expert worker during the generation change (1 + 4)",
         limit="worst 3 s",
         attention=1,
         experts=4,
@@ -340,10 +340,10 @@ ROWS = (
         fault=_change_and_kill,
         after=_wait_refused,
     ),
-    _epoch_row("epoch-ordered", "orders sent", _restart_at(LoadExperts)),
-    _epoch_row("epoch-loaded", "loads running", _restart_at(ExpertsLoaded, is_sent=True)),
-    _epoch_row("epoch-announced", "maps sent", _restart_at(NewEpoch)),
+    _epoch_row("epoch-ordered", "commands sent", _restart_at(LoadExperts)),
+    _epoch_row("epoch-loaded", "weights loading", _restart_at(ExpertsLoaded, is_sent=True)),
+    _epoch_row("epoch-announced", "placement sent", _restart_at(NewEpoch)),
     _epoch_row("epoch-activated", "epoch activated", _restart_at(SwitchEpoch)),
-    _epoch_row("epoch-switched", "switched", _restart_at(EpochSwitched, is_sent=True)),
+    _epoch_row("epoch-switched", "workers switched", _restart_at(EpochSwitched, is_sent=True)),
 )
 """In the order of the table."""
