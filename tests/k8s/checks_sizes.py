@@ -142,7 +142,7 @@ class Asked:
 
 def ask(m: Manifests) -> Asked:
     """Plan an overlay's start with the product's own code. Raises ``ConfigError``."""
-    values: dict[str, Any] = {"gateway.api_keys": "key"}
+    values: dict[str, Any] = {"gateway.api_keys": ("key",)}
     for option in OPTIONS:
         name = option.flag.removeprefix("--")
         if name in m.engine and name not in ("api-key-file", "admin-key-file"):
