@@ -69,7 +69,7 @@ class _Connection:
             return
         self.writer.write(data)
         if self.writer.transport.get_write_buffer_size() > MAX_BACKLOG_BYTES:
-            logger.warning("%s does not read its control socket: closed", self.worker)
+            logger.warning("closed the connection of %s, which does not read", self.worker)
             self.writer.transport.abort()
 
 
@@ -149,7 +149,7 @@ class ControlServer:
         except (ProtocolError, OSError, TimeoutError) as err:
             reason, is_invalid = str(err) or type(err).__name__, isinstance(err, ProtocolError)
             caller = connection.worker or writer.get_extra_info("peername")
-            logger.warning("control connection of %s: %s", caller, reason)
+            logger.warning("closed the connection of %s: %s", caller, reason)
         finally:
             self._forget(connection, reason, is_invalid)
 

@@ -97,7 +97,7 @@ class ActorCalls:
             await asyncio.wait_for(self.handle.stop.remote(term, identity), limit_s)
         except (RayError, TimeoutError) as err:
             _raise_superseded(err)
-            logger.info("%s did not stop by itself: %s", self.name, type(err).__name__)
+            logger.info("%s did not stop on request: %s", self.name, type(err).__name__)
             return False
         return True
 

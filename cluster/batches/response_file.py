@@ -155,7 +155,7 @@ class ResponseFile:
         """Remove everything except these lines from the file. Raises ``OSError``."""
         num_bytes = sum(line.num_bytes for line in lines)
         if lines and lines[-1].end != num_bytes:
-            logger.warning("%s is repaired: it has damaged lines", self._path.name)
+            logger.warning("repairing %s, which has damaged lines", self._path.name)
             self._rewrite(lines)
         self._records.truncate(num_bytes)
 

@@ -123,7 +123,7 @@ def wait_free_cpus(wanted: float, limit_s: float, count: Callable[[], float] = _
     deadline = time.monotonic() + limit_s
     while (free := count()) < wanted - 1e-3:  # sums of fractions
         if time.monotonic() > deadline:
-            logger.warning("Ray has %g CPUs free, not %g, after %g s", free, wanted, limit_s)
+            logger.warning("Ray has %g of %g CPUs free after %g s", free, wanted, limit_s)
             return
         time.sleep(_POLL_S)
 
@@ -139,7 +139,7 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
     except NotReadyError as err:
         raise StartError("controller", f"runs and does not answer: {err}") from err
     if origin["config"] is None or state == "STOPPED":
-        logger.info("ending the remains of a failed start")
+        logger.info("ending the actors of a failed start")
         wanted = _free_cpus() + _reserved_cpus()
         end_leftovers()
         wait_free_cpus(wanted, _FREE_LIMIT_S)

@@ -66,7 +66,7 @@ class EventSink:
                 self._stream.write(json.dumps({"event": event, **fields}) + "\n")
                 self._stream.flush()
             except (OSError, ValueError):
-                logger.info("the CLI process does not read event %s", event)
+                logger.info("the CLI process did not read event %s", event)
 
 
 class Launcher:

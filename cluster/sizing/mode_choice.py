@@ -120,7 +120,7 @@ def _reason(
     """Describe both predictions and their parts in one line, the faster layout first."""
     is_colocated = together.step_s < apart.step_s
     first, second = (together, apart) if is_colocated else (apart, together)
-    price = "; two pools would buy elasticity and failure isolation, not speed" * is_colocated
+    price = "; two pools would give elasticity and failure isolation, not speed" * is_colocated
     return (
         f"a decode step of {batch} rows with {context_tokens:.0f} tokens of context each is "
         f"predicted to take {_text(first)}, and {_text(second)}, by {device.name} numbers{price}"

@@ -78,7 +78,7 @@ class LineWriter:
                     num_lost, self._num_lost = self._num_lost, 0
                 self._changed.notify_all()
             if num_lost:
-                logger.warning("%d lines are lost: the disk of the log did not respond", num_lost)
+                logger.warning("%d lines were lost: the disk of the log did not respond", num_lost)
 
 
 def _has_event_loop() -> bool:

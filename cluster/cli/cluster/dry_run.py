@@ -88,7 +88,7 @@ def text(document: Mapping[str, Any], address: str) -> str:
     if document["device"] is not None:
         shares = (
             f"{document['cpus_per_worker']:g} CPUs, {document['gpus_per_worker']:g} GPUs, "
-            f"{document['threads_per_worker']} compute threads a worker, on {document['device']}"
+            f"{document['threads_per_worker']} compute threads per worker, on {document['device']}"
         )
     tokens = document["kv_cache_tokens"] or "as many as fit on the GPU,"
     each = document["kv_bytes_per_token"]

@@ -24,7 +24,7 @@ from cluster.sizing.roofline import DeviceSpec, StepTime
 
 BATCHES = (1, 8, 32, 128, 512)
 FORMULA = """\
-experts touched  u(B) = sum over experts of 1 - (1 - p)^B
+activated        u(B) = sum over experts of 1 - (1 - p)^B
 experts          max(u(B) x bytes / bandwidth, 2 x B x k x params / flops) / workers / balancedness
 attention        (weights + B x context x KV bytes) / bandwidth
 exchange         rows x distinct workers a row x bytes / link + latencies, there and back
@@ -139,7 +139,7 @@ def _document(choice: PoolChoice) -> dict[str, Any]:
 def _text(found: Sequence[PoolChoice]) -> str:
     header = (
         "BATCH",
-        "EXPERTS TOUCHED",
+        "EXPERTS ACTIVATED",
         "ATTENTION : EXPERT",
         "TWO POOLS: STEP MS",
         "ONE POOL: STEP MS",
@@ -161,7 +161,7 @@ def _text(found: Sequence[PoolChoice]) -> str:
     lines = [table(header, rows), "", "In brackets: attention + experts + exchange, in ms."]
     if any(c.colocated_wins for c in found):
         lines.append(
-            "Where one pool is faster, two pools buy elasticity and failure isolation, not speed."
+            "Where one pool is faster, two pools still give elasticity and failure isolation."
         )
     return "\n".join([*lines, "", FORMULA])
 

@@ -194,7 +194,7 @@ class Rebalancing:
                 return  # decide again at the next window
             self._problem = problem
             if error:
-                logger.warning("no rebalancing: %s", problem)
+                logger.warning("could not rebalance: %s", problem)
             else:
                 self._follow(future.result(), asked, now)
         elif error:

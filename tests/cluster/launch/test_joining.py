@@ -16,4 +16,4 @@ def test_cpus_of_ended_actors_are_awaited(caplog: pytest.LogCaptureFixture) -> N
 
 def test_cpus_that_others_took_are_given_up(caplog: pytest.LogCaptureFixture) -> None:
     wait_free_cpus(4.0, 0.0, lambda: 3.0)
-    assert "Ray has 3 CPUs free, not 4, after 0 s" in caplog.text
+    assert "Ray has 3 of 4 CPUs free after 0 s" in caplog.text

@@ -57,7 +57,7 @@ def test_the_reason_has_both_predictions() -> None:
     assert reason.startswith("a decode step of 64 rows with 512 tokens of context each")
     assert "8 colocated workers (attention " in reason
     assert "2 attention + 6 expert workers (attention " in reason
-    assert reason.endswith("two pools would buy elasticity and failure isolation, not speed")
+    assert reason.endswith("two pools would give elasticity and failure isolation, not speed")
     assert "\n" not in reason
 
 

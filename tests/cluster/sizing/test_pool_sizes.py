@@ -117,7 +117,7 @@ def test_the_command_reads_a_bare_config(
     assert ("CPU" in device) is not torch.cuda.is_available(), "what this host has"
     assert main([*command, "--device", "cpu"]) == ExitCode.OK
     text = capsys.readouterr()
-    assert "EXPERTS TOUCHED" in text.out
+    assert "EXPERTS ACTIVATED" in text.out
     assert "u(B)" in text.out
     assert "CPU core" in text.err
     assert main([*command, "--gpu", "H200"]) == ExitCode.OK

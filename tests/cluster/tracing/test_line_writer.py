@@ -109,5 +109,5 @@ def test_lines_that_wait_are_bounded(
     asyncio.run(log())
     hung.may_end.set()
     recent.flush()
-    wait_until(lambda: "3 lines are lost" in caplog.text, "a report", LIMIT_S)
+    wait_until(lambda: "3 lines were lost" in caplog.text, "a report", LIMIT_S)
     assert hung.getvalue().splitlines() == [f"line {number}" for number in range(5)]
