@@ -1,4 +1,4 @@
-"""Adapters: all attention workers load equal sets, and client requests name an adapter.
+"""Adapters: makes all attention workers load the same adapters, which requests can then name.
 
     load ─▶ LOADING ─▶ all workers have it ─▶ READY ─▶ unload ─▶ UNLOADING
         ─▶ no request has used it for a while ─▶ workers free it

@@ -1,4 +1,4 @@
-"""Effects: actions outside the controller that its state machine requests.
+"""Effects: requests of the controller's state machine for actions outside it.
 
 The parts of the controller only change the cluster's state and add effects to it. The controller
 actor passes an event, takes the effects (``Cluster.take_effects``) and carries them out in order.

@@ -1,4 +1,4 @@
-"""Commands to workers to load experts; tracks those without a reply."""
+"""Sends workers commands to load experts, and tracks those without a reply."""
 
 from __future__ import annotations
 

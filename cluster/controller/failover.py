@@ -140,7 +140,7 @@ class CollectedState:
 
 
 class ReportCollector:
-    """Collects the frames of workers. Times are monotonic seconds; one thread only."""
+    """Collects the frames of workers after a restart. Used by one thread; times are monotonic."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class ReportCollector:
         self._suspected_at: dict[str, float] = {}
 
     def frame(self, name: str, frame: frames.ControlFrame, now: float) -> None:
-        """Take a frame of a worker. Raises ``ProtocolError`` for an unknown worker."""
+        """Record a frame of a worker. Raises ``ProtocolError`` for an unknown worker."""
         if name not in self._expected:
             raise ProtocolError(f"{name} is no worker of this cluster")
         self._frames_by_worker.setdefault(name, CollectedFrames()).take(frame)

@@ -1,4 +1,4 @@
-"""Liveness of gateways: each polls for the next snapshot as soon as it has one.
+"""Liveness of gateways, each of which polls for the next snapshot as soon as it has one.
 
 A gateway that dies sends no message, but stops polling. Pure; times are monotonic seconds.
 """

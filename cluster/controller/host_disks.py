@@ -1,4 +1,4 @@
-"""Nearly full disks of hosts, for the status. Pure."""
+"""Records nearly full disks of hosts, which the status shows. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HostDisks:
         self._disks: dict[str, list[tuple[str, LowDisk]]] = {}
 
     def report(self, low_disks: Iterable[LowDisk], host: str, reporter: str) -> bool:
-        """Take a report of nearly full disks; return whether it differs from the last one.
+        """Record a report of nearly full disks; return whether it differs from the last one.
 
         ``reporter`` is a gateway, or empty for the controller's own process.
         """

@@ -1,4 +1,4 @@
-"""Scale operations that the controller begins itself when labelled nodes join or leave.
+"""Begins scale operations when labelled nodes join or leave the Ray cluster.
 
 ``NodeFollowingPolicy`` decides; ``Scaling`` carries out one operation, as for a client.
 ``Draining`` drains the workers of nodes that leave and removes their places.

@@ -1,4 +1,4 @@
-"""Operations: drains, scales and rebalances, of which one runs at a time. Plain values."""
+"""Operations: drains, scales and rebalances. Only one runs at a time. Plain values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits of the controller."""
+"""Time limits of the controller."""
 
 from __future__ import annotations
 

@@ -361,7 +361,7 @@ class WorkerTable:
         return all(r.pending_status_token is None for r in self.alive())
 
     def learn_model(self, record: WorkerRecord) -> None:
-        """Take the facts of the model from an attention worker that is ready."""
+        """Copy the facts of the model from an attention worker that is ready."""
         if record.member.runs_attention:
             self.model.update({k: record.info[k] for k in MODEL_FACTS if k in record.info})
 

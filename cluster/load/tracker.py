@@ -105,7 +105,7 @@ class LoadTracker:
         """The newest windows that had load, oldest first."""
 
     def take(self, worker: str, report: LoadReport | None) -> None:
-        """Take the newest counts of a worker, if any; older reports are ignored."""
+        """Record the newest counts of a worker, if any; older reports are ignored."""
         known = self._reports.get(worker)
         if report is not None and (known is None or report.rows >= known.rows):
             self._reports[worker] = report

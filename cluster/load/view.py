@@ -55,7 +55,7 @@ def achieved_loads(
 def expected_loads(
     placement: ExpertPlacement, profile: LoadProfile | None, phase: Phase | None = None
 ) -> DeviceLoads:
-    """Return the loads under the profile: prefill by shares, decode by the decode table.
+    """Return device loads under the profile; prefill follows the shares, decode the table.
 
     Without a phase, all tokens count as prefill.
     """

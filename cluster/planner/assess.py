@@ -77,7 +77,7 @@ def assess(
     placement: ExpertPlacement,
     current: ExpertPlacement | None = None,
 ) -> Plan:
-    """Return a placement as a plan: its balancedness under a load, and the moves from ``current``.
+    """Evaluate a placement: return a plan with its balancedness and the moves from ``current``.
 
     Raises ``ConfigError`` if placement, load and devices do not match.
     """

@@ -1,5 +1,4 @@
-"""GPU characteristics by model name, from the data sheets; the bandwidth is the value that the GPU
-reports.
+"""GPU characteristics by model name, from data sheets; the GPU itself reports its bandwidth.
 
 Sources are NVIDIA's data sheets of the products. Rates of bfloat16 products are without sparsity,
 half of what most sheets print. A link is one direction: half of NVLink's rate, or of PCIe's if a

@@ -111,7 +111,7 @@ def _read_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ValueChange]:
     """Pair the values of both documents. A failure count that one of them lacks is 0 there."""
     old, new = dict(iter_values(before)), dict(iter_values(after))
-    counter = "failures."  # counts by error code, of which a missing one is 0
+    counter = "failures."  # counts by error code; a missing one is 0
     shared = [n for n in {**old, **new} if n.startswith(counter) or (n in old and n in new)]
     return [ValueChange(name, old.get(name, 0.0), new.get(name, 0.0)) for name in shared]
 

@@ -1,4 +1,4 @@
-"""Completions over gRPC."""
+"""Target of a workload that sends completions over gRPC."""
 
 from __future__ import annotations
 

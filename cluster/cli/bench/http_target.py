@@ -1,4 +1,4 @@
-"""Completions over HTTP."""
+"""Target of a workload that sends completions over HTTP."""
 
 from __future__ import annotations
 

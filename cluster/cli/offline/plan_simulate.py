@@ -1,4 +1,4 @@
-"""``plan simulate``: simulates the gain of replanning under a changing load."""
+"""``plan simulate``: simulates the gain of rebalancing under a changing load."""
 
 from __future__ import annotations
 

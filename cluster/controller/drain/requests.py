@@ -1,4 +1,4 @@
-"""Drain requests of workers that received a signal to end, or whose nodes will leave."""
+"""Collects drain requests of workers that received SIGTERM or whose nodes will leave."""
 
 from __future__ import annotations
 
