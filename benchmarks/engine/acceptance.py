@@ -1,14 +1,13 @@
-"""How often drafts of n-gram lookup are right on text: ``python -m benchmarks.engine.acceptance``.
+"""Accepted drafts of n-gram lookup on text: ``python -m benchmarks.engine.acceptance``.
 
-With the defaults of `--speculative-method ngram`, on the 5% of the bundled model's corpus that its
-training never saw. The model goes on for 128 tokens from passages of 192, and from passages behind
-which their first 64 tokens stand again. It is too small to copy from its prompt, and its greedy
-answers repeat themselves. So two more texts are given, not drawn, as a model would write them that
-can copy: the passage with other names of speakers, and every other line of it, behind a prompt with
-the whole passage. Each text passes through the engine's choice of drafts alone, at a fixed price of
-a row in tokens: 0.3 is what the engine assumes before it has times of steps, 0.02 the least, where
-a step takes as long with more rows. `drafted`: tokens of drafts for each token of the text,
-`accepted`: their share that was right. No number depends on the machine's speed.
+Drafts with the defaults of `--speculative-method ngram`, for text from the 5% of the bundled
+model's corpus that was not used in training. The model continues passages of 192 tokens for 128
+tokens, also after the first 64 tokens of the passage are repeated at its end. The model is too
+small to copy from its prompt. Two more kinds of text are therefore edits of the prompt, not outputs
+of the model: the passage with other names of speakers, and every other line of it. Only the
+engine's choice of drafts runs, at a fixed price of a draft row, in tokens that the row must gain:
+0.3 is assumed until steps have been timed, 0.02 is the lowest price, for steps that take no longer
+with more rows. No number depends on the machine's speed.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ PASSAGE_TOKENS = 192
 AGAIN_TOKENS = 64
 NEW_TOKENS = 128
 SPEECHES = 8
-"""Of a passage that is edited."""
+"""Speeches in a passage that is edited."""
 NGRAM = SpeculationSection(speculative_method="ngram")
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What follows a prompt."""
+    """A prompt and its output."""
 
     prompt: Sequence[int]
     output: Sequence[int]
@@ -47,17 +46,17 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Of all texts of a kind."""
+    """Results of all texts of a kind."""
 
     num_tokens: int
-    """After the first of each text, which comes from the step of its prompt."""
+    """Number of tokens without the first one of each text, which belongs to the prefill."""
     num_steps: int
     num_drafted: int
     num_accepted: int
 
 
 def drawn(prompts: Sequence[Sequence[int]], temperature: float) -> list[Text]:
-    """What the bundled model writes, without drafts: they change no token."""
+    """Outputs of the bundled model, without drafts, as drafts change no token."""
     engine = LocalEngine(bundled_checkpoint(), section=EngineSection(max_num_seqs=32))
     each = [
         SamplingParams(max_tokens=NEW_TOKENS, temperature=temperature, seed=i, ignore_eos=True)
@@ -68,12 +67,12 @@ def drawn(prompts: Sequence[Sequence[int]], temperature: float) -> list[Text]:
 
 
 def begun_again(passage: Sequence[int]) -> Sequence[int]:
-    """The passage, and its first tokens behind it."""
+    """The passage followed by its first tokens."""
     return [*passage, *passage[:AGAIN_TOKENS]]
 
 
 def edited(edit: Callable[[str], str], max_passages: int | None) -> Iterator[Text]:
-    """Passages, an end of text, and what an edit makes of them."""
+    """Yield prompts of a passage and an end of text, with the edited passage as output."""
     tokenizer, eos = bundled_tokenizer(), held_out(1).eos
     speeches = held_out_text().split("\n\n")
     passages = ["\n\n".join(speeches[i : i + SPEECHES]) for i in range(0, len(speeches), SPEECHES)]
@@ -82,7 +81,7 @@ def edited(edit: Callable[[str], str], max_passages: int | None) -> Iterator[Tex
 
 
 def with_other_speakers(passage: str) -> str:
-    """Each speaker has the name of the next one, by the alphabet.
+    """Replace the name of each speaker by the next name in the alphabet.
 
     >>> with_other_speakers("ANTONIO:\\nGo sleep.\\n\\nALONSO:\\nWhat?")
     'ALONSO:\\nGo sleep.\\n\\nANTONIO:\\nWhat?'
@@ -97,23 +96,23 @@ def with_other_speakers(passage: str) -> str:
 
 
 def every_other_line(passage: str) -> str:
-    """The first, the third and so on, without empty lines."""
+    """Keep the first, third, fifth line and so on, without empty lines."""
     return "\n".join([line for line in passage.split("\n") if line][::2])
 
 
 def speculator_of(price: float, eos: int) -> Speculator:
-    """One for which a row has the assumed price (0.3), or the least (below)."""
+    """Return a speculator with the assumed price of a row (0.3), or with the lowest price."""
     speculator = Speculator(NGRAM, sys.maxsize, (eos,))
     if price < 0.3:
         for rows in (1, 1 + NGRAM.num_speculative_tokens) * 25:
-            speculator.observe_step(rows, 0, 1.0)  # as long with more rows
+            speculator.observe_step(rows, 0, 1.0)  # equal times with more rows
     speculator.plan_step(1)
     assert math.isclose(speculator.stats()["spec_decode_row_price"], price)
     return speculator
 
 
 def replay(texts: Sequence[Text], price: float, eos: int) -> Found:
-    """Decode given texts, one by one."""
+    """Decode given texts in order."""
     speculator, num_tokens, num_steps = speculator_of(price, eos), 0, 0
     for text in texts:
         params = SamplingParams(max_tokens=len(text.output), ignore_eos=True)
@@ -136,20 +135,20 @@ def replay(texts: Sequence[Text], price: float, eos: int) -> Found:
 
 
 def texts_of(source: HeldOut, max_passages: int | None) -> Iterator[tuple[str, list[Text]]]:
-    """All kinds, with their names."""
+    """Yield all kinds of text with their labels."""
     whole = [part for part in source.parts(PASSAGE_TOKENS) if len(part) == PASSAGE_TOKENS]
     free = whole[:max_passages]
     again = [begun_again(passage) for passage in free]
-    for name, prompts in (("goes on", free), ("passage begun again", again)):
+    for name, prompts in (("continued passage", free), ("repeated passage", again)):
         for temperature in (0.0, 1.0):
             how = f"temperature {temperature:.0f}" if temperature else "greedy"
             yield f"{name}, {how}", drawn(prompts, temperature)
-    yield "given: other names of speakers", list(edited(with_other_speakers, max_passages))
-    yield "given: every other line", list(edited(every_other_line, max_passages))
+    yield "edit: other names of speakers", list(edited(with_other_speakers, max_passages))
+    yield "edit: every other line", list(edited(every_other_line, max_passages))
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     source = held_out()
     rows = []
     for name, texts in texts_of(source, 3 if quick else None):
@@ -165,7 +164,8 @@ def section(quick: bool) -> str:
                 ]
             )
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
-    head = ["text", "price of a row", "tokens", "drafted", "accepted", "tokens per step"]
+    head = ["text", "price of a row", "tokens", "draft tokens for a token", "accepted"]
+    head += ["tokens in a step"]
     return f"## Acceptance of n-gram drafts\n\n{about}\n\n{table(head, rows)}"
 
 

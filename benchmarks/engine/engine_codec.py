@@ -1,6 +1,6 @@
 """Time to encode and decode engine stream messages: ``python -m benchmarks.engine_codec``.
 
-Processor time of one core, best of several runs.
+Times are CPU times of one core, the shortest of several runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPEATS = 300
 
 
 def step(num_logprobs: int) -> StepOutput:
-    """One token of each sequence."""
+    """Return a message with one token of each sequence."""
     values = tuple(-0.5 * token for token in range(num_logprobs))
     entry = TokenLogprob(
         token_id=5, logprob=-0.5, rank=1, top_ids=tuple(range(num_logprobs)), top_logprobs=values
@@ -46,14 +46,14 @@ def step(num_logprobs: int) -> StepOutput:
 
 
 def request() -> Request:
-    """A prompt with a few options."""
+    """Return a request with a prompt and a few options."""
     params = SamplingParams(max_tokens=256, temperature=0.7, top_p=0.9, seed=1, stop_token_ids=(2,))
     prompt = tuple(range(1000, 1000 + PROMPT_TOKENS))
     return Request(request_id="cmpl-" + "0" * 32, prompt=prompt, params=params, deadline_ms=60_000)
 
 
 def microseconds(work: Callable[[], object], runs: int = RUNS, repeats: int = REPEATS) -> float:
-    """Processor time of one call."""
+    """CPU time of one call."""
     times = []
     for _ in range(runs):
         began = time.process_time()
@@ -64,7 +64,7 @@ def microseconds(work: Callable[[], object], runs: int = RUNS, repeats: int = RE
 
 
 def rows(runs: int = RUNS, repeats: int = REPEATS) -> list[str]:
-    """A row of Markdown for each message: bytes, time to encode and to decode."""
+    """Return a row for each message: bytes, time to encode and time to decode."""
     steps = {"step": step(0), "step with 5 log-probabilities": step(5)}
     lines = [
         _row(name, FROM_ENGINE.encode, FROM_ENGINE.decode, message, runs, repeats)
@@ -90,5 +90,9 @@ def _row(
 
 def main() -> None:
     """Print the table."""
-    lines = ["| message | bytes | encode µs | decode µs |", "| --- | ---: | ---: | ---: |", *rows()]
+    lines = [
+        "| message | size, bytes | time to encode, µs | time to decode, µs |",
+        "| --- | ---: | ---: | ---: |",
+        *rows(),
+    ]
     sys.stdout.write("\n".join(lines) + "\n")

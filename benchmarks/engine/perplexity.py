@@ -1,14 +1,13 @@
-"""What quantized weights do to a model: ``python -m benchmarks.perplexity``, or, with a model and a
-text of one's own, ``--checkpoint DIR --text FILE [--tokens 4096] [--window 2048]``.
+"""Perplexity of quantized weights: ``python -m benchmarks.perplexity``, or, for another model and
+text, ``--checkpoint DIR --text FILE [--tokens 4096] [--window 2048]``.
 
-Perplexity of the bundled model, in bfloat16, on the 5% of its corpus that training never saw (the
-loss on it only chose the step whose weights were kept), in windows of 512 tokens behind an end of
-text: the exponential of the mean negative log-probability of a token, as `prompt_logprobs` of the
-local engine gives it. The change is that of the perplexity from the weights as they are stored, the
-standard error that of the mean difference of a token's log-probability. Each of the 64 experts of a
-layer has three matrices of 128 and 32 rows and columns. In float8 the checkpoint stores its experts
-itself, with a scale for each block of 128 x 128; MXFP4 is not a form of this family's files, so the
-experts have its numbers in bfloat16.
+Perplexity of the bundled model in bfloat16, on the 5% of its corpus that was not used in training
+(its loss only selected the checkpoint), in windows of 512 tokens after an end of text. It is the
+exponential of the mean negative log-probability of a token, from `prompt_logprobs` of the local
+engine. The change is relative to the stored bfloat16 weights; its standard error is that of the
+mean difference of a token's log-probability. A layer has 64 experts with three matrices of 128 x 32
+elements each. For float8, the experts are stored with a scale for each block of 128 x 128. Files of
+this model family cannot store MXFP4, so the experts have MXFP4 values in bfloat16.
 """
 
 from __future__ import annotations
@@ -41,22 +40,22 @@ from workers.requests.request import SamplingParams
 WINDOW_TOKENS = 512
 _BLOCK = (128, 128)
 _Stored = Callable[[str, Tensor], dict[str, Tensor]]
-"""The tensors that stand for an expert's matrix of this name."""
+"""Returns the tensors that store an expert's matrix with this name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """How weights are kept."""
+    """Format of the weights."""
 
     label: str
     quantize: Quantize = "auto"
     layers: QuantizeLayers = "experts"
     stored: _Stored | None = None
-    """Of experts; None: as the bundled checkpoint has them."""
+    """Stores experts in another format; None keeps those of the bundled checkpoint."""
     settings: dict[str, object] | None = None
-    """``quantization_config``."""
+    """``quantization_config`` of the checkpoint."""
     most: float | None = None
-    """Largest allowed rise of the perplexity, as a fraction of it; None: no limit."""
+    """Largest allowed increase of the perplexity as a fraction; None if there is no limit."""
 
 
 def _float8(name: str, matrix: Tensor) -> dict[str, Tensor]:
@@ -81,18 +80,18 @@ FORMS = (
     ),
     Form(label="MXFP4, experts", stored=_mxfp4),
 )
-"""What is compared with ``AS_STORED``."""
+"""Formats that are compared with ``AS_STORED``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What is scored."""
+    """Model and text of a measurement."""
 
     checkpoint: Path
     dtype: str
-    """In which it is computed."""
+    """Dtype of the computation."""
     windows: Sequence[Sequence[int]]
-    """Prompts; all tokens but the first of each are scored."""
+    """Prompts; all tokens of a prompt except the first one are scored."""
 
     @property
     def num_scored(self) -> int:
@@ -100,14 +99,14 @@ class Task:
 
 
 def bundled(num_windows: int | None = None) -> Task:
-    """The first windows of the held-out text; None: all."""
+    """The bundled model with the first windows of the held-out text; None for all windows."""
     text = held_out(None if num_windows is None else num_windows * WINDOW_TOKENS)
     windows = text.windows(WINDOW_TOKENS)
     return Task(checkpoint=bundled_checkpoint(), dtype="bfloat16", windows=windows)
 
 
 def own_task(checkpoint: Path, text: Path, num_tokens: int, window: int) -> Task:
-    """The beginning of a text, in windows with nothing before them, in float32."""
+    """Another model in float32 with the first tokens of a text in separate windows."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     ids = tokenizer.encode(text.read_text(encoding="utf-8")).ids[:num_tokens]
     windows = [ids[first : first + window] for first in range(0, len(ids), window)]
@@ -122,11 +121,11 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """Of the text."""
+        """Perplexity of the text."""
         return math.exp(-statistics.fmean(self.tokens))
 
     def change_from(self, other: Scores) -> float:
-        """Of the perplexity, as a share of the other one."""
+        """Change of the perplexity, as a fraction of the other one."""
         return self.perplexity / other.perplexity - 1
 
     def error_from(self, other: Scores) -> float:
@@ -136,7 +135,7 @@ class Scores:
 
 
 def scores(form: Form, task: Task) -> Scores:
-    """Of each token that is scored."""
+    """Score all tokens with the weights in a format."""
     with checkpoint_of(form, task.checkpoint) as checkpoint:
         engine = LocalEngine(
             checkpoint,
@@ -154,7 +153,7 @@ def scores(form: Form, task: Task) -> Scores:
 
 @contextmanager
 def checkpoint_of(form: Form, checkpoint: Path) -> Iterator[Path]:
-    """A checkpoint with its experts stored in a form; a copy is removed afterwards."""
+    """Yield a checkpoint with experts in a format; a copy is removed afterwards."""
     if form.stored is None:
         yield checkpoint
         return
@@ -172,7 +171,7 @@ def checkpoint_of(form: Form, checkpoint: Path) -> Iterator[Path]:
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     task = bundled(2 if quick else None)
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
     num_tokens = f"{task.num_scored:,} tokens were scored."
@@ -181,7 +180,7 @@ def section(quick: bool) -> str:
 
 
 def compared(task: Task, forms: Sequence[Form]) -> str:
-    """A table of forms beside the weights as they are stored."""
+    """Return a table that compares formats with the stored weights."""
     base = scores(AS_STORED, task)
     rows = [[AS_STORED.label, f"{base.perplexity:.3f}", "", "", ""]]
     for form in forms:
@@ -195,16 +194,18 @@ def compared(task: Task, forms: Sequence[Form]) -> str:
                 "" if form.most is None else f"at most +{form.most:.1%}",
             ]
         )
-    return table(["weights", "perplexity", "change", "standard error", "asked"], rows)
+    return table(["weights", "perplexity", "change", "standard error", "required change"], rows)
 
 
 def main() -> None:
-    """Print one part, or the table of a model and a text that are given."""
+    """Print the section, or the table for a given model and text."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.perplexity")
     parser.add_argument("--quick", action="store_true", help="two windows of the bundled model")
     parser.add_argument("--checkpoint", type=Path, help="folder of a model with a tokenizer.json")
     parser.add_argument("--text", type=Path, help="file in UTF-8, with --checkpoint")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text, from its begin")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="first tokens of the text to score"
+    )
     parser.add_argument("--window", type=int, default=2048, help="tokens of a prompt, at least 2")
     given = parser.parse_args()
     if (given.checkpoint is None) != (given.text is None):

@@ -1,15 +1,15 @@
-"""What speculative decoding gains where a text repeats itself, and costs where nothing does.
+"""Speed of decoding with and without drafts, for texts that repeat tokens and texts that do not.
 
-The local engine with drafts and without, both loaded in one process, alternating. The model is a
-random one whose attention outputs are zero: its next token follows from the last one alone, so
-greedy decoding goes along a chain of tokens. A prompt that has the chain already is copied, and one
-with other tokens here and there is copied with corrections, as an edited text is. Every step
-computes all that it would with other weights, attention included; tokens of the chain differ, and
-so do their experts. Where nothing repeats, tokens are drawn at temperature 1.
+Two local engines in one process, one with drafts and one without, run in turns. The model is
+random, but its attention outputs are zero, so that the next token depends on the last token only
+and greedy decoding follows a fixed chain of tokens. If the prompt contains this chain, the output
+copies the prompt; if some tokens of the prompt are replaced, the output is an edited copy. Steps
+compute as much as with other weights. For text without repetition, tokens are sampled at
+temperature 1.
 
-A prediction layer is measured with a model whose experts' outputs are zero, too. Then the layer,
-which gets the embedding of the newest token, expects what the model will draw: no checkpoint's
-layer is right as often, but each step costs what it costs with any.
+The prediction layer is measured with a model whose experts' outputs are zero too, so that its
+predictions are always right. Layers of real checkpoints are right less often, but a step costs the
+same.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ PREDICTING = RandomModel(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Text:
-    """What is generated."""
+    """Kind of generated text."""
 
     label: str
-    """In tables."""
+    """Label in the table."""
     batch: int = 1
-    """Requests at once."""
+    """Requests that run at the same time."""
     edited_one_in: int = 0
-    """One token in so many of the prompt is another than the one generated; 0: none is."""
+    """One of this many prompt tokens is replaced; 0 if no token is replaced."""
     repeats: bool = True
-    """The prompt has what is generated."""
+    """Whether the output copies the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     texts: tuple[Text, ...] = (
         Text(label="copy"),
@@ -79,13 +79,13 @@ class Case:
         Text(label="nothing repeats", batch=16, repeats=False),
     )
     num_tokens: int = 128
-    """Tokens of a prompt, and as many new ones."""
+    """Number of prompt tokens, and of new tokens."""
     repeats: int = 5
     """Runs of each engine."""
     num_threads: int | None = 2
-    """Compute threads; None leaves them as they are."""
+    """Compute threads; None keeps the default."""
     patience_s: float = 5.0
-    """While others use the machine, longest wait before a run."""
+    """Longest wait before a run for other processes to be quiet."""
 
 
 QUICK = Case(
@@ -99,51 +99,51 @@ QUICK = Case(
 
 
 PREDICTED = replace(Case(), texts=(Text(label="predicted"), Text(label="predicted", batch=4)))
-"""What is measured with a prediction layer."""
+"""Sizes of the measurement of a prediction layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Numbers of one run."""
+    """Results of one run."""
 
     tokens_per_s: float
-    """While all requests decode."""
+    """Tokens a second while all requests decode."""
     num_drafted: float = 0.0
-    """Tokens of drafts that were run."""
+    """Number of draft tokens that were verified."""
     num_accepted: float = 0.0
-    """Those that were accepted."""
+    """Number of accepted draft tokens."""
     num_steps: float = 0.0
-    """Of prompts too."""
+    """Number of steps, prefills included."""
     tokens_per_step: float = 1.0
-    """Of a sequence that decodes."""
+    """Tokens of a decoding sequence in a step."""
     cpu_s: float = 0.0
-    """Processor time of all threads, prompts included."""
+    """CPU time of all threads, prefills included."""
     others_cores: float = 0.0
-    """CPU cores that other processes used meanwhile."""
+    """CPU cores that other processes used during the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Runs of one text, in turns."""
+    """Runs of one text without and with drafts."""
 
     without: list[Run]
     drafts: list[Run]
 
     @property
     def ratio(self) -> float:
-        """With drafts over without, by tokens a second: the median of those within a repeat."""
+        """Median ratio, within a repeat, of tokens a second with drafts to those without."""
         pairs = zip(self.drafts, self.without, strict=True)
         return statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs)
 
     @property
     def cpu_ratio(self) -> float:
-        """Without drafts over with, by processor time, likewise."""
+        """Median ratio, within a repeat, of CPU time without drafts to CPU time with drafts."""
         pairs = zip(self.drafts, self.without, strict=True)
         return statistics.median(other.cpu_s / one.cpu_s for one, other in pairs)
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case, model = (QUICK, TINY) if quick else (Case(), MODEL)
     with chain_model(model) as checkpoint:
         found = measure(checkpoint, case)
@@ -151,7 +151,7 @@ def section(quick: bool) -> str:
 
 
 def prediction_section(quick: bool) -> str:
-    """The part of a prediction layer."""
+    """Return the part of the section for a prediction layer."""
     case, model = PREDICTED, PREDICTING
     if quick:
         case = replace(QUICK, texts=PREDICTED.texts)
@@ -159,17 +159,18 @@ def prediction_section(quick: bool) -> str:
     with chain_model(model) as checkpoint:
         found = measure(checkpoint, case, SpeculationSection(speculative_method="mtp"))
     words = (
-        f"`mtp` with {model.layers} layers of a random GLM-4.5 in bf16, hidden {model.hidden}, "
-        f"{model.experts} experts, ffn {model.ffn}, vocabulary {model.vocab}, whose prediction "
-        f"layer is always right; prompts and answers of {case.num_tokens} tokens."
+        f"`--speculative-method mtp` with {model.layers} layers of a random GLM-4.5 in bfloat16, "
+        f"hidden {model.hidden}, {model.experts} experts, ffn {model.ffn}, vocabulary "
+        f"{model.vocab}. The weights are such that the prediction layer is always right. Prompts "
+        f"and outputs have {case.num_tokens} tokens."
     )
     return f"### Prediction layer\n\n{words}\n\n{report(found)}"
 
 
 @contextmanager
 def chain_model(model: RandomModel) -> Iterator[Path]:
-    """A random checkpoint without outputs of attention, removed afterwards; with a prediction layer
-    without outputs of experts, too, and the layer sees embeddings.
+    """Yield a random checkpoint whose attention outputs are zero, and remove it afterwards. With a
+    prediction layer, the experts' outputs are zero too, and the layer gets the embeddings.
     """
     zeros = ("o_proj.weight", *(("down_proj.weight",) if model.prediction_layers else ()))
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +192,7 @@ NGRAM = SpeculationSection(speculative_method="ngram")
 def measure(
     checkpoint: Path, case: Case, speculation: SpeculationSection = NGRAM
 ) -> dict[Text, Pair]:
-    """Runs with drafts and without, of each text."""
+    """Measure all texts with and without drafts."""
     without, drafts = (
         LocalEngine(
             Checkpoint(checkpoint, has_predictor=section.has_predictor),
@@ -206,7 +207,7 @@ def measure(
     chains = chains_of(without, max(text.batch for text in case.texts), case.num_tokens)
     numbers = itertools.count()
     for text, pair in found.items():
-        for engine in (without, drafts):  # warm: it knows the times of its steps
+        for engine in (without, drafts):  # warm up: the engine learns the times of its steps
             run_once(engine, requests(chains, text, next(numbers)))
         for _ in range(case.repeats):
             asked = requests(chains, text, next(numbers))
@@ -220,7 +221,7 @@ def measure(
 
 
 def requests(chains: Sequence[Sequence[int]], text: Text, number: int) -> list[Request]:
-    """Those of a run."""
+    """Return the requests of a run."""
     length = len(chains[0])
     greedy = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
     found = []
@@ -236,7 +237,7 @@ def requests(chains: Sequence[Sequence[int]], text: Text, number: int) -> list[R
 
 
 def chains_of(engine: LocalEngine, count: int, num_tokens: int) -> list[tuple[int, ...]]:
-    """So many chains of different tokens."""
+    """Return ``count`` chains of ``num_tokens`` different tokens."""
     params = SamplingParams(max_tokens=num_tokens - 1, temperature=0.0, ignore_eos=True)
     found: list[tuple[int, ...]] = []
     for begin in itertools.count(3, count):
@@ -250,7 +251,7 @@ def chains_of(engine: LocalEngine, count: int, num_tokens: int) -> list[tuple[in
 
 
 def run_once(engine: LocalEngine, asked: Sequence[Request]) -> Run:
-    """Serve requests together."""
+    """Serve requests at the same time."""
     before = engine.engine.stats()
     for request in asked:
         engine.add_request(request)
@@ -280,7 +281,8 @@ def run_once(engine: LocalEngine, asked: Sequence[Request]) -> Run:
 
 
 def tokens_per_step(times: Sequence[Sequence[float]]) -> float:
-    """Of each sequence when its tokens came; the first one comes from the step of its prompt.
+    """Mean tokens of a sequence in a decode step, from the times of its tokens. The first token
+    of a sequence belongs to its prefill.
 
     >>> tokens_per_step([[0.1, 0.2, 0.2, 0.2, 0.3], [0.1, 0.2, 0.3]])
     1.5
@@ -290,10 +292,10 @@ def tokens_per_step(times: Sequence[Sequence[float]]) -> float:
 
 
 def report(found: dict[Text, Pair]) -> str:
-    """One row for each text."""
-    head = ["text", "batch", "without: tokens/s", "with: tokens/s", "with / without"]
-    head += ["processor time: without / with", "drafted", "accepted", "tokens per step"]
-    head += ["steps / without", "others"]
+    """Return the table with a row for each text."""
+    head = ["text", "batch", "tokens/s without drafts", "tokens/s with drafts", "speed-up"]
+    head += ["CPU time, without / with", "draft tokens", "accepted", "tokens in a step"]
+    head += ["steps, with / without", "other load"]
     return table(head, [_row(text, pair) for text, pair in found.items()])
 
 
@@ -318,15 +320,15 @@ def _row(text: Text, pair: Pair) -> list[str]:
 
 def _words(case: Case, model: RandomModel) -> str:
     return (
-        "## Speculative decoding\n\nn-gram lookup with its defaults, in one process "
-        f"(`--mode local`). {model.layers} layers of a random OLMoE, bf16, hidden {model.hidden}, "
-        f"{model.experts} experts, ffn {model.ffn}, vocabulary {model.vocab}. Outputs of attention "
-        "are zero, so that a chain of different tokens is generated, and a prompt that has it is "
-        f"copied. Prompts and answers of {case.num_tokens} tokens; tokens/s while all requests "
-        f"decode. Medians of {case.repeats} runs; ratios are medians of the ratios within a run. "
-        "Processor times are those of all threads, prompts included. `drafted`: tokens of drafts "
-        "in a run, `accepted`: their share that was right, `tokens per step`: of a sequence that "
-        "decodes, `others`: cores that other processes used meanwhile."
+        "## Speculative decoding\n\n`--speculative-method ngram` with its defaults, in one process "
+        f"(`--mode local`). The model has {model.layers} layers of a random OLMoE in bfloat16, "
+        f"hidden {model.hidden}, {model.experts} experts, ffn {model.ffn}, vocabulary "
+        f"{model.vocab}. Its weights are such that the output copies the prompt, or copies it with "
+        f"changed tokens. Prompts and outputs have {case.num_tokens} tokens; tokens/s count while "
+        f"all requests decode. Medians of {case.repeats} runs; ratios are medians of the ratios "
+        "within a run. CPU time is that of all threads, prefills included. Draft tokens are those "
+        "of a run. Tokens in a step: mean of a decoding sequence with drafts. Other load: CPU "
+        "cores that other processes used."
     )
 
 

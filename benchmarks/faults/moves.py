@@ -1,10 +1,10 @@
-"""The pause of a stream whose attention worker is drained, by the length of its context.
+"""Pause of a stream when its request moves to another attention worker, by prompt length.
 
-2 attention workers and 1 expert worker on a private Ray. A stream decodes; its worker is drained
-(and another one starts in its place afterwards). The pause is the time between the two tokens
-between which the stream goes over, and is shown beside the usual time between tokens, the longest
-one before the order, and the longest one after it. Without fetching (``kv_fetch_limit_s`` 0) the
-other worker computes the whole context again.
+2 attention workers and 1 expert worker run on a private Ray. While a stream decodes, its worker is
+drained, so that the request moves; a new worker then takes its place. The pause is the time between
+the last token from the old worker and the first one from the new worker. The other columns have the
+median and the longest time between tokens before the drain, and the longest one during it. With
+``kv_fetch_limit_s`` 0 the new worker computes the whole context again.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from gateway.core.call import CallKind, GenerateCall
 from gateway.engines.submission import Submission
 
 PLOT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "moves.svg"
-"""Pauses by length, drawn by a full run."""
+"""The plot of pauses by prompt length, written by a full run."""
 LIMIT_MS = 20.0
-"""Asked for: the longest pause, or two decode steps if they take longer."""
+"""Required: a pause of at most this time, or of two decode steps if they take longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     lengths: tuple[int, ...] = (250, 500, 1000, 2000, 3600)
-    """Tokens of the prompt."""
+    """Prompt lengths in tokens."""
     tokens_before: int = 60
-    """Tokens that come before the order."""
+    """Output tokens before the drain starts."""
     tokens_after: int = 240
-    """Tokens that come after it, while the worker leaves and another one starts."""
+    """Output tokens after the drain has started, until a new worker has started."""
     repeats: int = 5
-    """Drains of each length."""
+    """Drains for each prompt length."""
     patience_s: float = 10.0
     """Longest wait for a quiet machine before a drain."""
 
@@ -58,35 +58,35 @@ QUICK = Case(lengths=(40,), tokens_before=4, tokens_after=600, repeats=1, patien
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drained:
-    """Times of one stream between its tokens, in ms."""
+    """Times between two tokens of one stream, in ms."""
 
     usual_ms: float
-    """Median before the order."""
+    """Median before the drain."""
     slowest_ms: float
-    """Longest before the order."""
+    """Longest before the drain."""
     pause_ms: float
-    """Of the token before which the stream went over."""
+    """Time during which the request moved."""
     longest_ms: float
-    """Longest after the order, until the worker has left the generation."""
+    """Longest during the drain, until the worker has left the generation."""
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = QUICK if quick else Case()
     with random_model(TINY if quick else RandomModel()) as checkpoint:
         found = {
-            "blocks fetched ahead": dict(measure(checkpoint, case, 2.0)),
-            "computed again": dict(measure(checkpoint, case, 0.0)),
+            "KV fetched": dict(measure(checkpoint, case, 2.0)),
+            "KV computed again": dict(measure(checkpoint, case, 0.0)),
         }
     if not quick:
-        PLOT.write_text(plot(found["blocks fetched ahead"]))
+        PLOT.write_text(plot(found["KV fetched"]))
     return f"## Moved requests\n\n{_words(case)}\n\n{report(case, found)}"
 
 
 def measure(
     checkpoint: Path, case: Case, fetch_limit_s: float
 ) -> Iterator[tuple[int, list[Drained]]]:
-    """Drains by length."""
+    """Yield each prompt length with its drains."""
     engine = {"kv_cache_bytes": 256 << 20, "kv_fetch_limit_s": fetch_limit_s}
     config = make_config(checkpoint, 2, 1, engine=engine)
     with (
@@ -107,7 +107,7 @@ def measure(
 def _drain(
     cluster: RayCluster, gateway: ClusterGateway, case: Case, length: int, seed: int
 ) -> Drained:
-    """One stream, and the drain of its worker."""
+    """Run one stream and drain its worker."""
     rng = random.Random(seed)
     call = GenerateCall(
         kind=CallKind.COMPLETION,
@@ -139,7 +139,7 @@ def _drain(
 
 @contextmanager
 def _resubmissions(gateway: ClusterGateway) -> Iterator[list[float]]:
-    """Gets the ``time.monotonic`` at which requests go to another worker."""
+    """Yield a list that gets the ``time.monotonic`` of each move to another worker."""
     times: list[float] = []
     count = gateway.engines.on_resubmit
 
@@ -155,13 +155,13 @@ def _resubmissions(gateway: ClusterGateway) -> Iterator[list[float]]:
 
 
 def _wait_whole(cluster: RayCluster, gateway: ClusterGateway) -> None:
-    """Wait until both attention workers serve, and the gateway has streams to them."""
+    """Wait until both attention workers serve and the gateway is connected to them."""
     cluster.wait(lambda s: s["state"] == "SERVING")
     wait(lambda: len(gateway.engines.clients) == 2, "a stream to the new worker")
 
 
 def report(case: Case, found: Mapping[str, Mapping[int, list[Drained]]]) -> str:
-    """A row for each length: medians and the worst of the repeats."""
+    """Return the table with a row for each prompt length."""
     rows = []
     for length in case.lengths:
         row = [str(length)]
@@ -173,14 +173,15 @@ def report(case: Case, found: Mapping[str, Mapping[int, list[Drained]]]) -> str:
             row.append(f"{statistics.median(pauses):.1f} / {max(pauses):.1f}")
             row.append(f"{statistics.median(r.longest_ms for r in runs):.1f}")
         rows.append(row)
-    heads = ["prompt"]
+    heads = ["prompt tokens"]
     for name in found:
-        heads += [f"{name}: usual", "slowest before", "pause, median / worst", "slowest until left"]
+        heads += [f"{name}: median before", f"{name}: longest before"]
+        heads += [f"{name}: pause, median / worst", f"{name}: longest during the drain"]
     return table(heads, rows)
 
 
 def plot(found: Mapping[int, list[Drained]]) -> str:
-    """Median pauses of moved requests by length, beside what was asked for, as SVG."""
+    """Plot median pauses of moved requests and the limit by prompt length, as SVG."""
     pauses = {length: statistics.median(r.pause_ms for r in runs) for length, runs in found.items()}
     steps = {length: statistics.median(r.usual_ms for r in runs) for length, runs in found.items()}
     lines = [
@@ -193,6 +194,9 @@ def plot(found: Mapping[int, list[Drained]]) -> str:
 
 def _words(case: Case) -> str:
     return (
-        "Time between two tokens of a stream in ms, before its attention worker is drained "
-        f"(2 + 1 workers, a core for two of them) and while it leaves; {case.repeats} drains each."
+        "A drain of an attention worker moves its requests to another worker. The table has times "
+        "between two tokens of a stream in ms, before and during the drain of its worker, and the "
+        "pause of the move itself. The new worker fetches the KV blocks of the request, or "
+        "computes them again. The cluster has 2 attention workers and 1 expert worker, which share two "
+        f"cores; each row has {case.repeats} drains."
     )

@@ -1,13 +1,12 @@
-"""The pause of streams while workers are added and removed.
+"""Pauses of streams while workers are added and removed.
 
 python -m benchmarks.faults.scaling [--quick]
 
-1 + 2 workers on a private Ray become 2 + 3 and 1 + 2 again, under a few and under many streams. The
-pause is the longest time between two tokens of any stream, from the order to its end. Beside it:
-the longest one in as long a time before the order (what the machine itself does), the usual time
-between tokens, which is that of a decode step, and the time in which the new generation formed, by
-the gateway's own measure in the history. On few cores starting workers compete with those that
-serve: pause and step have to be compared within a row.
+1 + 2 workers on a private Ray are scaled to 2 + 3 and back, with a few and with many streams. The
+pause is the longest time between two tokens of any stream during the operation. For comparison, a
+row has the longest time between tokens in the seconds before the operation, the median time, which
+is that of a decode step, and the time in which the new generation formed, from the cluster history.
+On few cores, starting workers compete with serving workers: compare pause and step within a row.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from benchmarks.report.results import table
 from gateway.core.call import CallKind, GenerateCall
 
 ASKED_S = 0.5
-"""Longest pause that is asked for."""
+"""Longest allowed pause."""
 _PROMPT = tuple(range(10, 42))
 _LIMIT_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     num_streams: tuple[int, ...] = (4, 16)
     repeats: int = 10
     before_s: float = 5.0
-    """Time before each order in which the machine's own pauses are seen."""
+    """Time before each operation in which pauses of the machine itself are measured."""
     max_tokens: int = 400
     patience_s: float = 20.0
     """Longest wait for a quiet machine before a repetition."""
@@ -56,28 +55,28 @@ DOWN = {"attention": 1, "expert": 2}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaled:
-    """One scaling; times in seconds."""
+    """Times of one scale operation in seconds."""
 
     step_s: float
-    """Median time between two tokens before the order."""
+    """Median time between two tokens before the operation."""
     before_s: float
-    """Longest before the order."""
+    """Longest time between two tokens before the operation."""
     pause_s: float
-    """Longest from the order to its end."""
+    """Longest time between two tokens during the operation."""
     change_s: float
-    """Longest time that the history gives for a generation of this scaling."""
+    """Longest change of the generation in this operation, from the history."""
     took_s: float
-    """From the order to its end."""
+    """Time of the whole operation."""
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = QUICK if quick else Case()
     return f"## Scaling\n\n{_words(case)}\n\n{report(measure(case))}"
 
 
 def measure(case: Case) -> dict[tuple[int, str], list[Scaled]]:
-    """Scalings by number of streams and direction. Raises ``RuntimeError`` if a call fails."""
+    """Measure by number of streams and direction. Raises ``RuntimeError`` if a call fails."""
     found: dict[tuple[int, str], list[Scaled]] = {}
     with (
         connected_ray(),
@@ -99,7 +98,7 @@ def measure(case: Case) -> dict[tuple[int, str], list[Scaled]]:
 
 
 def calls(num_streams: int, max_tokens: int) -> list[GenerateCall]:
-    """Calls of a few different prompts, each of as many tokens."""
+    """Calls with different prompts and ``max_tokens`` output tokens each."""
     call = GenerateCall(
         kind=CallKind.COMPLETION, prompts=(), max_tokens=max_tokens, ignore_eos=True, seed=1
     )
@@ -132,23 +131,24 @@ def _scale(cluster: ServingCluster, load: FaultLoad, case: Case, counts: dict[st
 
 
 def gaps(load: Load, since: float, until: float) -> Iterator[float]:
-    """Times between two tokens of one call, of those that ended between two times."""
+    """Yield the times between two tokens of a call that start from ``since`` until ``until``."""
     for line in load.lines:
         for times in list(line.calls):
             yield from (b - a for a, b in pairwise(list(times)) if since <= b < until)
 
 
 def longest_change(history: Sequence[dict[str, Any]], after: int) -> float:
-    """Longest time that streams stood still for a generation behind ``after``; 0 if unknown."""
+    """Longest change to a generation after ``after``, from the history; 0 if unknown."""
     pauses = [e["took_s"] or 0.0 for e in history if e["generation"] > after]
     return max(pauses, default=0.0)
 
 
 def report(found: dict[tuple[int, str], list[Scaled]]) -> str:
-    """A row for each number of streams and direction."""
+    """Return the table with a row for each number of streams and direction."""
     heads = [
-        *("streams", "scaling", "step, ms", "longest before, ms", "pause, median / worst, ms"),
-        *("pause in steps", "generation change, ms", "whole operation, s", "above 0.5 s"),
+        *("streams", "attention + expert workers", "step, ms"),
+        *("longest before, median / worst, ms", "pause, median / worst, ms", "pause in steps"),
+        *("generation change, median / worst, ms", "whole operation, s", "pauses above 0.5 s"),
     ]
     rows = []
     for (number, name), runs in found.items():
@@ -177,8 +177,10 @@ def _both(runs: Sequence[Scaled], value: Callable[[Scaled], float]) -> str:
 
 def _words(case: Case) -> str:
     return (
-        "Longest time without a token on any stream while workers start, join and leave, "
-        f"{case.repeats} times each; a step is the median time between two tokens before the order."
+        "A pause is the longest time without a token on any stream while a scale operation starts, "
+        f"adds and removes workers; each row has {case.repeats} operations. A step is the median "
+        "time between two tokens before the operation, and *longest before* the longest one in the "
+        f"{case.before_s:g} s before it."
     )
 
 

@@ -1,7 +1,7 @@
-"""What ``--itl-target-ms`` does to the streams of others when one long prompt arrives.
+"""Effect of ``--itl-target-ms`` on decoding streams when one long prompt arrives.
 
-One local engine, whose policy for prompt rows is replaced between the runs. Each policy keeps
-what it has learned, as the leader of a cluster does.
+One local engine runs all targets; its policy for prompt rows is replaced between the runs. Each
+policy keeps the step times that it has learned.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ LONG = "long"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     targets_ms: tuple[float | None, ...] = (None, 200.0, 100.0)
-    """Values of the option; None is off."""
+    """Values of the option; None disables it."""
     num_decodes: int = 16
-    """Streams that decode all the time."""
+    """Decoding streams."""
     prompt_tokens: int = 16
     """Length of their prompts."""
     new_tokens: int = 96
-    """Tokens that each of them gets."""
+    """Output tokens of each stream."""
     steps_before: int = 16
-    """Steps until the long prompt comes."""
+    """Number of steps before the long prompt arrives."""
     long_tokens: int = 2000
-    """Its length."""
+    """Length of the long prompt."""
     repeats: int = 3
     """Runs of each target."""
     num_threads: int | None = 2
-    """Compute threads; None leaves them as they are."""
+    """Compute threads; None keeps the default."""
     patience_s: float = 10.0
     """Longest wait for a quiet machine before a run."""
 
@@ -73,29 +73,29 @@ QUICK = Case(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Numbers of one run."""
+    """Results of one run."""
 
     itl_ms: float
     """Median time between two tokens of a decoding stream."""
     slow_itl_ms: float
-    """The same that 99 of 100 keep within."""
+    """99th percentile of the time between two tokens."""
     slowest_itl_ms: float
-    """The longest one."""
+    """Longest time between two tokens."""
     ttft_ms: float
-    """From the long prompt's arrival to its first token."""
+    """Time from the long prompt's arrival to its first token."""
     tokens_per_s: float
-    """Tokens of the streams by the time of the run."""
+    """Tokens of the decoding streams in a second of the run."""
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = QUICK if quick else Case()
     with random_model(TINY if quick else RandomModel()) as checkpoint:
         return f"{_words(case)}\n\n{report(measure(checkpoint, case))}"
 
 
 def measure(checkpoint: Path, case: Case) -> Mapping[float | None, Sequence[Run]]:
-    """Runs by target."""
+    """Run all targets in turns; returns the runs of each target."""
     plain = EngineSection(enable_prefix_caching=False)
     engine = LocalEngine(checkpoint, dtype="bfloat16", section=plain, num_threads=case.num_threads)
     caps = {t: PrefillCap.of(replace(plain, itl_target_ms=t)) for t in case.targets_ms}
@@ -112,7 +112,7 @@ def measure(checkpoint: Path, case: Case) -> Mapping[float | None, Sequence[Run]
 
 
 def run_once(engine: LocalEngine, case: Case, seed: int) -> Run:
-    """Let streams decode, and a long prompt arrive among them."""
+    """Run decoding streams, and add a long prompt after some steps."""
     *streams, long = _requests(case, seed)
     for request in streams:
         engine.engine.add_request(request)
@@ -139,9 +139,9 @@ def run_once(engine: LocalEngine, case: Case, seed: int) -> Run:
 
 
 def report(found: Mapping[float | None, Sequence[Run]]) -> str:
-    """One row for each target."""
-    head = ["target ms", "ITL ms", "ITL ms, 99 of 100", "longest ITL ms"]
-    head += ["TTFT of the long prompt ms", "tokens/s of the others"]
+    """Return a table with a row for each target."""
+    head = ["target, ms", "ITL, median, ms", "ITL, p99, ms", "ITL, longest, ms"]
+    head += ["TTFT of the long prompt, ms", "tokens/s of the streams"]
     return table(head, [["off" if t is None else f"{t:g}", *_cells(s)] for t, s in found.items()])
 
 
@@ -157,7 +157,7 @@ def _cells(runs: Sequence[Run]) -> list[str]:
 
 
 def _requests(case: Case, seed: int) -> list[Request]:
-    """Random token ids; every vocabulary that we measure has more than these. The long one last."""
+    """Requests with random token ids that exist in every measured vocabulary; the long one last."""
     draw = random.Random(seed)
     lengths = {f"s{i}": case.prompt_tokens for i in range(case.num_decodes)}
     lengths[LONG] = case.long_tokens
@@ -176,9 +176,9 @@ def _words(case: Case) -> str:
     return (
         f"## Inter-token-latency target\n\n{case.num_decodes} streams decode {case.new_tokens} "
         f"tokens each; after {case.steps_before} steps a prompt of {case.long_tokens} tokens "
-        "arrives. The local engine with two compute threads and `--itl-target-ms` off and on, the "
-        "random model of the serving section in bfloat16, greedy. Times between two tokens of a "
-        f"stream over the whole run; medians of {case.repeats} runs."
+        "arrives. The local engine has two compute threads, a random OLMoE in bfloat16 and greedy "
+        "sampling. `--itl-target-ms` limits the prompt rows of a step. ITL is the time between two "
+        f"tokens of a stream over the whole run; values are medians of {case.repeats} runs."
     )
 
 

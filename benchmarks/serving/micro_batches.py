@@ -1,8 +1,8 @@
-"""What two micro-batches gain: 1 attention + 1 expert worker with one and with two in each step.
+"""Speed of 1 + 1 workers with one and with two micro-batches in a step.
 
-Both clusters are loaded at once and alternate, so that other load on the machine hits them alike.
-The thresholds of ``--num-micro-batches auto`` come from here:
-``cluster.config.cluster.EngineSection``.
+Both clusters stay loaded and take turns, so that other load on the machine affects them alike. The
+thresholds of ``--num-micro-batches auto`` (``cluster.config.cluster.EngineSection``) follow from
+these measurements.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ONE, TWO = "ray-one-micro-batch", "ray-two-micro-batches"
 CASE = Case(
     batches=(8, 16, 32, 64), prompt_tokens=64, new_tokens=24, systems=(ONE, TWO), patience_s=3.0
 )
-"""Around the batches from which on two parts are faster, up to the most of default settings."""
+"""Batch sizes around the one from which two micro-batches are faster."""
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = replace(QUICK, systems=(ONE, TWO)) if quick else CASE
     model = TINY if quick else RandomModel()
     parts = [_words(case), report("Bundled checkpoint", measure(bundled_checkpoint(), case))]
@@ -35,9 +35,9 @@ def section(quick: bool) -> str:
 
 
 def report(title: str, results: Results) -> str:
-    """One row for each batch size."""
-    head = ["batch", "one: decode tokens/s", "two: decode tokens/s", "two / one decode"]
-    head += ["one: prefill s", "two: prefill s", "two / one tokens/s", "others"]
+    """Return a table with a row for each batch size."""
+    head = ["batch", "one: decode tokens/s", "two: decode tokens/s", "two / one, decode tokens/s"]
+    head += ["one: prefill, s", "two: prefill, s", "two / one, tokens/s", "other load"]
     rows = []
     for batch, samples in results.items():
         one, two = median_of(samples[ONE]), median_of(samples[TWO])
@@ -51,12 +51,12 @@ def report(title: str, results: Results) -> str:
 
 def _words(case: Case) -> str:
     return (
-        "## Two micro-batches\n\n1 attention and 1 expert worker with one compute thread each, "
-        "`--num-micro-batches 1` against `2` in all steps. Prompts of "
-        f"{case.prompt_tokens} random tokens, {case.new_tokens} new tokens, greedy. Medians of "
-        f"{case.repeats} runs; ratios are medians of the ratios within a run. `others` are the "
-        "cores that other processes used meanwhile: where a worker has no core of its own, two "
-        "parts only cost."
+        "## Two micro-batches\n\n1 attention and 1 expert worker with one compute thread each run "
+        "with one and with two micro-batches in all steps (`--num-micro-batches`). Prompts have "
+        f"{case.prompt_tokens} random tokens; {case.new_tokens} new tokens are sampled greedily. "
+        f"Medians of {case.repeats} runs; ratios are medians of the ratios within a run. Other "
+        "load: CPU cores that other processes used. Two micro-batches are slower if a worker has "
+        "to share its core."
     )
 
 

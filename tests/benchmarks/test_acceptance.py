@@ -57,5 +57,5 @@ def test_edits_are_what_they_are_called() -> None:
 def test_every_text_has_a_row_for_each_price() -> None:
     text = acceptance.section(quick=True)
     assert text.startswith("## Acceptance of n-gram drafts")
-    assert sum(line.startswith("| given: ") for line in text.splitlines()) == 4
+    assert sum(line.startswith("| edit: ") for line in text.splitlines()) == 4
     assert text.count("greedy |") == 4

@@ -21,7 +21,7 @@ def test_a_short_chaos_harms_no_client(capsys: pytest.CaptureFixture[str]) -> No
 def test_pauses_of_moves_are_measured() -> None:
     text = moves.section(quick=True)
     assert text.startswith("## Moved requests")
-    assert "blocks fetched ahead: usual" in text
+    assert "KV fetched: median before" in text
 
 
 def test_overload_is_measured() -> None:

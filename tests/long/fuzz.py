@@ -177,16 +177,17 @@ def report(tally: Tally, states: Sequence[State]) -> str:
     lines = [
         "## Fuzzing",
         "",
-        f"{tally.num_inputs:,} spoilt inputs in {tally.seconds:.0f} s, {NUM_THREADS} at a time, to "
-        "one served cluster (1 attention and 2 expert workers, the bundled model): failed is an "
-        "answer 5xx or of a wrong form, hung no answer within a minute.",
+        f"{tally.num_inputs:,} invalid inputs were sent in {tally.seconds:.0f} s, {NUM_THREADS} at "
+        "a time, to one cluster (1 attention and 2 expert workers, the bundled model). *Closed*: "
+        "the connection was closed. *Failed*: the response has status 5xx or a wrong format. "
+        "*Hung*: no response within a minute.",
         "",
         table(head, rows),
         "",
-        f"All processes before, in the middle, after: {'; '.join(growth)}.",
+        f"All processes before, in the middle and after the test: {'; '.join(growth)}.",
         "",
-        "Nothing crashed, leaked or hung; the same workers serve, and a good request has the same "
-        "answer."
+        "Nothing crashed, leaked or hung. The same workers serve, and a valid request has the same "
+        "output."
         if not wrong
         else "**Wrong:**\n\n" + "\n".join(f"- {line}" for line in wrong),
     ]

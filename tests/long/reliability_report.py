@@ -1,4 +1,4 @@
-"""What the rows of a table of faults found, and the table itself. Pure."""
+"""Results of the rows of a fault table, and the table itself. Pure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 def report(rows: Sequence[FaultRow], found: Mapping[str, Found]) -> str:
     """One line for each row that was measured."""
-    head = ["fault", "asked for", "median s", "worst s", "calm s", "lost", "times", "failed calls"]
+    head = ["fault", "required pause, median / worst", "median pause, s", "worst pause, s"]
+    head += ["pause without fault, s", "lost workers", "repetitions", "failed calls"]
     lines = []
     for row in rows:
         if row.name not in found:

@@ -320,17 +320,26 @@ def report(found: Found) -> str:
         ]
         for p in sorted(found.processes, key=lambda p: -p.memory_mb[-1])
     ]
-    head = ["process", "MiB at first", "MiB at last", "growth after warm-up", "descriptors", "more"]
+    head = ["process", "first memory, MiB", "last memory, MiB", "growth after warm-up"]
+    head += ["open descriptors", "new descriptors"]
     outcomes = [[what, str(count)] for what, count in sorted(found.outcomes.items())]
     words = (
-        f"{found.minutes:g} minutes at {found.rate:.1f} requests a second, "
-        f"{found.rate / found.capacity:.0%} of what clients without pauses get "
-        f"({found.capacity:.1f}). Growth is that of a line fitted to the unique set size after the "
-        f"first {_WARM_UP_SHARE:.0%} of the time."
+        f"Requests arrive for {found.minutes:g} minutes at {found.rate:.1f} requests a second, "
+        f"{found.rate / found.capacity:.0%} of the rate of clients without pauses "
+        f"({found.capacity:.1f}). Memory is the unique set size. Its growth is that of a fitted "
+        f"line, without the first {_WARM_UP_SHARE:.0%} of the time. The second table counts "
+        "requests by their kind and status."
     )
-    failures = "; ".join(found.failures()) or "nothing grew, nothing was left"
+    failures = (
+        "; ".join(found.failures()) or "no process grew, and no request, block or stream was left"
+    )
     return "\n\n".join(
-        [words, table(head, rows), table(["requests", "number"], outcomes), f"Result: {failures}."]
+        [
+            words,
+            table(head, rows),
+            table(["kind of request: status", "requests"], outcomes),
+            f"Result: {failures}.",
+        ]
     )
 
 
