@@ -197,6 +197,6 @@ def _words(case: Case) -> str:
         "A drain of an attention worker moves its requests to another worker. The table has times "
         "between two tokens of a stream in ms, before and during the drain of its worker, and the "
         "pause of the move itself. The new worker fetches the KV blocks of the request, or "
-        "computes them again. The cluster has 2 attention workers and 1 expert worker, which share two "
-        f"cores; each row has {case.repeats} drains."
+        "computes them again. The cluster has 2 attention workers and 1 expert worker, which share "
+        f"two cores; each row has {case.repeats} drains."
     )
