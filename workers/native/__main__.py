@@ -1,6 +1,6 @@
 """``python -m workers.native``: build the kernels for this machine and print the selected ones.
 
-``make setup`` runs it. The exit status is 1 if torch must compute instead.
+``make setup`` runs it. The exit status is 1 if there are no kernels, so that torch computes.
 """
 
 from __future__ import annotations

@@ -25,12 +25,12 @@ NO_WINDOW = 1 << 40
 
 @c_struct("routing.h", "routing")
 class RoutingFields(ctypes.Structure):
-    """``struct routing``."""
+    """``struct routing``: parameters of a router's choice."""
 
 
 @c_struct("attention_sublayer.h", "router", matrix=MatrixFields, routing=RoutingFields)
 class RouterFields(ctypes.Structure):
-    """``struct router``."""
+    """``struct router``: a router."""
 
 
 @c_struct(
@@ -42,17 +42,17 @@ class RouterFields(ctypes.Structure):
     router=RouterFields,
 )
 class SublayerFields(ctypes.Structure):
-    """``struct sublayer``."""
+    """``struct sublayer``: weights and parameters of a layer's sublayer."""
 
 
 @c_struct("attention_sublayer.h", "sublayer_batch")
 class BatchFields(ctypes.Structure):
-    """``struct sublayer_batch``."""
+    """``struct sublayer_batch``: rows of a micro-batch, for all layers."""
 
 
 @c_struct("attention_sublayer.h", "sublayer_rows")
 class RowsFields(ctypes.Structure):
-    """``struct sublayer_rows``."""
+    """``struct sublayer_rows``: inputs and outputs of a layer."""
 
 
 def run_sublayer(

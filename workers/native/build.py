@@ -1,10 +1,10 @@
 """Builds the kernels' libraries, one for each instruction set, and keeps them in a cache.
 
-A wheel contains libraries (see ``setup.py``); missing ones are built on first use. The compilers
-are ``$CC``, or ``cc``, ``gcc`` and ``clang``, or else the C compiler of the ``ziglang`` package if
-it is installed. The name of a library contains a digest of everything that determines its contents,
-so that an old library is never used after a change of the sources. If several processes need the
-same library, one builds it, into a temporary file that it renames, while the other processes wait.
+A wheel contains libraries (see ``setup.py``); missing ones are built on first use. The compiler is
+``$CC`` if set, otherwise ``cc``, ``gcc`` or ``clang``, otherwise the C compiler of the ``ziglang``
+package if it is installed. The name of a library contains a digest of everything that determines
+its contents, so an old library is never used after a change of the sources. If several processes
+need the same library, one builds it into a temporary file, which it renames, and the others wait.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SOURCES = Path(__file__).parent / "c"
 SHIPPED = Path(__file__).parent / "lib"
 """Libraries of the installed package; a checkout has none."""
 BUILD_LIMIT_S = 600.0
-"""Limit of one compiler run, which takes about a minute of work, on a busy machine."""
+"""Time limit of one compiler run in seconds. A run takes about a minute, longer on a busy host."""
 _FLAGS = (
     "-std=c11",
     "-O3",
@@ -44,24 +44,24 @@ _FLAGS = (
     "-Wextra",
 )
 ZIG_ARGUMENTS = ("cc", "-target", "x86_64-linux-gnu.2.17")
-"""Explicit target, as zig's default is the processor and the libc of the host. Libraries for glibc
-2.17 also run with later versions."""
+"""Arguments of zig with an explicit target, as its default is the processor and libc of the host.
+Libraries for glibc 2.17 also run with later versions."""
 _ERROR_CHARACTERS = 400
 
 
 class BuildError(Exception):
-    """No compiler could build the library. The text has the error of each compiler."""
+    """No compiler could build the library. The message has the error of each compiler."""
 
 
 @dataclass(frozen=True, slots=True)
 class InstructionSet:
-    """Instructions that a library uses."""
+    """An instruction set of x86-64 for which a library is built."""
 
     name: str
     cpu_flags: frozenset[str]
     """Flags in ``/proc/cpuinfo`` that a processor needs."""
     compiler_flags: tuple[str, ...]
-    """Never ``-march=native``, as a library may be built for another machine."""
+    """Compiler flags; never ``-march=native``, as a library may be built for another machine."""
 
 
 _AVX2 = InstructionSet("avx2", frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c"))
@@ -76,17 +76,17 @@ _AVX512_BF16 = InstructionSet(
     (*_AVX512.compiler_flags, "-mavx512bf16", "-mavx512vbmi"),
 )
 INSTRUCTION_SETS = (_AVX512_BF16, _AVX512, _AVX2)
-"""Best first."""
+"""All supported instruction sets, best first."""
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """``$XDG_CACHE_HOME/expertmesh/kernels``, by default in ``~/.cache``."""
+    """Return the cache of libraries: ``$XDG_CACHE_HOME/expertmesh/kernels`` or in ``~/.cache``."""
     base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "expertmesh" / "kernels"
 
 
 def has_kernels() -> bool:
-    """Whether this platform is supported by the kernels."""
+    """Whether kernels exist for this platform (x86-64 Linux)."""
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 

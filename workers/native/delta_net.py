@@ -14,7 +14,7 @@ from workers.native.thread_team import ThreadTeam, check
 
 @c_struct("delta_net.h", "delta_net")
 class DeltaNetFields(ctypes.Structure):
-    """``struct delta_net``."""
+    """``struct delta_net``: weights of one layer."""
 
     @property
     def conv_width(self) -> int:
@@ -35,7 +35,7 @@ class DeltaNetFields(ctypes.Structure):
 
 @c_struct("delta_net.h", "delta_rows")
 class DeltaRowsFields(ctypes.Structure):
-    """``struct delta_rows``."""
+    """``struct delta_rows``: inputs and outputs of a call."""
 
 
 def run_delta_net(
@@ -47,7 +47,7 @@ def run_delta_net(
     runs: Tensor,
     chains: Tensor,
 ) -> None:
-    """Compute contiguous rows [T, row_width] to ``out`` [T, V * D], and update ``states`` in place.
+    """Compute ``out`` [T, V * D] from contiguous rows [T, row_width]; updates ``states`` in place.
 
     ``runs`` and ``chains``: see ``StateRows``.
     """

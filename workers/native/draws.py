@@ -32,10 +32,10 @@ def can_draw(logits: Tensor) -> bool:
 
 
 def draw_rows(team: ThreadTeam, logits: Tensor, rows: NDArray[Any], is_masked: bool) -> Tensor:
-    """Sample tokens, [rows] int64, from logits [rows, V] with ``rows`` of ``DRAW_ROW``.
+    """Sample a token for each row of logits [rows, V]; returns [rows] int64.
 
-    A failed row gives a negative number of ``enum failure``. ``is_masked``: tokens with logit minus
-    infinity must not be sampled.
+    ``rows``: sampling parameters by row, of dtype ``DRAW_ROW``. If sampling fails, the result of a
+    row is a negative ``enum failure``. ``is_masked``: logits of minus infinity forbid their tokens.
     """
     assert can_draw(logits), f"{logits.dtype} logits"
     assert rows.dtype == DRAW_ROW, f"{rows.dtype} rows"

@@ -1,4 +1,4 @@
-"""Exchanges between attention ranks and expert ranks (``c/exchange.h``).
+"""Exchanges of rows between attention ranks and expert ranks (``c/exchange.h``).
 
 Reference: ``workers.dispatch.row_exchange`` and ``workers.dispatch.row_serving``.
 """
@@ -18,22 +18,22 @@ from workers.native.structs import c_struct
 from workers.native.thread_team import check
 
 UNEXPECTED, UNSENT = 5, 6
-"""Values of ``enum result``: the caller must continue where native code has stopped."""
+"""Values of ``enum result`` if native code stopped in an exchange, which the caller continues."""
 
 
 @c_struct("exchange.h", "exchange", place=PlaceFields, frames=ctypes.POINTER(FrameFields))
 class ExchangeFields(ctypes.Structure):
-    """``struct exchange``."""
+    """``struct exchange``: parameters of an exchange on both sides."""
 
 
 @c_struct("exchange.h", "exchange_attention", exchange=ExchangeFields)
 class AttentionSideFields(ctypes.Structure):
-    """``struct exchange_attention``."""
+    """``struct exchange_attention``: attention side of an exchange."""
 
 
 @c_struct("exchange.h", "exchange_server", exchange=ExchangeFields, experts=CallFields)
 class ServerFields(ctypes.Structure):
-    """``struct exchange_server``."""
+    """``struct exchange_server``: expert side of an exchange."""
 
 
 def dispatch_rows(library: Library, side: AttentionSideFields) -> int:
@@ -60,11 +60,11 @@ def memory_bytes(library: Library, server: ServerFields) -> int:
 def serve_exchanges(
     library: Library, servers: ctypes.Array[ctypes.c_void_p], first: int
 ) -> tuple[int, int]:
-    """Serve exchanges from ``first`` on: receive rows, compute their experts, return the outputs.
+    """Serve exchanges from ``first`` on: receive rows, run their experts, send the outputs back.
 
-    servers: addresses of ``ServerFields``. Returns the number of served exchanges, and 0, or
-    ``UNEXPECTED`` if the next one was not computed, or ``UNSENT`` if the last one was not fully
-    sent. Raises ``IndexError`` for an empty slot, and ``RuntimeError`` if memory is exhausted.
+    servers: addresses of ``ServerFields``. Returns the number of served exchanges and a result:
+    0 after all; ``UNEXPECTED`` if the next one was not computed; ``UNSENT`` if outputs are left to
+    send. Raises ``IndexError`` for an empty slot, and ``RuntimeError`` if memory is exhausted.
     """
     num_served = ctypes.c_int64()
     start = ctypes.addressof(servers) + first * ctypes.sizeof(ctypes.c_void_p)
@@ -80,10 +80,10 @@ def _checked(result: int) -> int:
 
 
 def sent_slots(library: Library, slots: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the slots of each row's experts, followed by the bits of its weights.
+    """Return what each rank is sent for a row: the slots of its experts, then bits of its weights.
 
     slots [ranks, experts] int32, -1 if not on that rank; ids [T, k] int64; weights [T, k] of one of
-    ``panels.DTYPES`` -> [ranks, T, 2k] int32, or [ranks, T, k] without weights. Raises
+    ``panels.DTYPES``. Returns [ranks, T, 2k] int32, or [ranks, T, k] without weights. Raises
     ``IndexError`` for an invalid expert id.
     """
     assert slots.dtype == torch.int32

@@ -1,7 +1,7 @@
 """Routed experts of one layer on a CPU (``c/experts.c``).
 
-Reference: ``workers.experts.kernels_cpu``, and ``workers.model.weighting`` for the sums, with the
-same roundings between expert and sum.
+Reference: ``workers.experts.kernels_cpu``, and ``workers.model.weighting`` for the sums. The
+outputs of experts are rounded before the sum, as there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workers.native.thread_team import ThreadTeam, check
 from workers.quantization.formats import WeightFormat
 
 InputsBy = Literal["row", "place", "pair"]
-"""One input for each row, for each (row, index in top-k), or for each of these that has a slot."""
+"""What has its own input: each row, each (row, index in top-k), or each of these with a slot."""
 _INPUTS_BY: tuple[InputsBy, ...] = ("row", "place", "pair")
 
 
@@ -74,7 +74,7 @@ class ExpertShape:
 
 @c_struct("experts.h", "experts_call", form=FormFields)
 class CallFields(ctypes.Structure):
-    """``struct experts_call``."""
+    """``struct experts_call``: parameters of a call."""
 
 
 class SlotTable:
@@ -105,7 +105,7 @@ class SlotTable:
             alpha=alpha,
             limit=limit,
         )
-        """Fields for C, common to all calls with these slots. This table must outlive them."""
+        """C fields that all calls with these slots share. They point into this table."""
         for matrix in range(len(shape.matrices)):
             kept = old._packed[matrix][:num_slots] if old is not None else []
             self._packed.append([None] * num_slots)
@@ -152,7 +152,7 @@ class BankExperts(NamedTuple):
     slot_of: Tensor | None
     """[experts] int64: slot of each expert; None if each expert e is in slot e."""
     float32_weights: bool
-    """See ``BankSpec``."""
+    """See ``BankSpec.float32_weights``."""
 
 
 class LocalExperts:
@@ -160,7 +160,7 @@ class LocalExperts:
 
     def __init__(self, banks: Sequence[BankExperts]) -> None:
         self.calls = (CallFields * len(banks))()
-        """Calls by ``BankSpec.index``, without rows."""
+        """Call parameters by ``BankSpec.index``, except those of the rows."""
         self._banks = banks  # keeps the memory of ``calls`` alive
         for i, (table, slot_of, float32_weights) in enumerate(banks):
             self.calls[i] = table.fields
@@ -176,8 +176,8 @@ def expert_pairs(
 ) -> Tensor:
     """Run (input row, expert slot) pairs.
 
-    inputs [N, in_width] of the shape's dtype; pair_input, pair_slot [P] int64 -> [P, out_width].
-    Raises ``IndexError`` for an empty or missing slot or input.
+    inputs [N, in_width] of the shape's dtype; pair_input, pair_slot [P] int64. Returns [P,
+    out_width]. Raises ``IndexError`` for an empty or missing slot or input.
     """
     out = inputs.new_empty(pair_slot.shape[0], table.shape.out_width)
     if pair_slot.shape[0]:
@@ -203,8 +203,8 @@ def expert_rows(
     """Return the weighted sum over each row's expert slots, in order, in float32.
 
     inputs [N, in_width] of the shape's dtype; slots [T, k] int64, -1 for none; weights [T, k]
-    float32 -> [T, out_width] ``dtype``. ``rounds_products``: round weights, then products of weight
-    and output, to the shape's dtype. Raises as ``expert_pairs``.
+    float32. Returns [T, out_width] ``dtype``. ``rounds_products``: round weights, then products of
+    weight and output, to the shape's dtype. Raises the errors of ``expert_pairs``.
     """
     out = inputs.new_empty(slots.shape[0], table.shape.out_width, dtype=dtype)
     if slots.shape[0]:

@@ -16,22 +16,22 @@ END_OF_STREAM = -1
 
 @c_struct("frames.h", "step")
 class StepFields(ctypes.Structure):
-    """``struct step``."""
+    """``struct step``: generation and number of a frame."""
 
 
 @c_struct("frames.h", "place")
 class PlaceFields(ctypes.Structure):
-    """``struct place``."""
+    """``struct place``: header fields that all frames of an exchange share."""
 
 
 @c_struct("frames.h", "waiting")
 class WaitingFields(ctypes.Structure):
-    """``struct waiting``."""
+    """``struct waiting``: parameters of waits."""
 
 
 @c_struct("frames.h", "frame")
 class FrameFields(ctypes.Structure):
-    """``struct frame``."""
+    """``struct frame``: a frame to or from one peer."""
 
     def received(self) -> bytes:
         """Return the bytes of the frame that were received."""

@@ -22,22 +22,22 @@ NO_BANK = -1
 
 @c_struct("layers.c", "layer", sublayer=SublayerFields, mlp=CallFields)
 class LayerFields(ctypes.Structure):
-    """``struct layer``."""
+    """``struct layer``: one layer."""
 
 
 @c_struct("layers.c", "stack", layers=ctypes.POINTER(LayerFields), head=MatrixFields)
 class StackFields(ctypes.Structure):
-    """``struct stack``."""
+    """``struct stack``: all layers of a model, with embedding, final norm and head."""
 
 
 @c_struct("layers.c", "layer_ends")
 class LayerEnds(ctypes.Structure):
-    """``struct layer_ends``: monotonic nanoseconds, 0 for a part that has not ended."""
+    """``struct layer_ends``: end times of the parts of a layer in monotonic nanoseconds, 0 before."""
 
 
 @c_struct("layers.c", "flow")
 class FlowFields(ctypes.Structure):
-    """``struct flow``."""
+    """``struct flow``: a micro-batch and its progress through the layers."""
 
 
 def run_layers(
@@ -49,9 +49,9 @@ def run_layers(
 ) -> tuple[int, int]:
     """Run all layers, with embedding, final norm and head, of all flows (micro-batches).
 
-    ``advance`` is called after a layer whenever ``advance_s`` have elapsed. Returns why native code
-    has stopped in an exchange with other ranks, ``UNSENT`` or ``UNEXPECTED`` (see
-    ``workers.native.exchange``), or 0 at the end; and the index of the flow to continue. Raises
+    ``advance`` is called after a layer whenever ``advance_s`` have elapsed. Returns a result and
+    the index of the flow to continue. The result is 0 at the end, or ``UNSENT`` or ``UNEXPECTED``
+    if native code stopped in an exchange with other ranks (``workers.native.exchange``). Raises
     ``IndexError`` for an empty expert slot or a token without an embedding, and ``RuntimeError`` if
     memory is exhausted.
     """

@@ -80,12 +80,12 @@ class Library:
 
 @dataclass(frozen=True, slots=True)
 class LibraryChoice:
-    """The kernels of this machine."""
+    """The kernel library chosen for this machine."""
 
     library: Library | None
     """None if torch computes."""
     reason: str
-    """Reason why no better one is used, as text; empty if this is the best."""
+    """Reason why no better library is used, as text; empty if this is the best one."""
 
     @property
     def description(self) -> str:
@@ -163,9 +163,9 @@ def runnable(
 
     Raises ``InstructionsError`` for an invalid ``MAX_VARIABLE``.
 
-    On Intel processors bfloat16 products are second: a ``vdpbf16ps`` of 32 products takes two
-    cycles, in which fused float32 operations compute 64. One thread of an Emerald Rapids computes
-    44 and 76 products a nanosecond with 8 or more rows, and reads equally many bytes with one row.
+    On Intel processors, the set with bfloat16 products is second: a ``vdpbf16ps`` of 32 products
+    takes two cycles, in which fused float32 operations compute 64. With 8 or more rows, a thread of
+    an Emerald Rapids computes 44 products a nanosecond with it, 76 with float32; one row is equal.
     """
     if not has_kernels():
         return []

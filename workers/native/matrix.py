@@ -17,7 +17,7 @@ from workers.quantization.matrix import QuantizedMatrix, Weight
 
 @c_struct("matrix.h", "matrix", form=FormFields)
 class MatrixFields(ctypes.Structure):
-    """``struct matrix``."""
+    """``struct matrix``: a packed matrix."""
 
 
 class Matrix:
@@ -32,8 +32,8 @@ class Matrix:
     ) -> None:
         """Pack copies of a weight and a bias. The team must be idle.
 
-        weight [out, in] of one of ``panels.DTYPES``, or quantized, with the ``dtype`` of rows; bias
-        [out].
+        weight [out, in] of one of ``panels.DTYPES``, or quantized; bias [out]. ``dtype``: dtype of
+        rows, needed for a quantized weight.
         """
         packed = pack_weight(team.library, weight, team=team)
         form = weight.format if isinstance(weight, QuantizedMatrix) else None
@@ -49,7 +49,7 @@ class Matrix:
         dtype: torch.dtype,
         form: WeightFormat | None = None,
     ) -> Matrix:
-        """Create a matrix of panels that the caller packed; see ``quantized.pack_weight``."""
+        """Create a matrix from panels that are already packed; see ``quantized.pack_weight``."""
         found = cls.__new__(cls)
         found._hold(team, packed, shape, dtype, form, None)
         return found
@@ -67,7 +67,7 @@ class Matrix:
         self.shape = shape
         """[out, in]."""
         self.dtype = dtype
-        """Dtype of rows."""
+        """Dtype of the rows that it multiplies."""
         self.form = form
         """Format of a quantized weight, else None."""
         self._bias = None if bias is None else bias.to(torch.float32, copy=True)
@@ -79,7 +79,7 @@ class Matrix:
             dtype=DTYPES.index(dtype),
             form=form_fields(form),
         )
-        """Fields for C. This matrix must outlive them."""
+        """C struct of this matrix, valid as long as this object."""
 
     def weight(self) -> Tensor:
         """Return a copy of the weight [out, in], dequantized and rounded if it is quantized."""

@@ -1,10 +1,10 @@
 """Memory for weights, in huge pages if Linux supports them.
 
 In a virtual machine a TLB miss is expensive, and small pages need 512 times as many entries. Two
-layers of OLMoE-1B-7B, one thread of an AMD EPYC in a virtual machine, 1 sequence: 32 ms a token if
-``huge_pages.collapse`` moved 0.3 of 2.2 GB, 26 ms with all weights in huge pages. The first access
-to 1 GB takes 0.2 s instead of 0.5, unless the host must provide the memory, for example after the
-guest has reported it as free: 1 to 3 s.
+layers of OLMoE-1B-7B, 1 sequence, on one thread of an AMD EPYC in a virtual machine took 32 ms a
+token if ``huge_pages.collapse`` moved 0.3 of 2.2 GB, and 26 ms with all weights in huge pages. The
+first access to 1 GB takes 0.2 s instead of 0.5 s. It takes 1 to 3 s if the host must first provide
+the memory, for example after the guest has reported it as free.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HUGE_PAGE_BYTES = 2 * 1024 * 1024
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Allocate an uninitialized CPU tensor, in its own memory if it fills at least a huge page.
 
-    The rest after the last full huge page uses small pages, so no memory is wasted.
+    The remainder after the last full huge page uses small pages, so no memory is wasted.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     num_huge = num_bytes // HUGE_PAGE_BYTES

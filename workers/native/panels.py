@@ -63,7 +63,7 @@ def unpack(
 
 
 class Runs(NamedTuple):
-    """Placement of the units of a panel: runs of ``units`` units, separated by ``gap`` words."""
+    """Layout of a panel: runs of ``units`` units, with gaps of ``gap`` words between runs."""
 
     units: int
     gap: int = 0

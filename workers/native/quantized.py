@@ -34,7 +34,7 @@ _WHOLE_ROW = 1 << 40
 
 @c_struct("layout.h", "form")
 class FormFields(ctypes.Structure):
-    """``struct form``."""
+    """``struct form``: format of weights."""
 
 
 def form_fields(form: WeightFormat | None) -> FormFields:
@@ -122,19 +122,19 @@ def unpack_quantized(
 class _Sections(NamedTuple):
     """Sections of a panel (``struct layout``).
 
-    A section has the scales and zero points of some groups, which fill cache lines, followed by
-    their codes (quantized values). The last section may have fewer codes.
+    A section has the scales and zero points of one or two groups, which fill cache lines, then the
+    codes (quantized values) of these groups. The last section may have fewer codes.
     """
 
     num_sections: int
     num_groups: int
     """Number of groups in a section."""
     header_words: int
-    """Size of the scales and zero points of a section."""
+    """Words of the scales and zero points of a section."""
     row_words: int
-    """Size of the codes of a row."""
+    """Words of the codes of a row."""
     group_words: int
-    """Size of the codes of a group in a row."""
+    """Words of the codes of a group in a row."""
 
     @classmethod
     def of(cls, form: WeightFormat, width: int) -> _Sections:
@@ -151,7 +151,7 @@ class _Sections(NamedTuple):
 
     @property
     def panel_words(self) -> int:
-        """Size of a panel."""
+        """Words of a panel."""
         return self.num_sections * self.header_words + self.row_words * PANEL
 
     @property
@@ -160,7 +160,7 @@ class _Sections(NamedTuple):
         return Runs(self.num_groups * self.group_words, self.header_words)
 
     def lanes(self, packed: Tensor, dtype: torch.dtype, first: int) -> Tensor:
-        """View of headers from byte ``first`` on, [panels, sections, groups, 32]."""
+        """View section headers from byte ``first`` on as [panels, sections, groups, 32]."""
         values = packed.view(dtype)
         in_word = _WORD_BYTES // dtype.itemsize
         section_words = self.header_words + self.num_groups * self.group_words * PANEL

@@ -19,7 +19,7 @@ def round_weight(
 ) -> QuantizedMatrix:
     """Quantize a weight [out, in] on the CPU to a format that ``rounding.quantize`` supports.
 
-    Without a ``library`` torch computes. ``team``: an idle team that helps the calling thread.
+    ``library`` None: torch computes. ``team``: an idle team that helps the calling thread.
     """
     if library is None or not form.has_zeros:
         return quantize(weight, form)

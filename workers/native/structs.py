@@ -24,9 +24,9 @@ _DECLARATOR = re.compile(r"([* ]|const )*(\w+)(?:\[(\w+)\])?")
 
 
 def c_struct(file: str, name: str, **types: Any) -> Callable[[type[Fields]], type[Fields]]:
-    """Return a decorator that gives a class the fields of ``struct name`` in a file of ``c/``.
+    """Return a class decorator that sets ``_fields_`` to those of ``struct name`` in ``c/file``.
 
-    ``types``: types of fields that are structs, and of pointers other than ``c_void_p``.
+    ``types``: ctypes of fields that are structs, and of pointers other than ``c_void_p``.
     """
 
     def with_fields(kind: type[Fields]) -> type[Fields]:

@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 _SPINS = 1_000
 """Pause instructions that an idle thread spins before it sleeps: some 30 microseconds on an AMD
 EPYC, longer than most barriers. A thread that spins longer keeps a core from the gateway, or from a
-waiting thread of its own team. Decode rate over HTTP of the mini model on two cores of a virtual
-machine, relative to 16,000 pauses: batch 1 / 8 / 32 1.38 / 1.17 / 1.19; relative to 200: 0.91 /
-0.89 / 0.99. The engine alone shows no difference beyond the noise; on another such machine it was
-1.05 to 1.10 times as fast with 8,000 as with 2,000."""
+waiting thread of its own team. Measured decode rate over HTTP of the mini model on two cores of a
+virtual machine, at batch 1 / 8 / 32: 1.38 / 1.17 / 1.19 times the rate with 16,000 pauses, and 0.91
+/ 0.89 / 0.99 times the rate with 200. The engine alone shows no difference beyond the noise; on
+another such machine it was 1.05 to 1.10 times as fast with 8,000 as with 2,000."""
 _ERRORS = (
     "",
     "another thread computes with the team",
@@ -35,7 +35,7 @@ def check(result: int) -> None:
 
 
 class ThreadTeam:
-    """The calling thread and ``count`` - 1 other threads, for one calling thread at a time."""
+    """The calling thread and ``count`` - 1 other threads. One thread at a time may use it."""
 
     def __init__(self, library: Library, count: int) -> None:
         """Start the threads. Raises ``RuntimeError`` if the system cannot create them."""
@@ -45,7 +45,8 @@ class ThreadTeam:
     def use(self, library: Library) -> None:
         """Switch to another library. Call it on the thread that computes.
 
-        Packed weights are the same for all libraries. Raises ``RuntimeError`` as a new team does.
+        Packed weights stay valid: all libraries use the same layout. Raises ``RuntimeError`` if the
+        system cannot create threads.
         """
         if library.path != self.library.path:
             self._end()
@@ -54,7 +55,7 @@ class ThreadTeam:
     def _start(self, library: Library) -> None:
         self.library, count = library, self.count
         functions = library.functions
-        # With more threads than cores, a spinning thread would keep a core from a waiting one.
+        # With more threads than cores, a spinning thread would keep a core from a working one.
         num_spins = _SPINS if count <= len(os.sched_getaffinity(0)) else 0
         self.pointer: int | None = functions.team_new(count, num_spins)
         if not self.pointer:
@@ -71,7 +72,7 @@ class Kernels:
     team: ThreadTeam | None
     """None if torch computes."""
     description: str
-    """Description: the instruction set, and why no better one is used, or why torch is used."""
+    """Text for logs: the instruction set and why no better one is used, or why torch is used."""
 
     def with_exception(self, exception: str) -> Kernels:
         """Append an exception (a part that torch computes) to the description, and log it."""
