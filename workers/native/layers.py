@@ -32,7 +32,7 @@ class StackFields(ctypes.Structure):
 
 @c_struct("layers.c", "layer_ends")
 class LayerEnds(ctypes.Structure):
-    """``struct layer_ends``: end times of the parts of a layer in monotonic nanoseconds, 0 before."""
+    """``struct layer_ends``: end times of a layer's parts in monotonic nanoseconds, 0 before."""
 
 
 @c_struct("layers.c", "flow")
