@@ -37,7 +37,7 @@ class _Run(NamedTuple):
 
 
 class _Pause(NamedTuple):
-    """Pause of a batch after an error, in seconds of ``time.monotonic``."""
+    """Pause of a batch after an error, in seconds; ``ends_s`` is by ``time.monotonic``."""
 
     ends_s: float
     length_s: float

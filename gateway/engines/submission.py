@@ -89,7 +89,7 @@ class Submission:
     """Progress at the worker, as reported by the worker."""
     deaths: dict[str, bool] = field(default_factory=dict)
     """Workers that died with the request since its last token; after two deaths it runs alone. The
-    value is True if neither the dead worker nor a later one has acknowledged the request."""
+    value is True if neither that worker nor a later one has acknowledged the request."""
     num_returns: int = 0
     """Number of times that workers handed back the request since its last token."""
     replay_cause: ReplayCause = ReplayCause.LOST

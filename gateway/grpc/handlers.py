@@ -29,7 +29,7 @@ else:  # generic in the stubs only
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 Procedure = Callable[[Any, GrpcCall], Any]
-"""Implementation of a method, from a request message to an awaitable or async generator."""
+"""Implementation of a gRPC method: returns an awaitable response, or an async generator."""
 REFLECTION_SERVICE = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
 REFLECTION_LIMIT_S = 60.0
 """Longest duration of a reflection stream in seconds."""
