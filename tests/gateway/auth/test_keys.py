@@ -212,7 +212,7 @@ def test_requests_of_a_key_are_limited_by_the_minute() -> None:
     account = KeyUsage(KeyEntry(digest=b"a"), limits, 0.0)
     for _ in range(3):
         account.enter(0.0)
-    with pytest.raises(KeyLimitError, match="3 requests a minute") as caught:
+    with pytest.raises(KeyLimitError, match="3 requests per minute") as caught:
         account.enter(5.0)
     assert caught.value.retry_after_s == pytest.approx(15.0)
     assert account.num_running == 3, "a refused request is not counted"
@@ -259,7 +259,7 @@ def test_tokens_are_paid_for_when_they_are_known() -> None:
     account = KeyUsage(KeyEntry(digest=b"a"), KeyLimits(tokens_per_minute=60), 0.0)
     account.check_tokens(0.0)
     account.spend_tokens(90, 0.0)
-    with pytest.raises(KeyLimitError, match="60 tokens a minute") as caught:
+    with pytest.raises(KeyLimitError, match="60 tokens per minute") as caught:
         account.check_tokens(1.0)
     assert caught.value.retry_after_s == pytest.approx(30.0)
     account.check_tokens(31.1)
