@@ -40,27 +40,27 @@ from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, ExpectedMessage, PartShape, RowMessage, Tag
 
 LEFT_OUT = 5
-"""One in so many steps comes first and does not count."""
+"""One of this many steps is a warm-up step, which does not count."""
 LIMIT_S = 120.0
 """Default of ``--deadline``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The steps of all ranks. Every size has two runs: the transport alone, then the exchange."""
+    """The steps of all ranks. Every size has two runs: the transport alone, then exchanges."""
 
     shape: Shape
     tokens: tuple[int, ...]
-    """Rows of each attention rank, one size after the other."""
+    """Sizes to measure, in rows of each attention rank."""
     repeats: int
-    """Steps of each run that count."""
+    """Measured steps of each run."""
     is_prefill: bool = False
-    """Rows of prompts: every expert rank gets only those that it has an expert for."""
+    """Whether rows are prefill rows, so that an expert rank gets only rows for its experts."""
     seed: int = 0
 
     @property
     def left_out(self) -> int:
-        """Steps of each run that come first."""
+        """Warm-up steps of each run."""
         return -(-self.repeats // LEFT_OUT)
 
     def steps(self, run: int) -> range:
@@ -71,7 +71,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What one rank has measured, by size."""
+    """Measurements of one rank for each size."""
 
     us: list[dict[str, list[float]]]
     """Of an attention rank: microseconds of ``wire``, ``dispatch`` and ``combine``, by step; the
@@ -83,7 +83,7 @@ class Sizes:
 
 
 class ExpertLaps:
-    """A ``TimingSink`` of what the experts take."""
+    """A ``TimingSink`` that records the time of the experts."""
 
     def __init__(self) -> None:
         self.us: list[float] = []
@@ -96,11 +96,11 @@ class ExpertLaps:
             self.us.append((end_ns - start_ns) / 1e3)
 
     def flush(self) -> None:
-        """There is nothing to write."""
+        """Do nothing."""
 
 
 def measure(plan: Plan, deadline_s: float = LIMIT_S) -> dict[str, dict[str, Any]]:
-    """By size, what a step took, over all attention ranks. Raises ``RankError``."""
+    """Return the times of a step for each size, over all attention ranks. Raises ``RankError``."""
     shape = plan.shape
     ranks = run_ranks(shape.size, run_rank, plan, Meetings(shape), timeout_s=deadline_s)
     attention, experts = ranks[: shape.attention_ranks], ranks[shape.attention_ranks :]
@@ -110,7 +110,7 @@ def measure(plan: Plan, deadline_s: float = LIMIT_S) -> dict[str, dict[str, Any]
 
 
 def of_size(size: int, attention: Sequence[Sizes], experts: Sequence[Sizes]) -> dict[str, Any]:
-    """One size of all ranks."""
+    """Combine the measurements of all ranks for one size."""
     times = {
         name: [us for rank in attention for us in rank.us[size][name]]
         for name in ("wire", "dispatch", "combine")
@@ -137,7 +137,7 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def run_rank(rank: int, size: int, ports: list[int], plan: Plan, meetings: Meetings) -> Sizes:
-    """One rank, for ``run_ranks``."""
+    """Run one rank; called by ``run_ranks``."""
     with Connected(plan.shape, rank, ports, meetings) as connected, torch.inference_mode():
         if rank >= plan.shape.attention_ranks:
             return _serve(connected, rank - plan.shape.attention_ranks, plan)
@@ -147,7 +147,7 @@ def run_rank(rank: int, size: int, ports: list[int], plan: Plan, meetings: Meeti
 
 
 def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
-    """The attention side: rows out, sums back."""
+    """Run the attention side, which sends rows and receives sums."""
     shape, transport = plan.shape, connected.transport
     dispatcher = remote_dispatcher(connected, rank, shape)
     draw = torch.Generator().manual_seed(1000 * plan.seed + rank)
@@ -184,7 +184,7 @@ def _send(connected: Connected, rank: int, plan: Plan) -> Sizes:
 
 
 def _serve(connected: Connected, device: int, plan: Plan) -> Sizes:
-    """The expert side, until the attention ranks close."""
+    """Run the expert side until the attention ranks close."""
     shape = plan.shape
     server = idle_server(connected, device, shape)
     found, experts_us = [], []
@@ -206,7 +206,7 @@ def _serve(connected: Connected, device: int, plan: Plan) -> Sizes:
 
 
 def _echo(transport: DataTransport, shape: Shape, num_rows: int) -> Callable[[int], None]:
-    """A step of the transport alone: rows of every attention rank come, as many go back."""
+    """Run a step of the transport alone: receive rows of every attention rank, return as many."""
     parts = (PartShape(shape.top_k, torch.int32), PartShape(shape.width, DTYPE))
     ranks = range(shape.attention_ranks)
     expected = [ExpectedMessage(rank, parts, (num_rows, num_rows)) for rank in ranks]
@@ -222,7 +222,7 @@ def _echo(transport: DataTransport, shape: Shape, num_rows: int) -> Callable[[in
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     repeats = 20 if quick else 300
     rows = []
     transports: tuple[Literal["sockets", "collective"], ...] = ("sockets", "collective")
@@ -240,11 +240,11 @@ def section(quick: bool) -> str:
             found = measure(Plan(shape=shape, tokens=(num_rows,), repeats=repeats))[str(num_rows)]
             name = f"{transport}, 1 + {expert_ranks} ranks, {num_rows} x {width}"
             rows.append([name, _ms(found["wire_us"]), _ms(found["exchange_us"])])
-    head = ["transport, ranks, rows", "wire ms", "dispatch + combine ms"]
+    head = ["transport, ranks, rows", "transport alone, ms", "dispatch and combine, ms"]
     return (
-        "## Dispatch and combine\n\nOne exchange of bfloat16 rows, top-8 of 64 experts that "
-        "compute little, one thread a rank. `wire` is the transport alone. Median of "
-        f"{repeats} repeats (the fastest tenth took at most).\n\n{results.table(head, rows)}"
+        "## Dispatch and combine\n\nOne exchange of bfloat16 rows with top-8 of 64 small experts "
+        "and one thread in each rank, compared with the transport of the same rows alone. Median "
+        f"of {repeats} repeats, and the 10th percentile.\n\n{results.table(head, rows)}"
     )
 
 
@@ -253,7 +253,7 @@ def _ms(times: Mapping[str, float]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dispatch", description=__doc__)
     for name, default, what in (
         ("--num-attention-workers", 1, "processes that send rows"),
@@ -289,7 +289,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all sizes and print what a step of each took."""
+    """Run all sizes and print the times of a step for each."""
     parser = make_parser()
     args = parser.parse_args(arguments)
     if args.top_k > args.num_experts:

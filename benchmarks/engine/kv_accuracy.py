@@ -1,9 +1,9 @@
-"""What a KV cache in fp8 does to answers: ``python -m benchmarks.engine.kv_accuracy``.
+"""Accuracy of a KV cache in fp8: ``python -m benchmarks.engine.kv_accuracy``.
 
-The bundled model, which was trained on text, reads the part of its corpus that training never saw,
-in windows of 1,024 tokens: bits for each byte, and how often the most likely token is that of
-float32. Then it goes on greedily for 64 tokens from stretches of 192: how many of these tokens come
-before the first that differs, and how many answers are equal.
+The bundled model scores the part of its corpus that was not used in training, in windows of 1,024
+tokens: bits for each byte, and how often the most likely token equals that of float32. Then it
+continues passages of 192 tokens for 64 tokens greedily: the mean number of tokens before the first
+one that differs from float32, and the number of equal outputs.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ KINDS: tuple[tuple[str, KvCacheDType], ...] = (
     ("bfloat16", "auto"),
     ("bfloat16", "fp8"),
 )
-"""Types of the model and of its cache; the first is what others are compared with."""
+"""Dtypes of the model and of its cache; the others are compared with the first pair."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What an engine makes of a text."""
+    """Results of one engine."""
 
     bits_per_byte: float
     likeliest: Sequence[int]
-    """The most likely token at each place of the text."""
+    """The most likely token at each position of the text."""
     written: Sequence[tuple[int, ...]]
-    """Greedy answers."""
+    """Greedy outputs."""
 
 
 def answers(dtype: str, kind: KvCacheDType, num_windows: int | None = None) -> Answers:
-    """Of the bundled model, on the first windows of the text; None: on all of it."""
+    """Run the bundled model on the first windows of the text; None for the whole text."""
     text = held_out(None if num_windows is None else num_windows * WINDOW_TOKENS)
     section = EngineSection(kv_cache_dtype=kind, max_num_seqs=32, enable_prefix_caching=False)
     engine = LocalEngine(bundled_checkpoint(), dtype=dtype, section=section)
@@ -62,13 +62,13 @@ def answers(dtype: str, kind: KvCacheDType, num_windows: int | None = None) -> A
 
 
 def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens before the first that differs."""
+    """Number of tokens before the first one that differs."""
     pairs = enumerate(zip(one, other, strict=True))
     return next((place for place, (a, b) in pairs if a != b), len(one))
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     num_windows = 1 if quick else None
     found = [answers(*kind, num_windows) for kind in KINDS]
     rows = []
@@ -85,8 +85,10 @@ def section(quick: bool) -> str:
             ]
         )
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
-    header = ["model, cache", "bits per byte", "same likeliest token", "equal tokens of 64"]
-    return f"## Answers with a KV cache in fp8\n\n{about}\n\n{table([*header, 'equal'], rows)}"
+    header = ["model, cache", "bits per byte", "equal most likely token", "equal tokens of 64"]
+    return (
+        f"## Accuracy of a KV cache in fp8\n\n{about}\n\n{table([*header, 'equal outputs'], rows)}"
+    )
 
 
 if __name__ == "__main__":

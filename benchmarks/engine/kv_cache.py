@@ -1,8 +1,8 @@
-"""Attention over a KV cache in bfloat16 and in fp8: ``python -m benchmarks.engine.kv_cache``.
+"""Attention with a KV cache in bfloat16 and in fp8: ``python -m benchmarks.engine.kv_cache``.
 
-Decodes of a bfloat16 model on the native kernels at 4,000 tokens of context, several layers one
-after the other, so that no cache of the processor holds their keys and values. Both caches take
-turns in one process; processor time, of several turns the shortest of each.
+Decode steps of a bfloat16 model on the native kernels with 4,000 tokens of context, over several
+layers, so that the processor's caches cannot hold the keys and values. Both formats take turns in
+one process; a time is the shortest CPU time of several turns.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Case:
     num_layers: int = 4
     context_tokens: int = 4000
     turns: int = 15
-    """Times that each cache is measured."""
+    """Measurements of each format."""
 
 
 CASES = (
@@ -68,12 +68,12 @@ QUICK = Case(
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Of both caches, in the order of ``KINDS``."""
+    """Results of both formats, in the order of ``KINDS``."""
 
     seconds: tuple[float, float]
-    """Attention of one step, over all layers."""
+    """Time of attention in one step, over all layers."""
     block_bytes: tuple[int, int]
-    """Of a block of one layer."""
+    """Size of a block of one layer."""
 
 
 class _Attention:
@@ -91,7 +91,7 @@ class _Attention:
         self._layers = [layer.clone() for _ in range(case.num_layers)]
         heads = case.num_heads + 2 * case.num_kv_heads
         self._rows = torch.randn(case.batch, heads * case.head_dim, generator=draw).to(_DTYPE)
-        # Blocks in no order, as those of a worker that has served for a while.
+        # Blocks in random order, as in a worker that has served many requests.
         order = torch.randperm(case.batch * num_blocks, generator=draw).view(case.batch, -1)
         tables = BlockTables(case.batch, num_blocks)
         for seat, blocks in enumerate(order.tolist()):
@@ -99,7 +99,7 @@ class _Attention:
         self._context = _context(case, tables, self._layers[0])
 
     def step_s(self) -> float:
-        """Seconds of one step: processor time of this thread, the only one that computes."""
+        """CPU seconds of one step; this is the only thread that computes."""
         began = time.thread_time()
         for cache in self._layers:
             self._stages.attend_rows(self._rows, cache, self._context)
@@ -107,7 +107,7 @@ class _Attention:
 
 
 def _stages(case: Case, team: ThreadTeam) -> SublayerStages:
-    """A half whose attention can be run alone: that of routed projections."""
+    """An attention sublayer whose attention can run alone: one with routed projections."""
     blocks = NativeBlocks(team)
     routing = Routing(bank=0, num_experts=2, top_k=1, scoring="softmax", is_normed=False)
     weight = torch.zeros(2, _HIDDEN, dtype=_DTYPE)
@@ -142,17 +142,17 @@ def _context(case: Case, tables: BlockTables, cache: Tensor) -> LayerContext:
 
 
 def measure(case: Case, team: ThreadTeam) -> Found:
-    """Both caches, in turns."""
+    """Measure both formats in turns."""
     both = [_Attention(case, team, kind) for kind in KINDS]
     for one in both:
-        one.step_s()  # pages and threads are there from here on
+        one.step_s()  # allocates pages and starts threads
     times = [[one.step_s() for one in both] for _ in range(case.turns)]
     plain_s, fp8_s = (min(column) for column in zip(*times, strict=True))
     return Found((plain_s, fp8_s), (both[0].block_bytes, both[1].block_bytes))
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     kernels = start_kernels(1)
     if kernels.team is None:
         return f"## KV cache in fp8\n\nNot measured: {kernels.description}."
@@ -172,10 +172,17 @@ def section(quick: bool) -> str:
             ]
         )
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
-    header = ["heads/key heads x dim", "batch", "context", "bf16 us a layer", "fp8", "times faster"]
+    header = [
+        "heads/KV heads x dim",
+        "batch",
+        "context",
+        "bf16, us a layer",
+        "fp8, us a layer",
+        "speed-up",
+    ]
     return (
         f"## KV cache in fp8\n\n{about} Kernels: {kernels.description}, one thread.\n\n"
-        f"{table([*header, 'blocks per byte'], rows)}"
+        f"{table([*header, 'blocks in a byte, ratio'], rows)}"
     )
 
 

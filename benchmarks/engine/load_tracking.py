@@ -1,8 +1,8 @@
-"""What following the experts' load costs: ``python -m benchmarks.engine.load_tracking``.
+"""Cost of tracking the experts' load: ``python -m benchmarks.engine.load_tracking``.
 
-One process with one compute thread: CPU time of keeping the routes, counting them and writing a
-report every two seconds, over the CPU time of the steps. Of the product's own objects, in one run,
-so that other load on the machine does not matter.
+One process with one compute thread: CPU time to keep the routes, count them and write a report
+every two seconds, divided by the CPU time of the steps. Both are measured in the same run, so that
+other load on the machine does not matter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from workers.engine.expert_load import LoadCounter
 from workers.requests.request import Request, SamplingParams
 
 MOST_PERCENT = 1.0
-"""Of a step: the target."""
+"""Target: most CPU time of load tracking, in percent of a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,23 +37,23 @@ class Cost:
     """CPU seconds of one run."""
 
     steps_s: float
-    """All steps, counting included."""
+    """CPU time of all steps, load tracking included."""
     num_steps: int
-    """Steps."""
+    """Number of steps."""
     tracking_s: float
-    """Keeping and counting."""
+    """CPU time to keep and count the routes."""
     report_s: float
-    """One report, as it goes on the socket."""
+    """CPU time to write one report."""
 
     @property
     def percent(self) -> float:
-        """Of the steps, with a report in every ``LoadSection.report_s`` of them."""
+        """Load tracking in percent of the steps, with a report every ``LoadSection.report_s``."""
         reports = self.steps_s / LoadSection().report_s
         return 100 * (self.tracking_s + reports * self.report_s) / self.steps_s
 
 
 def measure(checkpoint: Path, batch: int, new_tokens: int, prompt_tokens: int = 32) -> Cost:
-    """Serve one batch to its end."""
+    """Serve one batch and measure its load tracking."""
     section = EngineSection(kv_cache_bytes=256 << 20, max_num_seqs=64)
     engine = LocalEngine(checkpoint, section=section, num_threads=1)
     rng = random.Random(0)
@@ -89,7 +89,7 @@ def measure(checkpoint: Path, batch: int, new_tokens: int, prompt_tokens: int = 
 
 
 class _Clock:
-    """CPU time of this thread in some calls."""
+    """CPU time of this thread in the timed calls."""
 
     def __init__(self) -> None:
         self.total_s = 0.0
@@ -121,7 +121,7 @@ def _report_s(load: LoadCounter) -> float:
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     new_tokens = 8 if quick else 64
     batches = (2,) if quick else (1, 8, 32)
     model = TINY if quick else RandomModel()
@@ -132,12 +132,13 @@ def section(quick: bool) -> str:
         title = f"hidden {model.hidden}, {model.layers} layers"
         for batch in batches:
             rows.append(_row(title, batch, measure(checkpoint, batch, new_tokens)))
-    head = ["model, batch", "CPU ms a step", "tracking, us a step", "a report, us", "% of a step"]
+    head = ["model, batch", "step, ms", "tracking in a step, us", "report, us", "percent of a step"]
     return (
         "## Load tracking\n\n"
-        "Keeping and counting the routes of committed steps, and a report every "
-        f"{LoadSection().report_s:g} s, over the CPU time of the steps: one process, one thread, "
-        f"prompts of 32 tokens, {new_tokens} new tokens each. Target: below {MOST_PERCENT:g}%.\n\n"
+        "CPU time to keep and count the routes of committed steps, and to write a report every "
+        f"{LoadSection().report_s:g} s, compared with the CPU time of the steps: one process with "
+        f"one thread, prompts of 32 tokens, {new_tokens} new tokens each. Target: below "
+        f"{MOST_PERCENT:g}%.\n\n"
         f"{table(head, rows)}"
     )
 

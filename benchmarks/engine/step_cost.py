@@ -1,8 +1,8 @@
-"""What a step costs outside the model: ``python -m benchmarks.engine.step_cost``.
+"""CPU time of a step outside the model: ``python -m benchmarks.engine.step_cost``.
 
-The engine serves a model whose forward pass costs nothing and whose logits are random: what is left
-is the step around the kernels. Processor time of the step's thread, so that other load on the
-machine matters little; of several runs of steps, the one that took least.
+The engine serves a model whose forward pass takes no time and whose logits are random, so that only
+the work around the kernels is left. The times are CPU times of the step's thread, which other load
+on the machine affects little, in the shortest of several runs.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from workers.requests.step_header import Grant, StepHeader
 from workers.requests.wire import FROM_ENGINE
 
 PARTS = ("schedule", "batch", "sampling", "commit", "poll", "encode", "rest")
-"""Columns of the table; ``rest`` is what the others leave of a whole step."""
+"""Columns of the table; ``rest`` is the time of a step outside the other parts."""
 _STEPS_PER_RUN = 16
-"""Steps of a run: each sequence takes one new block meanwhile."""
+"""Steps of a run, in which each sequence allocates one new block."""
 _WARM_UP_RUNS = 1
 _HIDDEN = 64
 
@@ -47,7 +47,7 @@ KINDS = {
     "random, top_k 50, top_p 0.95": replace(RANDOM, top_k=50, top_p=0.95),
     "greedy, penalties": replace(GREEDY, repetition_penalty=1.1, frequency_penalty=0.1),
 }
-"""Ways to draw tokens, by their names in the table."""
+"""Label in the table -> sampling parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +57,13 @@ class Case:
     kind: str
     """One of ``KINDS``."""
     batch: int
-    """Requests."""
+    """Number of requests."""
     runs: int = 6
     """Runs of 16 steps each."""
     vocab_size: int = 50304
-    """Logits of a row."""
+    """Number of logits of a row."""
     prompt_tokens: int = 128
-    """Tokens of the shortest prompt; others have up to 15 more."""
+    """Tokens of the shortest prompt; other prompts have up to 15 more."""
 
 
 CASES = (
@@ -75,7 +75,7 @@ QUICK = Case(kind="greedy", batch=3, runs=1, vocab_size=256, prompt_tokens=8)
 
 
 class FreeModel:
-    """In place of ``AttentionModel``: random logits at no cost."""
+    """Replaces ``AttentionModel``; returns random logits without computing."""
 
     dtype = torch.bfloat16
     device = torch.device("cpu")
@@ -101,7 +101,7 @@ class FreeModel:
 
 
 class _Clock:
-    """Processor time of this thread in the calls of each part, without those within them."""
+    """CPU time of this thread in the calls of each part, without nested calls of other parts."""
 
     def __init__(self) -> None:
         self.ns: Counter[str] = Counter()
@@ -126,7 +126,7 @@ class _Clock:
 
 
 class _Loop:
-    """What a worker does around its engine, with one gateway."""
+    """The loop of a worker around its engine, with one gateway."""
 
     def __init__(self, case: Case) -> None:
         section = EngineSection(
@@ -159,7 +159,7 @@ class _Loop:
             self.step()
 
     def follow(self, clock: _Clock) -> None:
-        """Count the parts of the steps from now on."""
+        """Start to count the parts of the steps."""
         engine: Any = self._engine
         clock.follow(engine, "rows_wanted", "schedule")
         clock.follow(engine._scheduler, "plan", "schedule")
@@ -171,7 +171,7 @@ class _Loop:
         clock.follow(self, "step", "rest")
 
     def step(self) -> None:
-        """Grant what is wanted, run it, and encode the outputs."""
+        """Grant the rows that the engine can run, run the step and encode the outputs."""
         wanted = self._engine.rows_wanted()
         self._num_steps += 1
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
@@ -186,8 +186,8 @@ class _Loop:
 
 
 def measure(case: Case) -> dict[str, float]:
-    """Microseconds of a step by part."""
-    torch.set_num_threads(1)  # what other threads compute would not be counted
+    """Return the microseconds of a step in each part."""
+    torch.set_num_threads(1)  # the work of other threads would not be counted
     loop, clock = _Loop(case), _Clock()
     loop.follow(clock)
     best: dict[str, float] = {}
@@ -221,7 +221,7 @@ def _config(case: Case) -> ModelConfig:
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     cases = (QUICK,) if quick else CASES
     rows = []
     for case in cases:
@@ -230,9 +230,9 @@ def section(quick: bool) -> str:
         rows.append([f"{case.kind}, {case.batch}", *cells, f"{sum(found.values()):.0f}"])
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
     return (
-        f"## A step outside the model\n\n{about} Microseconds a step; prompts of "
-        f"{cases[0].prompt_tokens} to {cases[0].prompt_tokens + 15} tokens, one gateway.\n\n"
-        f"{table(['tokens, batch', *PARTS, 'whole'], rows)}"
+        f"## A step outside the model\n\n{about} Values are microseconds of a step; prompts have "
+        f"{cases[0].prompt_tokens} to {cases[0].prompt_tokens + 15} tokens.\n\n"
+        f"{table(['sampling, batch', *PARTS, 'whole step'], rows)}"
     )
 
 

@@ -1,6 +1,6 @@
-"""Two cores, three layouts: 2 colocated workers, 1 attention + 1 expert worker, one process.
+"""Speed of two cores as 2 colocated workers, as 1 attention + 1 expert worker, and as one process.
 
-All are loaded at once and alternate, so that other load on the machine hits them alike.
+All layouts stay loaded and take turns, so that other load on the machine affects them alike.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from cluster.launch.model_source import bundled_checkpoint
 LOCAL, APART, TOGETHER = "local", "ray", "ray-colocated"
 SYSTEMS = (LOCAL, APART, TOGETHER)
 LABELS = {LOCAL: "local engine", APART: "1 + 1 workers", TOGETHER: "2 colocated workers"}
-"""Names in tables."""
+"""Labels in the table."""
 CASE = Case(systems=SYSTEMS)
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = replace(QUICK, systems=SYSTEMS) if quick else CASE
     model = TINY if quick else RandomModel()
     parts = [_words(case), report("Bundled checkpoint", measure(bundled_checkpoint(), case))]
@@ -33,9 +33,9 @@ def section(quick: bool) -> str:
 
 
 def report(title: str, results: Results) -> str:
-    """One row for each batch size and layout."""
-    head = ["batch, layout", "tokens/s", "prefill s", "decode tokens/s", "ITL ms"]
-    head += ["decode / local", "decode / 1 + 1", "others"]
+    """Return a table with a row for each batch size and layout."""
+    head = ["batch, layout", "tokens/s", "prefill, s", "decode tokens/s", "ITL, ms"]
+    head += ["decode / local engine", "decode / 1 + 1 workers", "other load"]
     rows = []
     for batch, samples in results.items():
         for name in SYSTEMS:
@@ -57,12 +57,11 @@ def report(title: str, results: Results) -> str:
 
 def _words(case: Case) -> str:
     return (
-        "## Colocated workers\n\nThe same two cores as 2 colocated workers, as 1 attention + 1 "
-        "expert worker (one compute thread each), and as one process with two threads. Prompts of "
-        f"{case.prompt_tokens} random tokens, {case.new_tokens} new tokens, greedy; the colocated "
-        f"workers get the sequences round-robin. Medians of {case.repeats} runs; ratios are "
-        "medians of the ratios within a run; `others` are the cores that other processes used "
-        "meanwhile."
+        "## Colocated workers\n\nTwo cores run 2 colocated workers, 1 attention + 1 expert worker "
+        "(one compute thread each), or one process with two threads (local engine). Prompts have "
+        f"{case.prompt_tokens} random tokens; {case.new_tokens} new tokens are sampled greedily. "
+        f"Sequences go to colocated workers round-robin. Medians of {case.repeats} runs; ratios "
+        "are medians of the ratios within a run. Other load: CPU cores that other processes used."
     )
 
 

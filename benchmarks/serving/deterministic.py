@@ -1,6 +1,6 @@
-"""What ``--deterministic`` costs: one process and 1 + 1 workers with it and without.
+"""Cost of ``--deterministic`` in one process and in 1 + 1 workers.
 
-All are loaded at once and alternate, so that other load on the machine hits them alike.
+All systems stay loaded and take turns, so that other load on the machine affects them alike.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from benchmarks.serving.throughput import QUICK, TINY, Case, Results, measure, r
 from cluster.launch.model_source import bundled_checkpoint
 
 PAIRS = (("local-off", "local-deterministic"), ("ray-off", "ray-deterministic"))
-"""(without, with)."""
+"""Pairs of systems: (without the option, with it)."""
 LABELS = {"local-off": "local engine", "ray-off": "1 + 1 workers"}
 SYSTEMS = tuple(name for pair in PAIRS for name in pair)
 CASE = Case(new_tokens=24, repeats=2, systems=SYSTEMS, patience_s=1.0)
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = replace(QUICK, systems=SYSTEMS) if quick else CASE
     model = TINY if quick else RandomModel()
     parts = [_words(case), report("Bundled checkpoint", measure(bundled_checkpoint(), case))]
@@ -33,9 +33,9 @@ def section(quick: bool) -> str:
 
 
 def report(title: str, results: Results) -> str:
-    """One row for each batch size and layout."""
-    head = ["batch, layout", "off: tokens/s", "on: tokens/s", "on / off"]
-    head += ["off: prefill s", "on: prefill s", "on / off decode"]
+    """Return a table with a row for each batch size and layout."""
+    head = ["batch, layout", "off: tokens/s", "on: tokens/s", "on / off, tokens/s"]
+    head += ["off: prefill, s", "on: prefill, s", "on / off, decode tokens/s"]
     rows = []
     for batch, samples in results.items():
         for without, with_it in PAIRS:
@@ -49,9 +49,9 @@ def report(title: str, results: Results) -> str:
 
 def _words(case: Case) -> str:
     return (
-        "## Deterministic\n\nOne process, and 1 attention + 1 expert worker, with and without "
-        "`--deterministic`, bfloat16. Prompts of "
-        f"{case.prompt_tokens} random tokens, {case.new_tokens} new tokens, greedy. Medians of "
+        "## Deterministic\n\nOne process (local engine), and 1 attention + 1 expert worker, with "
+        f"`--deterministic` on and off, in bfloat16. Prompts have {case.prompt_tokens} random "
+        f"tokens; {case.new_tokens} new tokens are sampled greedily. Medians of "
         f"{case.repeats} runs; ratios are medians of the ratios within a run."
     )
 

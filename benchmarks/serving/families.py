@@ -1,9 +1,10 @@
-"""The model families at one size, against transformers.
+"""Speed of the model families at one size, compared with transformers.
 
-OLMoE is in ``serving`` too. All have the hidden size, layers and vocabulary of its random model,
-and experts as their public checkpoints have them, in small: dots.llm1 six of 128 and two shared
-ones, JetMoE two of 8 in attention and MLP, Qwen3-MoE eight of 128, GLM-4.5 eight of 128 and a
-shared one, Mixtral two of 8, DeepSeek-V3 eight of 256, a shared one and latent attention.
+All models have the hidden size, layers and vocabulary of the random OLMoE of ``serving``. The
+numbers of experts are those of the public checkpoints, with smaller experts: dots.llm1 six of 128
+and two shared experts, JetMoE two of 8 in attention and MLP, Qwen3-MoE eight of 128, GLM-4.5 eight
+of 128 and a shared expert, Mixtral two of 8, DeepSeek-V3 eight of 256, a shared expert and latent
+attention.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MODELS = {
     "Mixtral": RandomModel(family="mixtral", experts=8, top_k=2, ffn=1792),
     "DeepSeek-V3": RandomModel(family="deepseek_v3", experts=256, ffn=144),
 }
-"""By name."""
+"""Name of the family -> random model."""
 TINY_MODELS = {
     "dots.llm1": replace(TINY, family="dots1"),
     "JetMoE": replace(TINY, family="jetmoe"),
@@ -33,11 +34,11 @@ TINY_MODELS = {
     "Mixtral": replace(TINY, family="mixtral"),
     "DeepSeek-V3": replace(TINY, family="deepseek_v3"),
 }
-"""For a quick run."""
+"""Models of a quick run."""
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = QUICK if quick else CASE
     parts = [_words(case)]
     for name, model in (TINY_MODELS if quick else MODELS).items():
@@ -55,8 +56,8 @@ def _title(name: str, model: RandomModel) -> str:
 
 def _words(case: Case) -> str:
     return (
-        "## Model families\n\nAs in *Serving*, with prompts of "
-        f"{case.prompt_tokens} random tokens and {case.new_tokens} new ones; medians of "
+        "## Model families\n\nSystems and columns are those of *Serving*. Prompts have "
+        f"{case.prompt_tokens} random tokens, outputs {case.new_tokens} tokens; medians of "
         f"{case.repeats} runs."
     )
 

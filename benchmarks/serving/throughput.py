@@ -1,8 +1,8 @@
-"""Tokens per second of one process and of one attention and one expert worker.
+"""Tokens a second of transformers, of one process, and of one attention and one expert worker.
 
-Three systems with as many threads each: (a) transformers, (b) our engine in one process with two
-threads, (c) two workers with one thread each. They are all loaded at once and alternate, so that
-other load on the machine hits them alike.
+The three systems have two compute threads each: (a) transformers, (b) the engine of expertmesh in
+one process, (c) two workers with one thread each. All stay loaded and take turns, so that other
+load on the machine affects them alike.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from cluster.launch.model_source import bundled_checkpoint
 logger = logging.getLogger(__name__)
 
 LETTERS = {"transformers": "a", "local": "b", "ray": "c"}
-"""Short names in tables."""
+"""Short names in the tables."""
 LABELS = {
     "transformers": "(a) transformers `generate`",
     "local": "(b) local engine",
     "ray": "(c) 1 + 1 workers",
 }
-"""Long names in tables."""
+"""Labels in the tables."""
 _PAIRS = (("local", "transformers"), ("ray", "local"))
-"""Ratios of the tables: (system, base)."""
+"""Pairs of systems in the tables of ratios: (system, base)."""
 _WARM_UP_TOKENS = 4
 Results = Mapping[int, Mapping[str, Sequence[Sample]]]
-"""Samples by batch size and system, in the order of the repeats."""
+"""Batch size -> system -> samples in the order of the repeats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """Sizes of the measurement."""
 
     batches: tuple[int, ...] = (1, 8, 32)
     """Numbers of sequences."""
     prompt_tokens: int = 128
     """Length of each prompt."""
     new_tokens: int = 64
-    """Tokens that each sequence gets."""
+    """Output tokens of each sequence."""
     repeats: int = 3
     """Runs of every system at every batch size."""
     systems: tuple[str, ...] = ("transformers", "local", "ray")
     """Names in ``child.SYSTEMS``."""
     patience_s: float = 10.0
-    """While others use the machine, longest wait before a run, and for its repetition after it."""
+    """Longest time to wait for, and repeat a run for, other processes to be quiet."""
 
 
 QUICK = Case(batches=(2,), prompt_tokens=8, new_tokens=4, repeats=1, patience_s=0.0)
@@ -67,7 +67,7 @@ TINY = random_checkpoint.TINY
 
 
 def section(quick: bool) -> str:
-    """The section of its page."""
+    """Return the Markdown section."""
     case = QUICK if quick else Case()
     return _words(case) + "\n\n" + "\n\n".join(_reports(case, TINY if quick else RandomModel()))
 
@@ -84,13 +84,13 @@ def _reports(case: Case, model: RandomModel) -> Iterator[str]:
 
 @contextmanager
 def random_model(model: RandomModel) -> Iterator[Path]:
-    """A random checkpoint that is removed afterwards."""
+    """Yield a random checkpoint and remove it afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         yield random_checkpoint.write(model, Path(folder) / "checkpoint")
 
 
 def measure(checkpoint: Path, case: Case) -> Results:
-    """Run all systems in turns. Without transformers, (a) is left out."""
+    """Run all systems in turns; without transformers, (a) is not measured."""
     names = [n for n in case.systems if n != "transformers" or importlib.util.find_spec(n)]
     found: dict[int, dict[str, list[Sample]]] = {b: {n: [] for n in names} for b in case.batches}
     with running(names, checkpoint) as systems:
@@ -115,7 +115,7 @@ def measure(checkpoint: Path, case: Case) -> Results:
 
 
 def _run(system: System, case: Case, batch: int, seed: int) -> Sample:
-    """One run; repeated for a while if other load disturbs it."""
+    """Return one run, repeated within the time limit if other load disturbs it."""
     prompts = _prompts(case, batch, seed)
     deadline = time.monotonic() + case.patience_s
     while True:
@@ -132,8 +132,8 @@ def _prompts(case: Case, batch: int, seed: int) -> list[list[int]]:
 
 
 def report(title: str, case: Case, results: Results) -> str:
-    """A heading and two tables: the numbers, and how the systems compare."""
-    head = ["batch, system", "tokens/s", "prefill s", "decode tokens/s", "ITL ms", "others"]
+    """Return a heading, a table of the results and a table of ratios."""
+    head = ["batch, system", "tokens/s", "prefill, s", "decode tokens/s", "ITL, ms", "other load"]
     rows = []
     for batch, samples in results.items():
         for name, mine in samples.items():
@@ -142,7 +142,7 @@ def report(title: str, case: Case, results: Results) -> str:
     ratio_head = ["batch"]
     for name, base in pairs:
         both = f"{LETTERS[name]} / {LETTERS[base]}"
-        ratio_head += [f"{both} tokens/s", f"{both} decode"]
+        ratio_head += [f"{both}, tokens/s", f"{both}, decode tokens/s"]
     ratio_rows = []
     for batch, samples in results.items():
         ratios = [ratio_of(samples[name], samples[base]) for name, base in pairs]
@@ -162,10 +162,10 @@ def _cells(sample: Sample) -> list[str]:
 
 def _words(case: Case) -> str:
     return (
-        f"## Serving\n\nPrompts of {case.prompt_tokens} random tokens, {case.new_tokens} new "
-        "tokens, greedy, end-of-text ignored. Two compute threads each: (a) and (b) in one "
-        "process, (c) one in each worker, seen by a client of the engine stream. `tokens/s` "
-        "includes the prefill; decode and ITL (median) are of the time in which all sequences "
-        "decode; `others` are the cores that other processes used meanwhile. Medians of "
+        f"## Serving\n\nPrompts have {case.prompt_tokens} random tokens; {case.new_tokens} new "
+        "tokens are sampled greedily. (a) and (b) are one process with two compute threads, (c) is "
+        "two workers with one thread each, measured at the engine stream. Tokens/s include the "
+        "prefill. Decode tokens/s and ITL (inter-token latency, median) count while all sequences "
+        "decode. Other load: CPU cores that other processes used. Medians of "
         f"{case.repeats} runs; ratios are medians of the ratios within a run."
     )

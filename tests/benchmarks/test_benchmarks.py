@@ -311,7 +311,7 @@ def test_forms_of_gated_delta_net_are_measured() -> None:
 def test_answers_with_caches_of_both_types_are_compared() -> None:
     """The bundled model needs about as many bits for a text with keys and values in fp8."""
     text = kv_accuracy.section(quick=True)
-    assert text.startswith("## Answers with a KV cache in fp8")
+    assert text.startswith("## Accuracy of a KV cache in fp8")
     cells = [line.strip("|").split("|") for line in text.splitlines() if "float" in line]
     found = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells if len(row) == 5}
     exact, rounded = found["float32, float32"], found["float32, fp8"]
