@@ -161,23 +161,32 @@ def build(kind: str, source: Path, dist: Path, env: Mapping[str, str] | None = N
     return made
 
 
-def smoke_test(wheel: Path, version: str, folder: Path) -> None:
-    """Install the wheel in a new environment and run commands. Raises ``ReleaseError``.
+def install_wheel(wheel: Path, base: Path) -> tuple[Path, dict[str, str]]:
+    """Install a wheel in a new environment. Raises ``ReleaseError``.
 
-    The environment sees the packages of this interpreter, but not an editable install in it.
+    The environment contains the packages of this interpreter, except its editable installations.
+
+    Returns:
+        The folder of its programs, and the variables to run them with.
     """
-    base = folder / "venv"
     venv.create(base, with_pip=True)
-    python = str(base / "bin" / "python")
-    command = str(base / "bin" / "expertmesh")
+    programs = base / "bin"
     site = next((base / "lib").glob("python*/site-packages"))
     (site / "packages.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    python = str(programs / "python")
     install = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--force-reinstall"]
-    call([*install, str(wheel)], cwd=folder, env=env)
-    where = call([python, "-c", "import cluster; print(cluster.__file__)"], cwd=folder, env=env)
+    call([*install, str(wheel)], cwd=base, env=env)
+    where = call([python, "-c", "import cluster; print(cluster.__file__)"], cwd=base, env=env)
     if not where.startswith(str(base)):
         raise ReleaseError(f"the wheel is not what is imported, but {where.strip()}")
+    return programs, env
+
+
+def smoke_test(wheel: Path, version: str, folder: Path) -> None:
+    """Install the wheel in a new environment and run commands. Raises ``ReleaseError``."""
+    programs, env = install_wheel(wheel, folder / "venv")
+    python, command = str(programs / "python"), str(programs / "expertmesh")
     told = call([command, "version"], cwd=folder, env=env)
     if version not in told:
         raise ReleaseError(f"'expertmesh version' does not name {version}: {told.strip()}")

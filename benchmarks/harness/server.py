@@ -31,7 +31,9 @@ from cluster.launch.state_file import ClusterRecord
 START_LIMIT_S = 240.0
 """Longest start, on a machine that is busy with other tests."""
 STOP_LIMIT_S = 150.0
-"""Longest time until a server has ended after SIGTERM."""
+"""Longest time until a server has ended after a signal."""
+_INTERRUPTED = 130
+"""Exit status after SIGINT."""
 WAIT_S = 120.0
 """Longest wait for an answer, or for a state."""
 
@@ -177,16 +179,26 @@ def running_server(
     *words: str,
     before: Sequence[str] = (),
     variables: Mapping[str, str] | None = None,
+    program: Sequence[str] | None = None,
+    cwd: Path | None = None,
+    end_by: signal.Signals = signal.SIGTERM,
 ) -> Iterator[Served]:
     """Serve for the length of a ``with`` block; the end must be clean and leave nothing.
 
-    ``before``: a command that becomes the one of the words behind it; ``variables``: further ones
-    of the environment.
+    Args:
+        state_home: folder for the state files and the log.
+        words: further options of ``serve``.
+        before: a command that executes the words after it.
+        variables: further variables of the environment.
+        program: an installed ``expertmesh`` command; None runs the code of this process.
+        cwd: working directory.
+        end_by: signal that ends the server.
     """
     log = state_home / "stderr"
     with log.open("wb") as errors:
         child = subprocess.Popen(
-            [*before, *command("serve", *OPTIONS, *words)],
+            [*before, *(program or command()), "serve", *OPTIONS, *words],
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=errors,
             env={**environment(state_home), **(variables or {})},
@@ -199,8 +211,8 @@ def running_server(
         server = _describe(line, state_home / "expertmesh" / f"serve-{child.pid}.json")
         with server.client:
             yield server
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(STOP_LIMIT_S) == 0
+        child.send_signal(end_by)
+        assert child.wait(STOP_LIMIT_S) == (_INTERRUPTED if end_by is signal.SIGINT else 0)
         assert not server.folder.exists()
         assert find_by_files(server.folder) == []
     finally:
