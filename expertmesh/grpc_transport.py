@@ -109,4 +109,5 @@ def _error(err: grpc.aio.AioRpcError) -> APIError:
             detail.Unpack(kind)
     param = field.field_violations[0].field if field.field_violations else None
     after_s = retry.retry_delay.ToMilliseconds() / 1000 or None
-    return make_error(message, reason.reason, param, err.code().name, after_s)
+    status = 413 if reason.reason == "request_too_large" else err.code().name
+    return make_error(message, reason.reason, param, status, after_s)

@@ -24,6 +24,9 @@ from expertmesh.types import (
     RequestOutput,
 )
 
+_STATUSES = {"timeout_error": 504, "conflict_error": 409, "service_unavailable": 503}
+"""HTTP status by the type of an error that ends a stream, if it is not 500."""
+
 
 class HttpTransport:
     """``Transport`` over HTTP. Construct it on the event loop that makes the calls.
@@ -61,7 +64,7 @@ class HttpTransport:
                 if line.startswith(b"data:"):
                     event = json.loads(data)
                     if "error" in event:
-                        raise _error(event, 500, {})
+                        raise _error(event, _STATUSES.get(event["error"]["type"], 500), {})
                     yield _output(event, query, is_whole=False)
         if not has_ended:
             raise APIConnectionError("the stream ended before the output was finished")

@@ -89,6 +89,18 @@ def test_a_call_ends_at_its_time_limit(stack: Stack, protocol: str) -> None:
             client.generate("ab", PARAMS)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_stream_ends_at_the_time_limit_of_the_server(protocol: str) -> None:
+    with running_stack(GatewaySection(request_timeout_s=1.0)) as stack:
+        stack.engine.step_s = 0.2
+        with Client(url_of(stack, protocol)) as client:
+            pieces = client.generate_stream("ab", SamplingParams(max_tokens=100))
+            assert next(pieces).outputs
+            with pytest.raises(APITimeoutError) as caught:
+                list(pieces)
+    assert caught.value.code == "deadline_exceeded"
+
+
 @pytest.mark.parametrize("is_mutual", [False, True], ids=["tls", "mutual"])
 def test_clients_speak_tls(tmp_path: Path, is_mutual: bool) -> None:
     files = Certificates.make(tmp_path)
