@@ -13,16 +13,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from benchmarks.harness.local_engine import LocalEngine
 from benchmarks.harness.server import WAIT_S, Served
-from cluster.config.cluster import EngineSection
-from cluster.launch.model_source import bundled_checkpoint
+from expertmesh import LLM, SamplingParams
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.sse_client import by_choice, parse_events
-from workers.requests.request import SamplingParams
 
 pytestmark = pytest.mark.ray
 
@@ -51,10 +48,10 @@ def client(server: Served) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def local_engine() -> LocalEngine:
+def llm() -> Iterator[LLM]:
     """The same model in this process."""
-    section = EngineSection(deterministic="on")
-    return LocalEngine(bundled_checkpoint(), dtype="float32", section=section)
+    with LLM(dtype="float32", deterministic="on", num_threads=1) as llm:
+        yield llm
 
 
 # ---- the tokens -----------------------------------------------------------------------------
@@ -68,16 +65,19 @@ def http_answer(server: Served, **fields: Any) -> dict[str, Any]:
 
 
 @SETTINGS
-def test_tokens_are_those_of_the_local_engine(
-    server: Served, local_engine: LocalEngine, settings: dict[str, Any]
+def test_tokens_are_those_of_the_model_in_this_process(
+    server: Served, llm: LLM, settings: dict[str, Any]
 ) -> None:
     choice = http_answer(server, prompt=PROMPT, logprobs=0, **settings)
     prompt = choice["prompt_token_ids"]
     assert prompt == server.client.post("/tokenize", json={"prompt": PROMPT}).json()["tokens"]
-    (expected,) = local_engine.generate([prompt], SamplingParams(**settings, logprobs=0))
-    assert choice["token_ids"] == list(expected.token_ids)
-    logprobs = choice["logprobs"]["token_logprobs"]
-    assert logprobs == pytest.approx([p.logprob for p in expected.logprobs], abs=1e-4)
+    (result,) = llm.generate([prompt], SamplingParams(**settings, logprobs=0))
+    (expected,) = result.outputs
+    assert choice["token_ids"] == expected.token_ids
+    assert expected.logprobs is not None
+    pairs = zip(expected.token_ids, expected.logprobs, strict=True)
+    values = [by_token[token].logprob for token, by_token in pairs]
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(values, abs=1e-4)
 
 
 def test_a_priority_changes_no_token(server: Served, stub: InferenceStub) -> None:

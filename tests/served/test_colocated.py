@@ -12,13 +12,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.local_engine import LocalEngine
 from benchmarks.harness.server import WAIT_S, Served, command, running_server
 from benchmarks.harness.stalls import Limit
-from cluster.config.cluster import EngineSection
 from cluster.core.process import count_cpus
-from cluster.launch.model_source import bundled_checkpoint
-from workers.requests.request import SamplingParams
+from expertmesh import LLM, SamplingParams
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -37,12 +34,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    """The tokens of the local engine."""
+    """The tokens of the model in this process."""
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    section = EngineSection(deterministic="on")
-    local = LocalEngine(bundled_checkpoint(), dtype="float32", section=section)
-    found = local.generate(PROMPTS, params)
-    return [list(result.token_ids) for result in found]
+    with LLM(dtype="float32", deterministic="on", num_threads=1) as llm:
+        return [result.outputs[0].token_ids for result in llm.generate(PROMPTS, params)]
 
 
 def ask(server: Served, prompt: tuple[int, ...], num_tokens: int) -> list[int]:

@@ -18,14 +18,13 @@ from benchmarks.checkpoints.adapters import (
     write_merged,
 )
 from benchmarks.harness.cluster_gateway import ClusterGateway, gateway_of
-from benchmarks.harness.local_engine import LocalEngine
 from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster, serving
 from benchmarks.harness.stalls import wait_until
 from cluster.core.errors import ModelNotFoundError, RequestError
+from expertmesh import LLM, SamplingParams
 from gateway.core.call import CallKind, GenerateCall
 from tests.harness.golden_clusters import float32_config
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
-from workers.requests.request import SamplingParams
 
 NUM_TOKENS = 16
 LAYOUTS = [
@@ -56,9 +55,9 @@ def call(prompt: tuple[int, ...], model: str | None) -> GenerateCall:
 def merged_tokens(golden: Golden, adapter: RandomAdapter, folder: Path) -> list[list[int]]:
     """Greedy tokens of all prompts with an adapter in the weights."""
     path = write_merged(golden.path, adapter, folder)
-    engine = LocalEngine(path, dtype="float32", max_model_len=MAX_MODEL_LEN)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    return [list(found.token_ids) for found in engine.generate(golden.prompts, params)]
+    with LLM(path, dtype="float32", max_model_len=MAX_MODEL_LEN, num_threads=1) as llm:
+        return [result.outputs[0].token_ids for result in llm.generate(golden.prompts, params)]
 
 
 def load(cluster: ServingCluster, name: str, path: Path) -> dict[str, Any]:
