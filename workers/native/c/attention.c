@@ -1,5 +1,5 @@
-// A unit of work is a few rows of one sequence and a few query heads of one key head, so that its
-// queries share the keys and values that are read. The result of a query depends only on its row:
+// A unit of work is a few rows of one sequence and a few query heads of one key head, so that keys
+// and values are read once for all its queries. The result of a query depends only on its row:
 //
 //   score   sum of a key's products with the query in 16 lanes, then lanes l and l + 8, l + 4,
 //           l + 2, l + 1 are added; in an E4M3 cache, times the key's scale
@@ -36,7 +36,7 @@ struct unit {
 
 // Position of a thread in the list of units.
 struct cursor {
-    int chunk, before;  // units of the chunks before this one
+    int chunk, before;  // before: number of units in the earlier chunks
 };
 
 struct scratch {
@@ -87,9 +87,9 @@ ALWAYS int64_t place(const struct attention *a, const struct unit *unit, int hal
 
 // Prefetch the block that a thread will read PREFETCH_BYTES after a position: keys, then values,
 // then the next unit. The rows of a block are contiguous, but the processor cannot predict the next
-// block. Prefetch into the L2 cache, which permits more concurrent reads than L1: 160 positions of 32
-// sequences with 8 heads of 64, on one core of an AMD EPYC (Zen 4), are read at 17 GB/s; at 9 GB/s
-// into L1 and at 11 GB/s without prefetch.
+// block. The L2 cache permits more concurrent reads than L1: 160 positions of 32 sequences with 8
+// heads of 64, on one core of an AMD EPYC (Zen 4), are read at 17 GB/s with prefetch into L2, 9 GB/s
+// with prefetch into L1, and 11 GB/s without prefetch.
 ALWAYS void fetch_ahead(const struct attention *a, const struct unit *unit, int half, int position,
                         enum dtype dtype) {
     int row_bytes = (int)row_elements(a, dtype) * (int)dtype_bytes(dtype), size = a->block_size;
@@ -161,7 +161,7 @@ ALWAYS void make_scores(const struct attention *a, const struct unit *unit,
     int left = 0;  // positions left in the block
     for (int p = unit->begin; p < unit->end; p += KEYS) {
         for (int j = 0; j < KEYS; j++) {
-            if (p + j < unit->end) {  // else repeat the last key
+            if (p + j < unit->end) {  // otherwise the last key is repeated
                 if (left) {
                     at += row_elements(a, dtype);
                 } else {
@@ -264,8 +264,8 @@ static void scale_weights(const struct attention *a, const struct unit *unit,
     }
 }
 
-// Rows of a unit start and stop to attend in order, so the rows that attend to a position are
-// contiguous.
+// The first and the last attended position ascend with the rows of a unit, so the rows that attend
+// to a position are contiguous.
 ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
                          const struct scratch *s, enum dtype dtype) {
     int count = num_queries(unit), begin = 0, end = 0;
@@ -274,7 +274,7 @@ ALWAYS void make_outputs(const struct attention *a, const struct unit *unit,
         while (begin < end && query_end(unit, begin) <= first) begin++;
         int last = begin < end ? query_end(unit, begin) : unit->end;
         if (end < count) last = min_int(last, query_begin(a, unit, end));
-        if (dtype == E4M3 || count <= QUERIES) {  // else sums take longer than memory reads
+        if (dtype == E4M3 || count <= QUERIES) {  // with more, sums take longer than memory reads
             last = min_int(last, block_end(a, first));
             if (first == unit->begin || first % a->block_size == 0)
                 fetch_ahead(a, unit, 1, first, dtype);

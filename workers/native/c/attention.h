@@ -14,7 +14,7 @@ struct chunk {
 struct attention {
     int num_heads, num_kv_heads;  // query heads of one key head are contiguous
     int head_dim;   // size of queries and keys
-    int value_dim;  // head_dim; in a latent cache the first elements of a key are its value
+    int value_dim;  // head_dim, or less in a latent cache, whose keys begin with their values
     int is_latent;
     float scale;    // factor of scores
     const float *sinks;  // [num_heads] attention sinks: extra scores without a value; NULL for none

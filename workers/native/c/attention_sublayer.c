@@ -1,8 +1,8 @@
 // Rows are computed in blocks of BLOCK_ROWS, so that the data between two products stays in the
 // cache. The work is divided into sections, with a barrier between two sections. Within a section
 // the threads take pieces (rows, panels or heads) from a counter, so that a thread that waits for a
-// core does not delay the rest. The last thread to arrive computes a few rows between two products
-// alone, without another barrier.
+// core does not delay the rest. If there are few rows, the last thread that reaches a barrier does
+// the work between two products alone, which saves another barrier.
 #include "attention_sublayer.h"
 
 #include <limits.h>
@@ -14,7 +14,7 @@
 #include "team.h"
 
 enum { BLOCK_ROWS = 256, ALIGNMENT = 64 };
-enum { FEW_ROWS = 2 };    // up to this number one thread is faster than a barrier
+enum { FEW_ROWS = 2 };    // up to this number of rows, one thread is faster than another barrier
 enum { GROUP = 4 };       // panels in a piece of a large product
 enum { PIECES = 4 };      // pieces for each thread in a small product
 

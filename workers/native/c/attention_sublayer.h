@@ -20,8 +20,8 @@ struct sublayer {
     int64_t hidden_size, num_heads, num_kv_heads, head_dim;
     int64_t window;   // number of positions that a row attends to; a large number for all
     int64_t qk_norm;  // enum qk_norm
-    int64_t latent_rank;  // if not 0, the cache is latent, see attention.h; later elements of
-                          // queries and keys are rotated
+    int64_t latent_rank;  // if not 0, the cache is latent, see attention.h; the elements of queries
+                          // and keys after these are rotated
     double eps;
     double scale;  // factor of scores
     double clip;  // limit of queries, keys and values; infinity for none
@@ -61,7 +61,7 @@ struct sublayer_rows {
     float *topk_weights;     // [num_rows, top_k], rounded to the dtype of the logits
 };
 
-// Stages of the sublayer: all in one call, or in order around the exchanges of routed projections.
+// Stages of the sublayer. A call runs all of them, or, around exchanges of routed projections, one.
 enum stage { ENTER = 1, ATTEND = 2, LEAVE = 4 };
 
 // Compute the given stages. Returns an `enum result`.

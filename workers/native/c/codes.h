@@ -36,8 +36,8 @@ static const uint16_t NUMBERS[2][16] = {
                             EACH_OF_8(P, F, N + 48), EACH_OF_8(P, F, N + 56)
 #define BYTES_OF(F) {{EACH_OF_64(LOW, F, 0)}, {EACH_OF_64(LOW, F, 64)},                      \
                      {EACH_OF_64(HIGH, F, 0)}, {EACH_OF_64(HIGH, F, 64)}}
-// Unsigned bfloat16 by 7 bits, lower and upper bytes in two halves each: for the magnitude of int8,
-// where 0 represents 128, and for the code of e4m3.
+// Tables from 7 bits to the absolute value in bfloat16, for the magnitude of int8 (0 represents 128)
+// and the code of e4m3: two halves of the lower bytes, then two halves of the upper bytes.
 static const uint8_t BYTES[2][4][64] __attribute__((aligned(64))) = {
     BYTES_OF(OF_INT8), BYTES_OF(OF_E4M3)};
 #endif
@@ -97,8 +97,8 @@ ALWAYS veci in_turn(veci words) {
         ORDER(10, 11, 14, 15), ORDER(2, 3, 6, 7), ORDER(8, 9, 12, 13), ORDER(0, 1, 4, 5))));
 }
 
-// Pair j of each lane's four bytes, ordered by `in_turn`: values by the lower 7 bits of `sizes`, with
-// the upper bits of `signs`, or 0.
+// Pair j of each lane's four bytes, ordered by `in_turn`: values of the lower 7 bits of `sizes`, with
+// the upper bits of `signs` as signs; 0 where `is_number` is not set.
 ALWAYS veci signed_pair(veci sizes, __mmask64 is_number, veci signs, const int j,
                         const veci *bytes) {
     veci low = _mm512_permutex2var_epi8(bytes[0], sizes, bytes[1]);

@@ -6,8 +6,8 @@
 #include "norm.h"
 
 enum {
-    ROWS = 32,  // rows prepared at a time, so that a part of a state stays in the L1 cache while
-                // they update it
+    ROWS = 32,  // rows prepared at a time; a part of a state stays in the L1 cache while all of
+                // them update it
     COLUMNS = 4,  // column vectors of such a part
 };
 #define NORM_EPS 1e-6f
@@ -137,8 +137,8 @@ static void prepare(const struct job *job, const struct state_run *run, const fl
     }
 }
 
-// Update `vectors` column vectors of a state by one row, the last with at most `left` columns, and
-// read them. Even and odd lines have separate sums, as two chains are faster than one.
+// Update `vectors` column vectors of a state by one row, and read them. The last vector has at most
+// `left` columns. Even and odd lines have separate sums, as two chains are faster than one.
 ALWAYS void change(const int vectors, const float *from, float *to, const float *keys,
                    const float *queries, const float *values, float *out, float decay,
                    float strength, int64_t lines, int64_t stride, int64_t left) {

@@ -1,4 +1,4 @@
-// Gated DeltaNet between its projections, row by row. Reference: `workers/model/delta_net.py`.
+// Gated DeltaNet without its projections, row by row. Reference: `workers/model/delta_net.py`.
 #ifndef DELTA_NET_H
 #define DELTA_NET_H
 

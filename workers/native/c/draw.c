@@ -7,9 +7,9 @@
 #include "weights.h"
 
 enum {
-    BRANCHES = 16,          // branches of a node in the walk
-    SPAN = 256,             // tokens of one sum, below two levels
-    GROUP = 64,             // vectors with one maximum for each lane
+    BRANCHES = 16,          // branches of a node in the walk down to the sampled token
+    SPAN = 256,             // tokens with one stored sum: two levels of branches
+    GROUP = 64,             // vectors that share one maximum for each lane
     CHAINS = 4,             // independent maxima of a group
     FIRST_CANDIDATES = 256,  // initial number for top_p without top_k
 };
@@ -46,7 +46,7 @@ struct row {
     float *maxima;       // [num_groups] by vector and lane, one for GROUP vectors each
     float *values;       // [size] t of each candidate, ordered by id
     int32_t *ids;        // [size]
-    int64_t *weights;    // [size], without regard to the floor
+    int64_t *weights;    // [size], also of candidates below the floor
     int64_t *sums;       // [num_spans + 1]: sum of all weights before a span
 };
 
@@ -244,7 +244,7 @@ static void span_weights(const struct row *row, int64_t first, int64_t *weights)
             weights[row->ids[i] - first] = row->weights[i];
 }
 
-// Raise the floor to the one of top_k, then of top_p. The candidates include all kept tokens.
+// Raise the floor to the limit of top_k, then of top_p. The candidates include all kept tokens.
 static void limit(struct row *row, int64_t top_k, double top_p) {
     int64_t groups = num_groups(row->size), wanted = top_k ? top_k : FIRST_CANDIDATES;
     int has_few = 2 * wanted <= groups;  // each group has at least one such token

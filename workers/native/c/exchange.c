@@ -16,7 +16,7 @@ static int64_t out_bytes(const struct exchange *x) {
     return x->out_width * (x->by_pair ? element_bytes(x) : (int64_t)sizeof(float));
 }
 
-// Number of slots of a row, and of weights if the expert side sums.
+// Number of int32 sent for a row: its slots, and its weights if the expert side sums the outputs.
 static int64_t names_of(const struct exchange *x) { return x->by_pair ? x->top_k : 2 * x->top_k; }
 
 // ---- attention ranks ----------------------------------------------------------------------------
@@ -24,7 +24,7 @@ static int64_t names_of(const struct exchange *x) { return x->by_pair ? x->top_k
 // Find the slots of each row's experts on each rank, followed by the bits of its weights as float.
 //
 // slots [num_ranks, num_experts], -1 if not on that rank; ids [num_rows, top_k]; weights [num_rows,
-// top_k] or NULL -> sent [num_ranks, num_rows, top_k or 2 top_k]. NO_EXPERT for an invalid id.
+// top_k] or NULL; sent [num_ranks, num_rows, top_k or 2 top_k]. Returns NO_EXPERT for an invalid id.
 int exchange_slots(const int32_t *slots, long num_ranks, long num_experts, const int64_t *ids,
                    long num_rows, long top_k, const void *weights, int dtype, int32_t *sent) {
     for (long place = 0; place < num_rows * top_k; place++)

@@ -17,7 +17,7 @@ struct exchange {
     int64_t num_inputs;  // inputs of a row: 1, or top_k
     int64_t in_bytes;  // size of all inputs of a row
     int64_t out_width;
-    int64_t by_pair;   // returns an output of each pair in the model's dtype; else a float sum a row
+    int64_t by_pair;   // experts return each pair's output in the model's dtype; 0: a float sum a row
 };
 
 // Attention side, with the rows of one micro-batch.

@@ -12,11 +12,11 @@
 #include "numbers.h"
 #include "product.h"
 
-enum { CHUNK_ROWS = 8 * MAX_TILE_ROWS };  // rows of one slot that are computed together
+enum { CHUNK_ROWS = 8 * MAX_TILE_ROWS };  // maximum rows of a slot that are computed together
 enum { GROUP = 4 };               // panels in a thread's piece of work
-enum { COPIED_ALONE = 1 << 15 };  // up to this size one thread copies faster than all threads
-enum { MAX_PAIRS = 8192 };        // computed in one pass; limits the scratch memory
-enum { ALONE_ELEMENTS = 1 << 16 };  // up to this many weights one thread is faster than all
+enum { COPIED_ALONE = 1 << 15 };  // up to this size, one thread copies faster than all threads
+enum { MAX_PAIRS = 8192 };        // maximum pairs of a pass, to limit the scratch memory
+enum { ALONE_ELEMENTS = 1 << 16 };  // up to this number of weights, one thread is faster than all
 enum { HALF = PANEL / 2 };        // outputs of gate in a panel, followed by those of up
 enum { ALIGNMENT = 64 };
 
@@ -144,7 +144,7 @@ static void store_outputs(const struct job *job, const struct chunk *chunk, long
     }
 }
 
-// First panel of a piece of work; of the last piece if there is no such piece.
+// First panel of piece `piece`, or of the last piece if that does not exist.
 static const char *item_panels(const struct job *job, int is_second, long item) {
     long num_groups = divide_up(is_second ? job->second_panels : job->first_panels, GROUP);
     long last = job->num_chunks * num_groups - 1;

@@ -19,7 +19,7 @@ enum activation {
 struct experts_call {
     int64_t dtype, is_gated, in_width, inner_width, out_width, num_slots;
     struct form form;                          // format of both matrices
-    const void *const *first, *const *second;  // [num_slots] packed; NULL: empty, or not gated
+    const void *const *first, *const *second;  // [num_slots] packed; NULL if empty; second: if gated
     // [num_slots] biases of each matrix, as packed rows of one float; NULL for none
     const float *const *first_bias, *const *second_bias;
     int64_t activation;       // enum activation

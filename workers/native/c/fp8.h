@@ -1,9 +1,9 @@
 // Keys and values of a KV cache in 8 bits. Reference: `workers/model/fp8.py`.
 //
 // A row is the vector of one head and token: `dim` codes in e4m3 (1 bit sign, 4 bits exponent,
-// 3 bits mantissa, no infinity) and one byte for their scale, a power of two: the exponent bits of
-// a float. The scale is the smallest one with which no element exceeds 448, the largest number of
-// e4m3. A vector with an element that is not finite is read as NaN.
+// 3 bits mantissa, no infinity), then one byte with their scale, a power of two, stored as the
+// exponent bits of a float. It is the smallest scale with which no element exceeds 448, the largest
+// number of e4m3. A vector with NaN or infinity is read as NaN.
 //
 // Source: "FP8 formats for deep learning" (Micikevicius et al., 2022) for the elements; "OCP
 // Microscaling Formats (MX) Specification v1.0" for scales of 8 bits. There a scale belongs to

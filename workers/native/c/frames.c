@@ -109,9 +109,9 @@ static void wait_for_missing(const struct frame *frames, int64_t count) {
     poll(missing, num_missing, 1);
 }
 
-// Sleep until a socket is readable. Returns 0 unless it is the socket of one of the frames' peers, or
-// a wake-up, which is handled after the step. A peer with a complete frame may already have sent the
-// frame of its next micro-batch: `early_ms` counts the time with only such data.
+// Sleep until a socket is readable. Returns 1 if it is a socket of the frames' peers, or a wake-up,
+// which is handled after the step; 0 otherwise. A peer with a complete frame may already have sent
+// the frame of its next micro-batch: `early_ms` counts the time with only such data.
 static int wait_for(const struct frame *frames, int64_t count, const struct waiting *waiting,
                     int64_t *early_ms) {
     struct epoll_event events[MAX_EVENTS];
@@ -124,7 +124,7 @@ static int wait_for(const struct frame *frames, int64_t count, const struct wait
         for (const struct frame *frame = frames; frame < frames + count; frame++) {
             if (!is_there(frame) || frame->socket != fd) continue;
             if (is_missing(frame)) is_expected = 1;
-            else is_early = recv(fd, bytes, 1, MSG_PEEK | MSG_DONTWAIT) > 0;  // else it has closed
+            else is_early = recv(fd, bytes, 1, MSG_PEEK | MSG_DONTWAIT) > 0;  // false: it has closed
         }
         if ((!is_expected && !is_early) || events[i].events != EPOLLIN) return 0;
         num_early += is_early;

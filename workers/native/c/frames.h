@@ -8,7 +8,7 @@
 enum { HEADER_BYTES = 36, FRAME_PARTS = 2 };
 enum frame_kind { ROWS = 3, OUTPUTS = 4 };
 
-// Step of a frame. Each struct here has a `...Fields` class in frames.py.
+// Generation and step of a frame. Each struct here has a `...Fields` class in frames.py.
 struct step {
     int64_t generation, number, flags;
 };
@@ -37,7 +37,7 @@ struct waiting {
     int64_t epoll;  // watches the sockets for reading, and all other events that end a wait
     int64_t wake;   // a watched pipe that does not end the wait: it is emptied
     int64_t limit_ms;
-    int64_t spin_ns;  // time for which the sockets are polled before that
+    int64_t spin_ns;  // time for which the sockets are polled before the thread sleeps
 };
 
 // Send frames as far as the system accepts them; return 1 if all were sent completely.

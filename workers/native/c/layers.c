@@ -8,7 +8,7 @@
 #include "linear.h"
 #include "norm.h"
 
-// Each struct here has a `...Fields` class in layers.py. Calls are complete except for rows.
+// Each struct here has a `...Fields` class in layers.py. An `experts_call` here has no rows yet.
 struct layer {
     struct sublayer sublayer;
     void *cache;
@@ -18,7 +18,7 @@ struct layer {
 
 // All layers of a model, with embedding, final norm and head.
 struct stack {
-    const void *embedding;  // [vocab_size, hidden_size]; NULL: callers look rows up
+    const void *embedding;  // [vocab_size, hidden_size]; NULL: callers look embeddings up
     int64_t vocab_size;
     const struct layer *layers;
     int64_t num_layers;
@@ -76,8 +76,8 @@ static int run_mlp(struct team *team, const struct layer *layer, const struct fl
     return run_experts(team, call, flow, layer->bank < 0 ? &weight : NULL);
 }
 
-// Send rows to experts on other ranks, which compute during the MLP. If this returns UNSENT, the MLP
-// was computed, and the outputs must still be received.
+// Send rows to experts on other ranks, and compute the MLP while they work. After UNSENT, the MLP is
+// computed, and the outputs must still be received.
 static int send_rows(struct team *team, const struct layer *layer, struct flow *flow,
                 const int64_t *topk_ids) {
     struct exchange_attention *side = flow->exchanges[layer->bank];
@@ -167,8 +167,8 @@ static int finish(struct team *team, const struct stack *stack, struct flow *flo
     return result;
 }
 
-// Run one flow to its next exchange with other ranks, or to the end, without waiting for other flows,
-// so that messages have the same order if the caller has to continue.
+// Run one flow to its next exchange with other ranks, or to the end, without waiting for other flows.
+// The order of messages is then the same if Python has to continue.
 static int advance(struct team *team, const struct stack *stack, struct flow *flow) {
     const struct layer *layers = stack->layers;
     int result = OK, has_bank = 0;
@@ -195,7 +195,7 @@ int layers_run(struct team *team, const struct stack *stack, struct flow *flows,
     while (result == OK && num_ended < num_flows) {
         struct flow *flow = &flows[*turn];
         result = advance(team, stack, flow);
-        if (result != UNEXPECTED) *turn = (*turn + 1) % num_flows;  // else it receives again
+        if (result != UNEXPECTED) *turn = (*turn + 1) % num_flows;  // otherwise it receives again
         num_ended = flow->is_done ? num_ended + 1 : 0;
         if (now_ns() >= end_ns) break;
     }

@@ -8,7 +8,7 @@
 #include "vector.h"
 
 enum { PANEL = 32 };  // outputs of a panel
-enum { BLOCK_UNITS = 128 };  // pairs of elements of quantized weights, see quantized.h
+enum { BLOCK_UNITS = 128 };  // maximum pairs of elements in a block, see quantized.h
 
 enum dtype { FLOAT32 = 0, BFLOAT16 = 1, E4M3 = 2 };  // E4M3: only KV caches, see fp8.h
 
@@ -30,7 +30,7 @@ struct layout {
     size_t panel_bytes;
     // Groups, and sections of a panel, of quantized weights, see quantized.h.
     long num_groups, group_units;
-    long block_units, num_totals;  // block; row totals (see `find_totals`), 0 without zero points
+    long block_units, num_totals;  // units of a block; totals of a row (see `find_totals`) or 0
     int section_groups;  // 1 or 2
     size_t scale_bytes, header_bytes, group_bytes, section_bytes;
 };

@@ -29,7 +29,7 @@ static void fill(const struct job *job, int thread, int count) {
     }
 }
 
-// First panel of a piece of work; of the last piece if there is no such piece.
+// First panel of piece `piece`, or of the last piece if that does not exist.
 static int64_t panel_of(const struct job *job, int64_t piece) {
     int64_t group = piece / job->row_blocks;
     return (group < job->num_groups ? group : job->num_groups - 1) * job->group;

@@ -4,8 +4,8 @@
 // panels have a line of 128 bytes for each unit of the row: one float of every output, or two
 // consecutive bfloat16 of the row, the order of vdpbf16ps. So a panel is read sequentially, once.
 //
-// Every output is a single chain of fused sums in the order of the row, in its own lane. Its bits
-// depend only on its row and its weights, not on other rows, tiles or threads.
+// Every output is summed in its own lane by one chain of fused multiply-adds, in the order of the
+// row. So its bits depend only on its row and its weights, not on other rows, tiles or threads.
 #ifndef PRODUCT_H
 #define PRODUCT_H
 
@@ -18,12 +18,12 @@ enum { ROWS_ARE_BF16 = 1 };
 enum { ROWS_ARE_BF16 = 0 };
 #endif
 
-// Maximum rows of a tile: a row needs two registers for its sums, of 32 with AVX-512 and of 16
-// without.
+// Maximum rows of a tile. Each row needs two registers for its sums; there are 32 registers with
+// AVX-512 and 16 without.
 enum { MAX_TILE_ROWS = LANES == 16 ? 12 : 6 };
 
-// Maximum rows that are multiplied faster than the weights are read from memory, so that their tile
-// reads full lines sequentially.
+// Up to this number of rows, reading the weights takes longer than multiplying, so a tile reads full
+// lines sequentially.
 enum { STREAM_ROWS = LANES == 16 ? MAX_TILE_ROWS : 2 };
 
 // Number of output vectors of a tile of ROWS rows: a panel, or half a panel if a panel's sums need
@@ -46,10 +46,10 @@ ALWAYS size_t row_element_bytes(enum dtype dtype) {
     return dtype == BFLOAT16 && ROWS_ARE_BF16 ? 2 : 4;
 }
 
-// Prefetch a line of weights. For one row, which only waits for memory, prefetch into L2, which
-// permits more concurrent reads than L1 (27 instead of 24 GB/s on one core of an AMD EPYC, Zen 4;
-// from two rows on the products lose more by it). For many rows also prefetch into L2, as the next
-// panel would evict this one from L1.
+// Prefetch a line of weights. With one row, the time is spent on memory reads: prefetch into L2, which
+// permits more concurrent reads than L1 (27 instead of 24 GB/s on one core of an AMD EPYC, Zen 4).
+// With a few rows, L1 is faster. With many rows, prefetch into L2, as in L1 the next panel would evict
+// this one.
 ALWAYS void fetch(const int rows, const char *line) {
     if (rows == 1 || rows > STREAM_ROWS) _mm_prefetch(line, _MM_HINT_T1);
     else _mm_prefetch(line, _MM_HINT_T0);

@@ -5,13 +5,13 @@
 // Maximum rows of a tile, number of output vectors of a tile, and chains of each.
 enum { BLOCK_ROWS = LANES == 16 ? 6 : 2, VECTORS = 2, CHAINS = 2 };
 
-// Prefetch distance in bytes, beyond the L2 cache: codes are then read at 0.92 to 1.0 of the rate of
-// bfloat16 on Zen 5, with a memory bandwidth of 48 GB/s for two cores.
+// Prefetch distance in bytes, beyond the L2 cache. With it, codes are read at 0.92 to 1.0 times the
+// rate of bfloat16 on Zen 5, with a memory bandwidth of 48 GB/s for two cores.
 enum { AHEAD_BYTES = 8192 };
 
 // ---- products -----------------------------------------------------------------------------------
 
-// Some blocks of a panel.
+// A chunk: consecutive blocks of a panel.
 struct chunk {
     const struct layout *layout;
     const char *panel, *after;  // after: data that is read next
@@ -112,8 +112,8 @@ ALWAYS void add_block(const enum source source, enum dtype dtype, const int rows
                       vec sums[BLOCK_ROWS][VECTORS][CHAINS]) {
     // With one pair in a word, use two words so that the chains alternate.
     const int pairs = PAIRS_OF(source), lines = pairs == 1 ? CHAINS : 1, step = lines * pairs;
-    // Processors predict the reads of an instruction from its earlier reads, so the compiler must not
-    // unroll this loop (a function of 6 KB read at 0.8 of the rate).
+    // The compiler must not unroll this loop: processors predict the reads of an instruction from its
+    // earlier reads, and an unrolled function of 6 KB read weights at 0.8 times the rate.
     for (; unit + step <= end; unit += step) {
         if (source != DECODED)
             UNROLL for (int at = 0; at < VECTORS * LANES * WORD; at += CACHE_LINE_BYTES)

@@ -4,8 +4,8 @@
 
 #include "numbers.h"
 
-// Find the best `count` of `scores` except the ones in `is_taken`, and add them there. NaN wins or
-// loses against all others, depending on the order.
+// Find the best `count` of `scores` that are not in `is_taken`, and add them to it. A NaN counts as the
+// best or the worst score, depending on the order of the scores.
 static void best(const float *scores, int32_t size, int32_t count, float *is_taken, int64_t *ids) {
     for (int32_t place = 0; place < count; place++) {
         int32_t found = -1;

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-// Weights of SIGMOID and FLOAT32_SOFTMAX are float32; these may choose from groups of experts.
+// SIGMOID and FLOAT32_SOFTMAX have float32 weights, and only they may choose from groups of experts.
 enum scoring { SOFTMAX = 0, SOFTMAX_OF_BEST = 1, SIGMOID = 2, FLOAT32_SOFTMAX = 3 };
 
 struct routing {

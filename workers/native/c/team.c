@@ -1,5 +1,5 @@
-// Threads wait on gates. A gate is a word that counts its openings; a waiter first spins and then
-// sleeps on it (futex). Source: futex(2), futex(7).
+// Threads wait for gates. A gate is a counter that increases whenever the gate opens; a waiting thread
+// first spins and then sleeps (futex) until it changes. Source: futex(2), futex(7).
 #define _GNU_SOURCE
 #include "team.h"
 

@@ -1,4 +1,4 @@
-// Persistent team of threads for one caller, for short parallel sections without Python's GIL.
+// Team of threads that run short parallel sections of one caller, without Python's GIL.
 #ifndef TEAM_H
 #define TEAM_H
 

@@ -18,7 +18,7 @@ static float value_of(uint32_t key) {
     return value;
 }
 
-// Find the key digit by digit, the highest first, with a histogram of the keys with equal digits.
+// Find the key digit by digit, the highest first, with a histogram of the keys that share its digits.
 float threshold(const float *values, const int64_t *weights, int64_t count, double target) {
     uint32_t found = 0, known = 0;  // highest digits of the key, and their mask
     int64_t above = 0;              // weight of all keys above the ones with equal digits

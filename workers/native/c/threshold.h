@@ -1,4 +1,4 @@
-// Lowest value that a limit keeps: among the k best, or among the best with a share of all weight.
+// Lowest value that a limit keeps: of top_k, or of top_p, which keeps a share of the total weight.
 #ifndef THRESHOLD_H
 #define THRESHOLD_H
 

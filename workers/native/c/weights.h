@@ -1,5 +1,5 @@
-// Weights of tokens: 2**t as integers, so that sums are exact in any order, and the comparisons of
-// vectors that sampling needs. Reference: `workers/sampling/draws.py`.
+// Weights of tokens, which are 2**t as integers, so that sums are exact in any order; and comparisons
+// of vectors for sampling. Reference: `workers/sampling/draws.py`.
 #ifndef WEIGHTS_H
 #define WEIGHTS_H
 
