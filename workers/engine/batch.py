@@ -69,7 +69,7 @@ def num_decodes(planned: Sequence[PlannedRows]) -> int:
 
 
 class PlannedBatchRows:
-    """``BatchRows`` of planned rows, computed on first use, because few steps read them."""
+    """``BatchRows`` made from planned rows. Computed on first use, as few steps read them."""
 
     def __init__(self, planned: Sequence[PlannedRows], device: torch.device) -> None:
         """``planned`` must be in ``batch_order``."""
@@ -334,7 +334,7 @@ def row_columns(
 
 
 def positions_and_lengths(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
-    """[2, T]: positions and prompt lengths of all rows."""
+    """Return [2, T]: positions and prompt lengths of all rows."""
     return _expand_to_rows(planned, _prompt_lengths(planned))
 
 

@@ -44,7 +44,7 @@ class DecodeOutput:
     """Outputs of the layers for the rows of a step."""
 
     hidden: Tensor
-    """[T, H]; the next step overwrites it."""
+    """[T, H]: hidden states after the layers; the next step overwrites them."""
     topk_ids: Sequence[Tensor]
     """Chosen experts by bank: [T, k] int64."""
 

@@ -40,7 +40,7 @@ class RoutedRows:
     """Experts chosen by the rows of one micro-batch in one bank. Decode rows are first."""
 
     topk_ids: Tensor
-    """[rows, top_k] int64, never changed later."""
+    """[rows, top_k] int64: logical experts of each row. The tensor is never changed later."""
     copies: ChosenCopies | None
     """The copy of each chosen expert that serves a prompt row; None: always the first copy."""
     num_decodes: int
@@ -187,13 +187,13 @@ def _padded_sum(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _tally_decodes(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:
-    """[num_experts] int64: numbers of (row, expert) pairs of decode rows."""
+    """Return [num_experts] int64: for each expert, the number of decode rows that chose it."""
     ids = [r.topk_ids[: r.num_decodes] for r in routed if r.num_decodes]
     return _tally(ids, num_experts, routed)
 
 
 def _tally_copies(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:
-    """[num_experts, copies] int64: numbers of (row, expert) pairs of prompt rows."""
+    """Return [num_experts, copies] int64: prompt rows that chose each copy of an expert."""
     prompts = [r for r in routed if r.num_decodes < len(r.topk_ids)]
     num_copies = max((r.copies.num_copies for r in prompts if r.copies is not None), default=1)
     keys = [_prompt_keys(r, num_copies) for r in prompts]
@@ -201,7 +201,7 @@ def _tally_copies(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:
 
 
 def _prompt_keys(routed: RoutedRows, num_copies: int) -> Tensor:
-    """``expert * num_copies + copy`` for each (row, expert) pair of the prompt rows."""
+    """Return ``expert * num_copies + copy`` for each chosen expert of each prompt row."""
     experts = routed.topk_ids[routed.num_decodes :] * num_copies
     if routed.copies is None:
         return experts
@@ -209,7 +209,7 @@ def _prompt_keys(routed: RoutedRows, num_copies: int) -> Tensor:
 
 
 def _tally(parts: Sequence[Tensor], size: int, routed: Sequence[RoutedRows]) -> Tensor:
-    """[size] int64 on the device of ``routed``: occurrences of each index in ``parts``."""
+    """Count how often each index is in ``parts``: [size] int64, on the device of ``routed``."""
     if not parts:
         device = routed[0].topk_ids.device if routed else None
         return torch.zeros(size, dtype=torch.int64, device=device)

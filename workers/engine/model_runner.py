@@ -52,13 +52,13 @@ class StepResult:
     """The model's outputs for a plan."""
 
     hidden: Tensor
-    """[num_rows, hidden_size] after the final norm."""
+    """[num_rows, hidden_size]: hidden states after the final norm."""
     first_row: tuple[int, ...]
     """Row of ``hidden`` where each entry of ``plan.rows`` begins."""
     finite: Tensor
     """[num_rows] bool: whether the row of ``hidden`` has no NaN or infinity."""
     logits: Tensor | None
-    """[num_rows, V] for all rows of ``hidden``; None if the language model head has not run."""
+    """[num_rows, V]: logits of all rows of ``hidden``; None if the head has not run."""
     finish: Callable[[], None]
     """Waits for the messages of the step. Call it before the host reads one of these tensors, or a
     tensor computed from them. Raises ``TransportError``."""
@@ -190,7 +190,7 @@ class ModelRunner:
     def _predictor_layers(
         self, part: Sequence[PlannedRows], hidden: Tensor, tokens: Tensor
     ) -> LayerSteps:
-        """The predictor's layers for the rows of a micro-batch."""
+        """Return the generator of the predictor's layers for the rows of a micro-batch."""
         model, cache = self.model, self.cache.predictor
         inputs = self._batch(part).inputs
         assert inputs is not None, "the micro-batch has rows"
@@ -277,7 +277,7 @@ class ModelRunner:
         return _LayerOutputs(self._run_alternately(decodes, routed, rest, handles, turn))
 
     def _native(self) -> NativeStep | None:
-        """The native step for the current model; None if native code cannot run all layers."""
+        """Return the native step of the current model; None if a layer has no native code."""
         known = self.model, self.model.layers
         if any(new is not old for new, old in zip(known, self._known, strict=True)):
             self._known = known

@@ -159,9 +159,9 @@ class _Products:
     """Computes products slot by slot and divides them between the compute threads."""
 
     weights: Sequence[Sequence[Tensor] | Tensor]
-    """[product][slot]."""
+    """Weight by [product][slot]."""
     biases: Sequence[Sequence[Tensor] | Tensor]
-    """[product][slot]; empty if there are no biases."""
+    """Bias by [product][slot]; empty if there are none."""
     activate: GatedActivation
     """Activation between the first and the second product."""
     is_packed: bool

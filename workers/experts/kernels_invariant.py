@@ -190,7 +190,7 @@ class _Trial:
     first: int
 
     def together(self) -> Tensor:
-        """[2, inputs, out]: outputs of both experts, computed in one call."""
+        """Compute both experts in one call: outputs [2, inputs, out]."""
         count = len(self.inputs)
         sources = torch.arange(count).repeat(2)
         slots = self.first + torch.arange(2).repeat_interleave(count)

@@ -44,7 +44,7 @@ class Workspace:
         return torch.index_select(cache, 1, blocks, out=self._gathered[:numel].view(shape))
 
     def float32(self, keys: Tensor) -> Tensor:
-        """``keys.float()``, valid until the next call."""
+        """Return ``keys.float()``, valid until the next call."""
         if keys.dtype == torch.float32:
             return keys
         if self._keys.numel() < keys.numel():
@@ -96,7 +96,7 @@ class PrefillChunk:
     length: int
     """Number of keys that the chunk's last row attends to, its own included."""
     blocks: Tensor
-    """[num_blocks] int64: the blocks that hold the keys."""
+    """[num_blocks] int64: block numbers of the sequence's keys, in order."""
     visible: Tensor | None
     """[rows, length] bool: True where a row attends; see ``chunk_mask``. None: the chunk begins its
     sequence, so the mask is plain causal."""
@@ -184,7 +184,7 @@ class PagedRows:
     num_decodes: int
     """Number of sequences with a single row."""
     chunks: tuple[tuple[int, int, int], ...]
-    """(first row, one past the last, keys up to it) of the other sequences."""
+    """(first row, one past the last row, keys up to the last row) of each other sequence."""
     window: int | None = None
     """Positions that a row attends to, its own and those before it; None: all."""
 

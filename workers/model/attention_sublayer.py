@@ -131,7 +131,7 @@ class RoutedProjections:
     kv: Linear
     """H -> 2K * D, rows of k before those of v."""
     bias: Tensor
-    """[H], added once per row to the weighted sum of the outputs."""
+    """[H]: output bias, added once per row to the weighted sum of the experts' outputs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 
 @dataclass(frozen=True, slots=True)
 class ClampedSwiglu:
-    """(up + 1) * gate * sigmoid(alpha * gate), gate at most ``limit`` and up within +-``limit``.
+    """(up + 1) * gate * sigmoid(alpha * gate), with gate <= ``limit`` and abs(up) <= ``limit``.
 
     Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025), and the model's reference code.
     """
@@ -112,7 +112,7 @@ class BankSpec:
 
     @property
     def matrices(self) -> list[tuple[int, int, tuple[int, int]]]:
-        """(exchange, matrix, [out, in]) of all matrices of an expert, in the order of use."""
+        """Return (exchange, matrix, [out, in]) of each matrix of an expert, in the order of use."""
         return [(e.index, i, s) for e in self.exchanges for i, s in enumerate(e.matrix_shapes)]
 
     def num_bytes(self, itemsize: int) -> int:
@@ -162,7 +162,7 @@ class ExpertMatrix:
     """One weight matrix of one expert: parts on disk, stacked row over row."""
 
     shape: tuple[int, int]
-    """[out, in] after stacking."""
+    """Shape [out, in] after stacking."""
     parts: tuple[TensorPart, ...]
     """Parts in order: for example gate rows, then up rows."""
 

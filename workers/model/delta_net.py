@@ -41,11 +41,11 @@ class DeltaNet:
 
     spec: DeltaNetSpec
     conv: Tensor
-    """[kernel, C] float32: the oldest position first."""
+    """[kernel, C] float32: weights of the convolution, the oldest position first."""
     rate: Tensor
     """[V] float32, negative: a row's decay is exp(rate * softplus(its input + bias))."""
     bias: Tensor
-    """[V] float32."""
+    """[V] float32: bias of the decay."""
     norm: Tensor
     """[D] model dtype: weight of the gated norm, the same for each value head."""
     eps: float
@@ -78,7 +78,7 @@ class _Rows:
 
 
 class TorchDeltaNet:
-    """``Mix`` with torch."""
+    """Implementation of ``Mix`` with torch."""
 
     def __init__(self, net: DeltaNet, *, row_by_row: bool) -> None:
         """``row_by_row``: the bits of a row depend neither on other rows nor on chunks."""
@@ -144,11 +144,11 @@ class TorchDeltaNet:
         )
 
     def _inputs(self, rows: Tensor) -> Tensor:
-        """Inputs of the convolution [T, C] float32."""
+        """Return the inputs of the convolution, [T, C] float32."""
         return rows[:, : self._net.spec.conv_width].float()
 
     def _convolved(self, window: Tensor) -> Tensor:
-        """[.., T + kernel - 1, C] -> silu of the convolution [.., T, C], in the model dtype."""
+        """Convolve [.., T + kernel - 1, C] and apply silu: [.., T, C] in the model dtype."""
         conv, dtype = self._net.conv, self._net.norm.dtype
         length = window.shape[-2] - len(conv) + 1
         total = window[..., :length, :] * conv[0]
@@ -158,7 +158,7 @@ class TorchDeltaNet:
         return row_wise(functional.silu, flat).float().view_as(total)
 
     def _prepared(self, convolved: Tensor, rows: Tensor) -> _Rows:
-        """Inputs of the delta rule from convolved [.., C] and projected rows [.., row_width]."""
+        """Make the delta rule's inputs of convolved [.., C] and projected rows [.., row_width]."""
         spec, net = self._net.spec, self._net
         heads, num_values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
         each = spec.num_key_heads * spec.key_dim
@@ -181,7 +181,7 @@ class TorchDeltaNet:
         )
 
     def _gated(self, mixed: Tensor, rows: Tensor) -> Tensor:
-        """Norm of each head of [T, V, D], times silu of its gate: [T, V * D]."""
+        """Normalise each head of [T, V, D] and multiply it by silu of its gate: [T, V * D]."""
         spec, net = self._net.spec, self._net
         normed = rms_norm(mixed.to(net.norm.dtype).flatten(0, 1), net.norm, net.eps)
         begin, width = spec.conv_width, spec.num_value_heads * spec.value_dim
@@ -190,7 +190,7 @@ class TorchDeltaNet:
 
 
 def _normalised(heads: Tensor, share: int) -> Tensor:
-    """Heads [.., G, K] scaled to length 1, each repeated for the value heads that share it."""
+    """Scale heads [.., G, K] to length 1, and repeat each for the value heads that share it."""
     squares = (heads * heads).sum(-1, keepdim=True)
     return (heads * torch.rsqrt(squares + NORM_EPS)).repeat_interleave(share, -2)
 
@@ -214,7 +214,7 @@ def _by_chunks(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
     count = len(rows.queries)
 
     def chunked(x: Tensor) -> Tensor:
-        """[T, V, ..] -> [V, chunks, CHUNK, ..]; zero rows at the end have no effect."""
+        """Split [T, V, ..] into [V, chunks, CHUNK, ..]; padding with zeros has no effect."""
         padded = functional.pad(x, (*(0, 0) * (x.dim() - 1), 0, -count % CHUNK))
         heads_first = padded.transpose(0, 1)
         return heads_first.reshape(len(heads_first), -1, CHUNK, *x.shape[2:])

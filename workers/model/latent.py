@@ -85,7 +85,7 @@ class HeadProducts(Protocol):
 
 
 class TorchHeadProducts:
-    """``HeadProducts`` of one weight."""
+    """``HeadProducts`` with torch's batched products."""
 
     def __init__(self, weight: Tensor, plain_dim: int) -> None:
         """weight [A, N + V, R]."""

@@ -115,7 +115,7 @@ class Linear:
 
 
 GatedActivation = Callable[[Tensor], Tensor]
-"""[.., 2 * inner] -> [.., inner]: activation(first half) * second half of the last dim."""
+"""Function [.., 2 * inner] -> [.., inner]: activation(first half) * second half."""
 
 
 def _gelu(gate: Tensor) -> Tensor:
@@ -162,13 +162,13 @@ class Mlp(Protocol):
         """[rows, H] -> [rows, H]."""
 
     def gate_up(self, x: Tensor) -> Tensor:
-        """[rows, H] -> [rows, 2 * inner], the gate first."""
+        """Compute the first product: [rows, H] -> [rows, 2 * inner], the gate first."""
 
     def activate(self, gate_up: Tensor) -> Tensor:
-        """[rows, 2 * inner] -> [rows, inner]."""
+        """Apply the activation: [rows, 2 * inner] -> [rows, inner]."""
 
     def down(self, x: Tensor) -> Tensor:
-        """[rows, inner] -> [rows, H]."""
+        """Compute the second product: [rows, inner] -> [rows, H]."""
 
 
 class GatedMlp:
@@ -222,15 +222,15 @@ class Dispatch:
     exchange: int
     """``ExchangeSpec.index``."""
     rows: Tensor
-    """[T, in_width] or [T, k, in_width], model dtype."""
+    """Rows to send: [T, in_width] or [T, k, in_width], model dtype."""
     topk_ids: Tensor
-    """[T, k] int64 logical experts."""
+    """Logical experts of each row, [T, k] int64."""
     topk_weights: Tensor
-    """[T, k] model dtype, or float32 with ``BankSpec.float32_weights``."""
+    """Router weights [T, k]: model dtype, or float32 with ``BankSpec.float32_weights``."""
 
 
 Embedding = Callable[[Tensor], Tensor]
-"""Token ids [T] int64 -> [T, H], newly allocated."""
+"""Function that turns token ids [T] int64 into a new tensor [T, H]."""
 
 
 class TableEmbedding:
@@ -247,7 +247,7 @@ class TableEmbedding:
 
 
 Norm = Callable[[Tensor], Tensor]
-"""[T, H] -> [T, H], possibly in place."""
+"""Function that normalises [T, H], possibly in place."""
 LayerSteps = Generator[Any, Tensor, Tensor]
 """Generator that alternates ``yield Dispatch(..)``, resumed by ``next``, and ``yield``, resumed by
 ``send`` with the experts' outputs. Returns hidden states [T, hidden_size]. The yield type is Any
@@ -277,9 +277,9 @@ class LayerContext:
     """Inputs of a layer, except the hidden states."""
 
     cos: Tensor
-    """[T, 1, D]."""
+    """Cosines of the rotation, [T, 1, D]."""
     sin: Tensor
-    """[T, 1, D], signed; see ``Rope.rows``."""
+    """Signed sines of the rotation, [T, 1, D]; see ``Rope.rows``."""
     attention: AttentionBatch
     windows: Mapping[int, AttentionBatch]
     """``attention`` with the masks of sliding windows, by width in tokens."""
@@ -297,7 +297,7 @@ class LayerContext:
         return mlp(x) if self.adapters is None else self.adapters.apply(mlp, x)
 
     def within(self, window: int | None) -> AttentionBatch:
-        """``attention`` for a layer with a window of ``window`` positions; None: no window."""
+        """Return the batch for a layer with a window of ``window`` positions; None: no window."""
         return self.attention if window is None else self.windows[window]
 
 

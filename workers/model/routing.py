@@ -63,9 +63,9 @@ class Routes:
     bank: int
     """``BankSpec.index``."""
     topk_ids: Tensor
-    """[T, k] int64 logical experts, the best first."""
+    """Logical experts of each row, [T, k] int64, the best first."""
     topk_weights: Tensor
-    """[T, k] model dtype, or float32; see ``Scoring``."""
+    """Weights of these experts, [T, k] in the model dtype or float32; see ``Scoring``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

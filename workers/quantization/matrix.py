@@ -31,9 +31,9 @@ class QuantizedMatrix:
     codes: Tensor
     """Quantized values, [out, in] uint8; for 4 bits [out, in / 2], lower half of a byte first."""
     scales: Tensor
-    """[out, groups] in the format's scale type; uint8 for ``e8m0``."""
+    """Scales [out, groups] in the format's scale type; uint8 for ``e8m0``."""
     zeros: Tensor | None = None
-    """[out, groups] int8, see ``WeightFormat.zero_bits``."""
+    """Zero points [out, groups] int8, see ``WeightFormat.zero_bits``; None without them."""
 
     @classmethod
     def empty(cls, form: WeightFormat, shape: tuple[int, int]) -> QuantizedMatrix:

@@ -62,7 +62,7 @@ LINEAR_FORMS = (ProductVariant(True), ProductVariant(False), ProductVariant(Fals
 
 
 class RowInvariantLinear(Linear):
-    """``Linear`` that pads few rows and splits many, to numbers of rows that were tested."""
+    """``Linear`` whose products have only tested numbers of rows: it pads few and splits many."""
 
     __slots__ = ("_max_rows", "_min_rows")
 
@@ -101,7 +101,7 @@ class RowInvariantBlocks(BuildingBlocks):
     are_exact: ClassVar[bool] = True
 
     def __init__(self, device: torch.device, agree: Agree = rows_agree) -> None:
-        """``agree`` tests a variant. Raises ``ConfigError`` for a device that was not tested."""
+        """``agree`` tests a variant. Raises ``ConfigError`` for devices other than a CPU."""
         check_device(device)
         super().__init__()
         self._agree = agree

@@ -92,7 +92,7 @@ def _operands(out: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def _numbers(rows: int, columns: int) -> Tensor:
-    """[rows, columns] float32, equal on every machine: cubes of multiples of 2**-9 in [-1, 1).
+    """Return fixed inputs [rows, columns] float32: cubes of multiples of 2**-9 in [-1, 1).
 
     Sums of the cubes round; sums of the multiples themselves would be exact in any order.
     """

@@ -54,7 +54,7 @@ class Loader:
     device: torch.device
     blocks: BuildingBlocks
     attend: Attend
-    """The attention of all layers."""
+    """Implementation of attention that all layers use."""
     parts: Mapping[str, TensorPart]
     """Tensors by short name; the name of a bias is the name of its matrix with ``_bias``."""
     products: list[LayerProduct] = field(default_factory=list)

@@ -26,7 +26,7 @@ class DecoderLayer:
     mlp: Mlp | None = None
     """The MLP of a layer without routed experts, or the shared experts of one with them."""
     bias: Tensor | None = None
-    """[H]: added once per row to the weighted sum of the routed experts."""
+    """[H]: bias, added once per row to the weighted sum of the routed experts."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
         """See ``Layer``. The MLP is computed while the routed experts run."""

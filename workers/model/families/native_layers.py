@@ -70,11 +70,11 @@ class NativeMicroBatch:
         self.finite = torch.empty(num_rows, dtype=torch.bool)
         """[T]: whether all numbers of a row are finite; undefined until ``is_done``."""
         self.logits = logits
-        """[T, V], undefined until ``is_done``; None: not requested."""
+        """Logits [T, V], undefined until ``is_done``; None if not requested."""
         self.topk_ids = torch.empty((num_banks, num_rows, top_k), dtype=torch.int64)
-        """[banks, T, k]; undefined for layers that have not begun."""
+        """Chosen experts [banks, T, k]; undefined for layers that have not begun."""
         self.topk_weights = torch.empty((num_rows, top_k), dtype=torch.float32)
-        """[T, k] weights of the last layer that has begun."""
+        """Router weights [T, k] of the last layer that has begun."""
         self.ends = (LayerEnds * num_banks)()
         """Times at which the parts of each layer ended, by bank."""
         self._memory = torch.empty((3, num_rows, width), dtype=hidden.dtype)
@@ -162,11 +162,11 @@ class NativeLayers:
         )
 
     def new_rows(self, num_rows: int) -> Tensor:
-        """[T, H] in the model's dtype, with undefined contents."""
+        """Allocate hidden states [T, H] in the model's dtype, with undefined contents."""
         return self._norm.weight.new_empty(num_rows, len(self._norm.weight))
 
     def new_logits(self, num_rows: int) -> Tensor:
-        """[T, V] in the model's dtype, with undefined contents."""
+        """Allocate logits [T, V] in the model's dtype, with undefined contents."""
         return self._norm.weight.new_empty(num_rows, self._head.matrix.shape[0])
 
     def bank_of(self, layer: int) -> int:

@@ -105,7 +105,7 @@ def head_norm_parts(prefix: str, config: ModelConfig) -> dict[str, TensorPart]:
 
 
 def rotation_rows(config: ModelConfig) -> Tensor | None:
-    """[(A + 2K) * D] int64: the order of the rows of q, k and v for heads that are rotated whole.
+    """Return the order [(A + 2K) * D] int64 of q, k and v rows for heads that are rotated whole.
 
     None if the checkpoint already has this order.
     """
@@ -119,13 +119,13 @@ def rotation_rows(config: ModelConfig) -> Tensor | None:
 
 
 def head_norms(config: ModelConfig, queries: Tensor, keys: Tensor) -> Tensor:
-    """[A + K, D]: the weight [D] of all query heads and the weight of all key heads, repeated."""
+    """Return [A + K, D]: the weight [D] of query heads A times, then that of key heads K times."""
     heads = queries.expand(config.num_heads, -1), keys.expand(config.num_kv_heads, -1)
     return torch.cat(heads)
 
 
 def mlp_parts(prefix: str, width: int, inner: int) -> dict[str, TensorPart]:
-    """``gate``, ``up`` [inner, width] and ``down`` [width, inner] of a gated MLP."""
+    """Name ``gate``, ``up`` [inner, width] and ``down`` [width, inner] of a gated MLP."""
     return {
         "gate": part(f"{prefix}.gate_proj.weight", inner, width),
         "up": part(f"{prefix}.up_proj.weight", inner, width),
@@ -154,7 +154,7 @@ def gated_expert(
 
 
 def block_sparse_expert(bank: BankSpec, expert: int) -> tuple[ExpertMatrix, ...]:
-    """``gated_expert`` with Mixtral's names: w1 is gate, w3 is up and w2 is down."""
+    """Like ``gated_expert``, with Mixtral's names: w1 is gate, w3 is up and w2 is down."""
     (exchange,) = bank.exchanges
     width, inner = exchange.in_width, exchange.expert_width
     prefix = f"model.layers.{bank.layer}.block_sparse_moe.experts.{expert}"

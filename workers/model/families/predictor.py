@@ -25,12 +25,12 @@ from workers.model.layers import Layer, LayerContext, LayerSteps, Linear, Norm
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predictor:
-    """``TokenPredictor`` of one decoder layer."""
+    """``TokenPredictor`` that consists of a projection and one decoder layer."""
 
     token_norm: Norm
     state_norm: Norm
     projection: Linear
-    """[T, 2H] -> [T, H]; the input is the embedding, then the hidden state."""
+    """2H -> H: projection of an embedding followed by a hidden state."""
     layer: Layer
     norm: Norm
 

@@ -28,7 +28,7 @@ FAMILIES = {
     "qwen3_5_moe_text": "workers.model.families.hybrid.qwen3_5_moe",
     "jetmoe": "workers.model.families.routed.jetmoe",
 }
-"""``model_type`` of the config -> module with a ``family(config) -> Family`` function."""
+"""Module of each ``model_type``; it has a function ``family(config) -> Family``."""
 
 
 def load_family(config: Mapping[str, Any]) -> Family:

@@ -111,7 +111,7 @@ def as_stored(
 
 
 def _codes(packed: Tensor, stored: StorageFormat) -> Tensor:
-    """Signed values [out, bytes] uint8."""
+    """Return signed values [out, bytes] uint8, as ``QuantizedMatrix.codes`` stores them."""
     form = stored.form
     if stored.method == "awq":
         unsigned = _integers(packed, stored).T.contiguous()
@@ -123,7 +123,7 @@ def _codes(packed: Tensor, stored: StorageFormat) -> Tensor:
 
 
 def _integers(packed: Tensor, stored: StorageFormat) -> Tensor:
-    """[n, m / 8] int32 -> [n, m] uint8, unsigned."""
+    """Unpack [n, m / 8] int32 into unsigned values [n, m] uint8."""
     bits = stored.form.code_bits
     shifts = torch.arange(0, _INT32_BITS, bits, dtype=torch.int32)
     found = (packed.unsqueeze(2) >> shifts) & ((1 << bits) - 1)

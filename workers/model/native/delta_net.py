@@ -12,7 +12,7 @@ from workers.native.thread_team import ThreadTeam
 
 
 class NativeDeltaNet:
-    """``Mix`` in one native call. The bits of a row depend on its sequence alone."""
+    """``Mix`` as one native call. The bits of a row depend on its sequence alone."""
 
     def __init__(self, team: ThreadTeam, net: DeltaNet) -> None:
         spec = net.spec

@@ -92,7 +92,7 @@ class NativeAttentionSublayer(NativeAttention):
     """The sublayer in one native call, or in three around the exchanges of projections."""
 
     def __init__(self, team: ThreadTeam, half: TorchAttentionSublayer) -> None:
-        """``half``: sublayer with native products."""
+        """``half``: description of the sublayer; its products must be native."""
         super().__init__(team, half, half.norm1.dtype)
         _add_half(self.fields, half)
         self._apart = SublayerFields.from_buffer_copy(self.fields)
