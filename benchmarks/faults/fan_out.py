@@ -1,4 +1,4 @@
-"""The controller's own share of a recovery at 80 members: CPU time, workers and sockets left out.
+"""CPU time of the controller in a recovery with 80 members, without workers and sockets.
 
     python -m benchmarks.fan_out --experts 64 --attention 16 --layers 62 --num-experts 128
 
@@ -37,7 +37,7 @@ from cluster.core.topology import Member, Role
 
 
 class Sink:
-    """In place of a socket: counts bytes."""
+    """Replaces a socket and counts bytes."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -57,7 +57,7 @@ class Sink:
 
 
 class Link:
-    """Encodes and counts what the controller sends, and keeps the frames for the answers."""
+    """Encodes and counts the frames of the controller, and keeps them for the replies."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.sinks: dict[str, Any] = {m.name: Sink() for m in members}
@@ -81,7 +81,7 @@ class Link:
 
 
 def answer_all(controller: Controller, link: Link) -> float:
-    """All workers answer what they were sent, at once; the CPU seconds of the controller."""
+    """Let all workers reply to their frames; returns the CPU seconds of the controller."""
     took_s = 0.0
     devices = {m.name: m.device for m in controller.cluster.generation.experts}
     while link.sent:
@@ -110,7 +110,7 @@ def answer_all(controller: Controller, link: Link) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """One recovery."""
+    """Run one recovery."""
     pools: tuple[tuple[Role, int], ...] = (
         ("attention", options.attention),
         ("expert", options.experts),

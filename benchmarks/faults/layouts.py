@@ -1,4 +1,4 @@
-"""Clusters in which workers are lost, added and removed: the bundled model, deterministic."""
+"""Configurations for clusters in which workers are lost, added and removed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cluster.config.transport import TransportSection
 from cluster.launch.model_source import bundled_checkpoint
 
 DETECTION_LIMIT_S = TransportSection().detection_limit_s
-"""What the product ships."""
+"""Default detection limit of the product."""
 
 
 def row_config(
@@ -23,7 +23,7 @@ def row_config(
     detection_limit_s: float = DETECTION_LIMIT_S,
     **sections: dict[str, Any],
 ) -> ClusterConfig:
-    """The bundled model, deterministic; ``sections`` as for ``make_config``."""
+    """Configure the bundled model with ``--deterministic``; ``sections`` as in ``make_config``."""
     own: dict[str, dict[str, Any]] = {
         "workers": {"num_redundant_experts": num_redundant, "mode": mode},
         "engine": {

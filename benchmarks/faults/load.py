@@ -1,4 +1,4 @@
-"""Streams without end through a real gateway, and the longest pause that a fault makes in them."""
+"""Endless streams through a real gateway, and the longest pause of any stream during a fault."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from cluster.core.errors import ExpertMeshError
 from gateway.core.call import GenerateCall
 
 LIMIT_S = 60.0
-"""Longest wait for deltas."""
+"""Longest time to wait for deltas."""
 _POLL_S = 0.005
 
 
 @dataclass(slots=True)
 class Line:
-    """What one client sees: one call after the other."""
+    """Deltas of one client, which runs calls in sequence."""
 
     calls: list[list[float]] = field(default_factory=list)
-    """By call, the monotonic times at which its deltas came."""
+    """For each call, the monotonic times of its deltas."""
 
     @property
     def num_deltas(self) -> int:
-        """Deltas of all calls."""
+        """Number of deltas of all calls."""
         return sum(map(len, self.calls))
 
 
 class Load:
-    """What all clients see."""
+    """Deltas and failures of all clients."""
 
     def __init__(self, num_clients: int) -> None:
         self.lines = [Line() for _ in range(num_clients)]
         self.failures: list[str] = []
-        """Words of every call that failed."""
+        """Error texts of all failed calls."""
 
     def wait_deltas(self, count: int) -> None:
         """Wait until every client has ``count`` more deltas. Raises ``TimeoutError``."""
@@ -49,7 +49,7 @@ class Load:
         )
 
     def longest_pause(self, since: float, until: float = float("inf")) -> float:
-        """Longest time between two deltas of one call that lies, in part, between these times."""
+        """Longest time between two deltas of one call that overlaps the given interval."""
         return max(
             (
                 later - earlier
@@ -63,10 +63,10 @@ class Load:
 
 
 class FaultLoad(Load):
-    """Clients that ask again as soon as they have their answer."""
+    """Clients that repeat their call as soon as it has ended."""
 
     def __init__(self, gateway: ClusterGateway, calls: Sequence[GenerateCall]) -> None:
-        """One client for each of ``calls``, which it repeats."""
+        """Create one client for each of ``calls``."""
         super().__init__(len(calls))
         self._gateway = gateway
         self._calls = calls
@@ -74,7 +74,7 @@ class FaultLoad(Load):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """All clients ask, for the length of a ``with`` block."""
+        """Run all clients for the duration of a ``with`` block."""
         self.lines[:] = [Line() for _ in self._calls]
         work = self._gateway.spawn(self._ask_all())
         try:

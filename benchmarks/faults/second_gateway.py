@@ -1,4 +1,4 @@
-"""A gateway with clients of its own, in a process that is to be killed; started by ``reliability``.
+"""A gateway with clients in a process that will be killed; started by ``reliability``.
 
 python -m benchmarks.faults.second_gateway
 
@@ -40,7 +40,7 @@ class Standstill:
 
 
 async def serve(config: ClusterConfig, snapshot: dict[str, Any]) -> None:
-    """Clients without end."""
+    """Clients that send calls until the process is killed."""
     controller = Standstill(snapshot)
 
     async def find() -> Standstill:

@@ -1,4 +1,4 @@
-"""A cluster of processes on this host, as the faults of ``tests.long.reliability`` see it."""
+"""A cluster of processes on this host, with the faults of ``tests.long.reliability``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from benchmarks.harness.serving_cluster import RayCluster
 from cluster.actors.ray_tools import NAMESPACE
 
 _AT_BYTES = 0.5
-"""Where a file is changed, as a share of its size: in the weights, behind the header."""
+"""Position of a change in a file, as a fraction of its size: in the weights, after the header."""
 
 
 class Site:
-    """The cluster of one row, as the faults see it."""
+    """The cluster of one row of the table, with methods that cause faults."""
 
     def __init__(self, cluster: RayCluster, draw: random.Random) -> None:
         self.cluster = cluster
@@ -37,7 +37,7 @@ class Site:
         self._second: subprocess.Popen[str] | None = None
 
     def snapshot(self) -> dict[str, Any]:
-        """The controller's, as soon as there is one that answers."""
+        """Snapshot of the controller; waits until a controller replies."""
         while True:
             try:
                 return self.cluster.snapshot()
@@ -45,13 +45,13 @@ class Site:
                 time.sleep(0.02)
 
     def names(self, role: str, count: int = 1) -> list[str]:
-        """Workers of a role that serve, drawn by lot."""
+        """Random serving workers of a role."""
         workers = self.snapshot()["workers"]
         found = [w["name"] for w in workers if w["role"] == role and w["state"] == "SERVING"]
         return self._draw.sample(sorted(found), count)
 
     def signal(self, names: Sequence[str], number: signal.Signals) -> None:
-        """Send a signal to workers' processes, at once."""
+        """Send a signal to the processes of workers."""
         pids = {w["name"]: int(w["pid"]) for w in self.snapshot()["workers"]}
         for name in names:
             os.kill(pids[name], number)
@@ -59,18 +59,18 @@ class Site:
                 self._stopped.append(pids[name])
 
     def kill_controller(self) -> None:
-        """``kill -9`` of the controller's process."""
+        """Send SIGKILL to the controller's process."""
         os.kill(self.snapshot()["controller_pid"], signal.SIGKILL)
 
     def freeze_controller(self, seconds: float) -> None:
-        """Stop the controller's process for so long."""
+        """Stop the controller's process for a time."""
         pid = self.snapshot()["controller_pid"]
         os.kill(pid, signal.SIGSTOP)
         self._stopped.append(pid)
         threading.Timer(seconds, self.wake).start()
 
     def arm(self, frame: str, is_sent: bool) -> None:
-        """See ``PhaseWorker.arm``, on all workers that serve."""
+        """Call ``PhaseWorker.arm`` on all serving workers."""
         snapshot = self.snapshot()
         for worker in snapshot["workers"]:
             if worker["state"] == "SERVING":
@@ -78,12 +78,12 @@ class Site:
                 ray.get(actor.arm.remote(frame, is_sent, snapshot["controller_pid"]))
 
     def rebalance(self) -> None:
-        """Order a rebalancing as soon as one has experts to move; the controller may die in it."""
+        """Start a rebalance when its plan moves experts; the controller may be killed in it."""
         with contextlib.suppress(RayError):
             wait(self._rebalances, "a rebalancing that moves experts")
 
     def _rebalances(self) -> bool:
-        """Others would change how copies share their load, and leave nothing to move."""
+        """Start a rebalance if its plan moves experts; other plans only change split weights."""
         plan = ray.get(self.cluster.actor.begin.remote("rebalance", {"dry_run": True}))
         if plan["result"]["action"] != "move":
             return False
@@ -91,7 +91,7 @@ class Site:
         return bool(begun["state"] == "RUNNING")
 
     def change_checkpoint(self) -> None:
-        """Write other weights into the files that the workers have read, until ``wake``."""
+        """Change weights in the files that the workers have read, until ``wake``."""
         for path in Path(self.cluster.config.model.path).glob("*.safetensors"):
             was, at = path.stat(), int(path.stat().st_size * _AT_BYTES)
             with path.open("r+b") as file:
@@ -102,7 +102,7 @@ class Site:
             self._changed.append((path, before, was))
 
     def start_second_gateway(self) -> None:
-        """Another gateway with clients of its own; returns when they get tokens."""
+        """Start a second gateway with clients; returns when the clients get tokens."""
         self._second = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.faults.second_gateway"],
             stdin=subprocess.PIPE,
@@ -124,7 +124,7 @@ class Site:
         self._second.communicate()
 
     def drain(self, name: str) -> None:
-        """Order a drain and wait until it has ended."""
+        """Start a drain and wait until it has ended."""
         begun = self.cluster.call("begin", "drain", {"worker": name, "limit_s": 60.0})
         find = self.cluster.call
         wait(lambda: find("operation", begun["id"])["state"] != "RUNNING", "the end of a drain")
@@ -133,13 +133,13 @@ class Site:
             raise RuntimeError(str(ended["message"]))
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """End all processes and restore all files."""
         self.wake()
         if self._second is not None and self._second.poll() is None:
             self.kill_second_gateway()
 
     def wake(self) -> None:
-        """Let what was stopped go on, and restore what was changed: it must not disturb."""
+        """Continue stopped processes and restore changed files."""
         while self._stopped:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._stopped.pop(), signal.SIGCONT)

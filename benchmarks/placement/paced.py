@@ -23,7 +23,7 @@ from workers.process.worker_args import WorkerArgs
 
 @dataclass(frozen=True, slots=True)
 class ComputeTime:
-    """Time that a bank takes."""
+    """Pace of a bank."""
 
     slot_s: float
     """Seconds for each activated expert slot."""
@@ -36,7 +36,7 @@ class ComputeTime:
 
 
 class PacedBank:
-    """One bank; a wait that was too long shortens the next one."""
+    """A bank that waits instead of computing; a wait that was too long shortens the next one."""
 
     version = 0
 
@@ -90,7 +90,7 @@ def paced_worker(time_taken: ComputeTime) -> type[WorkerActor]:
         return [PacedBank(bank.spec, time_taken) for bank in slots.banks]
 
     class PacedWorker(ExpertWorker):
-        """An expert worker that holds and moves weights, and waits where others compute."""
+        """An expert worker that holds and moves weights, and waits instead of computing."""
 
         def _make_worker(self, args: WorkerArgs, on_death: OnDeath) -> Worker:
             return Worker(args, on_death, banks_of)

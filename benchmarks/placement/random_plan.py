@@ -1,4 +1,4 @@
-"""A random placement as a baseline, and a count of copies beside a sibling on their device."""
+"""A random placement as a baseline, and a count of copies that share a device with another copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def random_plan(
     current: ExpertPlacement | None = None,
     seed: int = 0,
 ) -> Plan:
-    """Experts in random order, then random second copies that are new to their device."""
+    """Place experts in random order, then second copies on random devices without the expert."""
     generator = np.random.default_rng(seed)
     banks = []
     for load in profile.banks:
@@ -47,6 +47,6 @@ def _random_maps(
 
 
 def siblings(bank_slots: Sequence[Sequence[int]]) -> int:
-    """Copies that stand beside another copy of the same expert."""
+    """Number of copies that share a device with another copy of the expert."""
     held = [[e for e in slots if e != FREE_SLOT] for slots in bank_slots]
     return sum(len(slots) - len(set(slots)) for slots in held)

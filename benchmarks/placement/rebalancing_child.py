@@ -39,7 +39,7 @@ _ANSWER_LIMIT_S = 120.0
 
 
 class Watch:
-    """Notes what the controller says of rebalancing whenever it changes."""
+    """Records the controller's rebalance state whenever it changes."""
 
     def __init__(self, controller: Any, began: float) -> None:
         self.events: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ class Watch:
 
 
 class ClosedLoop:
-    """So many requests at a time; the next one begins when one ends."""
+    """Runs a fixed number of requests at a time; a new one starts when one ends."""
 
     def __init__(self, address: str, job: Mapping[str, Any], began: float) -> None:
         self._job = job
@@ -83,7 +83,7 @@ class ClosedLoop:
         self.tokens: list[tuple[float, float | None]] = []
 
     def run(self, domain: int, seconds: float) -> None:
-        """Serve a domain; requests that run go on with theirs. Raises ``RuntimeError``."""
+        """Start new requests in ``domain``; running ones keep theirs. Raises ``RuntimeError``."""
         until = perf_counter() + seconds
         while perf_counter() < until:
             while len(self._running) < self._job["streams"]:

@@ -1,4 +1,4 @@
-"""How long planning takes: prints seconds for a full and for an incremental plan.
+"""CPU time of planning: prints the seconds of a full plan and of an incremental plan.
 
 python -m benchmarks.placement_speed, with OMP_NUM_THREADS=1 for one thread
 """
@@ -20,7 +20,7 @@ DEVICES = 64
 
 
 def main() -> None:
-    """Median CPU time of the process, one warm-up before."""
+    """Median CPU time of calls after one warm-up call."""
     generator = np.random.default_rng(0)
     topology = PlannedTopology.uniform(DEVICES, num_redundant=1)
     options = PlanOptions(max_move_fraction=0.02)

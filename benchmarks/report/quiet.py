@@ -1,4 +1,4 @@
-"""How busy other processes keep the machine, and a wait until they do not."""
+"""Measures the CPU use of other processes, and waits until it is low."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from dataclasses import dataclass
 import psutil
 
 QUIET_CORES = 0.15
-"""Other processes that use less than this are no disturbance."""
+"""CPU cores; other processes that use less do not disturb a measurement."""
 _LOOK_S = 0.5
 _BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
-"""Times of the machine in which a core computes; those of guests are in user and nice."""
+"""Kinds of CPU time in which a core computes; user and nice include guests."""
 
 
 @dataclass(frozen=True, slots=True)
 class CpuClock:
-    """CPU seconds used so far."""
+    """CPU seconds used until a point in time."""
 
     wall_s: float
-    """When."""
+    """Monotonic time of the reading."""
     all_s: float
-    """By everything on this machine."""
+    """CPU seconds of all processes of the machine."""
     own_s: float
-    """By this process and those below it."""
+    """CPU seconds of this process and its descendants."""
 
     @classmethod
     def now(cls) -> CpuClock:
-        """Read the clocks."""
+        """Return the current readings."""
         times = psutil.cpu_times()
         busy = sum(getattr(times, name, 0.0) for name in _BUSY)
         own = 0.0
@@ -40,13 +40,13 @@ class CpuClock:
         return cls(time.monotonic(), busy, own)
 
     def others(self, until: CpuClock) -> float:
-        """Cores that all other processes used from this reading until a later one."""
+        """CPU cores that other processes used between this reading and a later one."""
         used = (until.all_s - self.all_s) - (until.own_s - self.own_s)
         return max(used, 0.0) / (until.wall_s - self.wall_s)
 
 
 def wait_until_quiet(deadline: float) -> None:
-    """Return when others are quiet, or at ``deadline`` (monotonic seconds)."""
+    """Wait until other processes are quiet, or until ``deadline`` (monotonic seconds)."""
     while time.monotonic() < deadline:
         before = CpuClock.now()
         time.sleep(_LOOK_S)

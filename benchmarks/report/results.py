@@ -16,7 +16,7 @@ _HEAD = "# Benchmark results\n"
 
 
 def put_section(text: str, name: str, body: str) -> str:
-    """The file's text with one section replaced, or added at its end."""
+    """Return the text of a page with one section replaced, or added at the end."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n{body.strip()}\n{end}"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
@@ -26,19 +26,19 @@ def put_section(text: str, name: str, body: str) -> str:
 
 
 def write_section(file: Path, name: str, body: str) -> None:
-    """``put_section`` on a file that may not exist yet."""
+    """Apply ``put_section`` to a file, which may not exist yet."""
     text = file.read_text() if file.exists() else ""
     file.write_text(put_section(text, name, body))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
+    """Return a Markdown table with text in the first column and numbers in the others."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
 def machine(command: str) -> str:
-    """What was run, where and when, and how busy the machine was."""
+    """Return a line with the command, date, machine, versions and load average."""
     today = datetime.datetime.now(tz=datetime.UTC).date()
     versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "ray", "transformers"))
     return (

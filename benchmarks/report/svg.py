@@ -1,4 +1,4 @@
-"""A line chart as SVG, readable where it stands: axes with round marks, names beside the lines."""
+"""A line chart as SVG, with round values at the axes and names beside the lines."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Line:
 
     name: str
     points: tuple[tuple[float, float], ...]
-    """(x, y), by x."""
+    """Points (x, y) in the order of x."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A named place on the x axis."""
+    """A named position on the x axis."""
 
     name: str
     x: float
@@ -37,9 +37,9 @@ def line_chart(
     bands: Sequence[tuple[float, float]] = (),
     marks: Sequence[Mark] = (),
 ) -> str:
-    """The chart of lines that begin at x = 0 and are never below 0; axes named ``x`` and ``y``.
+    """Draw lines with x and y values of at least 0; ``x`` and ``y`` name the axes.
 
-    ``bands`` are spans of x that are shaded; ``marks`` are drawn as upright lines.
+    ``bands`` are shaded ranges of x; ``marks`` are drawn as vertical lines.
     """
     most_x = max((p[0] for line in lines for p in line.points), default=1.0) or 1.0
     most_y = 1.05 * (max((p[1] for line in lines for p in line.points), default=1.0) or 1.0)
@@ -99,7 +99,7 @@ def line_chart(
 
 
 def _apart(levels: Sequence[float]) -> list[float]:
-    """Heights from the top down, moved as little as it takes for names there not to overlap."""
+    """Return heights from top to bottom, moved just enough that names do not overlap."""
     found: list[float] = []
     for level in levels:
         found.append(max(level, found[-1] + _NAME_HEIGHT if found else level))
@@ -111,7 +111,7 @@ def _apart(levels: Sequence[float]) -> list[float]:
 
 
 def _rounds(most: float) -> Iterator[float]:
-    """Round values from 0 to ``most``, about five."""
+    """Yield about five round values from 0 to ``most``."""
     raw = most / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(f * power for f in (1, 2, 5, 10) if f * power >= raw)

@@ -1,4 +1,4 @@
-"""From the times at which tokens came to the numbers of the tables. Pure: no clock, no torch."""
+"""Rates and latencies computed from the arrival times of tokens. Pure: no clock, no torch."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 Times = Sequence[Sequence[float]]
-"""By sequence, seconds from the start of a batch to each of its tokens."""
+"""For each sequence, seconds from the start of a batch to each of its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeInterval:
-    """What happened while all sequences decoded."""
+    """Tokens and times of the interval in which all sequences decode."""
 
     begin_s: float
-    """Every sequence has its first token: the prefill is over."""
+    """Time at which every sequence has its first token."""
     end_s: float
-    """The first sequence has all its tokens."""
+    """Time at which the first sequence has all its tokens."""
     tokens: int
-    """That came in between."""
+    """Number of tokens in the interval."""
     gaps_s: tuple[float, ...]
-    """Between two tokens of one sequence."""
+    """Times between two tokens of one sequence."""
 
     @property
     def tokens_per_s(self) -> float | None:
-        """None where nothing was decoded."""
+        """Decode rate; None if no token was decoded."""
         return self.tokens / (self.end_s - self.begin_s) if self.tokens else None
 
     @property
     def median_gap_ms(self) -> float | None:
-        """The same."""
+        """Median time between two tokens; None if no token was decoded."""
         return 1e3 * statistics.median(self.gaps_s) if self.gaps_s else None
 
 
@@ -54,22 +54,22 @@ def decode_interval_of(times: Times) -> DecodeInterval:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What one batch took, or the medians of several."""
+    """Results of one batch, or medians of several batches."""
 
     tokens_per_s: float
-    """All new tokens by the time from the start to the last one, prefill included."""
+    """All new tokens divided by the time from the start to the last token, prefill included."""
     prefill_s: float
-    """From the start until every sequence has its first token."""
+    """Time from the start until every sequence has its first token."""
     decode_tokens_per_s: float
     """Rate while all sequences decode: from then until the first one has all its tokens."""
     itl_ms: float
     """Median time between two tokens of a sequence in that interval (inter-token latency)."""
     others_cores: float
-    """CPU cores that other processes used meanwhile."""
+    """CPU cores that other processes used during the batch."""
 
 
 def sample_of(times: Times, others_cores: float = 0.0) -> Sample:
-    """Numbers of one batch; at least two tokens each."""
+    """Results of one batch, whose sequences have at least two tokens each."""
     last, interval = max(t[-1] for t in times), decode_interval_of(times)
     assert interval.tokens_per_s is not None, "something was decoded"
     return Sample(
@@ -82,7 +82,7 @@ def sample_of(times: Times, others_cores: float = 0.0) -> Sample:
 
 
 def median_of(samples: Sequence[Sample]) -> Sample:
-    """Each number's own median."""
+    """Median of each field."""
     return Sample(
         tokens_per_s=statistics.median(s.tokens_per_s for s in samples),
         prefill_s=statistics.median(s.prefill_s for s in samples),
@@ -94,16 +94,16 @@ def median_of(samples: Sequence[Sample]) -> Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """How many times as fast one system is as another."""
+    """Speed of one system divided by that of another."""
 
     total: float
-    """By ``tokens_per_s``."""
+    """Ratio of ``tokens_per_s``."""
     decode: float
-    """By ``decode_tokens_per_s``."""
+    """Ratio of ``decode_tokens_per_s``."""
 
 
 def ratio_of(samples: Sequence[Sample], base: Sequence[Sample]) -> Ratio:
-    """Median over repeats of the ratio within a repeat: load that comes and goes hits both."""
+    """Median of the ratios within a repeat, in which other load affects both systems alike."""
     pairs = list(zip(samples, base, strict=True))
     return Ratio(
         total=statistics.median(s.tokens_per_s / b.tokens_per_s for s, b in pairs),

@@ -31,16 +31,16 @@ from protos.inference_pb2_grpc import InferenceStub
 GREEDY, MODEST = "greedy", "modest"
 REFUSED = ("429", "RESOURCE_EXHAUSTED")
 MOST_REQUESTS_PER_S = 100
-"""Under overload: the requests are so long that there are no more. Each that is refused costs the
-clients and the server some 3 ms, on the cores that compute: 100 a second are 15% of two cores."""
+"""Most requests a second under overload; the length of requests is chosen accordingly. A rejected
+request takes 3 ms of the clients and the server: 100 a second are 15% of two cores."""
 _FIRST_MEAN = 256
-"""Tokens of a request in the mean, before the capacity is known."""
+"""Mean tokens of a request before the capacity is known."""
 _GRPC_SHARE = 0.1
 _PROMPT_TOKENS = 32
 _LIMIT_S = 300.0
 _LOOK_S = 1.0
 _IDLE_S = 1.0
-"""Idle time after which a connection is not used again: the server may be about to close it."""
+"""Idle time after which a connection is not reused, as the server may close it."""
 _IDS = re.compile(rb'"token_ids":\s*\[([^\]]+)\]')
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _RETRY = re.compile(rb"\r\nretry-after-ms: *(\d+)", re.IGNORECASE)
@@ -48,33 +48,33 @@ _RETRY = re.compile(rb"\r\nretry-after-ms: *(\d+)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One refusal, seen by its client."""
+    """One rejection as the client received it."""
 
     key: str
     at_s: float
-    """Monotonic time at which it came."""
+    """Monotonic time of its arrival."""
     took_ms: float
     retry_s: float | None
-    """The retry time that it names."""
+    """Retry time in the response."""
 
 
 @dataclass(slots=True)
 class Phase:
-    """What clients saw for a while."""
+    """Results of the clients in one phase."""
 
     name: str
     begin_s: float
-    """Monotonic time from which tokens count."""
+    """Monotonic time from which tokens are counted."""
     end_s: float = float("inf")
     statuses: Counter[str] = field(default_factory=Counter)
-    """HTTP statuses and names of gRPC's."""
+    """Number of responses by HTTP status or gRPC code."""
     num_tokens: int = 0
-    """Of answers, from the beginning to the end."""
+    """Tokens received from ``begin_s`` to ``end_s``."""
     refusals: list[Refusal] = field(default_factory=list)
     ttft_ms: dict[str, list[tuple[float, float]]] = field(
         default_factory=lambda: {GREEDY: [], MODEST: []}
     )
-    """By key: when a request was sent, and the time to its first token."""
+    """Key -> pairs of send time and time to the first token."""
     num_cut: int = 0
     """Accepted streams that ended before their last token."""
 
@@ -88,7 +88,7 @@ class Phase:
 
     @property
     def num_other(self) -> int:
-        """Answers that are neither."""
+        """Responses that are neither accepted nor rejected."""
         return self.statuses.total() - self.num_accepted - self.num_refused
 
     @property
@@ -119,7 +119,7 @@ class _Connections:
         self._idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def take(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The one that was used last, or a new one."""
+        """Return the last used connection, or a new one."""
         while self._idle:
             used_s, reader, writer = self._idle.pop()
             if time.monotonic() - used_s < _IDLE_S and not reader.at_eof():
@@ -128,17 +128,17 @@ class _Connections:
         return await asyncio.open_connection(*self._address)
 
     def give_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """The answer was read to its end."""
+        """Return a connection after its response was read to the end."""
         self._idle.append((time.monotonic(), reader, writer))
 
     def close(self) -> None:
-        """Close those that are idle."""
+        """Close idle connections."""
         for _, _, writer in self._idle:
             writer.close()
 
 
 async def _parts(head: bytes, reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The body of an answer, as it comes."""
+    """Yield the parts of a response body as they arrive."""
     if (length := _LENGTH.search(head)) is not None:
         yield await reader.readexactly(int(length[1]))
         return
@@ -149,7 +149,7 @@ async def _parts(head: bytes, reader: asyncio.StreamReader) -> AsyncIterator[byt
 
 
 class Clients:
-    """They ask under one of two keys."""
+    """Clients that send requests with one of two keys."""
 
     def __init__(self, server: Served, seed: int) -> None:
         self._draw = random.Random(seed)
@@ -159,10 +159,10 @@ class Clients:
         self._stub: Any = InferenceStub(self._channel)
         self._running: set[asyncio.Task[str]] = set()
         self.mean_tokens = _FIRST_MEAN
-        """Of a request. Each has between half and one and a half times as many: requests of one
-        length that begin together also end together, as those of users do not."""
+        """Mean tokens of a request. A request has 0.5 to 1.5 times as many, so that requests that
+        start together do not end together."""
         self.most_waiting = 0
-        """Sequences that waited at the worker, at most."""
+        """Most sequences that waited at the worker at one time."""
 
     async def close(self) -> None:
         """End all connections."""
@@ -171,7 +171,7 @@ class Clients:
         await self._channel.close(None)
 
     async def ask(self, key: str, phase: Phase, max_tokens: int | None = None) -> str:
-        """One stream; its status. Without ``max_tokens`` they are drawn."""
+        """Run one stream and return its status. Without ``max_tokens``, its length is random."""
         if max_tokens is None:
             max_tokens = self._draw.randint(self.mean_tokens // 2, self.mean_tokens * 3 // 2)
         prompt = [self._draw.randrange(4, 1000) for _ in range(_PROMPT_TOKENS)]
@@ -233,7 +233,7 @@ class Clients:
         return "OK", None
 
     async def eager(self, num_clients: int, ramp_s: float, seconds: float) -> Phase:
-        """Clients that never wait; tokens count after ``ramp_s``, for so long."""
+        """Run clients without pauses; tokens count for ``seconds`` after ``ramp_s``."""
         begin = time.monotonic() + ramp_s
         phase = Phase("clients without pauses", begin, begin + seconds)
 
@@ -248,8 +248,8 @@ class Clients:
     async def poisson(
         self, name: str, rates: dict[str, float], ramp_s: float, seconds: float
     ) -> Phase:
-        """Requests at random by key; tokens count after ``ramp_s``. Clients stay for their answers,
-        which ``settle`` awaits."""
+        """Send requests at random at the rate of each key; tokens count after ``ramp_s``. Use
+        ``settle`` to wait for the remaining responses."""
         now = time.monotonic()
         phase = Phase(name, now + ramp_s, now + ramp_s + seconds)
 
@@ -265,11 +265,11 @@ class Clients:
         return phase
 
     async def settle(self) -> None:
-        """Wait for all answers."""
+        """Wait for all responses."""
         await asyncio.gather(*self._running, return_exceptions=True)
 
     async def probe(self, name: str, key: str, seconds: float) -> Phase:
-        """Single short requests, one after the other."""
+        """Send single short requests in sequence."""
         now = time.monotonic()
         phase = Phase(name, now, now + seconds)
         while time.monotonic() < phase.end_s:
@@ -278,7 +278,7 @@ class Clients:
         return phase
 
     async def retry(self, refusals: Sequence[Refusal]) -> list[str]:
-        """Ask again for each as late as it was told; the statuses."""
+        """Send each rejected request again after its retry time; returns the statuses."""
         phase = Phase("retries", time.monotonic())
 
         async def again(refusal: Refusal) -> str:
@@ -288,7 +288,7 @@ class Clients:
         return await asyncio.gather(*map(again, refusals))
 
     async def watch_queue(self) -> None:
-        """Look at the worker's queue until cancelled."""
+        """Poll the length of the worker's queue until cancelled."""
         while True:
             await asyncio.sleep(_LOOK_S)
             with suppress(httpx.HTTPError, KeyError):

@@ -1,6 +1,6 @@
-"""Made-up sessions of coding agents, as published statistics describe them.
+"""Sessions of coding agents, generated from published statistics.
 
-What is aimed at, and where it was published:
+Target statistics and their sources:
 
 - A median of 43 turns a session, 142,000 prompt tokens and 444 output tokens a request, more than
   96% of the prompt tokens seen before, helper agents in 44% of the sessions: AgentX, described at
@@ -10,7 +10,7 @@ What is aimed at, and where it was published:
 - Between an answer and the next request 1.6 s in the median, 8.6 s for three of four, 44 s for nine
   of ten: a production trace of 783,000 gaps, https://gitea.gahow.org/gahow/agentic-kvc.
 
-Chosen, as nothing was published: the sizes of shared prompts, the spread of the distributions, and
+Chosen without a published source: the sizes of shared prompts, the spread of the distributions, and
 that a context of 262,144 tokens is compacted to a summary.
 """
 
@@ -24,36 +24,36 @@ from dataclasses import dataclass
 from benchmarks.simulated.request_trace import BLOCK_TOKENS, TracedRequest
 
 TURNS = (43, 1.0)
-"""Turns of a session: median, and spread of the logarithm, as in all pairs here."""
+"""Turns of a session. All such pairs are the median and the spread of the logarithm."""
 MAX_TURNS = 300
 HELPER_TURNS = (6, 0.8)
 """Turns of a helper agent."""
 HELPED_SESSIONS = 0.44
-"""Part of the sessions with helper agents."""
+"""Fraction of the sessions with helper agents."""
 HELPED_TURNS = 0.02
-"""Part of the turns of such a session behind which 1 to 3 helpers work, and the agent waits; and
-one in any case."""
+"""Fraction of the turns of such a session after which the agent waits for 1 to 3 helpers; at least
+one turn."""
 OUTPUT_TOKENS = (444, 1.1)
 FIRST_TOKENS = (92_000, 0.5)
-"""Tokens of a session's first prompt behind the shared one."""
+"""Tokens of a session's first prompt after the shared prompt."""
 TASK_TOKENS = (8_000, 0.7)
-"""The same of a helper agent."""
+"""Tokens of a helper agent's first prompt after the shared prompt."""
 TOOL_TOKENS = (1000, 1.2)
 """Tokens that a tool or a person adds to the context."""
 CONTEXT_TOKENS = 262_144
 """Most tokens of a context."""
 SUMMARY_TOKENS = (40_000, 100_000)
-"""Fewest and most tokens of a compacted context behind the shared prompt."""
+"""Fewest and most tokens of a compacted context after the shared prompt."""
 NUM_AGENTS = 6
-"""Kinds of agents, each with a system prompt and tools of its own."""
+"""Number of kinds of agents, each with a separate system prompt and tools."""
 SHARED_BLOCKS = (24, 48)
-"""Fewest and most blocks of these."""
+"""Fewest and most blocks of such a system prompt."""
 ASKED_TURNS = 8.9 / 82.5
-"""Part of the turns after which a person answers."""
+"""Fraction of the turns after which a person answers."""
 TOOL_GAP_S = (1.4, 1.5)
 PERSON_GAP_S = (90.0, 1.3)
 TOKENS_PER_S = 60.0
-"""Output tokens a second: the gap begins with the end of the answer."""
+"""Output tokens a second; the gap to the next turn starts at the end of the output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,10 @@ class AgentRequest(TracedRequest):
     """One turn of a session."""
 
     session: str
-    """A helper agent has a session of its own."""
+    """Name of the session; a helper agent has a separate session."""
     output_tokens: int
     is_last: bool
-    """The session's last one, as the agent knows only in hindsight."""
+    """Whether the turn is the last one of its session."""
 
 
 def agent_sessions(seed: int, num_sessions: int, rate_per_s: float = 0.05) -> list[AgentRequest]:
@@ -79,7 +79,7 @@ def agent_sessions(seed: int, num_sessions: int, rate_per_s: float = 0.05) -> li
 
 
 def one_shots(seed: int, seconds: float, rate_per_s: float) -> list[AgentRequest]:
-    """Requests that nobody continues: documents of 60 blocks in the median."""
+    """Single requests without a next turn: documents with a median of 60 blocks."""
     draw, found, time_s = random.Random(seed), list[AgentRequest](), 0.0
     block = 10**9
     while (time_s := time_s + draw.expovariate(rate_per_s)) < seconds:
@@ -90,7 +90,7 @@ def one_shots(seed: int, seconds: float, rate_per_s: float) -> list[AgentRequest
 
 
 class _Maker:
-    """Draws sessions, and names their blocks."""
+    """Generates sessions and names their blocks."""
 
     def __init__(self, draw: random.Random) -> None:
         self.draw = draw
@@ -100,7 +100,7 @@ class _Maker:
         self._popularity = [1 / (i + 1) for i in range(NUM_AGENTS)]
 
     def session(self, name: str, start_s: float) -> list[AgentRequest]:
-        """A session with its helpers'."""
+        """Generate a session and the sessions of its helpers."""
         draw = self.draw
         turns = min(1 + _whole(draw, TURNS), MAX_TURNS)
         helped = set[int]()

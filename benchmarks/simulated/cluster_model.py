@@ -23,30 +23,30 @@ from cluster.core.topology import Role
 from cluster.policy.autoscaling import PoolSample
 
 _LEAST_FOR_PROMPTS = 0.2
-"""Share of the time that prompts get, however many sequences decode."""
+"""Fraction of the time that prompts get, for any number of decoding sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerModel:
-    """What one worker of each pool does in a second."""
+    """Capacity of one worker of each pool, per second."""
 
     prompt_tokens_s: float
-    """Prompt tokens of an attention worker that does nothing else."""
+    """Prompt tokens of an attention worker without other work."""
     decode_tokens_s: float = 600.0
-    """Decoded tokens of an attention worker that does nothing else."""
+    """Decoded tokens of an attention worker without other work."""
     tokens_s: float = 30.0
-    """Tokens of one sequence."""
+    """Decoded tokens of one sequence."""
     kv_tokens: int
-    """Tokens that an attention worker keeps."""
+    """Tokens in the KV cache of an attention worker."""
     max_num_seqs: int = 16
     expert_prompt_tokens_s: float
-    """Prompt tokens of an expert worker that does nothing else."""
+    """Prompt tokens of an expert worker without other work."""
     expert_decode_tokens_s: float = 500.0
-    """Decoded tokens of an expert worker that does nothing else: they activate more slots each."""
+    """Decoded tokens of an expert worker without other work; each activates more slots."""
     start_s: int = 60
-    """From the order of a worker until it serves."""
+    """Time from the start of a worker until it serves."""
     drain_s: int = 10
-    """From the order until a worker has left."""
+    """Time from the decision until a worker has left."""
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class _Running:
 
 @dataclass(slots=True)
 class Change:
-    """A scaling under way."""
+    """A running scale operation."""
 
     role: Role
     wanted: int
@@ -67,20 +67,20 @@ class Change:
 
 @dataclass(slots=True)
 class Run:
-    """What came of a policy."""
+    """Results of a policy."""
 
     paid: dict[Role, list[int]] = field(default_factory=lambda: {"attention": [], "expert": []})
-    """Workers by second, those that start and leave included."""
+    """Workers in each second, including starting and leaving workers."""
     samples: dict[Role, list[PoolSample]] = field(
         default_factory=lambda: {"attention": [], "expert": []}
     )
     waits_s: list[int] = field(default_factory=list)
-    """Of each admitted request, in the queue."""
+    """Time in the queue of each admitted request."""
     num_changes: int = 0
 
 
 Policy = Callable[[Mapping[Role, PoolSample] | None], Mapping[Role, int] | None]
-"""Called every second; None instead of samples while a scaling runs. Returns wanted numbers."""
+"""Called every second, with None while a scale operation runs. Returns the desired numbers."""
 
 
 class ClusterModel:
@@ -96,7 +96,7 @@ class ClusterModel:
         self.run = Run()
 
     def replay(self, arrivals: Sequence[Arrival], policy: Policy) -> Run:
-        """Serve all arrivals."""
+        """Replay all arrivals."""
         end = int(arrivals[-1].time_s) + 1
         place = 0
         for now in range(end):

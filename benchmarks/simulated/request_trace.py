@@ -1,4 +1,4 @@
-"""Requests of a chat service, with the blocks that they share; see ``data/README.md``."""
+"""Traces of chat services: requests and the blocks that they share; see ``data/README.md``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class TracedRequest:
     """One request."""
 
     time_s: float
-    """Since the first one."""
+    """Seconds since the first request."""
     prompt_tokens: int
-    """Length of its prompt."""
+    """Length of the prompt in tokens."""
     blocks: Sequence[int]
-    """Names of its prompt's blocks: equal ones hold equal tokens behind equal blocks."""
+    """Names of the prompt's blocks; equal names mean equal tokens after equal blocks."""
 
 
 def conversations() -> list[TracedRequest]:
@@ -32,10 +32,10 @@ def conversations() -> list[TracedRequest]:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request without its content."""
+    """Lengths and arrival time of one request."""
 
     time_s: float
-    """Since the first one."""
+    """Seconds since the first request."""
     prompt_tokens: int
     output_tokens: int
 
@@ -58,7 +58,7 @@ def azure_arrivals() -> list[Arrival]:
 def multi_turn(
     seed: int, num_requests: int, *, mean_turns: float = 4.0, rate_per_s: float = 3.0
 ) -> list[TracedRequest]:
-    """Made-up chats, in the order of arrival.
+    """Generate multi-turn chats, in the order of arrival.
 
     Chats begin at random, with one of 20 system prompts (a few of them popular), and bring a first
     message of 1 to 20 blocks or, one in ten, a document of up to 100. After half a minute to some

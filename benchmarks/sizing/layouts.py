@@ -1,4 +1,4 @@
-"""Which groups of GPUs a model wants, how much they hold and how fast they may be. Pure.
+"""Layouts of GPUs for a model, with their memory and predicted speed. Pure.
 
 A layout is whole nodes of 8 GPUs, split into attention and expert workers of one GPU each. On one
 node every split with two workers of each is compared; on several a pool is whole nodes, two of them
@@ -20,11 +20,11 @@ from cluster.sizing.roofline import DeviceSpec, ModelSize, disaggregated_step
 
 GPUS_PER_NODE = 8
 MEMORY_SHARE = 0.9
-"""Of a GPU's memory for weights and KV; the rest is for activations and the libraries."""
+"""Fraction of a GPU's memory for weights and KV; the rest is for activations and libraries."""
 BALANCEDNESS = 0.9
-"""Mean load over that of the busiest expert worker, as rebalancing keeps it."""
+"""Mean load divided by the load of the busiest expert worker, as rebalancing keeps it."""
 SPARE_SHARE = 0.25
-"""Spare slots on one node, of an expert worker's own: room for rebalancing."""
+"""Spare slots on one node as a fraction of a worker's other slots, for rebalancing."""
 CONTEXT_TOKENS = 2048
 """Mean context of a sequence."""
 MAX_SEQS = 64
@@ -39,16 +39,16 @@ class NodeKind:
     """A server of 8 GPUs."""
 
     name: str
-    """For people."""
+    """Name in the tables."""
     gpu: DeviceSpec
-    """Each of them, with its link to the others."""
+    """Capacity of each GPU, with its link to the others."""
     memory_bytes: float
-    """Of each."""
+    """Memory of each GPU in bytes."""
     network_bytes_s: float
-    """To other nodes, for each GPU, one direction, bytes a second."""
+    """Bandwidth of each GPU to other nodes in one direction, bytes a second."""
 
     def worker(self, num_nodes: int) -> DeviceSpec:
-        """What a worker with one of the GPUs can do, among workers on so many nodes."""
+        """Capacity of a worker with one of the GPUs, if the workers are on this number of nodes."""
         return self.gpu if num_nodes == 1 else replace(self.gpu, link_bytes_s=self.network_bytes_s)
 
 
@@ -58,7 +58,7 @@ A100_NODE = NodeKind(
     memory_bytes=80e9,
     network_bytes_s=25e9,
 )
-"""With one 200 Gbit/s adapter for each GPU."""
+"""Nodes with one 200 Gbit/s adapter for each GPU."""
 H100_NODE = NodeKind(
     name="H100-80GB",
     gpu=H100,
@@ -75,12 +75,12 @@ H200_NODE = NodeKind(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizedModel:
-    """A model, and what its attention workers hold."""
+    """A model and the weights of its attention workers."""
 
     size: ModelSize
-    """For the roofline."""
+    """Shape of the model for the roofline."""
     attention_weights: int
-    """Weights of an attention worker, embeddings among them."""
+    """Number of weights of an attention worker, including embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,23 +88,23 @@ class Layout:
     """The workers for a model on some nodes."""
 
     num_nodes: int
-    """Nodes of 8 GPUs."""
+    """Number of nodes of 8 GPUs."""
     num_attention: int
-    """Attention workers, a GPU each."""
+    """Number of attention workers with one GPU each."""
     num_experts: int
-    """Expert workers, a GPU each."""
+    """Number of expert workers with one GPU each."""
     num_redundant: int
     """``--num-redundant-experts``: spare slots of an expert worker and bank."""
     attention_bytes: float
-    """Weights on the GPU of an attention worker."""
+    """Bytes of weights on the GPU of an attention worker."""
     expert_bytes: float
-    """Weights on the GPU of an expert worker, spare slots filled."""
+    """Bytes of weights on the GPU of an expert worker with all spare slots in use."""
     kv_tokens: int
-    """Tokens that an attention worker keeps."""
+    """Tokens in the KV cache of an attention worker."""
     num_seqs: int
     """Sequences in a decode step, over all attention workers."""
     step_s: float
-    """A decode step of so many."""
+    """Predicted seconds of a decode step with ``num_seqs`` sequences."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -118,7 +118,7 @@ class Layout:
 
 
 def best_layout(model: SizedModel, node: NodeKind, num_nodes: int) -> Layout:
-    """The fastest layout that fits. Raises ``ConfigError`` when none does."""
+    """Return the fastest layout that fits. Raises ``ConfigError`` if no layout fits."""
     found = list(_layouts(model, node, num_nodes))
     if not found:
         raise ConfigError("num_nodes", num_nodes, f"of {node.name} are too few for the model")
