@@ -1,4 +1,4 @@
-"""The protocol-independent gateway, which starts calls. HTTP and gRPC are codecs on top of it.
+"""The protocol-independent gateway, which starts calls. HTTP and gRPC convert bodies to calls.
 
 ``Gateway.start`` looks up the model, checks the fields, makes the engine requests
 (``request_maker``), admits the call (``admission_controller``) and sends the requests to the

@@ -33,7 +33,7 @@ class CallDemand:
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> CallDemand:
-        """Sum the demand of a call's requests, of which there is at least one."""
+        """Sum the demand of the requests of a call, at least one."""
         first = requests[0]
         num_tokens = sum(len(one.prompt) + one.n * one.params.max_tokens for one in requests)
         return cls(

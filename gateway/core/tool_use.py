@@ -92,7 +92,7 @@ class Tool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolUse:
-    """The tools of a request, of which there is at least one."""
+    """The tools of a request, at least one."""
 
     tools: tuple[Tool, ...]
     must_call: bool = False

@@ -1,4 +1,4 @@
-"""Reads a stored object in pieces, of which only one is in memory."""
+"""Reads a stored object in pieces, with only one piece in memory."""
 
 from __future__ import annotations
 

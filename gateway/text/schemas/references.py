@@ -75,7 +75,7 @@ class References:
         return ReferenceTarget(schema, base) if isinstance(schema, (Mapping, bool)) else None
 
     def _named(self, address: str) -> ReferenceTarget | None:
-        """Find a schema or a part of it by ``$id`` or, with a leading ``#``, by ``$anchor``."""
+        """Find a schema or one of its parts by ``$id`` or, with a leading ``#``, by ``$anchor``."""
         if self._by_id is None:
             self._by_id = dict(self._names())
         targets = self._by_id

@@ -27,7 +27,7 @@ _LENIENT = {"lenient": True}
 _ANY_OBJECT = {"type": "object"}
 _COUNTS = frozenset({"minProperties", "maxProperties"})
 _OBJECT = frozenset({"type", "properties", "additionalProperties"})
-"""Keywords by each of which a schema describes an object."""
+"""Keywords that each make a schema describe an object."""
 
 
 @dataclass(frozen=True, slots=True)
