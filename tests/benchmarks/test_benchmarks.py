@@ -232,6 +232,7 @@ def test_random_models_of_all_families_can_be_served(name: str) -> None:
     assert len(found[0].token_ids) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not HAS_TRANSFORMERS, reason="transformers is not installed")
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_wrong_usage(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> No
     assert "is at most --num-experts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("attention", "experts", "transport"), [(1, 1, "sockets"), (2, 2, "collective")]
@@ -88,6 +89,7 @@ def test_bytes_of_decode_rows(
     assert set(document["results"]["tokens"]) == {"3", "5"}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_prompt_rows_go_where_they_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
     """One expert a row: each row goes to one of both workers."""

@@ -353,7 +353,14 @@ def run_section(name: str, folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-@pytest.mark.parametrize("name", [s.name for s in SECTIONS if s.name not in IN_PROCESSES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(s.name, marks=[pytest.mark.slow] * s.name.startswith(("speed", "engine-")))
+        for s in SECTIONS
+        if s.name not in IN_PROCESSES
+    ],
+)
 def test_a_section_finds_nothing_wrong_on_a_cpu(name: str, tmp_path: Path) -> None:
     lines = run_section(name, tmp_path)
     assert failures(lines) == []

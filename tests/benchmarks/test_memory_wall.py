@@ -163,6 +163,7 @@ def test_the_rows_of_one_process_run(capsys: pytest.CaptureFixture[str]) -> None
     assert all(float(row[1].replace(",", "")) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_rows_of_weights_in_codes_run(capsys: pytest.CaptureFixture[str]) -> None:
     rows = _rows(capsys, tuple(wall_quantized.ROWS))
     assert len(rows) == 2 * len(wall_quantized.KINDS) + 2 * len(wall_quantized.STORED)

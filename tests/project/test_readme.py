@@ -19,6 +19,7 @@ from cluster.cli.terminal.exit_codes import ExitCode
 from gateway.text.tokenizer import load_tokenizer
 from tests.gateway.stack import Stack
 from tests.harness.served_stack import stack_over
+from tests.harness.tiers import quick_rows
 from tests.paths import ROOT
 from workers.model.families.registry import FAMILIES
 
@@ -93,13 +94,7 @@ def test_the_calls_are_found() -> None:
     assert CALLS["/v1/completions"]["max_tokens"] == 8
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK_FAMILIES))
-        for name in sorted(FAMILIES)
-    ],
-)
+@pytest.mark.parametrize("family", quick_rows(QUICK_FAMILIES, sorted(FAMILIES)))
 def test_every_family_answers(
     made: Callable[..., Path], capsys: pytest.CaptureFixture[str], family: str
 ) -> None:

@@ -28,6 +28,7 @@ def test_a_scenario_that_cannot_be_smaller_stays() -> None:
     assert shrink(scenario, "broken", lambda smaller: "") == (scenario, "broken")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_failing_seed_replays_and_shrinks() -> None:
     whole = run("--bug", "no_hold").stdout

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.harness.tiers import quick_rows
 from tests.simulation.bugs import BUGS
 from tests.simulation.coverage import OCCURRENCES
 
@@ -15,8 +16,7 @@ NUM_SEEDS = 12
 """Seeds of each part."""
 MANY = range(1000, 1500, 100)
 """The first seeds of five hundreds."""
-QUICK_BUGS = {"half_step", "kept_loan", "lost_choice", "no_retry", "torn_read", "twice_told"}
-"""One of each subject: steps, moves, choices, requests, files, and tokens."""
+QUICK_BUGS = {"half_step", "lost_choice", "no_retry"}
 WITH_DISKS = 2
 """A seed whose gateways store objects, and whose workers keep blocks on disk."""
 
@@ -31,7 +31,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", quick_rows({0}, range(2)))
 def test_seeds_keep_every_promise_and_use_every_feature(part: int) -> None:
     found = run("--seed", str(part * NUM_SEEDS), "--num", str(NUM_SEEDS))
     assert found.returncode == 0, found.stdout + found.stderr
@@ -41,6 +41,7 @@ def test_seeds_keep_every_promise_and_use_every_feature(part: int) -> None:
     assert not missing, f"nothing of {missing} in {counted}"
 
 
+@pytest.mark.slow
 def test_a_seed_with_disks_is_the_same_twice() -> None:
     found = [run("--seed", str(WITH_DISKS)).stdout.splitlines() for _ in range(2)]
     first, second = (lines[1:] for lines in found)  # the line before has the CPU time
@@ -59,10 +60,7 @@ def test_many_seeds_keep_every_promise(first: int) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "bug",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK_BUGS)) for name in BUGS],
-)
+@pytest.mark.parametrize("bug", quick_rows(QUICK_BUGS, BUGS))
 def test_a_planted_bug_is_found(bug: str) -> None:
     found = run("--bug", bug)
     assert found.returncode == 0, f"{bug} is not found: {found.stdout}{found.stderr}"

@@ -245,6 +245,7 @@ def test_a_layout_changes_no_bit_of_inspections(
         assert found[request.request_id].outputs[-1].arrays == outputs[-1].arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "transport"),
     [

@@ -6,9 +6,8 @@ With the compiled kernels of each instruction set that this processor has.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,11 +18,15 @@ from torch import Tensor
 from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from cluster.config.cluster import EngineSection
 from cluster.config.workers import Kernels
+from tests.harness.tiers import quick_rows
 from tests.reference.goldens import (
     ALL_VARIANTS,
     BF16_VARIANTS,
+    DOTS1_VARIANTS,
+    JETMOE_VARIANTS,
     MAX_MODEL_LEN,
     NUM_PROMPTS,
+    OLMOE_VARIANTS,
     RANDOM_VARIANTS,
     Golden,
 )
@@ -42,19 +45,16 @@ INSTRUCTIONS: tuple[str, ...] = (*NAMES, "torch")
 VARIANTS = (*ALL_VARIANTS, *RANDOM_VARIANTS)
 TYPICAL = {v for v in ALL_VARIANTS if v.endswith(("official-like", "olmoe-base", "jetmoe-tied"))}
 """One variant of each family."""
+COMMON = TYPICAL | {*OLMOE_VARIANTS, *DOTS1_VARIANTS, *JETMOE_VARIANTS}
+FEW = {"olmoe-base", "dots1-official-like", "jetmoe-tied", "gptoss-official-like"}
 
 
-def rows(variants: Sequence[str], quick: Container[str]) -> list[Any]:
-    """A row for each variant; those that are not `quick` are slow."""
-    return [pytest.param(v, marks=() if v in quick else pytest.mark.slow) for v in variants]
-
-
-@pytest.mark.parametrize("variant", rows(VARIANTS, ALL_VARIANTS))
+@pytest.mark.parametrize("variant", quick_rows(COMMON, VARIANTS))
 def test_float32_equals_golden(golden: Callable[[str], Golden], variant: str) -> None:
     check_golden(golden(variant), "auto")
 
 
-@pytest.mark.parametrize("variant", rows(VARIANTS, TYPICAL))
+@pytest.mark.parametrize("variant", quick_rows(FEW, VARIANTS))
 def test_float32_of_torch_equals_golden(golden: Callable[[str], Golden], variant: str) -> None:
     check_golden(golden(variant), "torch")
 
@@ -72,7 +72,7 @@ def check_golden(expected: Golden, kernels: Kernels) -> None:
 
 
 @pytest.mark.skipif(len(NAMES) < 2, reason="the processor has one instruction set of ours or none")
-@pytest.mark.parametrize("variant", rows(VARIANTS, TYPICAL))
+@pytest.mark.parametrize("variant", quick_rows(TYPICAL, VARIANTS))
 def test_float32_is_the_same_on_every_instruction_set(
     golden: Callable[[str], Golden], variant: str
 ) -> None:

@@ -31,6 +31,7 @@ from cluster.core.frames import (
 from cluster.core.states import IllegalTransitionError
 from tests.cluster.controller.fakes_cluster import FakeCluster
 from tests.cluster.controller.load_reports import load_of
+from tests.harness.tiers import quick_rows
 
 STATES = {"STARTING", "SERVING", "DEGRADED", "RECOVERING", "DRAINING", "STOPPED"}
 
@@ -591,7 +592,7 @@ def _check_consistent(cluster: FakeCluster, before: tuple[int, int, int]) -> tup
     return now
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", quick_rows(range(30), range(60)))
 def test_random_events_keep_the_state_legal_and_consistent(seed: int) -> None:
     draw = random.Random(seed)
     cluster = FakeCluster(draw.randint(1, 3), draw.randint(1, 4), num_redundant=draw.randint(0, 3))

@@ -82,6 +82,7 @@ def test_a_model_without_experts_is_refused() -> None:
         size_pools(replace(MODEL, banks=()), [1], 1.0, num_workers=2, device=H100)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("state_home")
 def test_the_command_reads_a_bare_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

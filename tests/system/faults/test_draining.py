@@ -41,6 +41,7 @@ from tests.harness.fault_rows import (
     wait_operation,
     with_model,
 )
+from tests.harness.tiers import quick_rows
 from workers.requests.sequence import SequenceState
 from workers.scheduling.scheduler import Scheduler
 from workers.scheduling.step_intent import StepIntent
@@ -91,7 +92,7 @@ def test_drained_workers_leave_no_trace_in_the_answers() -> None:
         assert not {"attention-0", "expert-1"} & set(cluster.group.workers)
 
 
-@pytest.mark.parametrize("has_states", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("has_states", quick_rows({False}, [False, True]))
 def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
     monkeypatch: pytest.MonkeyPatch, recurrent: Path, has_states: bool
 ) -> None:

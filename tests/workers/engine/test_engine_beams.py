@@ -20,6 +20,7 @@ from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
 from cluster.core.errors import PeerLostError, RequestError
 from tests.fakes import FailingDispatcher, tiny_tensors, write_tiny_checkpoint
+from tests.harness.tiers import quick_rows
 from tests.reference.beams import (
     CLEAR_MARGIN,
     BeamCase,
@@ -167,7 +168,7 @@ def with_blocks(path: Path, section: EngineSection, num_blocks: int) -> EngineSe
     ],
     ids=str,
 )
-@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("num_micro_batches", quick_rows({2}, [1, 2]))
 def test_batches_blocks_and_seats_change_nothing(
     tiny_checkpoint: Path,
     alone: dict[tuple[str, int], object],

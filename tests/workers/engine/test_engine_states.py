@@ -13,6 +13,7 @@ from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import PeerLostError
 from tests.fakes import FailingDispatcher
+from tests.harness.tiers import quick_rows
 from tests.reference.exact import exact
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from workers.requests.request import Request, SamplingParams, TokenOutput
@@ -28,7 +29,7 @@ SYSTEM = tuple(random.Random(1).choices(range(6, 512), k=33))
 MakeEngine = Callable[..., LocalEngine]
 
 
-@pytest.fixture(params=["auto", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.fixture(params=quick_rows({"auto"}, ["auto", "torch"]))
 def make(golden: Callable[[str], Golden], request: pytest.FixtureRequest) -> MakeEngine:
     """Engines of a small model whose layers have states, exact in either kind of kernels."""
     path = golden("qwen3next-official-like").path
@@ -88,10 +89,8 @@ def expected(make: MakeEngine) -> list[tuple[object, ...]]:
     return alone(make(section), requests("a"))
 
 
-@pytest.mark.parametrize(
-    "rows", [7, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (6, 24, 64))]
-)
-@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("rows", quick_rows({7}, [6, 7, 24, 64]))
+@pytest.mark.parametrize("num_micro_batches", quick_rows({2}, [1, 2]))
 def test_rows_do_not_depend_on_how_they_are_cut(
     make: MakeEngine, expected: list[tuple[object, ...]], rows: int, num_micro_batches: int
 ) -> None:
@@ -102,7 +101,7 @@ def test_rows_do_not_depend_on_how_they_are_cut(
     assert engine.engine.stats()["prefix_cache_hits_total"] > 0
 
 
-@pytest.mark.parametrize("num_cached_states", [0, 2, 32])
+@pytest.mark.parametrize("num_cached_states", quick_rows({2}, [0, 2, 32]))
 def test_preempted_sequences_go_on_with_the_same_bits(
     make: MakeEngine, expected: list[tuple[object, ...]], num_cached_states: int
 ) -> None:

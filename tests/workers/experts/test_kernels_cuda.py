@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.harness.tiers import quick_rows
 from tests.workers.cuda.device import DEVICE
 from tests.workers.experts.plain import (
     CLAMPED,
@@ -123,7 +124,7 @@ def test_blocks_of_many_pairs_are_higher(num_pairs: int) -> None:
 
 @pytest.mark.parametrize("num_rows", [5, pytest.param(30, marks=SLOW)])
 @pytest.mark.parametrize("per_slot_input", [False, True])
-@pytest.mark.parametrize("float32_weights", [False, True])
+@pytest.mark.parametrize("float32_weights", quick_rows({True}, [False, True]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_of_rows_are_those_of_their_pairs(
     dtype: torch.dtype, float32_weights: bool, per_slot_input: bool, num_rows: int

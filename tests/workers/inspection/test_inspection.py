@@ -194,6 +194,7 @@ def test_deterministic_inspections_have_the_same_bits_in_any_company(
         assert (got["attentions"] - want["attentions"]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [

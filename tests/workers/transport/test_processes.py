@@ -23,6 +23,7 @@ from benchmarks.harness.mesh import (
 from cluster.core.addresses import split_address
 from cluster.core.errors import PeerLostError
 from cluster.core.topology import Generation, Member
+from tests.harness.tiers import quick_rows
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.micro_batches import MicroBatchRule
@@ -175,9 +176,7 @@ def test_steps_between_processes(transport: str) -> None:
     run_ranks(3, work, transport, False, timeout_s=3 * LIMIT_S)
 
 
-@pytest.mark.parametrize(
-    "transport", ["sockets", pytest.param("collective", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("transport", quick_rows({"sockets"}, ["sockets", "collective"]))
 def test_a_killed_expert_is_noticed_at_once(transport: str) -> None:
     seconds = run_ranks(3, work, transport, True, timeout_s=3 * LIMIT_S, may_die=frozenset({2}))
     assert seconds[2] is None

@@ -41,7 +41,7 @@ from tests.gateway.text.tool_formats.examples import (
 )
 
 FORMS = (*ToolCallFormat, None)
-FEW, MANY = 330, 10_000
+FEW, MANY = 110, 10_000
 _WORD = re.compile(r"w\d{4}[éß字ж😀]?x")
 _TAILS = ("", "é", "ß", "字", "ж", "😀")
 _HEADERS = ("analysis", "final", "commentary")

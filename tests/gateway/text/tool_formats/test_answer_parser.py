@@ -15,6 +15,7 @@ from gateway.text.tool_formats.call_syntax import SYNTAXES
 from gateway.text.tool_formats.lookahead import MAX_WAITING_CHARS
 from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece, ParsedText
 from tests.gateway.text.tool_formats.examples import MARKS, USE, WEATHER, read, written
+from tests.harness.tiers import quick_rows
 
 FORMS = sorted(SYNTAXES, key=lambda form: form.name)
 QUICK = {ToolCallFormat.HERMES, ToolCallFormat.GLM}
@@ -142,9 +143,7 @@ def test_every_cut_of_a_call_keeps_its_text(form: ToolCallFormat) -> None:
             assert has_calls is (arguments == '{"city": "Ems", "days": 3}')
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form not in QUICK)) for form in FORMS]
-)
+@pytest.mark.parametrize("form", quick_rows(QUICK, FORMS))
 def test_a_cut_value_is_the_beginning_of_the_whole_one(form: ToolCallFormat) -> None:
     """Also where it is no text: clients that read cut JSON get its type right."""
     arguments = {

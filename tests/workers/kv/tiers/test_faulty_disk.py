@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.harness.faulty_files import FAULTS, FEW_FAULTS, Fault, FaultyFiles, Killed, each_fault
+from tests.harness.tiers import quick_rows
 from tests.workers.kv.tiers.test_disk import check_contents, disk_of, file_of
 from tests.workers.kv.tiers.test_host import BLOCK_BYTES, data_of, leave, names_of, use_of
 from workers.kv.tiers.disk import DiskTier
@@ -137,7 +138,7 @@ def test_what_has_the_name_of_a_folder_keeps_no_worker_from_starting(
 
 
 @KINDS
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", quick_rows({1}, [0, 1]))
 def test_each_fault_costs_blocks_alone(tmp_path: Path, kinds: Sequence[Fault], rank: int) -> None:
     for folder, fault in each_fault(tmp_path, fill, kinds):
         with FaultyFiles(folder, fault), contextlib.suppress(Killed):
