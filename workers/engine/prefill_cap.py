@@ -1,10 +1,10 @@
 """The number of prompt rows in a step while other sequences decode. Pure: times are passed in.
 
 A step ends for all ranks together, so a long chunk of one prompt delays every stream of the
-cluster. If the operator sets a target for the inter-token latency, the leader learns the cost of
-decode steps and prompt rows from its own steps, and grants as many prompt rows as fit into the
-target. A row costs less in a larger chunk (the expert weights are read anyway), and more in a
-longer context. The estimate is therefore updated at every step.
+cluster. The operator may set a target for the inter-token latency. Then the leader learns the cost
+of decode steps and prompt rows from its own steps, and grants as many prompt rows as fit. A row
+costs less in a larger chunk (the expert weights are read anyway), and more in a longer context. The
+estimate is therefore updated at every step.
 """
 
 from __future__ import annotations

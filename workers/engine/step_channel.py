@@ -5,7 +5,7 @@
     header = channel.wait(timeout)            header = channel.wait(timeout)
     run the step                              serve the step
 
-Without work, all ranks are blocked in ``wait``. If a rank receives a request, another thread of it
+Without work, all ranks are blocked in ``wait``. If a rank receives a request, its control side
 calls ``connections.wake()``. ``wait`` then returns None, the rank proposes again for the same step,
 and the leader sends the header. If the leader sent that header before the new proposal, the rank
 takes part in the step without rows and proposes for the next step.

@@ -25,7 +25,7 @@ from workers.quantization.matrix import Weight
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedExpert:
-    """Identity of one load of an expert into a slot; a second load of it gets another object."""
+    """Identity of one load of an expert into a slot; each load gets a new object."""
 
     expert: int
 

@@ -37,7 +37,7 @@ class BlockTables:
             self._changes.update(enumerate(blocks, begin))
 
     def follow(self) -> None:
-        """Start to record changed entries, of which ``take_changes`` returns the latest values."""
+        """Start to record changed entries; ``take_changes`` returns their latest values."""
         self._changes = {}
 
     def forget_changes(self) -> None:

@@ -1,9 +1,9 @@
 """Assignment of recurrent states to running sequences and to the prefix cache. Pure.
 
-A state is stored where a later prompt can continue from it: after the last full block that the same
-prompt would reuse, after the last full block of each chunk and of the output so far, and, if the
-cached blocks of a prompt had no state, after these, as other prompts are likely to branch there.
-The latest state of a sequence replaces its previous latest state.
+A state is stored where a later prompt can continue: after the last full block that the same prompt
+would reuse, and after the last full block of each chunk and of the output so far. If a prompt had
+cached blocks without a state, a state is also stored after these, as other prompts are likely to
+branch there. The latest state of a sequence replaces its previous latest state.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ cache, the last dimension is a row of ``workers.model.fp8``. A latent cache
 (``AttentionBatch.latent_rank``) is [1, num_blocks, block_size, D]: it stores only keys, and the
 first elements of a key are the value.
 
-Decodes copy (gather) the blocks of a few sequences at a time into a workspace, so that the keys of
-each head and sequence are contiguous and batched products are fast. The workspace is reused, as
-page faults of new memory would cost more than the products. For 32 sequences of 192 tokens, 8 heads
-of 64, bfloat16 on one busy core of an AMD EPYC: SDPA over [B, L, heads, D] 10 ms, products in fresh
-memory 15 ms, in a workspace 4.0 ms, in pieces of 3 MB 2.3 ms (1024 tokens: 83, 27 and 19 ms).
+Decode attention copies (gathers) the blocks of a few sequences at a time into a workspace, in which
+the keys of each head and sequence are contiguous, as fast batched products need. The workspace is
+reused: page faults of new memory would cost more than the products. For 32 sequences of 192 tokens,
+8 heads of 64, bfloat16, one busy core of an AMD EPYC: SDPA over [B, L, heads, D] 10 ms, products in
+new memory 15 ms, in a workspace 4.0 ms, in pieces of 3 MB 2.3 ms (1024 tokens: 83, 27 and 19 ms).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ ScaleDType = Literal["float32", "bfloat16", "float16", "e8m0"]
 """Type of the scales. ``e8m0`` is an 8-bit power of two, from 2**-127 up."""
 _SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1}
 GROUP_MULTIPLE = 8
-"""Number of which group sizes must be multiples, so that each group begins at a whole word."""
+"""Group sizes must be multiples of this number, so that each group begins at a whole word."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

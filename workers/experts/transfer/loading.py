@@ -16,8 +16,8 @@ order, and each gets one reply. The slots of a failed command have undefined con
 When a generation starts to run, slots outside its maps are freed (``keep_only``). This is queued
 behind earlier commands, which were for this generation or for one that will never run. Slots that a
 later generation already uses stay. A slot is marked empty before the last check of the current
-maps, and a worker reports its slots after it has received new maps, so it never reports a slot that
-is about to be written or freed.
+maps, and a worker reports its slots only after it has received new maps. So it never reports a slot
+that is about to be written or freed.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Keys and values are read in tiles of 64 positions, always from position 0 of their sequence. The
 shape of each tile's products does not depend on the batch, except for the number of query rows,
 which has no effect from four rows on (``invariant`` checks that at the start). Masked positions
-contribute exactly zero, and tiles are added in order. So the result of a row has the same bits
-whether the row is alone, in a chunk of any size, or in the whole prompt, is a decode or a prompt
-row, in any batch and with any block table. All computation is in float32.
+contribute exactly zero, and tiles are added in order. So the result of a row has the same bits in
+any batch, with any block table, in a chunk of any size, and as a decode row or as a prompt row. All
+computation is in float32.
 """
 
 from __future__ import annotations
