@@ -87,6 +87,6 @@ class NativeStep:
 
 
 def native_step(model: AttentionModel, cache: KVCache, tables: BlockTables) -> NativeStep | None:
-    """The native step of a model; None if a layer has parts that native code does not support."""
+    """Return the native step of a model, or None if native code does not support all layers."""
     layers = native_layers(model, cache.by_layer)
     return None if layers is None else NativeStep(model, layers, cache, tables)

@@ -101,7 +101,7 @@ class PrefillCap:
         return self._prefill_s / self._prefill_rows if self._prefill_rows else 0.0
 
     def _decode_time(self, decode_rows: int) -> float:
-        """Expected time of a step with only these decode rows, from the nearest known size."""
+        """Return the expected seconds of a step with only these decode rows, from similar steps."""
         if not decode_rows or not self._decode_s:
             return 0.0
         size = _size(decode_rows)

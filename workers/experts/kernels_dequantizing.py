@@ -1,4 +1,4 @@
-"""Quantized experts without compiled kernels: the reference, and torch on CPUs."""
+"""Quantized experts with torch: the reference, and the kernel of CPUs without compiled ones."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class TurnCopier:
         self._wake()
 
     def _queue_ended(self, use: TurnUse) -> None:
-        """Queue an ended turn, unless it is not needed again; nothing was copied before."""
+        """Queue an ended turn whose blocks were not copied while its sequence ran."""
         if use.hints.keep_s == 0:  # not needed again: only make copies in the tiers evictable
             num_here = len(self._tiers.tiers_of(use.names))
             use = replace(use, names=use.names[:num_here], states=())
