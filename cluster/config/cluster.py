@@ -211,7 +211,7 @@ class ClusterConfig:
         self.kv_events.check_ranks(self.workers.num_attention_ranks)
         endpoint = self.kv_events.kv_events_endpoint
         caches = self.engine.enable_prefix_caching
-        rule = "needs enable_prefix_caching: no block is cached without"
+        rule = "needs enable_prefix_caching: without it no block is cached"
         check(endpoint is None or caches, "kv_events_endpoint", endpoint, rule)
         host = self.kv_tiers.kv_host_bytes
         check(not host or caches, "kv_host_bytes", host, rule)

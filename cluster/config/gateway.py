@@ -196,7 +196,7 @@ class GatewaySection:
         needs = "needs tls_cert and tls_key"
         has_ca = self.tls_client_ca is not None
         check(not has_ca or self.has_tls, "tls_client_ca", self.tls_client_ca, needs)
-        rule = "asks clients for no certificate: it cannot be used with tls_client_ca"
+        rule = "cannot be used with tls_client_ca: it requests no client certificates"
         check(not has_ca or self.serve_proxy is None, "serve_proxy", self.serve_proxy, rule)
         rule = "must be empty or /, a name, and so on, without / at its end"
         is_path = _ROOT_PATH.fullmatch(self.root_path) is not None

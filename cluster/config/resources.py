@@ -147,7 +147,7 @@ def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
         # NCCL rejects two ranks on one GPU, so a fraction needs an explicit request.
         return 1.0 if share == 1.0 else 0.0
     if share == 0:
-        raise ConfigError("device", "cuda", "needs GPUs in the Ray cluster, it has none")
+        raise ConfigError("device", "cuda", "needs GPUs, but the Ray cluster has none")
     return share
 
 

@@ -171,7 +171,7 @@ def _gateway_address(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> s
     if host in EVERY_INTERFACE:
         return gateways[0].address if gateways else _head_address()
     if gateways and is_loopback(host):
-        rule = "is for one node only, and nodes are labelled for the gateway: 0.0.0.0 is for all"
+        rule = "reaches one node only, but nodes are labelled for the gateway: use 0.0.0.0"
         raise ConfigError("host", host, rule)
     return ""
 

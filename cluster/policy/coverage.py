@@ -87,7 +87,7 @@ def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | Non
     stage, missing = plan_coverage(holdings, devices, current.epoch + 1)
     if stage is None:
         lacking = f"{len(missing)} experts that only they hold"
-        raise ConflictError(f"the other workers have no room for {lacking}")
+        raise ConflictError(f"the other workers have no free slots for {lacking}")
     fills = (replace(f, sources=current.banks[f.bank].holders(f.expert)) for f in stage.fills)
     return replace(stage, fills=tuple(fills))
 

@@ -102,7 +102,7 @@ def _is_url(name: str) -> bool:
 def _read_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     before, after = _read(Path(args.a)), _read(Path(args.b))
     if before["command"] != after["command"]:
-        message = f"{before['command']} and {after['command']} are not the same command"
+        message = f"{before['command']} and {after['command']} are different commands"
         raise CommandError(ExitCode.REFUSED, message)
     _note_differences(before["options"], after["options"])
     return before, after

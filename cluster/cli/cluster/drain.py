@@ -105,6 +105,6 @@ def drain_gateway(args: argparse.Namespace, quiet_s: float = 12.0) -> int:
         if is_done or now >= give_up:
             break
         time.sleep(_POLL_S)
-    text = f"{left['gateway']} serves {left['requests']} requests and takes no more clients"
+    text = f"{left['gateway']} serves {left['requests']} requests and rejects new ones"
     show(args, left, text)
     return ExitCode.OK if is_done or not args.wait else ExitCode.FAILED

@@ -75,13 +75,13 @@ def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
     if address and not record.is_alive:
         return False  # the launcher checks what runs in Ray
     if not address and record.is_detached:
-        differences = [f"--address: {record.address}, not a Ray of its own"]
+        differences = [f"--address: {record.address}, not a private Ray"]
     elif not record.is_alive:
         return False
     else:
         differences = option_differences(record.asked, options_by_flag(given))
         if address and not record.joined:
-            differences.append(f"--address: a Ray of its own, not {address}")
+            differences.append(f"--address: a private Ray, not {address}")
     if differences:
         text = "; ".join(differences)
         rule = f"{record.name} is up with other settings ({text})"

@@ -47,7 +47,7 @@ def profile_of(document: Mapping[str, Any], view: str) -> LoadProfile:
     """Convert a view of the load document to a profile. Raises ``CommandError`` if empty."""
     tokens = document["tokens" if view == "total" else f"{view}_tokens"]
     if not tokens:
-        raise CommandError(ExitCode.REFUSED, f"there is no load yet ({view})")
+        raise CommandError(ExitCode.REFUSED, f"no load has been recorded yet ({view})")
     banks = [
         {"bank": b["bank"], "layer": b["layer"], "counts": _counts(b, view)}
         for b in document["banks"]

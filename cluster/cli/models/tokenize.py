@@ -28,7 +28,7 @@ def _ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as err:
-        raise argparse.ArgumentTypeError("must be whole numbers with commas") from err
+        raise argparse.ArgumentTypeError("must be whole numbers, separated by commas") from err
 
 
 def check_text_or_ids(args: argparse.Namespace) -> None:

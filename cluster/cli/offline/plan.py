@@ -66,7 +66,7 @@ def parse_numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(positive(part) for part in text.split(","))
     except argparse.ArgumentTypeError as err:
-        raise argparse.ArgumentTypeError("must be numbers above 0 with commas") from err
+        raise argparse.ArgumentTypeError("must be numbers above 0, separated by commas") from err
 
 
 def run_placement(args: argparse.Namespace) -> int:
@@ -87,7 +87,7 @@ def run_placement(args: argparse.Namespace) -> int:
 
 def read_query(args: argparse.Namespace) -> PlanQuery:
     """Make the query from the options. Raises ``ConfigError`` for inconsistent ones."""
-    needs = "needs --current: without one every slot is new"
+    needs = "needs --current: without it every slot is new"
     limited = args.max_move_fraction is not None
     fraction = args.max_move_fraction
     check(not limited or args.current is not None, "--max-move-fraction", fraction, needs)

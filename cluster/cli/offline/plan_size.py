@@ -76,7 +76,7 @@ def parse_whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(count(part) for part in text.split(","))
     except argparse.ArgumentTypeError as err:
-        raise argparse.ArgumentTypeError("must be whole numbers above 0 with commas") from err
+        raise argparse.ArgumentTypeError("must be whole numbers above 0, with commas") from err
 
 
 def run_size(args: argparse.Namespace) -> int:

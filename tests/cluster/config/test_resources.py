@@ -154,7 +154,7 @@ def test_cuda_by_name_takes_a_fraction_where_there_are_few() -> None:
 @pytest.mark.parametrize(
     ("workers", "gpus", "words"),
     [
-        (_workers(device="cuda"), 0, "needs GPUs in the Ray cluster, it has none"),
+        (_workers(device="cuda"), 0, "needs GPUs, but the Ray cluster has none"),
         (_workers(gpus=1.0), 2, "need 3 GPUs, the cluster has 2"),
         (_workers(gpus=0.5, device="cpu"), 2, "must be 0 with device cpu"),
         (_workers(gpus=0.0, device="cuda"), 2, "must be above 0 with device cuda"),

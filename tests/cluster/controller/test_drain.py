@@ -333,7 +333,11 @@ def test_a_whole_node_leaves_at_once() -> None:
     ("cluster", "worker", "words"),
     [
         (lambda: serving(1, 3), "attention-0", "attention-0 is the last attention worker"),
-        (lambda: on_gpus(serving(2, 3, 0)), "expert-2", "have no room for 4 experts that only"),
+        (
+            lambda: on_gpus(serving(2, 3, 0)),
+            "expert-2",
+            "have no free slots for 4 experts that only",
+        ),
         (lambda: FakeCluster(2, 3), "expert-2", "the cluster is starting or ending"),
     ],
     ids=["last attention", "only copies", "starting"],

@@ -300,7 +300,7 @@ def test_orders_that_cannot_be(order: dict[str, Any], error: type[Exception], te
 def test_workers_without_room_for_the_experts_stay() -> None:
     cluster = serving(1, 2, 0)
     cluster.known.room = cluster.known.num_slots  # as on GPUs, where banks cannot grow
-    with pytest.raises(ConflictError, match="no room for 8 experts that only they hold"):
+    with pytest.raises(ConflictError, match="no free slots for 8 experts that only they hold"):
         scale(cluster, expert=1)
 
 

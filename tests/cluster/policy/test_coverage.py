@@ -150,7 +150,7 @@ def test_a_stage_names_what_the_others_must_load_and_from_whom() -> None:
         (2, 2, (1,)),
         (3, 3, (1,)),
     ]
-    with pytest.raises(ConflictError, match="no room for 1 experts that only they hold"):
+    with pytest.raises(ConflictError, match="no free slots for 1 experts that only they hold"):
         stage_on({0}, current, room=3)
 
 

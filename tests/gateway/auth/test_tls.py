@@ -143,4 +143,4 @@ def test_serve_refuses_at_once(
     assert "--tls-cert" in capsys.readouterr().err
     mutual = [*files, str(certificates.server_key), "--tls-client-ca", str(certificates.client_ca)]
     assert main([*words, *mutual, "--serve-proxy"]) == 2
-    assert "--serve-proxy (8002) asks clients for no certificate" in capsys.readouterr().err
+    assert "--serve-proxy (8002) cannot be used with" in capsys.readouterr().err

@@ -207,7 +207,7 @@ def test_a_gateway_is_asked_until_it_has_nothing_left(
     words = ["drain", "gateway", "--admin-url", gateway.url]
     assert drain_gateway(make_parser().parse_args(words), quiet_s=0.0) == ExitCode.OK
     assert gateway.admin == []
-    assert capsys.readouterr().out == "gateway-1 serves 0 requests and takes no more clients\n"
+    assert capsys.readouterr().out == "gateway-1 serves 0 requests and rejects new ones\n"
     gateway.admin = [left(2)]
     assert main([*words, "--wait", "0"]) == ExitCode.OK
     capsys.readouterr()
