@@ -79,8 +79,8 @@ def silent_hosts(
 ) -> frozenset[str]:
     """Return workers whose silence may be caused by the controller's own host, ``own_host``.
 
-    A silence counts if its worker is about to be declared lost, or is silent for half of
-    ``limit_s``. The own host may be the cause if most other hosts are silent for half of that time.
+    It may be if the silence of a worker exceeds its patience or half of ``limit_s``, and most other
+    hosts are silent for at least half of the exceeded limit.
     """
     away = [p for p in pulses if p.host not in ("", own_host)]
     over = [limit for p in away if now - p.heard_at > (limit := min(p.patience_s, limit_s / 2))]
