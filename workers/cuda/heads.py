@@ -27,7 +27,7 @@ class Heads:
     """The rows of a step, ready for attention. Contiguous."""
 
     queries: Tensor
-    """[T, A, D]."""
+    """Rotated queries, [T, A, D]."""
     keys_values: Tensor
     """[T, 2 * K, D], keys before values."""
 

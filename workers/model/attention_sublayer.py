@@ -112,9 +112,9 @@ class DenseProjections:
     """Query, key, value and output projections that are the same for all rows."""
 
     qkv: Linear
-    """H -> (A + 2K) * D, rows of q, k, v in this order."""
+    """Product H -> (A + 2K) * D, rows of q, k, v in this order."""
     output: Linear
-    """A * D -> H."""
+    """Product A * D -> H."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +129,7 @@ class RoutedProjections:
 
     router: Router
     kv: Linear
-    """H -> 2K * D, rows of k before those of v."""
+    """Product H -> 2K * D, rows of k before those of v."""
     bias: Tensor
     """[H]: output bias, added once per row to the weighted sum of the experts' outputs."""
 

@@ -230,7 +230,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     """End-of-sequence tokens, which end an output."""
     dtype: str
-    """The checkpoint's own dtype: float32, bfloat16 or float16."""
+    """Dtype of the checkpoint: float32, bfloat16 or float16."""
     rope: RopeConfig
     activation: Activation = "silu"
     """Activation of the experts and dense MLPs."""

@@ -141,16 +141,16 @@ class LatentProjections:
     norm1: Norm
     """First norm of the layer."""
     queries: Callable[[Tensor, LayerContext], Tensor]
-    """H -> A * (N + P)."""
+    """Product H -> A * (N + P)."""
     latents: Linear
-    """H -> R + P."""
+    """Product H -> R + P."""
     latent_norm: Norm
     """Norm of the latent vector [T, R]."""
     heads: HeadProducts
     can_expand: bool
     """Whether prompt rows may be expanded: their bits then depend on how a prompt is split."""
     output: Linear
-    """A * V -> H."""
+    """Product A * V -> H."""
 
     def project(
         self, attend_rows: AttendRows, hidden: Tensor, cache: Tensor, context: LayerContext

@@ -191,7 +191,7 @@ def _rotated_frequencies(config: RopeConfig) -> Tensor:
 
 
 def _padded(config: RopeConfig, frequencies: Tensor) -> Tensor:
-    """Pad [.., R/2] with zeros to [.., D/2]."""
+    """Pad frequencies [.., R/2] with zeros to [.., D/2]."""
     return pad(frequencies, (0, (config.head_dim - config.rotary_dim) // 2))
 
 
@@ -257,7 +257,7 @@ class Rope:
         """Cosines and signed sines of all positions; None if they depend on the request."""
 
     def rows(self, positions: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines, each [T, 1, D], of positions [T] int64.
+        """Return cosines and signed sines, each [T, 1, D], of positions [T] int64.
 
         prompt_lengths [T] int64: length of the prompt of each row's request (dynamic only). The
         sines of the first half are negated, so that ``rotate`` needs no negation.

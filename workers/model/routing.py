@@ -74,7 +74,7 @@ class Router:
 
     routing: Routing
     linear: Linear
-    """H -> E."""
+    """Product H -> E."""
     correction: Tensor | None = None
     """[E] float32: added to scores (softmax and sigmoid) for the selection, not for the weights."""
 

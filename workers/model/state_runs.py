@@ -1,4 +1,4 @@
-"""Runs: rows of a sequence between two recurrent states, as positions in a plan or rows of a batch.
+"""Runs: consecutive rows of a sequence that start from one recurrent state and end in another.
 Pure."""
 
 from __future__ import annotations

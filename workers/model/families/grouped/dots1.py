@@ -47,7 +47,7 @@ class Dots1Config:
 
 
 def family(config: Mapping[str, Any]) -> Dots1Family:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Dots1ForCausalLM")
     windows = _windows(settings)

@@ -58,7 +58,7 @@ class Ernie45MoeConfig:
 
 
 def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Ernie4_5_MoeForCausalLM")
     own = Ernie45MoeConfig(

@@ -51,7 +51,7 @@ class FlexOlmoConfig:
 
 
 def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("FlexOlmoForCausalLM")
     own = FlexOlmoConfig(

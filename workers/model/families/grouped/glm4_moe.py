@@ -54,7 +54,7 @@ class Glm4MoeConfig:
 
 
 def family(config: Mapping[str, Any]) -> Glm4MoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Glm4MoeForCausalLM")
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)

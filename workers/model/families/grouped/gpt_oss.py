@@ -61,7 +61,7 @@ class GptOssConfig:
 
 
 def family(config: Mapping[str, Any]) -> GptOssFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     ignored = _ignored_keys(config.get("quantization_config"))
     known = {key: value for key, value in config.items() if key != "quantization_config"}
     if not (known.get("rope_scaling") or known.get("rope_parameters")):

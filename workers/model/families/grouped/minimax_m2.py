@@ -46,7 +46,7 @@ _HEAD_DIM = 128
 
 
 def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("MiniMaxM2ForCausalLM")
     experts = RoutedExperts.read(

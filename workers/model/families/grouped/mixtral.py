@@ -39,7 +39,7 @@ _DEFAULTS = Defaults(
 
 
 def family(config: Mapping[str, Any]) -> MixtralFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("MixtralForCausalLM")
     has_window = settings.value("sliding_window") is not None

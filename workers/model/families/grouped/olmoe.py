@@ -52,7 +52,7 @@ class OlmoeConfig:
 
 
 def family(config: Mapping[str, Any]) -> OlmoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("OlmoeForCausalLM")
     own = OlmoeConfig(

@@ -51,7 +51,7 @@ class Qwen3MoeConfig:
 
 
 def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Qwen3MoeForCausalLM")
     width = settings.integer("sliding_window", default=4096)

@@ -51,12 +51,12 @@ class GatedAttention:
     heads: RowAttention
     shape: AttentionShape
     project: Linear
-    """H -> (2A + 2K) * D: rows of q, k, v, then gates [A * D]."""
+    """Product H -> (2A + 2K) * D: rows of q, k, v, then gates [A * D]."""
     q_norm: Norm
     """Weights of the norms of each query and key head."""
     k_norm: Norm
     output: Linear
-    """A * D -> H."""
+    """Product A * D -> H."""
 
     def __call__(self, normed: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
         """Mix rows [T, H] along their sequences; see ``Mixer``."""
@@ -77,10 +77,10 @@ class RecurrentMixer:
     """Gated DeltaNet with its projections."""
 
     project: Linear
-    """H -> ``DeltaNet.row_width``."""
+    """Product H -> ``DeltaNet.row_width``."""
     mix: Mix
     output: Linear
-    """V * D -> H."""
+    """Product V * D -> H."""
 
     def __call__(self, normed: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
         """Mix rows [T, H] along their sequences; see ``Mixer``."""
@@ -100,7 +100,7 @@ class HybridLayer:
     mlp: Mlp
     """The shared expert, or the MLP of a layer without routed experts."""
     gate: Linear | None
-    """H -> 1: gate of the shared expert."""
+    """Product H -> 1: gate of the shared expert."""
     router: Router | None
     """None in a layer without routed experts."""
 

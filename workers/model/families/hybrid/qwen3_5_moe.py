@@ -41,7 +41,7 @@ _TEXT, _WHOLE = "qwen3_5_moe_text", "qwen3_5_moe"
 
 
 def family(config: Mapping[str, Any]) -> Qwen35MoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     is_whole = config.get("model_type") == _WHOLE
     settings = ConfigReader(_text_config(config) if is_whole else config)
     names = ("Qwen3_5MoeForConditionalGeneration",) if is_whole else ("Qwen3_5MoeForCausalLM",)

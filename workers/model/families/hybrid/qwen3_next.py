@@ -37,7 +37,7 @@ _DEFAULTS = Defaults(
 
 
 def family(config: Mapping[str, Any]) -> Qwen3NextFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Qwen3NextForCausalLM")
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)

@@ -34,7 +34,7 @@ _EXPERTS = GroupDefaults(
 
 
 def family(config: Mapping[str, Any]) -> LatentFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("DeepseekV2ForCausalLM")
     settings.only("scoring_func", "softmax")

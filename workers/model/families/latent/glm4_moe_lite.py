@@ -39,7 +39,7 @@ _KINDS = ("dense", "sparse")
 
 
 def family(config: Mapping[str, Any]) -> LatentFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     settings.architecture("Glm4MoeLiteForCausalLM")
     settings.only("scoring_func", "sigmoid")

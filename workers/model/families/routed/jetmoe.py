@@ -58,7 +58,7 @@ class JetMoeConfig:
 
 
 def family(config: Mapping[str, Any]) -> JetMoeFamily:
-    """Read ``config.json``. Raises ``CheckpointError`` naming the unsupported key."""
+    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
     settings = ConfigReader(config)
     architecture = settings.architecture("JetMoeForCausalLM", "JetMoEForCausalLM", _CLASSIFIER)
     own = JetMoeConfig(
