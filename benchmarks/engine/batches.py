@@ -1,4 +1,4 @@
-"""What the engine does in one process, by batch size: ``python -m benchmarks.engine [MODEL]``."""
+"""Speed of the engine in one process by batch size: ``python -m benchmarks.engine [MODEL]``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "itl_ms")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
     local_runs.add_engine_options(parser)
     parser.add_argument(
@@ -57,14 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rates(times: Sequence[Sequence[float]], input_len: int) -> dict[str, float | None]:
-    """Of one run: prompts by the time to the last first token; then while all decode."""
+    """Rates of one run: prefill until the last first token, then decode while all decode."""
     interval = decode_interval_of(times)
     prefill = len(times) * input_len / interval.begin_s
     return dict(zip(NUMBERS, (prefill, interval.tokens_per_s, interval.median_gap_ms), strict=True))
 
 
 def _medians(runs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Each number's own; None where there was nothing to measure."""
+    """Median of each rate; None if it could not be measured."""
     found: dict[str, float | None] = {}
     for name in NUMBERS:
         values = [value for rates in runs if (value := rates[name]) is not None]

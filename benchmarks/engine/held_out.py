@@ -1,4 +1,4 @@
-"""The part of the corpus that the bundled model never saw in training."""
+"""The part of the corpus that was not used to train the bundled model."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ CORPUS = Path(__file__).parents[1] / "data" / "tinyshakespeare.txt"
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """A text in tokens of the bundled model."""
+    """A text as tokens of the bundled model."""
 
     ids: Sequence[int]
     eos: int
     """The token before each document in training."""
     num_bytes: int
-    """Of the text in UTF-8."""
+    """Bytes of the text in UTF-8."""
 
     def parts(self, num_tokens: int) -> list[Sequence[int]]:
-        """The whole text in stretches; the last one may be shorter."""
+        """Return the text in parts of equal length; the last one may be shorter."""
         starts = range(0, len(self.ids), num_tokens)
         return [self.ids[start : start + num_tokens] for start in starts]
 
     def windows(self, num_tokens: int) -> list[list[int]]:
-        """Prompts that score each token of the text once."""
+        """Return prompts that score each token of the text once."""
         return [[self.eos, *part] for part in self.parts(num_tokens)]
 
 
@@ -42,12 +42,12 @@ def held_out_text() -> str:
 
 
 def held_out(max_tokens: int | None = None) -> HeldOut:
-    """Its first tokens; None: all."""
+    """Return the first tokens of the held-out text; None for all."""
     tokenizer = bundled_tokenizer()
     ids = tokenizer.encode(held_out_text()).ids[:max_tokens]
     return HeldOut(ids, tokenizer.encode(EOS).ids[0], len(tokenizer.decode(ids).encode()))
 
 
 def bundled_tokenizer() -> Tokenizer:
-    """That of the bundled model."""
+    """Return the tokenizer of the bundled model."""
     return Tokenizer.from_file(str(bundled_checkpoint() / "tokenizer.json"))

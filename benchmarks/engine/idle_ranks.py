@@ -1,4 +1,4 @@
-"""Ranks with experts that compute little, joined over the data plane that workers use."""
+"""Ranks with small experts that are connected by the workers' data plane."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from workers.transport.transport import DataTransport, ExpectedMessage, PartShap
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
 EXPERT_WIDTH = 16
-"""Numbers between the matrices of an expert: a real one has hundreds."""
+"""Hidden size of an expert; real experts have hundreds."""
 _MEET_LIMIT_S = 60.0
 _SECRET = "bench"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Which ranks exchange what."""
+    """Numbers of ranks, and sizes of an exchange."""
 
     attention_ranks: int
     expert_ranks: int
     width: int
-    """Numbers in a row."""
+    """Elements of a row."""
     num_experts: int
     top_k: int
     max_rows: int
-    """Of one attention rank in one step."""
+    """Most rows of one attention rank in a step."""
     transport: Literal["sockets", "collective"] = "sockets"
     layers: int = 1
-    """Exchanges of a step, one after the other."""
+    """Number of sequential exchanges in a step."""
 
     @property
     def size(self) -> int:
@@ -80,7 +80,7 @@ class Shape:
 
     @property
     def placement(self) -> ExpertPlacement:
-        """Experts in order, equally many on each expert rank."""
+        """Placement of the experts in order, with equal numbers on each expert rank."""
         shapes = [
             BankShape(bank="mlp", layer=layer, num_experts=self.num_experts)
             for layer in range(self.layers)
@@ -88,7 +88,7 @@ class Shape:
         return contiguous(shapes, self.expert_ranks)
 
     def header(self, step: int, rows: int, is_prefill: bool = False) -> StepHeader:
-        """A step with as many rows on every attention rank."""
+        """Return the header of a step with equal rows on every attention rank."""
         grant = Grant(prefill_rows=rows) if is_prefill else Grant(decode_rows=rows)
         return StepHeader(
             generation=1,
@@ -100,7 +100,7 @@ class Shape:
         )
 
     def generation(self, ports: Sequence[int]) -> Generation:
-        """All ranks, on loopback; two ports for each."""
+        """Return the members on loopback, with two ports for each."""
         members = []
         for i in range(self.size):
             rank = i - self.attention_ranks
@@ -132,7 +132,7 @@ def small_experts(shape: Shape, device: int, team: ThreadTeam | None) -> list[Ex
 
 
 class Meetings:
-    """Where the ranks of a shape wait for each other. Made before they start."""
+    """Barriers of the ranks; created before the ranks start."""
 
     def __init__(self, shape: Shape) -> None:
         context = multiprocessing.get_context("spawn")

@@ -1,7 +1,7 @@
-"""``make gpu-check``: whether the GPU path is right, and how fast, in one command under 10 minutes.
+"""``make gpu-check``: correctness and speed of the GPU path, in one command under 10 minutes.
 
-Sections run one after the other, each in a process of its own (``runner``): what one finds is safe
-when the next one hangs, or breaks the process's CUDA context. A section is a function of a place
-and a report (``section``); a table names them all (``sections``). Needs torch, msgspec, numpy,
-safetensors and llguidance, but neither Ray nor a network.
+Each section runs in a separate process (``runner``), so that its results are kept if a later
+section hangs or breaks the CUDA context. A section is a function of a ``Place`` and a ``Report``
+(``section``); ``sections`` lists them all. Needs torch, msgspec, numpy, safetensors and llguidance,
+but neither Ray nor a network.
 """

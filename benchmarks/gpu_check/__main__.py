@@ -1,10 +1,10 @@
 """Check the GPU path on one GPU: ``python -m benchmarks.gpu_check --out DIR [--only NAMES]``.
 
-Every section runs in a process of its own with a part of the budget, prints one line when it has
-ended, and appends what it found to ``DIR/gpu_check.jsonl``; what its process printed is in
-``DIR/SECTION.log``. Those about correctness run side by side where there are cores for that. The
-exit code is 1 where one of them fails, or the budget has no time for it. Without a GPU, or with
-``--device cpu``, the sections that need none run.
+Every section runs in a separate process with a part of the time budget, prints one line when it has
+ended, and appends its results to ``DIR/gpu_check.jsonl``; the output of its process is in
+``DIR/SECTION.log``. Sections about correctness run in parallel if there are enough cores. The exit
+code is 1 if one of them fails or the budget has no time for it. Without a GPU, or with ``--device
+cpu``, only the sections run that need no GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_JOBS = 12
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check",
         description=__doc__,
@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _chosen(text: str) -> tuple[Section, ...]:
-    """``operators,speed``: sections in their own order. Raises ``ArgumentTypeError``."""
+    """Parse names such as ``operators,speed`` into sections. Raises ``ArgumentTypeError``."""
     words = text.split(",")
     known = {name for s in SECTIONS for name in (s.name, s.name.split("-")[0])}
     if unknown := sorted(set(words) - known):
@@ -70,7 +70,7 @@ def _chosen(text: str) -> tuple[Section, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sections; 1 where one about correctness fails, or has no time."""
+    """Run the sections; returns 1 if one about correctness fails or has no time."""
     args = make_parser().parse_args(arguments)
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:

@@ -1,4 +1,4 @@
-"""Kernels for the same work side by side: ours, torch's, and FlashInfer's where it is installed.
+"""Compares kernels for the same work: ours, torch's, and FlashInfer's if it is installed.
 
 Another one is a line in ``EXPERTS``, ``DECODE`` or ``PREFILL``: a name, and a function that gets
 ready before the measurement and returns the call that is measured.
@@ -23,12 +23,12 @@ from benchmarks.gpu_check.section import Place, Report
 _EXPERT_ROWS = (1, 64, 256, 4096)
 _DECODE_ROWS = (1, 64, 256)
 _PROMPTS = ((1, 2000), (8, 2000))
-"""Prompts, and tokens of each."""
+"""Number of prompts, and tokens of each prompt."""
 
 
 @torch.inference_mode()
 def run(place: Place, report: Report) -> None:
-    """Every candidate at every size."""
+    """Measure every candidate at every size."""
     best: list[str] = []
     _experts(place, report, best)
     _decode(place, report, best)

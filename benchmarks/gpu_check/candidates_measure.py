@@ -1,4 +1,4 @@
-"""Measures candidates: kernels for the same work, side by side."""
+"""Measures candidates: different kernels for the same work."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DTYPE = torch.bfloat16
 
 
 class Unfit(Exception):
-    """A candidate is not for this case; the words say why."""
+    """A candidate does not support this case; the text has the reason."""
 
 
 def measure(
     place: Place, candidates: Mapping[str, Callable[[Case], Call]], case: Case, unit: str, work: int
 ) -> dict[str, Any]:
-    """By candidate: time, ``work`` of a ``unit`` a second, difference to the first; or why not."""
+    """For each candidate: time, rate in ``unit``, difference from the first one; or a reason."""
     found: dict[str, Any] = {}
     known: Tensor | None = None
     for name, make in candidates.items():

@@ -1,4 +1,4 @@
-"""What the device can do at most: every other number is read beside these."""
+"""Peak rates of the device, with which the other numbers are compared."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.gpu_check.section import Place, Report
 _GIB = 1 << 30
 _GRAPH_KERNELS = 1000
 _SMALL = 1024
-"""Elements of a tensor whose kernel is nothing but its launch."""
+"""Elements of a tensor whose kernel takes no longer than its launch."""
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Bytes a second of a copy within the device, what is read and what is written together."""
+    """Bytes a second of a copy within the device, reads and writes counted together."""
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / seconds_of(device, lambda: target.copy_(source))
@@ -36,7 +36,7 @@ def matrix_rate(device: torch.device, width: int) -> float:
 
 
 def run(place: Place, report: Report) -> None:
-    """All of them."""
+    """Measure all peak rates."""
     device = place.device
     num_bytes = place.size(4 * _GIB, 1 << 20)
     if place.is_gpu:
@@ -60,7 +60,7 @@ def run(place: Place, report: Report) -> None:
 
 
 def _launches(place: Place, report: Report) -> None:
-    """What a small kernel costs, and what it costs to wait for one."""
+    """Time of a small kernel, and of a wait for it."""
     device = place.device
     x = torch.ones(_SMALL, device=device)
     host = torch.ones(_SMALL, pin_memory=place.is_gpu)
@@ -73,7 +73,7 @@ def _launches(place: Place, report: Report) -> None:
 
 
 def _graphs(place: Place, report: Report) -> None:
-    """A CUDA graph of small kernels: what its replay costs for each, and the host once."""
+    """Time of a CUDA graph's replay for each of its small kernels, and once for the host."""
     x = torch.ones(_SMALL, device=place.device)
 
     def call() -> Tensor:

@@ -1,4 +1,4 @@
-"""Formats of codes that sections about quantized experts compare."""
+"""Quantization formats that the sections about quantized experts compare."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from workers.quantization.formats import WeightFormat
 from workers.quantization.rounding import FORMATS
 
 FLOAT8 = WeightFormat(codes="e4m3", group=128)
-"""Of DeepSeek-V3's and Qwen3's checkpoints: a scale for 128 x 128."""
+"""Format of DeepSeek-V3's and Qwen3's checkpoints, with a scale for each block of 128 x 128."""
 GPTQ = WeightFormat(codes="int4", group=128, has_zeros=True)
-"""Also of AWQ and of asymmetric ones of compressed-tensors."""
+"""Format of AWQ and of asymmetric compressed-tensors checkpoints too."""
 MAIN: Mapping[str, WeightFormat] = {
     "int8": FORMATS["int8"],
     "int4": FORMATS["int4"],
     "float8": FLOAT8,
     "mxfp4": mxfp4.FORMAT,
 }
-"""By name: those of ``--quantize``, and of most checkpoints."""
+"""Name -> format of ``--quantize`` and of most checkpoints."""
 EIGHT_BITS: Mapping[str, WeightFormat] = {
     "int8": FORMATS["int8"],
     "int8 rows": WeightFormat(codes="int8", group=None),

@@ -1,4 +1,4 @@
-"""How near results on the device are to those on a CPU."""
+"""Compares results on the device with results on a CPU."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import Tensor
 from benchmarks.gpu_check.section import Report
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
-"""Largest differences of operators, beside the largest number of the result or 1."""
+"""Largest allowed differences of operators, relative to the largest value of the result or 1."""
 
 
 class Worst:
-    """Compares tensors, and remembers the largest difference of each type."""
+    """Compares tensors and records the largest difference of each dtype."""
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[float, str]] = {}
-        """By type of the operator: difference, and of what."""
+        """Dtype -> largest difference and the name of its operator."""
 
     def compare(
         self, report: Report, what: str, got: Tensor, want: Tensor, kind: torch.dtype | None = None
     ) -> None:
-        """``kind`` is the type that the operator computed in, where the result has another one."""
+        """Compare two results; ``kind`` is the dtype of the computation if it differs."""
         kind = kind or want.dtype
         name = str(kind).removeprefix("torch.")
         if got.shape != want.shape or got.dtype != want.dtype:
@@ -36,7 +36,7 @@ class Worst:
 
     @property
     def words(self) -> str:
-        """``largest difference 2e-06 (float32), 0.004 (bfloat16)``."""
+        """Summary such as ``largest difference 2e-06 (float32), 0.004 (bfloat16)``."""
         parts = [f"{off:.1g} ({name})" for name, (off, _) in self.found.items()]
         return "largest difference " + (", ".join(parts) or "0")
 

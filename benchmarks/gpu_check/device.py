@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 _WAIT = "called a synchronizing CUDA operation"
-"""What torch warns of in its debug mode for waits."""
+"""Text of torch's warning about a wait, in its debug mode."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -28,7 +28,7 @@ def synchronize(device: torch.device) -> None:
 def seconds_of(
     device: torch.device, call: Callable[[], object], *, passes: int = 5, calls: int = 10
 ) -> float:
-    """Seconds of a call on the device: of several passes of ``calls`` calls each, the fastest."""
+    """Seconds of a call on the device, in the fastest of several passes of ``calls`` calls."""
     call()
     found: list[float] = []
     make_event: Any = torch.cuda.Event
@@ -51,7 +51,7 @@ def seconds_of(
 
 
 def host_seconds_of(device: torch.device, call: Callable[[], object], calls: int = 100) -> float:
-    """Seconds of a call on the host: the median of single ones, with an idle device before each."""
+    """Median seconds of single calls on the host, each with an idle device before it."""
     call()
     found = []
     for _ in range(calls):
@@ -64,7 +64,7 @@ def host_seconds_of(device: torch.device, call: Callable[[], object], calls: int
 
 @contextmanager
 def host_waits(device: torch.device) -> Iterator[Counter[str]]:
-    """Count how often the host waits for the device within it, by ``file:line``."""
+    """Count the waits of the host for the device in the block, by ``file:line``."""
     waits: Counter[str] = Counter()
     if device.type != "cuda":
         yield waits
@@ -97,16 +97,16 @@ def captured(device: torch.device, call: Callable[[], Tensor]) -> tuple[Any, Ten
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
-    """What ran on a device, memory copies included."""
+    """Kernels that ran on a device, including memory copies."""
 
     count: int
     busy_s: float
-    """In which at least one ran."""
+    """Seconds in which at least one kernel ran."""
     seconds: dict[str, float]
-    """By name, those that took longest first."""
+    """Seconds by name of the kernel, the longest first."""
 
     def top(self, number: int) -> list[tuple[str, float]]:
-        """The longest ones: name and share of the time of all."""
+        """Names of the longest kernels and their fractions of the total time."""
         whole = sum(self.seconds.values()) or 1.0
         return [(name[:120], took / whole) for name, took in list(self.seconds.items())[:number]]
 

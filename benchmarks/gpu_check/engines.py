@@ -1,4 +1,4 @@
-"""Tokens and log-probabilities of whole engines on the device, against an engine on a CPU."""
+"""Tokens and log-probabilities of engines on the device, compared with an engine on a CPU."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ MAX_MODEL_LEN = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A model by how it is opened."""
+    """A model and the function that opens it."""
 
     open: Callable[[], Checkpoint]
-    """Each time with the same weights."""
+    """Opens the model, each time with the same weights."""
     prompts: Sequence[Sequence[int]]
     new_tokens: int
 
     @property
     def params(self) -> SamplingParams:
-        """Greedy, with everything that is compared."""
+        """Greedy sampling parameters with all compared values."""
         return SamplingParams(
             max_tokens=self.new_tokens,
             temperature=0.0,
@@ -135,17 +135,17 @@ def demo_model(place: Place) -> Model:
 
 
 def others(place: Place, report: Report) -> None:
-    """The other families, in the ways that differ most."""
+    """Compare the other families in the most different ways."""
     _in_short(place, report, OTHERS)
 
 
 def latent(place: Place, report: Report) -> None:
-    """Those with latent attention, which torch computes."""
+    """Compare families with latent attention, which torch computes."""
     _in_short(place, report, LATENT)
 
 
 def hybrid(place: Place, report: Report) -> None:
-    """Those with recurrent states, which torch computes."""
+    """Compare families with recurrent states, which torch computes."""
     _in_short(place, report, HYBRID)
 
 
@@ -157,7 +157,7 @@ def _in_short(place: Place, report: Report, families: Sequence[str]) -> None:
 
 
 def compare(place: Place, report: Report, model: Model) -> None:
-    """All ways through an engine, in both types; then what a step costs the host."""
+    """Compare all ways through an engine in both dtypes; then measure the host's cost of a step."""
     seen = all_ways(place, report, model, tuple(WAYS))
     report.value("log-probabilities", seen.found)
     with report.part("cost of a step"):
@@ -212,7 +212,7 @@ def _native(model: Model) -> LocalEngine:
 
 
 def prompt_differences(some: Sequence[Generated], others: Sequence[Generated]) -> list[float]:
-    """Of the log-probabilities of prompts."""
+    """Differences of the log-probabilities of prompts."""
     return [
         abs(a.logprob - b.logprob)
         for one, other in zip(some, others, strict=True)
@@ -222,16 +222,16 @@ def prompt_differences(some: Sequence[Generated], others: Sequence[Generated]) -
 
 
 class Differences:
-    """Of log-probabilities, over all that was compared."""
+    """Differences of all compared log-probabilities."""
 
     def __init__(self, noise: float = 0.0, most: float = 0.0) -> None:
         self.noise = noise
-        """Mean of bfloat16 against float32, both on a CPU."""
+        """Mean difference of bfloat16 from float32, both on a CPU."""
         self._ties = {**_TIE, "bfloat16": max(_TIE["bfloat16"], 2 * most)}
         self.found: dict[str, dict[str, float]] = {}
 
     def is_tie(self, dtype: DType, entry: TokenLogprob) -> bool:
-        """Another token than the best one is right, too."""
+        """Whether a token other than the best one is right too."""
         return margin(entry) < self._ties[dtype]
 
     def add(self, dtype: DType, values: Sequence[float]) -> None:
@@ -277,14 +277,14 @@ def equal(
 
 
 def margin(entry: TokenLogprob) -> float:
-    """Between the best two tokens."""
+    """Difference of log-probability between the best two tokens."""
     (_, first), (_, second) = entry.top[:2]
     return first - second
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A model in one type, and what a CPU gives for its prompts."""
+    """A model in one dtype, and the results of a CPU for its prompts."""
 
     place: Place
     report: Report
@@ -294,34 +294,34 @@ class Case:
     seen: Differences
 
     def engine(self, section: EngineSection) -> LocalEngine:
-        """One on the device."""
+        """Open an engine on the device."""
         return self.model.engine(self.dtype, self.place.device, section)
 
     def serve(self, what: str, engine: LocalEngine) -> None:
-        """All requests at once."""
+        """Run all requests at the same time."""
         got = engine.generate(self.model.prompts, self.model.params)
         equal(self.report, what, self.dtype, got, self.known, self.seen)
 
 
 def _plain(case: Case) -> None:
-    """All requests at once."""
+    """Run all requests at the same time."""
     case.serve("together", case.engine(PLAIN))
 
 
 def _both_roles(case: Case) -> None:
-    """Rows go to the experts as they go to those of another worker."""
+    """Send rows to the experts as to the experts of another worker."""
     engine = case.engine(PLAIN)
     take_both_roles(engine)
     case.serve("with both roles", engine)
 
 
 def _chunked(case: Case) -> None:
-    """Prompts in pieces beside decodes."""
+    """Run prompts in chunks beside decode rows."""
     case.serve("in chunks", case.engine(_CHUNKS))
 
 
 def _preempted(case: Case) -> None:
-    """Each request twice, and a cache that holds the longest one and little more."""
+    """Run each request twice, with a cache that holds little more than the longest one."""
     model, report, dtype = case.model, case.report, case.dtype
     config = model.open().config
     lengths = [len(prompt) + model.new_tokens for prompt in model.prompts]
@@ -337,7 +337,7 @@ def _preempted(case: Case) -> None:
 
 
 def _cached(case: Case) -> None:
-    """The second time, prompts are in the prefix cache, but for those that are scored."""
+    """Run requests twice; prompts are cached the second time, except scored prompts."""
     model, report, dtype = case.model, case.report, case.dtype
     engine = case.engine(replace(PLAIN, enable_prefix_caching=True))
     engine.generate(model.prompts, model.params)
@@ -360,7 +360,7 @@ WAYS = {
     "preemption": _preempted,
     "prefix": _cached,
 }
-"""By what is special about them."""
+"""Name of a way through an engine -> function that runs it."""
 SHORT_WAYS = ("together", "both roles", "chunks")
 OTHERS = (
     *("qwen3_moe", "glm4_moe", "mixtral", "minimax_m2", "ernie4_5_moe", "gpt_oss", "flex_olmo"),
@@ -371,7 +371,7 @@ HYBRID = ("qwen3_next", "qwen3_5_moe_text")
 
 
 def _cost(place: Place, report: Report, model: Model) -> None:
-    """Waits of the host, and kernels, of a step."""
+    """Measure the waits of the host and the kernels of a step."""
     engine = model.engine("bfloat16", place.device, PLAIN)
     params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
     for i, prompt in enumerate(model.prompts):

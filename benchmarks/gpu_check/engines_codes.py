@@ -1,4 +1,4 @@
-"""Whole engines with experts in codes on the device, against an engine on a CPU."""
+"""Engines with quantized experts on the device, compared with an engine on a CPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _MODELS: Mapping[str, tuple[str, WeightFormat]] = {
     "mxfp4": ("gpt_oss", MAIN["mxfp4"]),
     "GPTQ": ("dots1", GPTQ),
 }
-"""By name of the codes: a family that comes in them."""
+"""Name of the format -> a family whose checkpoints use it."""
 
 
 def run(place: Place, report: Report) -> None:
-    """Each in the ways that differ most, both types."""
+    """Compare each format in the most different ways and in both dtypes."""
     for name, (family, form) in _MODELS.items():
         model = random_model(place, family, form=form)
         with report.part(name):

@@ -1,6 +1,6 @@
-"""Runs sections, each in a process that is ended at its limit.
+"""Runs sections, each in a process that is ended at its time limit.
 
-Those about correctness may run side by side; those that measure run alone, after them.
+Sections about correctness may run in parallel; sections that measure speed run alone after them.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from cluster.cli.terminal.output import table, write_line
 FILE = "gpu_check.jsonl"
 """A line for each section of each run."""
 Status = Literal["ok", "failed", "timed out", "skipped", "no time"]
-"""``skipped``: not for this device; ``no time``: too little of the budget was left for it."""
+"""``skipped``: the device does not suit; ``no time``: too little of the budget was left."""
 _NOT_RUN: Sequence[Status] = ("skipped", "no time")
 _END_LIMIT_S = 10.0
 _LOOK_S = 0.5
-"""So often is looked whether sections shall end."""
+"""Interval at which a section checks whether it must end."""
 _LINE_CHARACTERS = 100
 
 
 @dataclass(kw_only=True, slots=True)
 class Outcome:
-    """What came of a section."""
+    """Result of a section."""
 
     section: str
     status: Status = "ok"
     reason: str = ""
-    """Why it was not run, or what it says in a few words."""
+    """Reason why the section did not run, or its summary line."""
     seconds: float = 0.0
     limit_s: float = 0.0
     is_correctness: bool = False
@@ -52,14 +52,14 @@ class Outcome:
 
     @classmethod
     def of(cls, section: Section, limit_s: float) -> Outcome:
-        """Of a section that has so much time; 0: too little."""
+        """Create the outcome of a section with a time limit; 0 if there is too little time."""
         return cls(
             section=section.name, limit_s=round(limit_s, 1), is_correctness=section.is_correctness
         )
 
     @property
     def words(self) -> str:
-        """One line, not a long one."""
+        """Summary in one short line."""
         lines = [*(self.failures or [self.reason]), ""]
         first = lines[0].splitlines()[0] if lines[0] else ""
         more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
@@ -68,20 +68,20 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How sections are run."""
+    """Options of a run."""
 
     budget_s: float
-    """Of all of them together."""
+    """Time budget of all sections together."""
     out: Path
-    """Folder for what they find."""
+    """Folder for the results."""
     device: str
     is_tiny: bool = False
     jobs: int = 1
-    """Sections about correctness that run side by side."""
+    """Number of sections about correctness that run in parallel."""
 
 
 def run(sections: Sequence[Section], settings: Settings) -> list[Outcome]:
-    """Run them in their order; each is printed and written to the file when it has ended."""
+    """Run sections in order; each is printed and written to the file when it has ended."""
     settings.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + settings.budget_s
     width = max((len(section.name) for section in sections), default=0)
@@ -98,15 +98,15 @@ def run(sections: Sequence[Section], settings: Settings) -> list[Outcome]:
 
 
 class _Journal:
-    """Prints and writes what comes of sections."""
+    """Prints and writes the outcomes of sections."""
 
     def __init__(self, file: Path, width: int) -> None:
-        """``width``: of the longest name."""
+        """Create a journal for names of at most ``width`` characters."""
         self._file, self._width = file, width
         self._began = datetime.now(tz=UTC).isoformat(timespec="seconds")
 
     def add(self, outcome: Outcome) -> Outcome:
-        """Returns it."""
+        """Print, write and return the outcome."""
         entry = {"run": self._began, **asdict(outcome)}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
@@ -122,7 +122,7 @@ def _run_together(
     settings: Settings,
     journal: _Journal,
 ) -> list[Outcome]:
-    """Side by side, the longest first; ``later`` come after them."""
+    """Run sections in parallel, the longest first; ``later`` run after them."""
     began = time.monotonic()
     last = began + limit_together(sections, later, settings.jobs, deadline - began)
     stop = Event()
@@ -147,7 +147,7 @@ def _run_together(
 def limit_together(
     sections: Sequence[Section], later: Sequence[Section], jobs: int, left_s: float
 ) -> float:
-    """Seconds of sections side by side, of what is left for them and for ``later``.
+    """Seconds for parallel sections, from the time that is left for them and for ``later``.
 
     Two jobs for parts of 30, 60 and 30, 180 s left, and 30 later: 120.
     """
@@ -157,7 +157,7 @@ def limit_together(
 
 
 def limit_of(sections: Sequence[Section], left_s: float) -> float:
-    """Seconds of the first of some sections: its part of what is left; 0: not even its least.
+    """Seconds for the first section: its part of the time left; 0 if less than its minimum.
 
     What a section does not need, those after it have. Parts of 30 and 60 and 180 s left: 60, and
     with a least of 70: 70.
@@ -169,13 +169,13 @@ def limit_of(sections: Sequence[Section], left_s: float) -> float:
 
 
 def exit_code(outcomes: Iterable[Outcome]) -> int:
-    """1 where a section about correctness failed, did not end, or had no time."""
+    """Return 1 if a section about correctness failed, did not end or had no time."""
     good: Sequence[Status] = ("ok", "skipped")
     return int(any(o.is_correctness and o.status not in good for o in outcomes))
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """The table that comes last."""
+    """Return the final table."""
     rows = [
         (o.section, o.status, "" if o.status in _NOT_RUN else f"{o.seconds:.1f}", o.words)
         for o in outcomes
@@ -198,7 +198,7 @@ def _run_one(
 
 
 def _follow(section: Section, settings: Settings, outcome: Outcome, stop: Event) -> None:
-    """Take in what the section's process writes, until it says that it is done, or ``stop``."""
+    """Read the lines of the section's process until it reports its end, or until ``stop``."""
     log, limit_s = settings.out / f"{section.name}.log", outcome.limit_s
     start = time.monotonic()
     is_done = False
@@ -226,7 +226,7 @@ def _follow(section: Section, settings: Settings, outcome: Outcome, stop: Event)
 
 
 def _environment(section: Section, jobs: int) -> dict[str, str]:
-    """Sections side by side share the cores."""
+    """Environment that divides the cores among parallel sections."""
     if not section.is_correctness or jobs == 1:
         return dict(os.environ)
     threads = max((os.cpu_count() or 1) // jobs, 1)
@@ -234,7 +234,7 @@ def _environment(section: Section, jobs: int) -> dict[str, str]:
 
 
 def _take(entry: Mapping[str, Any], outcome: Outcome) -> bool:
-    """A line of ``Report``; returns whether it is the last one."""
+    """Apply a line of ``Report``; returns whether it is the last one."""
     match entry:
         case {"value": [str(name), value]}:
             outcome.values[name] = value
@@ -246,7 +246,7 @@ def _take(entry: Mapping[str, Any], outcome: Outcome) -> bool:
 
 
 def _lines(process: subprocess.Popen[bytes], deadline: float, stop: Event) -> Iterator[bytes]:
-    """Whole lines of a process, until its stdout ends, or ``stop``. Raises ``TimeoutError``."""
+    """Yield lines of a process until its stdout ends, or ``stop``. Raises ``TimeoutError``."""
     assert process.stdout is not None
     file, data = process.stdout.fileno(), b""
     with selectors.DefaultSelector() as selector:
@@ -264,7 +264,7 @@ def _lines(process: subprocess.Popen[bytes], deadline: float, stop: Event) -> It
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the section's process with all that it started."""
+    """End the section's process with all its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(_END_LIMIT_S)

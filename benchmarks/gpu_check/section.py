@@ -1,4 +1,4 @@
-"""What a section is, where it runs, and how it reports."""
+"""A section of ``make gpu-check``, the place where it runs, and its report."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """One line of the table."""
+    """Description of one section."""
 
     name: str
-    """``--only`` takes it, or what is before its first ``-``."""
+    """Name in ``--only``, which also accepts the part before the first ``-``."""
     what: str
-    """For people."""
+    """Description for the list of sections."""
     function: str
-    """``module:name`` of a function of a ``Place`` and a ``Report``."""
+    """``module:name`` of the function, which takes a ``Place`` and a ``Report``."""
     seconds: float
-    """Its part of the budget, beside those of the others."""
+    """Weight of the section in the division of the time budget."""
     least_s: float
-    """With less it is not started."""
+    """Least time with which the section is started."""
     is_correctness: bool = False
-    """The exit code depends on it, also where it has no time."""
+    """Whether the exit code depends on the section, even if it has no time."""
     needs_gpu: bool = True
-    """It is skipped without one."""
+    """Whether the section is skipped without a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a section runs."""
+    """Device, time limit and folder of a section."""
 
     device_name: str
     limit_s: float
-    """Its process is ended after this time."""
+    """Time after which the process is ended."""
     folder: Path
-    """For its files; empty at first."""
+    """Folder for files of the section, empty at the start."""
     is_tiny: bool = False
-    """Small shapes: to see that everything runs."""
+    """Whether shapes are small, to check that everything runs."""
 
     @property
     def device(self) -> torch.device:
@@ -58,34 +58,34 @@ class Place:
         return self.device_name.startswith("cuda")
 
     def size(self, whole: int, tiny: int) -> int:
-        """A size, or a tiny one."""
+        """Return ``whole``, or ``tiny`` if ``is_tiny``."""
         return tiny if self.is_tiny else whole
 
 
 class Report:
-    """What a section finds, written line by line: a section that is ended keeps what it found."""
+    """Results of a section, written line by line so that a killed section keeps its results."""
 
     def __init__(self, write: Callable[[str], object]) -> None:
-        """``write`` takes a line of JSON."""
+        """Create a report whose lines of JSON go to ``write``."""
         self._write = write
         self.num_failures = 0
 
     def value(self, name: str, value: object) -> None:
-        """Something measured or seen: a number, a text, or lists and tables of them."""
+        """Report a measured value: a number, a text, or lists and mappings of them."""
         self._send({"value": [name, _plain(value)]})
 
     def say(self, line: str) -> None:
-        """The section in a few words; the last ones count."""
+        """Report the summary line of the section; the last line counts."""
         self._send({"say": line})
 
     def check(self, is_right: bool, what: str) -> None:
-        """Something that must be so; ``what`` names it where it is not."""
+        """Report the failure ``what`` unless ``is_right``."""
         if not is_right:
             self._fail(what)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Whatever goes wrong within it is a failure, and the section goes on."""
+        """Report an exception in the block as a failure and continue the section."""
         try:
             yield
         except Exception as err:
@@ -101,7 +101,7 @@ class Report:
 
 
 def _plain(value: object) -> Any:
-    """For JSON: six digits of numbers, and texts for what JSON has no form for."""
+    """Convert a value for JSON: six digits of numbers, and text for other types."""
     match value:
         case bool() | int() | str() | None:
             return value

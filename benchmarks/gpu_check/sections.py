@@ -1,4 +1,4 @@
-"""All sections, in the order in which they run: the cheapest knowledge first."""
+"""All sections in the order in which they run: the fastest checks first."""
 
 from __future__ import annotations
 

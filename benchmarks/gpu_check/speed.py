@@ -1,4 +1,4 @@
-"""How fast a model of OLMoE-1B-7B's shape is, beside what the device allows and transformers does.
+"""Speed of a model with the shape of OLMoE-1B-7B, compared with the device's peak and transformers.
 
 Weights are random, and drawn on the device. The bound of a decode step is reading each weight that
 it needs, and the keys and values of its rows, once at the rate of a copy within the device, which
@@ -32,22 +32,22 @@ from workers.quantization.formats import WeightFormat
 from workers.requests.request import Request, SamplingParams
 
 OLMOE = RandomModel(hidden=2048, layers=16, heads=16, ffn=1024)
-"""OLMoE-1B-7B."""
+"""Shape of OLMoE-1B-7B."""
 BATCHES = (1, 64, 256)
 _BOTH_ROLES_BATCH = 64
 _PREFILL = (8, 2000)
-"""Prompts and their tokens."""
+"""Number of prompts and their tokens."""
 _DTYPE = torch.bfloat16
 _MORE_TOKENS = 192
-"""Room for tokens of a sequence beside its prompt: decodes while others prefill, and measured
+"""Tokens of a sequence after its prompt: tokens decoded while others prefill, and measured
 steps."""
 _SPARE_BYTES = 12 << 30
-"""Of the device's memory, for what a step computes."""
+"""Bytes of the device's memory for the activations of a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What is measured on which engine."""
+    """The engine, device and rates of a measurement."""
 
     place: Place
     model: RandomModel
@@ -57,17 +57,17 @@ class Run:
     matrix_rate: float
 
     def kv_bytes(self, batch: int, tokens: int) -> int:
-        """Keys and values of a batch."""
+        """Bytes of keys and values of a batch."""
         return batch * tokens * block_bytes(self.engine.config, 1, _DTYPE)
 
     def fits(self, batch: int) -> bool:
-        """Its keys and values have room."""
+        """Whether the keys and values of a batch fit."""
         blocks = self.engine.engine.pool.num_blocks
         return batch * -(-(self.context + _MORE_TOKENS) // 16) <= blocks
 
 
 def run(place: Place, report: Report) -> None:
-    """Prefill, then decode at each batch size."""
+    """Measure prefill, then decode at each batch size."""
     device = place.device
     copy_rate = copy_bandwidth(device, place.size(2 << 30, 1 << 20))
     rate = matrix_rate(device, place.size(8192, 64))
@@ -114,7 +114,7 @@ def run(place: Place, report: Report) -> None:
 def beside_transformers(
     place: Place, report: Report, model: RandomModel, context: int, steps_s: Mapping[int, float]
 ) -> None:
-    """By batch size: decode rate of ``generate``, and how many times as fast our steps are."""
+    """Decode rate of ``generate`` and the ratio of our rate to it, by batch size."""
     if find_spec("transformers") is None:
         report.value("transformers", "not installed")
         return
@@ -139,8 +139,8 @@ def make_engine(
     batch: int,
     form: WeightFormat | None = None,
 ) -> LocalEngine:
-    """An engine whose cache has room for a batch, or for as much as the device has; ``form``: of
-    the experts' codes."""
+    """Open an engine whose cache holds a batch, or as much as fits; ``form`` is the format of the
+    experts."""
     checkpoint = RandomCheckpoint(model, place.device, form=form)
     each = block_bytes(checkpoint.config, 16, _DTYPE)
     wanted = batch * -(-(context + _MORE_TOKENS) // 16) * each
@@ -167,7 +167,7 @@ def make_engine(
 
 
 def decode(given: Run, batch: int) -> dict[str, Any]:
-    """Steps in which all of a batch decode."""
+    """Measure steps in which all sequences of a batch decode."""
     place, engine = given.place, given.engine
     if place.is_gpu:
         torch.cuda.reset_peak_memory_stats(place.device)
@@ -194,7 +194,7 @@ def decode(given: Run, batch: int) -> dict[str, Any]:
 
 
 def prefill(given: Run) -> dict[str, Any]:
-    """Prompts up to their first tokens, the second time."""
+    """Measure the second run of prompts up to their first tokens."""
     number, tokens = _PREFILL if not given.place.is_tiny else (2, given.context)
     took = 0.0
     for _ in range(2):
@@ -207,15 +207,15 @@ def prefill(given: Run) -> dict[str, Any]:
 
 
 def both_roles(given: Run, batch: int, local_s: float) -> dict[str, Any]:
-    """Decode steps with an attention and an expert role that exchange rows on the device, beside
-    ``local_s`` of one without an exchange. The engine keeps the roles."""
+    """Measure decode steps in which an attention and an expert role exchange rows on the device,
+    compared with ``local_s`` of a step without an exchange. The engine keeps the roles."""
     take_both_roles(given.engine)
     found = decode(given, batch)
     return {**found, "share_of_local": local_s / found["step_s"]}
 
 
 def fill(given: Run, batch: int, tokens: int) -> tuple[list[str], float]:
-    """Ask for a batch, and run steps until each sequence has a token: names, seconds."""
+    """Add a batch and run steps until each sequence has a token; returns names and seconds."""
     engine = given.engine
     names = [f"{batch} x {tokens}, {i}" for i in range(batch)]
     params = SamplingParams(max_tokens=_MORE_TOKENS, temperature=0.0, ignore_eos=True)

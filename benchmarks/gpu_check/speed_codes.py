@@ -1,4 +1,4 @@
-"""How fast experts in codes are: a layer's experts alone, and decode steps of OLMoE-1B-7B's shape.
+"""Speed of quantized experts: a layer's experts alone, and decode steps of OLMoE-1B-7B's shape.
 
 Weights are random. The bound of a step is as for ``speed``. A layer's experts are multiplied with
 other rows in turns, so that codes come from memory and not from the L2 cache, and are replayed from
@@ -33,19 +33,19 @@ _FORMS: Mapping[str, WeightFormat | None] = {"bfloat16": None, **MAIN}
 _BATCHES = (1, 8, 64)
 _ROWS = (1, 8, 64, 4096)
 _TURNS = 8
-"""Of a call, each with rows and slots of its own."""
+"""Turns of a call, each with separate rows and slots."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rates:
-    """Bytes a second of the device."""
+    """Rates of the device in bytes a second."""
 
     read: float
     copy: float
 
 
 def run(place: Place, report: Report) -> None:
-    """By format: experts alone, then whole steps."""
+    """Measure experts alone, then whole steps, in each format."""
     rates = _Rates(
         read=read_bandwidth(place.device, place.size(2 << 30, 1 << 20)),
         copy=copy_bandwidth(place.device, place.size(2 << 30, 1 << 20)),
@@ -64,7 +64,7 @@ def run(place: Place, report: Report) -> None:
 
 
 def _words(busy_s: Mapping[str, Mapping[int, float]]) -> str:
-    """``kernels faster than bfloat16's, batch 1 / 8 / 64: int8 1.5 / 1.4 / 1.2``."""
+    """Summary such as ``kernels faster than bfloat16's, batch 1 / 8: int8 1.5 / 1.4``."""
     plain = busy_s["bfloat16"]
     parts = [
         f"{name} " + " / ".join(f"{plain[batch] / own:.1f}" for batch, own in found.items())
@@ -76,7 +76,7 @@ def _words(busy_s: Mapping[str, Mapping[int, float]]) -> str:
 
 
 def _experts(place: Place, form: WeightFormat | None) -> dict[int, dict[str, float]]:
-    """By rows: time of a layer's experts, bytes of codes and operations a second."""
+    """Time of a layer's experts, and bytes and operations a second, by number of rows."""
     bank = _bank(place, form)
     found = {}
     for num_rows in _ROWS[: place.size(len(_ROWS), 2)]:
@@ -95,7 +95,7 @@ def _experts(place: Place, form: WeightFormat | None) -> dict[int, dict[str, flo
 
 
 def _bank(place: Place, form: WeightFormat | None) -> ExpertBank:
-    """A layer of OLMoE-1B-7B."""
+    """Experts of a layer of OLMoE-1B-7B."""
     model = TINY if place.is_tiny else OLMOE
     width, device = model.hidden, place.device
     exchange = ExchangeSpec(
@@ -130,7 +130,7 @@ def _bank(place: Place, form: WeightFormat | None) -> ExpertBank:
 
 
 def _turns(place: Place, bank: ExpertBank, num_rows: int) -> tuple[Callable[[], Tensor], float]:
-    """A call that multiplies other rows in each of its turns, and the bytes that a turn reads."""
+    """Return a call that multiplies different rows in each turn, and the bytes of a turn."""
     spec, device = bank.spec, place.device
     generator = torch.Generator(device).manual_seed(num_rows)
 
@@ -154,7 +154,7 @@ def _turns(place: Place, bank: ExpertBank, num_rows: int) -> tuple[Callable[[], 
 
 
 def _steps(place: Place, form: WeightFormat | None, rates: _Rates) -> dict[int, dict[str, float]]:
-    """By batch size: decode steps of a model."""
+    """Measure decode steps of a model by batch size."""
     model = TINY if place.is_tiny else OLMOE
     batches = _BATCHES[: place.size(len(_BATCHES), 1)]
     context = place.size(256, 24)
@@ -176,7 +176,7 @@ def _steps(place: Place, form: WeightFormat | None, rates: _Rates) -> dict[int, 
 
 
 def _decode(given: Run, batch: int, form: WeightFormat | None) -> dict[str, float]:
-    """Steps in which all of a batch decode."""
+    """Measure steps in which all sequences of a batch decode."""
     place, engine = given.place, given.engine
     names, _ = fill(given, batch, given.context)
     steps(engine, place.size(6, 1))

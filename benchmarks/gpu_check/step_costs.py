@@ -1,4 +1,4 @@
-"""What steps of an engine cost: their time, waits of the host, and kernels."""
+"""Cost of an engine's steps: time, waits of the host, and kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def steps(engine: LocalEngine, number: int) -> None:
 
 
 def median_step_s(engine: LocalEngine, number: int) -> float:
-    """Seconds of a step, which waits for the device at its end: the median of some."""
+    """Median seconds of a step, which waits for the device at its end."""
     times = []
     for _ in range(number):
         start = time.perf_counter()
@@ -30,7 +30,7 @@ def median_step_s(engine: LocalEngine, number: int) -> float:
 
 
 def cost_of_steps(engine: LocalEngine, device: torch.device, number: int) -> dict[str, Any]:
-    """Waits of the host by place, and kernels, for each of some steps; ``top`` are shares."""
+    """Waits of the host by position in the code, and kernels of a step; ``top`` are fractions."""
     with host_waits(device) as waits:
         steps(engine, number)
     kernels = kernels_of(device, lambda: steps(engine, number))

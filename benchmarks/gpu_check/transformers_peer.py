@@ -1,4 +1,4 @@
-"""The same model in transformers: how fast its ``generate`` decodes on the device."""
+"""Decode rate of ``generate`` of transformers with the same model on the device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MORE_TOKENS = 18
 
 
 class TransformersPeer:
-    """A model with weights of its own, drawn on the device."""
+    """A model of transformers with random weights on the device."""
 
     def __init__(self, place: Place, model: RandomModel) -> None:
-        """Raises ``ImportError`` where transformers is not installed."""
+        """Create the model. Raises ``ImportError`` if transformers is not installed."""
         from transformers import AutoConfig, AutoModelForCausalLM  # late: the others do without
 
         self._place = place
@@ -29,7 +29,7 @@ class TransformersPeer:
         self._model = made.eval()
 
     def decode_rate(self, batch: int, context: int) -> float:
-        """Tokens a second of a batch, between its first tokens and later ones."""
+        """Tokens a second of a batch after its first tokens."""
         prompts = random_prompts("transformers", batch, context)
         tokens = torch.tensor(prompts, device=self._place.device)
         self._seconds(tokens, _FEW_TOKENS)

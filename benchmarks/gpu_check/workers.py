@@ -1,4 +1,4 @@
-"""1 + 1 workers on one device: equal to one process, and the survivor of a kill goes on.
+"""1 + 1 workers on one device: results equal those of one process, also after a kill.
 
 The attention worker has an engine, the expert worker its experts, both the transport of a cluster;
 the section stands in for the controller. The expert worker is killed in the middle of a step. Its
@@ -55,27 +55,27 @@ DTYPE = torch.float32
 _KILLED_IN_STEP = 6
 _STEP_LIMIT_S = 60.0
 _ALIVE_S = 90.0
-"""Longer than any limit after which torch's watchdog of NCCL ends a process."""
+"""Seconds; longer than any limit after which torch's NCCL watchdog ends a process."""
 _START_S = 45.0
-"""What starting, connecting and ending may take of a section's time."""
+"""Seconds of a section's time for start, connection and end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What the workers of a section do."""
+    """Transport and kill of the workers of a section."""
 
     place: Place
     transport: TransportName
     killed_in_step: int
-    """Of the expert worker; 0: it is not killed."""
+    """Step at which the expert worker is killed; 0 if it is not killed."""
     alive_s: float
-    """From the loss on, the survivor serves requests for so long."""
+    """Seconds for which the survivor serves requests after the loss."""
     is_short: bool = False
-    """That is less than it should be."""
+    """Whether this time is shorter than required."""
 
 
 def sockets(place: Place, report: Report) -> None:
-    """Over sockets, without a kill and with one."""
+    """Run workers over sockets, without a kill and with one."""
     for step in (0, _KILLED_IN_STEP):
         with report.part(f"killed in step {step}" if step else "nobody is killed"):
             case = Case(place=place, transport="sockets", killed_in_step=step, alive_s=0.0)
@@ -83,7 +83,7 @@ def sockets(place: Place, report: Report) -> None:
 
 
 def collective(place: Place, report: Report) -> None:
-    """Over NCCL between two processes on one device, of which one is killed; gloo on a CPU."""
+    """Run workers over NCCL on one device (gloo on a CPU), and kill one of them."""
     if place.is_gpu:
         set_nccl_environment()  # what is started from now on inherits it
     alive_s = watch_s(place)
@@ -106,7 +106,7 @@ def watch_s(place: Place) -> float:
 
 
 def run(case: Case, report: Report) -> None:
-    """Serve requests, and compare them with those of one process."""
+    """Serve requests and compare the results with those of one process."""
     model = random_model(case.place, "olmoe")
     local = _local(case.place, model).generate(model.prompts, model.params)
     found = _Workers(case, report).run()
@@ -141,7 +141,7 @@ def survival(case: Case, times: Mapping[str, float]) -> str:
 
 
 class _Workers:
-    """The processes of a case, and the controller's part."""
+    """The processes of a case, and the role of the controller."""
 
     def __init__(self, case: Case, report: Report) -> None:
         self._case = case
@@ -150,7 +150,7 @@ class _Workers:
         self._stack = ExitStack()
 
     def run(self) -> dict[str, Any]:
-        """What the attention worker found. Raises ``RuntimeError`` for a worker that fails."""
+        """Result of the attention worker. Raises ``RuntimeError`` if a worker fails."""
         names = ["attention-0", "expert-0", "expert-1"][: 3 if self._case.killed_in_step else 2]
         with self._stack:
             pipes = [self._start(name) for name in names]
@@ -191,7 +191,7 @@ class _Workers:
 
 
 def _work(pipe: Connection, name: str, case: Case) -> None:
-    """The process of a worker."""
+    """Entry point of a worker's process."""
     os.environ["NCCL_HOSTID"] = name  # NCCL refuses a device that two ranks of one host have
     torch.set_num_threads(1)
     try:
@@ -254,14 +254,14 @@ class _Worker:
 
     @property
     def placement(self) -> ExpertPlacement:
-        """All experts on the only expert worker."""
+        """Placement of all experts on the only expert worker."""
         shapes = [
             BankShape(bank=b.bank, layer=b.layer, num_experts=b.num_experts) for b in self.banks
         ]
         return contiguous(shapes, 1)
 
     def enter(self, pipe: Connection, owner: TokenDispatcher | ExpertServer) -> None:
-        """Wait for a generation and its first step, and take it as a worker's runtime does."""
+        """Wait for a generation and its first step, and apply it as a worker does."""
         generation, first_step = pipe.recv()
         self.connections.apply_generation(generation)
         self.transport.apply_generation(generation)
@@ -291,7 +291,7 @@ class _Dying:
 
 
 def _serve_experts(worker: _Worker, pipe: Connection) -> None:
-    """Until the attention worker is gone."""
+    """Serve until the attention worker has ended."""
     place, case = worker.case.place, worker.case
     most = max(bank.num_experts for bank in worker.banks)
     slots = ExpertSlots(worker.banks, most, DTYPE, place.device)
@@ -317,7 +317,7 @@ def _serve_experts(worker: _Worker, pipe: Connection) -> None:
 
 
 def _serve_home(worker: _Worker, pipe: Connection) -> None:
-    """Serve all requests to their ends, across a loss; then again until the time is over."""
+    """Serve all requests to their ends, across a loss; then repeat until the time is over."""
     place, model = worker.case.place, worker.model
     remote = RemoteDispatcher(
         worker.transport,
@@ -365,7 +365,7 @@ class _Served:
         self.step_began = 0.0
 
     def begin(self, model: Model) -> None:
-        """Ask for all prompts."""
+        """Add requests for all prompts."""
         self._outputs = {f"r{i}": [] for i in range(len(model.prompts))}
         for name, prompt in zip(self._outputs, model.prompts, strict=True):
             request = Request(request_id=name, prompt=tuple(prompt), params=model.params)
@@ -377,7 +377,7 @@ class _Served:
             self.step(worker)
 
     def step(self, worker: _Worker) -> None:
-        """Run one. Raises ``PeerLostError``."""
+        """Run one step. Raises ``PeerLostError``."""
         worker.channel.propose(self._engine.engine.rows_wanted())
         header = worker.channel.wait(_STEP_LIMIT_S)
         assert header is not None, "a leader's header comes at once"
@@ -386,7 +386,7 @@ class _Served:
             self._outputs[output.request_id].append(output)
 
     def answers(self) -> list[Generated]:
-        """By prompt."""
+        """Results of each prompt."""
         return [generated(outputs) for outputs in self._outputs.values()]
 
 

@@ -1,4 +1,4 @@
-"""A local engine whose rows go to its experts as they go to those of another worker.
+"""A local engine that sends rows to its experts as to the experts of another worker.
 
 One colocated worker without another: rows are posted, received, checked and summed by the code of
 attention and expert workers, and never leave the process. What the exchange costs beside the
@@ -24,12 +24,12 @@ from workers.transport.transport import ExpectedMessage, RowMessage, Tag
 
 
 class Alone:
-    """``DataTransport`` of a worker that has no peer: nothing is ever sent."""
+    """``DataTransport`` of a worker without peers, which sends nothing."""
 
     sums_are_rounded = False
 
     def begin_step(self, header: StepHeader) -> None:
-        """There is nothing to do."""
+        """Do nothing."""
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``."""
@@ -42,24 +42,24 @@ class Alone:
         raise AssertionError(f"{tag} is from another worker")
 
     def finish_step(self) -> None:
-        """There is nothing to wait for."""
+        """Return at once, as nothing is sent."""
 
     def direct(self, ranks: Sequence[int]) -> None:
-        """There are no edges."""
+        """Do nothing, as there are no edges."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         """See ``DataTransport``."""
         raise AssertionError(reason)
 
     def apply_generation(self, generation: Generation) -> None:
-        """There is nothing to do."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """There is nothing to do."""
+        """Do nothing."""
 
 
 def take_both_roles(engine: LocalEngine) -> ColocatedDispatcher:
-    """Exchange rows with the engine's own experts from now on; expert e stays in slot e."""
+    """Make the engine exchange rows with its own experts; expert e stays in slot e."""
     place, banks = engine.slots.banks[0].device, engine.banks
     transport = LoopbackTransport(Alone(), rank=0)
     dispatcher = ColocatedDispatcher(
@@ -83,7 +83,7 @@ def take_both_roles(engine: LocalEngine) -> ColocatedDispatcher:
 
 
 def whole_placement(banks: Sequence[BankSpec]) -> ExpertPlacement:
-    """All experts on device 0: expert e in slot e."""
+    """Placement of all experts on device 0, expert e in slot e."""
     maps = [
         BankPlacement.from_maps(
             bank=bank.bank,
@@ -97,7 +97,7 @@ def whole_placement(banks: Sequence[BankSpec]) -> ExpertPlacement:
 
 
 def generation_of(num_workers: int) -> Generation:
-    """So many colocated workers; steps of such an engine are in generation 1."""
+    """Generation 1 with a number of colocated workers."""
     members = [
         Member(name=f"colocated-{rank}", role="colocated", rank=rank, device=rank)
         for rank in range(num_workers)

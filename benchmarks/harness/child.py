@@ -1,4 +1,4 @@
-"""The process that one of the compared systems runs in; started by ``systems.py``.
+"""The process of one of the compared systems; started by ``systems.py``.
 
 python -m benchmarks.harness.child NAME CHECKPOINT, where NAME is one of ``SYSTEMS``
 
@@ -21,15 +21,15 @@ from typing import Any
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts, int], list[list[float]]]
-"""Prompts and number of new tokens -> seconds to each token, by sequence."""
+"""Runs prompts with a number of new tokens; returns seconds to each token of each sequence."""
 
 ROUTED_KV_BYTES = 128 << 20
-"""KV memory of each worker of a routed cluster."""
+"""Size of the KV cache of each worker of a routed cluster."""
 
 
 @contextmanager
 def _transformers(checkpoint: Path, dtype: str = "bfloat16") -> Iterator[Generate]:
-    """``generate`` of transformers as it is by default, greedy."""
+    """``generate`` of transformers with defaults and greedy sampling."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -55,7 +55,7 @@ def _transformers(checkpoint: Path, dtype: str = "bfloat16") -> Iterator[Generat
 
 
 class _Clock:
-    """A streamer that keeps nothing but the time."""
+    """A streamer that records only times."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -66,12 +66,12 @@ class _Clock:
         self.times.append(perf_counter() - self._start)
 
     def end(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @contextmanager
 def _local(checkpoint: Path, num_threads: int | None = None, **engine: Any) -> Iterator[Generate]:
-    """Our engine and all experts in this process; ``engine`` are settings of its section."""
+    """The engine and all experts in this process; ``engine`` has settings of its section."""
     from benchmarks.harness.local_engine import LocalEngine
     from benchmarks.harness.local_runs import run_batch
     from cluster.config.cluster import EngineSection
@@ -89,7 +89,7 @@ def _local(checkpoint: Path, num_threads: int | None = None, **engine: Any) -> I
 
 @contextmanager
 def _ray(checkpoint: Path, **sections: Mapping[str, Any]) -> Iterator[Generate]:
-    """Two workers as Ray actors, by default 1 + 1, seen from their engine streams."""
+    """Two workers as Ray actors, by default 1 + 1, used over their engine streams."""
     from benchmarks.harness.ray_serving import EngineClient, serving
 
     with serving(checkpoint, **sections) as addresses, EngineClient(addresses) as client:
@@ -127,7 +127,7 @@ SYSTEMS: dict[str, Callable[[Path], AbstractContextManager[Generate]]] = {
     "ray-colocated": partial(_ray, workers={"mode": "colocated", "num_expert_workers": 2}),
     "ray-two-micro-batches": partial(_ray, engine={"num_micro_batches": 2, "max_num_seqs": 128}),
 }
-"""By name; those that begin with ``ray`` are clusters."""
+"""Name -> system; names that start with ``ray`` are clusters."""
 
 
 def main(name: str, checkpoint: str) -> None:

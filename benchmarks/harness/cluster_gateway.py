@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class Answer:
-    """What a client gets of one choice."""
+    """Output of one choice as a client receives it."""
 
     text: str = ""
     tokens: list[TokenText] = field(default_factory=list)
@@ -45,12 +45,12 @@ class Answer:
     stop_reason: str | int | None = None
     num_tokens: int = 0
     cached_tokens: int | None = field(default=None, compare=False)
-    """Prompt tokens that were not computed."""
+    """Number of cached prompt tokens."""
     times: list[float] = field(default_factory=list, compare=False)
     """Monotonic times of the deltas."""
 
     def add(self, delta: ChoiceDelta) -> None:
-        """Take the next delta."""
+        """Add the next delta."""
         assert self.reason is None, "a delta after the end"
         self.times.append(time.monotonic())
         self.text += delta.text
@@ -68,18 +68,18 @@ class _LocalController:
         self._cluster = cluster
 
     async def call(self, call: ControllerCall, *details: Any) -> Any:
-        """The answer of the controller's method."""
+        """Call a method of the controller and return its result."""
         return await getattr(self._cluster.actor, call)(*details)
 
 
 class ClusterGateway:
-    """Calls in, answers out; everything runs on one event loop, that of a ``ThreadCluster``."""
+    """Runs calls and returns their outputs, on the event loop of a ``ThreadCluster``."""
 
     def __init__(self, cluster: ServingCluster, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._cluster = cluster
         self.num_resubmitted = 0
-        """Requests that went on at another worker."""
+        """Number of requests that moved to another worker."""
 
     async def start(self) -> None:
         """Follow the controller, and open the streams."""
@@ -101,7 +101,7 @@ class ClusterGateway:
 
     @property
     def core(self) -> Gateway:
-        """What codecs are built around."""
+        """The gateway's core, which the codecs use."""
         return self._gateway
 
     async def stop(self) -> None:
@@ -139,15 +139,15 @@ class ClusterGateway:
         return streams.finish()
 
     async def begin(self, call: GenerateCall, name: str) -> RunningCall:
-        """Begin a call of one prompt and one choice (on the event loop)."""
+        """Start a call of one prompt and one choice (on the event loop)."""
         return await self._gateway.start(replace(call, timeout_s=LIMIT_S), name)
 
     def spawn(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Begin to run a coroutine on the loop, from another thread."""
+        """Start a coroutine on the loop, from another thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def stream(self, calls: Sequence[GenerateCall], name: str = "call") -> Streams:
-        """Begin calls, each of one prompt and one choice; all are handed over at the return.
+        """Start calls, each of one prompt and one choice; all are submitted at the return.
 
         Calls that are under way at the same time need another ``name``.
         """
@@ -166,22 +166,22 @@ class ClusterGateway:
 
 
 class Streams:
-    """Calls under way."""
+    """Running calls."""
 
     def __init__(self, answers: list[Answer]) -> None:
         self.answers = answers
-        """What came so far; the event loop adds to it."""
+        """Outputs received so far; the event loop adds to them."""
         self.ends: Future[None] | None = None
         """Done when all have ended, with the first error."""
         self._changed = threading.Condition()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all of them so far."""
+        """Number of tokens of all calls so far."""
         return sum(len(answer.tokens) for answer in self.answers)
 
     def wait_tokens(self, count: int) -> None:
-        """Return when this number of tokens has come. Raises what ends a stream before."""
+        """Wait for a number of tokens. Raises the error that ends a stream before."""
         with self._changed:
             is_there = self._changed.wait_for(
                 lambda: self.num_tokens >= count or (self.ends is not None and self.ends.done()),
@@ -192,13 +192,13 @@ class Streams:
         assert is_there, f"{self.num_tokens} of {count} tokens came"
 
     def finish(self) -> list[Answer]:
-        """All answers, whole. Raises what ended a stream without one."""
+        """Wait for all outputs. Raises the error that ended a stream."""
         assert self.ends is not None
         self.ends.result(LIMIT_S)
         return self.answers
 
     async def collect(self, running: Sequence[RunningCall]) -> None:
-        """Take in what comes, to the ends."""
+        """Collect deltas until all calls have ended."""
         pairs = zip(running, self.answers, strict=True)
         try:
             await asyncio.gather(*(self._collect(*pair) for pair in pairs))
@@ -217,7 +217,7 @@ class Streams:
 
 @contextmanager
 def gateway_of(cluster: ServingCluster) -> Iterator[ClusterGateway]:
-    """A gateway for the length of a ``with`` block."""
+    """Yield a gateway for the duration of a ``with`` block."""
     if isinstance(cluster, ThreadCluster):
         with _running_gateway(cluster, cluster.loop) as gateway:
             yield gateway

@@ -1,4 +1,4 @@
-"""The one rank harness: N CPU processes, a time limit, and failures that say which rank.
+"""Runs ranks as CPU processes with a time limit; failures name the rank.
 
     run_ranks(3, worker, "tcp")        # worker(rank, size, ports, "tcp") in three processes
 
@@ -24,7 +24,7 @@ class RankError(Exception):
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that are free at this moment, all different."""
+    """Return different free ports of the loopback interface."""
     ports: set[int] = set()
     while len(ports) < count:
         ports.add(free_port("127.0.0.1"))

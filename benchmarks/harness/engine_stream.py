@@ -1,4 +1,4 @@
-"""A gateway's end of one engine stream, and what came back for each request."""
+"""The gateway side of one engine stream, and the outputs of each request."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from workers.requests.stream_handshake import GatewayHandshake
 from workers.requests.wire import FROM_ENGINE, PATH, TO_ENGINE, Abort, ToEngine
 
 TIMEOUT_S = 120.0
-"""Longest wait for an output, on a machine that is busy with other work."""
+"""Longest wait for an output on a busy machine."""
 TOKEN = "test-token"
 """Cluster token of all clusters made in tests."""
 
 
 class EngineStream:
-    """A gateway's end of one engine stream, in a thread of its own."""
+    """The gateway side of one engine stream, in a separate thread."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class EngineStream:
         release: str = RELEASE,
         first: bytes | None = None,
     ) -> None:
-        """``first`` is sent in place of the hello."""
+        """Open the stream; ``first`` replaces the hello message."""
         self._outgoing: queue.Queue[bytes | None] = queue.Queue()
         self._incoming: queue.Queue[TokenOutput | Exception] = queue.Queue()
         self._put_back: deque[TokenOutput] = deque()
@@ -45,15 +45,15 @@ class EngineStream:
         self._thread.start()
 
     def send(self, message: ToEngine) -> None:
-        """Hand a request over, or send another message."""
+        """Send a request or another message."""
         self._outgoing.put(TO_ENGINE.encode(message))
 
     def abort(self, request_id: str) -> None:
-        """Give a request up."""
+        """Cancel a request."""
         self._outgoing.put(TO_ENGINE.encode(Abort(request_id=request_id)))
 
     def next(self, timeout_s: float = TIMEOUT_S) -> TokenOutput:
-        """The next output of any request."""
+        """Return the next output of any request."""
         if self._put_back:
             return self._put_back.popleft()
         output = self._incoming.get(timeout=timeout_s)
@@ -62,11 +62,11 @@ class EngineStream:
         return output
 
     def send_bytes(self, data: bytes) -> None:
-        """Send what may be no message."""
+        """Send bytes that may be an invalid message."""
         self._outgoing.put(data)
 
     def put_back(self, outputs: Sequence[TokenOutput]) -> None:
-        """Outputs that were peeked at and that ``next`` returns once more."""
+        """Return outputs to the queue, so that ``next`` returns them again."""
         self._put_back.extend(outputs)
 
     def finish(self, requests: Sequence[Request]) -> dict[str, Result]:
@@ -92,7 +92,7 @@ class EngineStream:
         return results
 
     def wait_ended(self) -> None:
-        """Until the other side has ended the stream."""
+        """Wait until the other side has ended the stream."""
         self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive(), "the stream is still open"
 
@@ -128,7 +128,7 @@ class EngineStream:
 
 @dataclass(slots=True)
 class Result:
-    """What came back for one request, by choice."""
+    """Outputs of one request by choice."""
 
     n: int
     tokens: list[list[int]]
@@ -142,7 +142,7 @@ class Result:
         self.reasons = [None] * n
 
     def add(self, output: TokenOutput) -> bool:
-        """Take an output; True when it ends its choice. Tokens must come in order, once each."""
+        """Add an output; returns whether it ends its choice. Tokens must arrive once, in order."""
         tokens = self.tokens[output.choice]
         if output.token_ids:
             assert output.index == len(tokens), (output, len(tokens))

@@ -35,17 +35,17 @@ class Generated:
     token_ids: tuple[int, ...]
     """New tokens."""
     logprobs: tuple[TokenLogprob, ...]
-    """One per token where asked for."""
+    """One entry for each token if requested."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
-    """Where asked for."""
+    """Log-probabilities of the prompt if requested."""
     class_logits: tuple[float, ...]
-    """From a sequence classifier."""
+    """Logits by class of a sequence classifier."""
     finish_reason: FinishReason
-    """Why it ended."""
+    """Reason why the choice ended."""
 
 
 class LocalEngine(EmbeddedEngine):
-    """Serves token ids to their ends, for references and base lines."""
+    """Runs prompts of token ids to their ends, as a reference and for comparisons."""
 
     _next_request = 0
 
@@ -85,7 +85,7 @@ class LocalEngine(EmbeddedEngine):
         return found
 
     def run(self, requests: Sequence[Request]) -> dict[tuple[str, int], list[TokenOutput]]:
-        """Serve requests together to their ends; outputs by (request id, choice)."""
+        """Run requests together to their ends; returns outputs by (request id, choice)."""
         for request in requests:
             self.add_request(request)
         outputs: dict[tuple[str, int], list[TokenOutput]] = {
@@ -99,14 +99,14 @@ class LocalEngine(EmbeddedEngine):
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Generated]:
-        """Serve prompts together; one result per prompt. Raises ``RequestFailedError``."""
+        """Run prompts together; returns a result for each. Raises ``RequestFailedError``."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = [self._request(p, own) for p, own in zip(prompts, each, strict=True)]
         outputs = self.run(requests)
         return [generated(outputs[r.request_id, 0]) for r in requests]
 
     def _request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """A request with a name of its own."""
+        """Return a request with a new name."""
         self._next_request += 1
         name = f"local-{self._next_request}"
         return Request(request_id=name, prompt=tuple(prompt), params=params)
@@ -123,7 +123,7 @@ def _tensor(array: NamedArray) -> Tensor:
 
 
 def generated(outputs: Sequence[TokenOutput]) -> Generated:
-    """All outputs of a choice together. Raises ``RequestFailedError``."""
+    """Join all outputs of a choice. Raises ``RequestFailedError``."""
     last = outputs[-1]
     assert last.finish_reason is not None, "the last output has a finish reason"
     if last.finish_reason is FinishReason.ERROR:

@@ -1,4 +1,4 @@
-"""Batches through the local engine: no server, no Ray."""
+"""Runs batches on the local engine, without a server or Ray."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from workers.dispatch.dispatcher import TokenDispatcher
 from workers.requests.request import Request, SamplingParams
 
 WARM_UP_TOKENS = 2
-"""Of each sequence of a batch that does not count."""
+"""New tokens of each sequence in a warm-up batch."""
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace, engine: LocalEngine) -> dict[str, Any]:
-    """Of the document: what was asked for, and what ``auto`` was resolved to."""
+    """Settings for the document: requested values, and the values that ``auto`` resolved to."""
     names = ("input_len", "output_len", "kv_cache_bytes", "seed")
     return {
         "model": source_of(args).name,
@@ -61,7 +61,7 @@ def options_of(args: argparse.Namespace, engine: LocalEngine) -> dict[str, Any]:
 
 
 def source_of(args: argparse.Namespace) -> ModelSource:
-    """Where the checkpoint is. Raises ``SystemExit`` with the reason."""
+    """Path of the checkpoint. Raises ``SystemExit`` with the reason."""
     try:
         return find_model(args.model, note)
     except CheckpointError as err:
@@ -73,7 +73,7 @@ def open_engine(
     batch: int,
     wrap: Callable[[TokenDispatcher], TokenDispatcher] | None = None,
 ) -> LocalEngine:
-    """The engine of a checkpoint, for batches of up to ``batch`` sequences.
+    """Open the engine of a checkpoint for batches of up to ``batch`` sequences.
 
     Raises ``SystemExit`` with the reason.
     """
@@ -116,7 +116,7 @@ def _check_room(args: argparse.Namespace, engine: LocalEngine, batch: int, block
 
 @contextmanager
 def threads_kept() -> Iterator[None]:
-    """The engine sets the threads of torch: give the process its own back."""
+    """Restore torch's number of threads after the block, as the engine changes it."""
     before = torch.get_num_threads()
     try:
         yield
@@ -125,7 +125,7 @@ def threads_kept() -> Iterator[None]:
 
 
 def prompts(args: argparse.Namespace, engine: LocalEngine, batch: int) -> list[list[int]]:
-    """Random tokens, the same for the same seed and batch."""
+    """Prompts of random tokens, equal for equal seed and batch."""
     return random_prompts(f"{args.seed} {batch}", batch, args.input_len, engine.config.vocab_size)
 
 
@@ -135,7 +135,7 @@ def run_batch(
     new_tokens: int,
     after_step: Callable[[], None] = lambda: None,
 ) -> list[list[float]]:
-    """Seconds to each token, by sequence. Raises ``RuntimeError`` when the engine fails."""
+    """Run a batch; returns seconds to each token of each sequence. Raises ``RuntimeError``."""
     params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
     times: Mapping[str, list[float]] = {str(i): [] for i in range(len(batch))}
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Calls that use sampling in all its forms, for tests in which every token counts."""
+"""Calls with all kinds of sampling, for tests that compare every token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUMBERS = Grammar(
 
 
 def make_calls(num_calls: int, num_tokens: int) -> list[GenerateCall]:
-    """Sampling in all its forms; each answer has at least ``num_tokens`` tokens."""
+    """Return calls with all kinds of sampling and at least ``num_tokens`` output tokens each."""
     rng = random.Random(1)
     plain = GenerateCall(
         kind=CallKind.COMPLETION,

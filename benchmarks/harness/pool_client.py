@@ -1,4 +1,4 @@
-"""The gateway's pool of engine streams as a client: requests go where its policy sends them."""
+"""A client that sends requests through the gateway's pool of engine streams and its policy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LIMIT_S = 120.0
 
 
 class _Times:
-    """When one request's tokens came."""
+    """Arrival times of one request's tokens."""
 
     def __init__(self, start: float) -> None:
         self.seconds: list[float] = []
@@ -42,7 +42,7 @@ class _Times:
 
 
 class PoolClient:
-    """An ``EnginePool`` on a loop in a thread of its own."""
+    """An ``EnginePool`` on an event loop in a separate thread."""
 
     def __init__(self, addresses: Sequence[str], policy: RoutingPolicy) -> None:
         self._endpoints = [
@@ -66,7 +66,7 @@ class PoolClient:
         self._thread.close()
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
-        """Seconds to each token, by sequence. Raises ``RuntimeError`` when a request fails."""
+        """Run prompts; returns the seconds to each token. Raises ``RuntimeError`` if one fails."""
         return self._thread.run(self._generate(prompts, new_tokens))
 
     async def _start(self) -> None:

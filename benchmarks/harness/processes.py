@@ -1,4 +1,4 @@
-"""The processes of a cluster, by names that a reader knows, and the CPU time that they used."""
+"""Readable names of a cluster's processes, and their CPU time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 
 
 def name_of(process: psutil.Process) -> str:
-    """The actor's class, the module or script that runs, or the program."""
+    """Name of a process: its actor class, module, script or program."""
     words = process.cmdline() or [process.name()]
     if words[0].startswith("ray::"):
         return words[0].removeprefix("ray::").split(":")[0].split("(")[0].split(".")[0]
@@ -20,7 +20,7 @@ def name_of(process: psutil.Process) -> str:
 
 
 def cpu_seconds() -> dict[str, float]:
-    """CPU time so far of this process (``client``) and of all below it, by name."""
+    """CPU seconds of this process (``client``) and of its descendants by name."""
     me = psutil.Process()
     used: defaultdict[str, float] = defaultdict(float)
     for process in (me, *me.children(recursive=True)):

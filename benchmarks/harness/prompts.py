@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 _FIRST = 4
-"""Tokens below may be special."""
+"""Lowest token id that is used; lower ids may be special tokens."""
 
 
 def random_prompts(seed: str, batch: int, num_tokens: int, limit: int = 1000) -> list[list[int]]:
-    """``batch`` prompts of tokens below ``limit``, the same for the same seed.
+    """Return ``batch`` prompts of tokens below ``limit``, equal for equal seeds.
 
     Every vocabulary that is measured has more tokens than the default limit.
     """
