@@ -200,7 +200,7 @@ def _slots_of(
     slots_stride: tl.tensor,
     TOP_K: tl.constexpr,
 ) -> tl.tensor:
-    """Slots of the pairs, -1 for none."""
+    """Return the slots of the pairs, -1 for none."""
     places = (pairs // TOP_K) * slots_stride + pairs % TOP_K
     found = tl.load(slots + places, mask=pairs < num_pairs, other=-1).to(tl.int32)
     return tl.where(found < num_slots, found, -1)

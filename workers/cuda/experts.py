@@ -57,7 +57,7 @@ class Pairs:
         return MIN_DOT if self.blocks is None else max(self.blocks.height, MIN_DOT)
 
     def of_outputs(self) -> Pairs:
-        """The same pairs for a next product, whose input row p is the output of pair p."""
+        """Return the same pairs for a next product, whose input row p is the output of pair p."""
         return replace(self, sources=None, per_row=1)
 
 
@@ -297,7 +297,7 @@ def _pairs_of(
     IS_SORTED: tl.constexpr,
     HEIGHT: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The pairs [HEIGHT] of a block, and a mask of the valid ones."""
+    """Return the pairs [HEIGHT] of a block, and a mask of the valid ones."""
     places = tl.arange(0, HEIGHT)
     if IS_SORTED:
         first = tl.load(table + num_blocks + block)
@@ -317,7 +317,7 @@ def _sources_of(
     HAS_SOURCES: tl.constexpr,
     PER_ROW: tl.constexpr,
 ) -> tl.tensor:
-    """Input rows of the pairs."""
+    """Return the input rows of the pairs."""
     rows = pairs // PER_ROW
     if HAS_SOURCES:
         rows = tl.load(sources + pairs, mask=has_pair, other=0)
@@ -333,7 +333,7 @@ def _rows_tile(
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,
 ) -> tl.tensor:
-    """Tile [HEIGHT, STEP] of the input rows."""
+    """Return the tile [HEIGHT, STEP] of the input rows."""
     address = inputs + rows.to(tl.int64)[:, None] * DEPTH + place[None, :]
     mask = has_row[:, None]
     if DEPTH % STEP != 0:

@@ -36,7 +36,7 @@ def jit(function: Callable[..., Any], any_alignment: Sequence[str] = ()) -> Any:
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is at least ``number``: 1 -> 1, 5 -> 8."""
+    """Return the smallest power of two that is at least ``number``: 1 -> 1, 5 -> 8."""
     return 1 << max(number - 1, 0).bit_length()
 
 

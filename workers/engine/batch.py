@@ -294,7 +294,7 @@ def _int64_array(values: Sequence[int | None]) -> NDArray[np.int64]:
 
 
 def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
-    """Input token ids of all rows."""
+    """Return the input token ids of all rows."""
     tokens: list[int] = []
     for rows in planned:
         if rows.is_decode:
@@ -324,7 +324,7 @@ def next_tokens(
 def row_columns(
     planned: Sequence[PlannedRows], tables: BlockTables, block_size: int
 ) -> tuple[NDArray[np.int64], ...]:
-    """Token ids, positions, prompt lengths and cache slots of all rows."""
+    """Return the token ids, positions, prompt lengths and cache slots of all rows."""
     positions, seats, prompt_lengths = _expand_to_rows(
         planned, _seats(planned), _prompt_lengths(planned)
     )

@@ -135,7 +135,7 @@ class DecodeGraphs:
         return DecodeOutput(hidden, [own.t() for own in torch.split(ids, self._top_k)])
 
     def _size(self, header: StepHeader) -> int:
-        """The bucket of a step; 0 if the step has more rows than the largest bucket."""
+        """Return the bucket of a step; 0 if the step has more rows than the largest bucket."""
         return header.bucket or bucket_of(header.rows(self._rank, 0), self._buckets)
 
     def _step(self, size: int, num_parts: int, shape: Hashable) -> _CapturedStep:

@@ -202,7 +202,7 @@ class Engine:
         return copies
 
     def preemption_candidate(self) -> Request | None:
-        """The next request to preempt, if a preemption is likely soon; else None."""
+        """Return the next request to preempt, if a preemption is likely soon; else None."""
         if self._intent.restriction.solo_request is not None:
             return None
         sequence = self._scheduler.preemption.candidate()
@@ -226,7 +226,7 @@ class Engine:
     # Steps
 
     def rows_wanted(self) -> RowsWanted:
-        """Rows that the next step could run on this worker."""
+        """Return the rows that the next step could run on this worker."""
         requests, isolation = self.requests, self.requests.isolation
         if isolation.is_waiting:
             return RowsWanted()
@@ -344,7 +344,7 @@ class Engine:
     # Statistics
 
     def stats(self) -> dict[str, float]:
-        """Gauges and counters by metric name without prefix. Any thread may call it."""
+        """Return the gauges and counters by metric name without prefix. Any thread may call it."""
         return self._stats.read()
 
     def check_integrity(self) -> None:
@@ -355,7 +355,7 @@ class Engine:
 def _speculator(
     config: ModelConfig, section: SpeculationSection, max_model_len: int
 ) -> Speculator | None:
-    """The speculator, or None. Raises ``ConfigError`` for a model with recurrent states."""
+    """Return the speculator, or None. Raises ``ConfigError`` for a model with recurrent states."""
     if not section.is_on:
         return None
     rule = "must be none: the model has recurrent states, which rejected tokens would change"

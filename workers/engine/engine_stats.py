@@ -50,7 +50,7 @@ class EngineStats:
         self._ended.update(reasons)
 
     def read(self) -> dict[str, float]:
-        """Gauges and counters by metric name without prefix."""
+        """Return the gauges and counters by metric name without prefix."""
         free, total = self._pool.num_free, self._pool.num_blocks
         scheduler, admission = self._scheduler, self._scheduler.admission
         prefixes, waiting = scheduler.prefixes, len(scheduler.queues.waiting)

@@ -379,7 +379,7 @@ def _concatenated(parts: Sequence[Tensor]) -> Tensor:
 def _native_experts(
     dispatcher: LocalDispatcher | RemoteDispatcher, num_rows: Sequence[int]
 ) -> Sequence[Experts] | None:
-    """The experts of each micro-batch for native layers; None if rows must be dispatched."""
+    """Return the experts of each micro-batch for native layers; None if rows must be dispatched."""
     if isinstance(dispatcher, RemoteDispatcher):
         return None if dispatcher.native is None else dispatcher.native.prepare(num_rows)
     experts = dispatcher.experts()

@@ -34,7 +34,7 @@ class RequestLimits:
     def of(
         cls, config: ModelConfig, section: EngineSection, max_model_len: int, num_blocks: int
     ) -> Self:
-        """Limits of a model in an engine."""
+        """Return the limits of a model in an engine with ``num_blocks`` KV blocks."""
         return cls(
             vocab_size=config.vocab_size,
             eos_token_ids=tuple(config.eos_token_ids),

@@ -159,7 +159,7 @@ class StepSampler:
         predicted: Tensor,
         drawn: Mapping[SequenceState, Sequence[int]],
     ) -> dict[SequenceState, int]:
-        """The predictor's best token after the last sampled token of each sequence.
+        """Return, for each sequence, the token that the predictor expects after the sampled ones.
 
         predicted [num_rows, H]: the predictor's hidden states, in the order of ``result.hidden``.
         """
@@ -257,7 +257,7 @@ class StepSampler:
     def _rows_to_sample(
         self, complete: Mapping[SequenceState, int], plan: StepPlan
     ) -> list[_SampledRows]:
-        """The rows from which tokens are sampled, in ascending order."""
+        """Return the rows from which tokens are sampled, in ascending order."""
         rows = [
             _SampledRows(planned.sequence, complete[planned.sequence], planned.drafts)
             for planned in plan.rows
@@ -318,7 +318,7 @@ class StepSampler:
             tokens.candidates.update(zip(sequences, candidates, strict=True))
 
     def _logits_of(self, rows: Sequence[int], result: StepResult) -> Tensor:
-        """Logits [rows, V] of rows in ascending order."""
+        """Return the logits [rows, V] of rows in ascending order."""
         if result.logits is not None:
             return _select_rows(result.logits, rows)
         return self._logits(_select_rows(result.hidden, rows))

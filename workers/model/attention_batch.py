@@ -75,7 +75,7 @@ class DecodeGroup:
         return (self.visible * ends).amax(1)
 
     def within(self, window: int) -> DecodeGroup:
-        """The same rows in a layer with a sliding window."""
+        """Return the same rows in a layer with a sliding window."""
         positions = torch.arange(self.visible.shape[1], device=self.visible.device)
         is_inside = positions >= self.lengths.unsqueeze(1) - window
         return replace(self, visible=self.visible & is_inside, window=window)
@@ -104,7 +104,7 @@ class PrefillChunk:
     """Positions that a row attends to, its own and those before it; None: all."""
 
     def within(self, window: int) -> PrefillChunk:
-        """The same rows in a layer with a sliding window."""
+        """Return the same rows in a layer with a sliding window."""
         if self.length <= window:
             return replace(self, window=window)
         start, device = self.length - (self.last - self.first), self.blocks.device
@@ -255,7 +255,7 @@ class AttentionBatch:
         return keys, keys[..., : self.latent_rank]
 
     def within(self, window: int) -> AttentionBatch:
-        """The same rows in a layer where each attends to ``window`` positions, its own included."""
+        """Return the same rows for a layer with a sliding window of ``window`` positions."""
         return replace(
             self,
             decodes=tuple(group.within(window) for group in self.decodes),

@@ -116,7 +116,7 @@ class BankSpec:
         return [(e.index, i, s) for e in self.exchanges for i, s in enumerate(e.matrix_shapes)]
 
     def num_bytes(self, itemsize: int) -> int:
-        """Bytes of an expert as workers keep and transfer it; ``itemsize`` of the model dtype."""
+        """Return the bytes of an expert in a worker; ``itemsize``: bytes of the model dtype."""
         total = 0
         for exchange, matrix, (out, width) in self.matrices:
             form = self.exchanges[exchange].form_of(matrix)

@@ -188,7 +188,7 @@ class LatentProjections:
         return self.can_expand and batch.recorder is None and is_long
 
     def _latents(self, normed: Tensor, context: LayerContext) -> Tensor:
-        """Latent vectors and keys [T, R + P]; the last P elements are not yet rotated."""
+        """Return latent vectors and keys [T, R + P]; the last P elements are not yet rotated."""
         rows = context.multiply(self.latents, normed)
         latents, key = torch.split(rows, [self.shape.rank, self.shape.rotated_dim], 1)
         return torch.cat((self.latent_norm(latents.contiguous()), key), 1)
@@ -262,5 +262,5 @@ class LatentProjections:
 
 
 def rotate_end(heads: Tensor, first: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads [T, heads, D] with the elements from ``first`` on rotated."""
+    """Return the heads [T, heads, D] with the elements from ``first`` on rotated."""
     return torch.cat((heads[..., :first], rotate(heads[..., first:], cos, sin)), -1)

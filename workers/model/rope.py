@@ -155,7 +155,7 @@ def context_scale(factor: float, mscale: float) -> float:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``rope_parameters`` of a ``config.json`` in either spelling. Raises ``CheckpointError``."""
+    """Return ``rope_parameters``, whatever their spelling. Raises ``CheckpointError``."""
     params = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(params, Mapping):
         raise CheckpointError(f"config.json: rope_scaling {params!r} must be an object")
@@ -177,7 +177,7 @@ def inverse_frequencies(config: RopeConfig) -> Tensor:
 
 
 def _rotated_frequencies(config: RopeConfig) -> Tensor:
-    """Frequencies of the rotated elements [R/2]."""
+    """Return the frequencies of the rotated elements [R/2]."""
     plain = 1.0 / _powers(config)
     match config.rope_type:
         case "default" | "dynamic":
@@ -272,7 +272,7 @@ class Rope:
         return _split(waves)
 
     def _dynamic(self, lengths: Tensor) -> Tensor:
-        """Frequencies [T, D/2] for request lengths [T]."""
+        """Return the frequencies [T, D/2] for request lengths [T]."""
         config = self._config
         dim, context, factor = config.rotary_dim, config.max_position_embeddings, config.factor
         n = lengths.clamp(min=context).double()
@@ -282,7 +282,7 @@ class Rope:
         return torch.where((lengths > context).unsqueeze(1), scaled, self._plain)
 
     def _waves(self, positions: Tensor, inverse: Tensor) -> Tensor:
-        """Cosines and signed sines [T, 2, D]."""
+        """Return the cosines and signed sines [T, 2, D]."""
         angles = positions.float().unsqueeze(1) * inverse
         cos, sin = angles.cos(), angles.sin()
         waves = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)

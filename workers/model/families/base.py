@@ -129,7 +129,7 @@ class Family(ABC):
 
     @abstractmethod
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """Tensors of a layer except its routed experts, by short name."""
+        """Return the tensors of a layer except its routed experts, by short name."""
 
     @abstractmethod
     def make_layer(self, layer: int, loader: Loader) -> Layer:
@@ -156,7 +156,7 @@ class Family(ABC):
         return gated_expert(f"{self.prefix}.layers.{bank.layer}.mlp.experts", bank, expert, names)
 
     def attention_tensors(self) -> Iterator[TensorPart]:
-        """All tensors of an attention worker: everything except the routed experts."""
+        """Return all tensors of an attention worker: everything except the routed experts."""
         yield from self._outer_parts().values()
         for layer in range(self.config.num_layers):
             yield from self.layer_parts(layer).values()

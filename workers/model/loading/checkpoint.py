@@ -105,7 +105,7 @@ class Checkpoint:
             self._progress(self.loaded_bytes, max(self._total_bytes, self.loaded_bytes))
 
     def num_bytes(self, part: TensorPart) -> int:
-        """Bytes on disk of a part, including its scales."""
+        """Return the bytes on disk of a part, including its scales."""
         total = sum(entry.num_bytes for entry in self._entries(part))
         if part.index is not None:
             total //= max(part.shape[0], 1)
@@ -135,7 +135,7 @@ class Checkpoint:
         return packed_integers.stored_parts(part, stored)
 
     def expert_bytes(self, bank: BankSpec, expert: int) -> int:
-        """Bytes on disk of one expert in all exchanges of its bank."""
+        """Return the bytes on disk of an expert in all exchanges of its bank."""
         return sum(map(self.num_bytes, self._expert_parts(bank, expert)))
 
     def _expert_parts(self, bank: BankSpec, expert: int) -> Iterator[TensorPart]:

@@ -21,12 +21,12 @@ def read_family(path: Path, has_predictor: bool) -> Family:
 
 
 def auto_dtype(config: ModelConfig) -> str:
-    """Compute dtype of ``--dtype auto``: the checkpoint's own, or float32 for float16."""
+    """Return the dtype of ``--dtype auto``: the checkpoint's, or float32 instead of float16."""
     return "float32" if config.dtype == "float16" else config.dtype
 
 
 def resolve_dtype(setting: str, config: ModelConfig) -> torch.dtype:
-    """Compute dtype for ``--dtype``. Raises ``ConfigError`` for an unsupported one."""
+    """Return the compute dtype for ``--dtype``. Raises ``ConfigError`` for an unsupported one."""
     name = auto_dtype(config) if setting == "auto" else setting
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in known:

@@ -31,7 +31,7 @@ class MappedFiles:
         return MappedFiles(self._headers, self._stamps)
 
     def read(self, file: Path, name: str, index: int | None) -> Tensor:
-        """Tensor of a file, or one of its rows, in mapped memory. Raises ``CheckpointError``."""
+        """Return a tensor, or its entry ``index``, in mapped memory. Raises ``CheckpointError``."""
         try:
             reader = self._reader(file)
             found: Tensor = (

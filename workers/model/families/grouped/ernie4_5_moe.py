@@ -81,7 +81,7 @@ def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
 
 
 def _sparse_layers(settings: ConfigReader) -> tuple[int, ...]:
-    """Every ``moe_layer_interval``-th layer from the start index to the end index, inclusive."""
+    """Return every ``moe_layer_interval``-th layer from the start to the end index, inclusive."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     interval = settings.integer("moe_layer_interval", default=1)
     first = settings.integer("moe_layer_start_index", default=1, least=0)

@@ -41,7 +41,7 @@ class HybridFamily(Family):
 
     @abstractmethod
     def delta_parts(self, prefix: str, spec: DeltaNetSpec) -> dict[str, TensorPart]:
-        """Input projections of Gated DeltaNet by short name, in the order of their rows."""
+        """Return input projections of Gated DeltaNet by short name, in the order of their rows."""
 
     def delta_order(self, spec: DeltaNetSpec) -> Tensor | None:
         """Order of the projections' rows that ``DeltaNet`` expects; None: unchanged."""
@@ -78,7 +78,7 @@ class HybridFamily(Family):
         return self._norm(outer, "norm")
 
     def _mixer_parts(self, prefix: str, layer: int) -> dict[str, TensorPart]:
-        """Tensors of a layer's mixer. ``q`` has rows of queries and gates, head by head."""
+        """Return tensors of a layer's mixer. ``q`` has rows of queries and gates, head by head."""
         config, spec = self.config, self.config.delta_net
         width = config.hidden_size
         if spec is not None and layer in spec.layers:

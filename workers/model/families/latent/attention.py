@@ -96,7 +96,7 @@ class LatentAttention:
         )
 
     def parts(self, prefix: str, width: int) -> dict[str, TensorPart]:
-        """Tensors of a layer's attention, by short name."""
+        """Return the tensors of a layer's attention, by short name."""
         shape, rank = self.shape, self.query_rank
         queries = shape.num_heads * shape.query_dim
         made = shape.num_heads * (shape.plain_dim + shape.value_dim)
