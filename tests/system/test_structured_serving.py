@@ -169,7 +169,7 @@ def test_an_older_attempt_that_comes_late_does_not_end_the_newer_one(
     stream.send(replace(newer, attempt=1))
     refused = stream.next()
     assert (refused.attempt, refused.finish_reason) == (1, FinishReason.ERROR)
-    assert refused.error == "request again is here already, with attempt 2"
+    assert refused.error == "the worker already has attempt 2 of request again"
     slow.may_end.set()
     assert stream.collect([newer])["again"].reasons == [FinishReason.STOP]
     stream.close()

@@ -161,7 +161,7 @@ def _checked(
                 f"tensor {next(iter(names.values()))}: {module} {refusal_reason(module)}"
             )
         if not settings.has_target(module):
-            raise CheckpointError(f"{module} has tensors, and is not among target_modules")
+            raise CheckpointError(f"{module} has tensors, but is not among target_modules")
         if missing := {"A", "B"} - names.keys():
             raise CheckpointError(f"{module} has no tensor lora_{missing.pop()}.weight")
         _check_shapes(module, names, entries, settings, target, max_rank)

@@ -58,7 +58,7 @@ class LoadedAdapters:
         roots = [Path(root).resolve() for root in self._section.roots]
         for place in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
             if not any(place.resolve().is_relative_to(root) for root in roots):
-                raise CheckpointError(f"{place}: it is in no folder of --lora-roots")
+                raise CheckpointError(f"{place} is not in a folder of --lora-roots")
 
     def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:
         """Make an adapter ready for rows, with a ``yield`` after each short step.
@@ -86,11 +86,11 @@ class LoadedAdapters:
     def _check_capacity(self, prepared: PreparedAdapter) -> None:
         limit = self.limit
         if len(self._adapters) >= limit:
-            raise CheckpointError(f"{limit} adapters are loaded, which is the limit (max_loras)")
+            raise CheckpointError(f"{limit} adapters are loaded, the maximum number (max_loras)")
         if self._model.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self._model.device)
             needed = prepared.num_bytes
             if needed > free:
                 raise CheckpointError(
-                    f"the adapter needs {needed} bytes of the GPU, and {free} are free"
+                    f"the adapter needs {needed} bytes of the GPU, but {free} are free"
                 )

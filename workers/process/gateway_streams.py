@@ -146,7 +146,7 @@ class GatewayStreams:
         """Queue an encoded message. A full queue drops the gateway; an ended stream is ignored."""
         stream = self._streams.get(name)
         if stream is not None and not stream.put(message):
-            self._drop(stream, f"{MAX_PENDING_MESSAGES} messages behind")
+            self._drop(stream, f"it has not read {MAX_PENDING_MESSAGES} messages")
 
     def put_all(self, message: bytes) -> None:
         """Queue an encoded message for every gateway."""
@@ -176,7 +176,7 @@ class GatewayStreams:
             if late_s > self.check_interval_s:
                 stream.last_message_at = min(now, stream.last_message_at + late_s)
             if now - stream.last_message_at > self._limit_s:
-                self._drop(stream, f"too long without a ping (over {self._limit_s:g} s)")
+                self._drop(stream, f"no message for more than {self._limit_s:g} s")
 
     def _drop(self, stream: GatewayStream, reason: str) -> None:
         logger.warning("%s is dropped: %s", stream.name, reason)

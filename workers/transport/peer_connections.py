@@ -158,7 +158,7 @@ class PeerConnections:
             self.wait(
                 lambda: edge.out_bytes <= limit,
                 lambda: [name],
-                what="it takes no data",
+                what="it reads no data",
             )
 
     def receive(

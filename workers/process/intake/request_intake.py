@@ -94,7 +94,7 @@ class RequestIntake:
         known = self._requests.get(name)
         if known is not None and known.request.attempt > request.attempt:
             attempt = known.request.attempt
-            stale = f"request {name} is here already, with attempt {attempt}"
+            stale = f"the worker already has attempt {attempt} of request {name}"
             self._refuse(new, RequestError(stale, "request_id"))
             return
         is_expected = self._fetches.has_prefetch(request)

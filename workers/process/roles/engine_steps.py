@@ -116,7 +116,7 @@ class EngineSteps:
         missing = channel.missing_workers()
         if waited_s is None or not missing:
             return
-        reason = f"no step for {waited_s:.1f} s, waits for {', '.join(missing)}"
+        reason = f"no step for {waited_s:.1f} s, waiting for {', '.join(missing)}"
         raise PeerLostError(missing[0], reason, is_late=True)
 
     def _idle_s(self) -> float:

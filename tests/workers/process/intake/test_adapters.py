@@ -145,7 +145,7 @@ def test_links_lead_out_of_no_folder_of_adapters(
     linked = AdapterRecord(key="link@1", name="link", path=path)
     intake.allow(str(tmp_path / "root"))
     intake.order(1, linked)
-    assert intake.answer().errors == {"link@1": f"{path}: it is in no folder of --lora-roots"}
+    assert intake.answer().errors == {"link@1": f"{path} is not in a folder of --lora-roots"}
     intake.allow(str(tmp_path / "root"), str(tmp_path / "sql"))
     intake.order(2, linked)
     assert intake.answer().digests.keys() == {"link@1"}
@@ -165,9 +165,7 @@ def test_files_that_are_links_lead_out_of_no_folder_of_adapters(
     linked = AdapterRecord(key="link@1", name="link", path=str(path))
     intake.allow(str(root))
     intake.order(1, linked)
-    assert intake.answer().errors == {
-        "link@1": f"{path / name}: it is in no folder of --lora-roots"
-    }
+    assert intake.answer().errors == {"link@1": f"{path / name} is not in a folder of --lora-roots"}
     intake.allow(str(root), str(outside))
     intake.order(2, linked)
     assert intake.answer().digests.keys() == {"link@1"}

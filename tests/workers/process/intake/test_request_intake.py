@@ -259,7 +259,7 @@ def test_a_newer_attempt_replaces_one_that_waits_and_an_older_one_is_refused() -
     assert [w.request.attempt for w in world.compilations.waiting] == [2]
     world.receive("a", grammar=True, attempt=1)
     ((name, err),) = world.refused
-    assert (name, str(err)) == ("a", "request a is here already, with attempt 2")
+    assert (name, str(err)) == ("a", "the worker already has attempt 2 of request a")
     world.compilations.compile()
     world.intake.advance()
     assert [request.attempt for request in world.engine.added] == [2]
