@@ -98,6 +98,7 @@ def test_a_full_disk_is_said_and_stops_no_stream(tmp_path: Path, disk: Path) -> 
         assert streams(server) == ["length"] * NUM_STREAMS
 
 
+@pytest.mark.slow
 def test_files_of_a_server_that_logs_much_have_a_bounded_size(tmp_path: Path) -> None:
     """Each request leaves a line in a gateway's file, a request of Serve's own beside it."""
     trace = tmp_path / "timelines"

@@ -13,6 +13,7 @@ from cluster.launch.parts import describe_threads
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_one_worker_computes_with_all_cores_and_the_start_says_it(tmp_path: Path) -> None:
     with running_server(tmp_path, "--mode", "local") as server:
         (worker,) = server.status()["workers"]

@@ -136,6 +136,7 @@ def test_a_trace_reaches_the_expert_workers_and_links_to_the_recovery_that_delay
     assert all(span.trace_id.hex() != silent.trace_id for span in collector.spans)
 
 
+@pytest.mark.slow
 def test_requests_and_a_recovery_are_traced_and_a_stream_outlasts_the_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

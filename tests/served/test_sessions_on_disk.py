@@ -40,6 +40,7 @@ def number(server: Served, name: str) -> float:
     return float(stats.get(f'{name}{{tier="disk"}}', 0.0))
 
 
+@pytest.mark.slow
 def test_a_session_outlives_its_worker_and_its_server(tmp_path: Path) -> None:
     words = ["--deterministic", "--kv-host-bytes", "16M", "--kv-disk-bytes", "64M"]
     words += ["--kv-disk-dir", str(tmp_path / "kv")]

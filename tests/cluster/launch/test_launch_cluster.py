@@ -225,6 +225,7 @@ def test_a_killed_front_process_leaves_nothing(servers: list[Server]) -> None:
     assert_nothing_left(server, memory_before)
 
 
+@pytest.mark.slow
 def test_a_signal_while_starting_leaves_nothing(servers: list[Server]) -> None:
     servers.append(Server.start())
     server = servers[0]

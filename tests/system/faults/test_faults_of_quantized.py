@@ -39,6 +39,7 @@ def test_a_worker_of_threads(role: str) -> None:
         assert entries_since(before, whole(cluster))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("form", FORMS)
 def test_workers_of_both_pools(form: Form) -> None:

@@ -95,6 +95,7 @@ def test_a_worker_of_threads_that_predicts(
         assert entries_since(before, whole(cluster))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("form", FORMS)
 def test_workers_of_both_pools(form: Form) -> None:

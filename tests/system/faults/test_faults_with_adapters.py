@@ -137,10 +137,7 @@ LAYOUTS: dict[str, tuple[tuple[int, int], dict[str, Any], str]] = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "layout",
-    [
-        pytest.param(name, marks=() if name in ("attention", "expert") else pytest.mark.slow)
-        for name in LAYOUTS
-    ],
+    [pytest.param(name, marks=() if name == "expert" else pytest.mark.slow) for name in LAYOUTS],
 )
 def test_a_killed_worker(layout: str, form: Form, modules: tuple[str, ...]) -> None:
     pools, options, role = LAYOUTS[layout]

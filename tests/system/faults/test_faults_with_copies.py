@@ -35,6 +35,7 @@ from tests.harness.fault_rows import (
     whole,
 )
 from tests.harness.foreign_sockets import hang_up
+from tests.harness.tiers import quick_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.parametrize("form", FORMS)]
 
@@ -124,7 +125,8 @@ def test_a_worker_with_experts_is_killed(cluster: ServingCluster, form: Form) ->
 
 @pytest.mark.parametrize(
     "rank",
-    [pytest.param(0, id="leader"), pytest.param(1, id="other", marks=pytest.mark.slow)],
+    quick_rows({0}, [0, 1]),
+    ids=["leader", "other"],
 )
 def test_an_attention_worker_is_killed(cluster: ServingCluster, form: Form, rank: int) -> None:
     """Its requests go on elsewhere."""
@@ -153,7 +155,7 @@ def test_a_controller_and_a_worker_die_together(cluster: ServingCluster, form: F
     assert whole(cluster)["experts_complete"]
 
 
-@pytest.mark.parametrize("role", ["attention", "expert"])
+@pytest.mark.parametrize("role", quick_rows({"expert"}, ["attention", "expert"]))
 def test_a_worker_that_wakes_up_late_disturbs_no_stream(
     cluster: ServingCluster, form: Form, role: str
 ) -> None:
@@ -190,7 +192,7 @@ def test_a_signal_to_a_worker_drains_it(cluster: ServingCluster, form: Form) -> 
     assert all(operation["generation"] > before for operation in ended)
 
 
-@pytest.mark.parametrize("end", [0, 1], ids=["source", "target"])
+@pytest.mark.parametrize("end", quick_rows({0}, [0, 1]), ids=["source", "target"])
 def test_a_worker_is_killed_while_requests_move(
     cluster: ServingCluster, form: Form, end: int
 ) -> None:

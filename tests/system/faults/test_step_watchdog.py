@@ -14,6 +14,7 @@ from tests.harness.foreign_sockets import deafen
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_leader_that_gets_no_proposal_of_a_rank_goes_on_without_it(form: Form) -> None:
     """The leader's host acknowledges what the other attention worker sends."""
