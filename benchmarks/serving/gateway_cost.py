@@ -7,7 +7,7 @@ cores. It sends the same requests over the engine stream (without a gateway), ov
 and over HTTP through Ray Serve's own proxy. The paths take turns, single requests in a new random
 order each time, so that work which one request leaves behind delays all paths alike.
 
-The second table divides the mean time to the first token, by the gateway's own metrics. The third
+The second table splits the mean time to the first token, using the gateway's metrics. The third
 table has the CPU time of each process during the batches of streams.
 """
 

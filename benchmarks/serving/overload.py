@@ -198,7 +198,7 @@ def _asked(found: Found) -> list[list[str]]:
         ["TTFT is normal again after", "5 s", "never" if normal_s is None else f"{normal_s:.1f} s"],
         *(
             [
-                f"TTFT of modest, greedy at {OVER:.1f} over greedy at {share:.1f} of the peak",
+                f"ratio of modest's TTFT: greedy at {OVER:.1f} to {share:.1f} of the peak",
                 "at most 1.5",
                 f"{unfair_ms / ms:.2f}",
             ]

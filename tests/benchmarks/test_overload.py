@@ -58,5 +58,5 @@ def test_the_report_has_a_limit_beside_each_number() -> None:
     assert "| accepted retries of the last 2 rejections |  | 1 |" in text
     assert "| TTFT is normal again after | 5 s | 1.0 s |" in text
     for share, ratio in (("0.3", "1.35"), ("0.4", "1.20"), ("0.7", "1.08")):
-        row = f"| TTFT of modest, greedy at 7.0 over greedy at {share} of the peak | at most 1.5 "
+        row = f"| ratio of modest's TTFT: greedy at 7.0 to {share} of the peak | at most 1.5 "
         assert f"{row}| {ratio} |" in text

@@ -179,7 +179,7 @@ ROWS = (
     ),
     HostRow(
         name="stale-controller",
-        text="a controller without the head node, and a worker lost after its replacement",
+        text="the controller loses the head and is replaced, then a worker is lost",
         limit="-",
         roles=_TWO_GATEWAYS,
         fault=HostSite.cut_from_head,
