@@ -20,8 +20,8 @@ from cluster.planner.base import Bools, Floats, Ints
 def fill(
     loads: Floats, capacities: Ints, speeds: Floats, nodes: Ints, two_nodes: bool
 ) -> tuple[Ints, Ints]:
-    """Return slots and primary copies of all banks. ``two_nodes``: each expert has copies on two
-    nodes."""
+    """Return ``slots`` and ``primary`` (``planner.base``). ``two_nodes``: each expert has copies on
+    two nodes."""
     width = int(capacities.max())
     capacities = np.minimum(capacities, loads.shape[1])
     quota = primary_quota(capacities, speeds, loads.shape[1])

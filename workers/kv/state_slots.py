@@ -102,7 +102,7 @@ class StateSlots:
         return slot
 
     def hold_extra(self, block_hash: BlockHash) -> int | None:
-        """Hold the slot of a cached state to copy it. None if not cached or no slot is left."""
+        """Hold a cached state's slot to copy it. None if not cached or no extra slot is left."""
         found = self._pool.find((block_hash,))
         if not found or len(self.extra) == self._num_spare:
             return None

@@ -96,7 +96,7 @@ class ResolvedSchema:
 
     @property
     def types(self) -> list[str]:
-        """Names of the types, without duplicates; inferred from other keywords without ``type``."""
+        """Distinct names of the types; if ``type`` is missing, inferred from other keywords."""
         named = self.get("type")
         if isinstance(named, list):
             return list(dict.fromkeys(kind for kind in named if isinstance(kind, str)))

@@ -199,7 +199,7 @@ class DiskWriter:
             return not self._is_closed
 
     def _work_once(self, disk: DiskTier) -> None:
-        """Apply a new identity, delete files of forgotten items, and write the oldest turn."""
+        """Apply the identity set by ``use``, delete forgotten items, write the oldest turn."""
         with self._changed:
             identity = self._identity
         if identity is not None and identity != self._used_identity:
