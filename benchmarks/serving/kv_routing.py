@@ -1,9 +1,9 @@
 """Multi-turn chats on two attention workers, routed by prefix (`kv`) and by round-robin.
 
-Two clusters of 2 attention workers and 1 expert worker, one for each policy, run in turns behind
-the gateway's pool of engine streams. A chat's context grows with each turn; all chats send their
-turns at the same time. First turns do not count, as no worker has cached them. The KV cache of a
-worker (128 MiB) holds 8,000 tokens of the random model: enough for half of the chats.
+Two clusters of 2 attention workers and 1 expert worker, one for each policy, run in turns. The
+client uses the gateway's router, without HTTP. A chat's context grows with each turn; all chats
+send their turns at the same time. First turns do not count, as no worker has cached them. The KV
+cache of a worker (128 MiB) holds 8,000 tokens of the random model: enough for half of the chats.
 """
 
 from __future__ import annotations

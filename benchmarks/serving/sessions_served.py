@@ -5,8 +5,8 @@ python -m benchmarks.run --only sessions_served
 Each server has 2 attention workers and 1 expert worker. The sessions are those of
 `benchmarks/simulated/agent_trace.py`, with 4 tokens in place of each block of 512, so that a
 context of 142,000 tokens has 1,100 here. The pools together hold 10% of all different tokens of the
-trace, host memories 25% and disks 50%. The trace runs 30 times as fast as recorded and ends after
-40 minutes of it. A session sends a turn at its time in the trace, but not before the previous turn
+trace, host memories 25% and disks 50%. The trace runs 30 times as fast as recorded and covers its
+first 40 minutes. A session sends a turn at its time in the trace, but not before the previous turn
 has ended.
 """
 

@@ -140,7 +140,7 @@ class KeyLimitError(LimitReachedError):
 
 
 class QueueFullError(LimitReachedError):
-    """The queue is full; ``retry_after_s`` estimates when it will be empty.
+    """The queue is full; ``retry_after_s`` estimates when it will have room.
 
     ``limit`` is queue_full (requests), queue_tokens or queue_wait at a gateway, and
     worker_queue_full at an attention worker.

@@ -55,7 +55,7 @@ def achieved_loads(
 def expected_loads(
     placement: ExpertPlacement, profile: LoadProfile | None, phase: Phase | None = None
 ) -> DeviceLoads:
-    """Return device loads under the profile; prefill follows the shares, decode the table.
+    """Return device loads under the profile; prefill by split weights, decode by decode device.
 
     Without a phase, all tokens count as prefill.
     """

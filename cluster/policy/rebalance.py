@@ -106,7 +106,7 @@ def decide_placement(
 
 
 def mixed_balancedness(placement: ExpertPlacement, load: CurrentLoad) -> float | None:
-    """Predicted balancedness: prompts follow the shares, decodes the table; None without load."""
+    """Balancedness if prompts follow split weights, decodes decode devices; None without load."""
     by_share = expected_loads(placement, load.profile, "prefill")
     by_table = expected_loads(placement, load.profile, "decode")
     part = load.prefill_share

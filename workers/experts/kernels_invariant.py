@@ -182,7 +182,7 @@ def pairs_agree(
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """Two experts, in slots ``first`` and ``first + 1`` of a kernel."""
+    """A kernel to test, with two experts in slots ``first`` and ``first + 1``."""
 
     kernel: ExpertKernel
     inputs: Tensor

@@ -85,7 +85,7 @@ class Linear:
         may_pack: bool = True,
         compute_threads: ComputeThreads | None = None,
     ) -> None:
-        """weight [out, in]. ``may_pack`` False shares the memory of a weight that others use."""
+        """weight [out, in]. ``may_pack``: False to share the memory of a weight that others use."""
         self._compute_threads = compute_threads or ComputeThreads()
         self._is_packed = may_pack and can_pack(weight)
         num_parts = self._compute_threads.count if weight.numel() >= _SPLIT_MIN_ELEMENTS else 1

@@ -110,7 +110,7 @@ class DataTransport(Protocol):
         """Close the edge to a rank that sent invalid data. Raises ``PeerLostError``."""
 
     def apply_generation(self, generation: Generation) -> None:
-        """Apply a new generation, after the peer connections have. Raises the errors of waits."""
+        """Apply a generation that the peer connections have already applied. Raises as waits do."""
 
     def close(self) -> None:
         """Release all resources. The transport cannot be used afterwards."""

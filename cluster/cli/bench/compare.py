@@ -70,7 +70,7 @@ def add_command(kinds: CommandParsers) -> None:
     text = "Factor by which a value of B must be worse than that of A to count as worse"
     ratio = Number(kind=float, rule="must be a number, 1 or more", low=1, high=1e300)
     parser.add_argument("--threshold", type=ratio, default=1.05, metavar="NUMBER", help=text)
-    text = "Number of parts of the load; each part runs on A and B, which alternate as first"
+    text = "Number of parts of the load; each part runs on A and B, in alternating order"
     parser.add_argument("--rounds", type=count, default=2, help=text)
     parser.add_argument("--b-api-key", metavar="TEXT", help="API key of B (default: none)")
     parser.add_argument("--b-model", metavar="NAME", help="Model to use at B (default: that of A)")

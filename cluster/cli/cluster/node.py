@@ -53,7 +53,7 @@ def add_commands(commands: CommandParsers) -> None:
     text = "Port of the new head"
     node.add_argument("--port", type=_PORT, default=DEFAULT_PORT, metavar="PORT", help=text)
     node.add_argument("--node-ip", metavar="IP", help="IP address of this host for the other hosts")
-    text = "Role of this host's workers (default: every role that no host is given)"
+    text = "Role of this host's workers (default: every role without a host of its own)"
     node.add_argument("--role", choices=ROLES, help=text)
     text = "Name of the group of hosts that fail together (default: this host)"
     node.add_argument("--failure-domain", metavar="NAME", help=text)
