@@ -68,10 +68,10 @@ def num_stages(
     form: WeightFormat | None,
     device: torch.device,
 ) -> int:
-    """Return the pipeline stages that fit: each reads ``step`` columns of ``height`` pairs and
-    ``rows_read`` weight rows.
+    """Return how many stages fit in shared memory, each with ``step`` columns of ``height`` input
+    and ``rows_read`` weight rows.
 
-    ``width``: columns of a matrix. Dequantized weights take additional shared memory.
+    ``width``: columns of a matrix. Dequantized weights take additional memory.
     """
     room = shared_bytes(device)
     row_bytes = tile.row_bytes
