@@ -2,12 +2,12 @@
 
 Drafts with the defaults of `--speculative-method ngram`, for text from the 5% of the bundled
 model's corpus that was not used in training. The model continues passages of 192 tokens for 128
-tokens, also after the first 64 tokens of the passage are repeated at its end. The model is too
-small to copy from its prompt. Two more kinds of text are therefore edits of the prompt, not outputs
-of the model: the passage with other names of speakers, and every other line of it. Only the
-engine's choice of drafts runs, at a fixed price of a draft row, in tokens that the row must gain:
-0.3 is assumed until steps have been timed, 0.02 is the lowest price, for steps that take no longer
-with more rows. No number depends on the machine's speed.
+tokens, also with their first 64 tokens repeated at the end. The model is too small to copy from its
+prompt. Two more kinds of text are therefore edits of the prompt, not outputs of the model: the
+passage with other names of speakers, and every other line of it. The engine's choice of drafts then
+replays each text, with a fixed price: the tokens that a draft row must gain on average. 0.3 is
+assumed until steps have been timed; 0.02 is the lowest, if more rows take no longer. No number
+depends on the machine's speed.
 """
 
 from __future__ import annotations

@@ -327,7 +327,7 @@ def _words(case: Case, model: RandomModel) -> str:
         f"changed tokens. Prompts and outputs have {case.num_tokens} tokens; tokens/s count while "
         f"all requests decode. Medians of {case.repeats} runs; ratios are medians of the ratios "
         "within a run. CPU time is that of all threads, prefills included. Draft tokens are those "
-        "of a run. Tokens in a step: mean of a decoding sequence with drafts. Other load: CPU "
+        "of a run. Tokens in a step: mean of a sequence, with drafts. Other load: CPU "
         "cores that other processes used."
     )
 

@@ -142,9 +142,9 @@ workers. It is for readers who plan a cluster; `python -m benchmarks.sizing_guid
 The tables are for nodes of {GPUS_PER_NODE} GPUs, in bfloat16, with experts in the format of the
 checkpoint. A worker has one GPU; `8 x 2 pods` is a group of two pods with 8 GPUs each. A cluster
 also needs a head (4 CPUs, 16 GiB) and two gateways (4 CPUs, 8 GiB), without GPUs. Each row is the
-division of the GPUs with the highest predicted tokens per second: on one node, of all divisions
-with at least two workers per pool; on several nodes, of those in which each pool has whole nodes
-and at least two nodes hold experts. The columns mean:
+division of the GPUs with the highest predicted tokens per second. On one node, each pool has at
+least two workers; on several nodes, each pool has whole nodes, and at least two nodes hold experts.
+The columns mean:
 
 - GB per GPU: weights, with all spare slots in use. Weights and KV cache use {MEMORY_SHARE:.0%}
   of a GPU.

@@ -171,7 +171,7 @@ ROWS = (
     ),
     HostRow(
         name="head",
-        text="the head's host powered off with an expert worker on it, no GCS",
+        text="the host with the head (GCS) and an expert worker powered off",
         limit="worst 6 s",
         roles=_HEAD_WITH_EXPERTS,
         fault=lambda site: site.hosts.power_off("h0"),
