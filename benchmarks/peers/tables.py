@@ -178,7 +178,7 @@ def _words(args: argparse.Namespace, model: RandomModel, num_cores: int, found: 
         f"once, at the {bandwidth:.1f} GB/s at which {num_cores} threads read memory in the same "
         f"runs. All values are medians of {args.repeats} runs, in which the systems take turns. A "
         "ratio of systems is the median of the ratios of tokens/s within a run, each system with "
-        "its faster dtype."
+        "its fastest dtype in the run."
     )
     if quantized := [name for name in args.dtype if name not in PLAIN]:
         words += " " + _words_of_codes(quantized)
@@ -196,7 +196,7 @@ def _words_of_codes(quantized: Sequence[str]) -> str:
         parts.append(f"{name} {mine:g} here and {other:g} in llama.cpp ({weights.ggml.name})")
     return (
         "Bits of a quantized element in attention, experts and head, scales included: "
-        f"{', '.join(parts)}; the embedding stays in bfloat16. Bounds count the formats of "
+        f"{', '.join(parts)}; the embedding stays in bfloat16. Bounds use the formats of "
         "expertmesh. A ratio with the name of a format compares the systems in this format; the "
         "other ratios compare bfloat16 or float32."
     )

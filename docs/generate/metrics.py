@@ -23,9 +23,9 @@ from gateway.observability.vllm_names import OLDER_VLLM_NAMES, VLLM_NAMES
 from workers.metrics.step_metrics import BUBBLE, HISTOGRAMS
 
 _INTRODUCTION = f"""Every metric at `/metrics`, by who counts it. Names begin with `{PREFIX}`, or
-with `--metrics-prefix`. Every series has the label `model_name`; with several gateways those of
-gateways have `gateway`, too. A histogram has the series `_bucket`, `_sum` and `_count`. With
-`--vllm-metric-names` those with the mark *vLLM* come under vLLM's names as well. Where keys are
+with `--metrics-prefix`. Every series has the label `model_name`; with several gateways, the series
+of gateways also have `gateway`. A histogram has the series `_bucket`, `_sum` and `_count`. With
+`--vllm-metric-names` metrics marked *vLLM* are also exported under vLLM's names. If keys are
 configured, a client's key shows [fewer of them](security.md#what-a-clients-key-shows).
 [Monitor a cluster](../how-to/monitoring.md) says which of them to watch."""
 _CACHE_CONFIG = {"block_size": "", "cache_dtype": "", "enable_prefix_caching": ""}

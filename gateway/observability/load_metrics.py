@@ -46,7 +46,7 @@ def load_families(document: Mapping[str, Any], all_experts: bool) -> Iterator[Pl
             for phase in _PHASES
             if (value := bank["phases"].get(phase, {}).get(name)) is not None
         ]
-        text = "Mean over maximum load of the expert workers; 1 is ideal"
+        text = f"Mean over maximum load of the expert workers, {name}; 1 is ideal"
         yield _gauge(f"expert_load_balancedness_{name}", text, values)
 
 

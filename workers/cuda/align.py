@@ -181,7 +181,7 @@ def _sum_tiles(
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One program sums the pairs of a slot up to and in each tile."""
+    """One program takes the inclusive prefix sums of a slot's counts over tiles."""
     total = 0
     for first in range(0, num_tiles, TILE):
         tiles = first + tl.arange(0, TILE)
