@@ -75,8 +75,8 @@ class EmbeddedStream(EngineStream):
             for request in list(self._requests.values()):
                 self._engine.engine.abort(request.request_id)
                 outputs += self._fail(request, err)
-        if not self._engine.engine.has_work:
-            self._requests.clear()
+        held = self._engine.engine.requests
+        self._requests = {name: one for name, one in self._requests.items() if name in held}
         return outputs
 
     def _fail(self, request: Request, error: Exception) -> list[TokenOutput]:
