@@ -41,13 +41,13 @@ PICKED = pairwise(CHOICES)
 def cases() -> Iterator[Any]:
     """(variant, choice): each variant with one of the choices; the others are slow.
 
-    As many as there are choices run by default, the families by turns.
+    As many as there are choices run with the tests of no processes, the families by turns.
     """
     by_turns = [v for turn in zip_longest(*FAMILIES) for v in turn if v is not None]
     for place, variant in enumerate(by_turns):
         for number, choice in enumerate(PICKED):
-            marks = []
-            if number != place % len(PICKED) or place >= len(PICKED):
+            marks = [pytest.mark.distributed] if place >= len(PICKED) else []
+            if number != place % len(PICKED):
                 marks = [pytest.mark.distributed, pytest.mark.slow]
             yield pytest.param(variant, choice, marks=marks, id=f"{variant}-{describe(choice)}")
 
