@@ -66,4 +66,4 @@ def test_streams_go_on_while_a_worker_is_drained_by_command(
         assert main(["--url", url, "drain", "worker", "expert-0"]) == ExitCode.REFUSED
         words = capsys.readouterr().err
         assert "attention-1 is DRAINED" in words
-        assert "no room" in words
+        assert "the other workers have no free slots" in words
