@@ -30,6 +30,7 @@ def test_agents_find_nine_tenths_of_the_ideal_with_all_tiers() -> None:
     assert max(means, key=means.__getitem__) == "round-robin, pool"
 
 
+@pytest.mark.slow
 def test_the_report_compares_all_systems() -> None:
     text = section(quick=True)
     assert text.startswith("## Sessions, simulated")

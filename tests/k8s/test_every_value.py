@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 from tests.k8s.kuberay import Manifests
 from tests.k8s.test_manifests import CHECKS, rendered
 
@@ -108,6 +110,7 @@ def may_change(where: str, how: str, holder: Any) -> bool:
     return YOURS.fullmatch(where) is not None and (not is_variable or holder["name"] in NETWORK)
 
 
+@pytest.mark.slow
 def test_no_value_is_without_a_check() -> None:
     m = rendered("gpu-multi-node")
     assert not sees(m)

@@ -1,7 +1,6 @@
 """Starts that cannot succeed, as users make them: one line, an exit code, and no process is left.
 
-``tests/cluster`` checks the same rules within one process; these are whole commands. They run a few
-at a time, since each of them imports torch for a look at the checkpoint.
+``tests/cluster`` checks the same rules within one process; these are whole commands.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +19,11 @@ import pytest
 
 from benchmarks.harness.server import command, environment
 from cluster.launch.model_source import bundled_checkpoint
+from tests.harness.tiers import quick_rows
 
 pytestmark = pytest.mark.distributed
 
 LIMIT_S = 240.0
-AT_A_TIME = 3
 WEIGHTS = "model.safetensors"
 
 
@@ -157,19 +155,7 @@ CASES: dict[str, tuple[Words, int, str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Outcome]]]:
-    """All cases, begun in order."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as busy,
-        ThreadPoolExecutor(AT_A_TIME) as pool,
-    ):
-        port = int(busy.getsockname()[1])
-        yield {
-            name: pool.submit(_run, words, tmp_path_factory.mktemp("case"), port)
-            for name, (words, _, _) in CASES.items()
-        }
-        pool.shutdown(wait=True, cancel_futures=True)
+QUICK = {"a missing shard", "too few slots", "an HTTP port in use"}
 
 
 def _run(words: Words, home: Path, busy_port: int) -> Outcome:
@@ -195,10 +181,11 @@ def _has_variable(process: psutil.Process, name: str) -> bool:
         return False  # gone by now, or another user's
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_one_line_says_why(name: str, outcomes: dict[str, Future[Outcome]]) -> None:
-    _, code, text = CASES[name]
-    outcome = outcomes[name].result(LIMIT_S)
+@pytest.mark.parametrize("name", quick_rows(QUICK, CASES))
+def test_one_line_says_why(name: str, tmp_path: Path) -> None:
+    words, code, text = CASES[name]
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        outcome = _run(words, tmp_path, int(busy.getsockname()[1]))
     assert outcome.errors.startswith("expertmesh: ")
     assert outcome.errors.count("\n") == 1, outcome.errors
     assert text in outcome.errors

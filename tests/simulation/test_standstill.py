@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 NUM_SEEDS = 4
 
 
+@pytest.mark.slow
 def test_readiness_falls_with_a_worker_that_stands_still_and_names_it() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.simulation.standstill", str(NUM_SEEDS)],

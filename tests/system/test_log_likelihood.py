@@ -96,6 +96,7 @@ def scored(stack: Stack, prompt: list[int], context: int) -> tuple[float, bool]:
     return as_lm_eval_reads(choice, context)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )

@@ -58,7 +58,7 @@ def gpu_engine(path: Path, section: EngineSection) -> LocalEngine:
     ("variant", "num_tokens"),
     [
         ("olmoe-norm-gqa-clip", 2),
-        ("deepseekv3-base", 2),
+        pytest.param("deepseekv3-base", 2, marks=pytest.mark.slow),
         *(pytest.param(x, 8, marks=pytest.mark.slow) for x in GPU_VARIANTS),
     ],
 )

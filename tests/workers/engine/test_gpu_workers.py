@@ -89,6 +89,7 @@ def test_steps_are_graphs_and_each_rank_waits_once(log: DeviceLog, parts: int) -
         assert sum(step.waits.values()) == 1 + num_ranks
 
 
+@pytest.mark.slow
 def test_steps_without_a_bucket_are_not_captured(log: DeviceLog) -> None:
     run = Apart(log, buckets=())
     assert run.tokens() == on_cpu(OLMOE)

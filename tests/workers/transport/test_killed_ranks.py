@@ -218,7 +218,7 @@ def live(
         pytest.param("before building", "attention-0", marks=pytest.mark.slow),
         pytest.param("building", "expert-1", marks=pytest.mark.slow),
         ("between steps", "expert-2"),
-        ("dispatch", "attention-0"),
+        pytest.param("dispatch", "attention-0", marks=pytest.mark.slow),
         pytest.param("combine", "expert-1", marks=pytest.mark.slow),
     ],
 )

@@ -171,7 +171,7 @@ def run_expert(
     raise AssertionError("no header")
 
 
-@pytest.mark.parametrize("transport", ["sockets", "collective"])
+@pytest.mark.parametrize("transport", quick_rows({"sockets"}, ["sockets", "collective"]))
 def test_steps_between_processes(transport: str) -> None:
     run_ranks(3, work, transport, False, timeout_s=3 * LIMIT_S)
 
