@@ -151,7 +151,7 @@ class ScaleResult(_message.Message):
     REQUESTS_MOVED_FIELD_NUMBER: _builtins.int
     EXPERTS_COPIED_FIELD_NUMBER: _builtins.int
     requests_moved: _builtins.int
-    """as in DrainResult; so is experts_copied"""
+    """this and experts_copied: as in DrainResult"""
     experts_copied: _builtins.int
     @_builtins.property
     def added(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1104,7 +1104,7 @@ class ClusterEvent(_message.Message):
     cause: _builtins.str
     effect: _builtins.str
     took_s: _builtins.float
-    """time streams stalled, or without streams until serving"""
+    """seconds of paused streams; if none, until serving"""
     def __init__(
         self,
         *,

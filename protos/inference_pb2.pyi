@@ -1035,7 +1035,7 @@ class InspectSummary(_message.Message):
     loss: _builtins.float
     @_builtins.property
     def aux_loss(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """by definition: transformers_4, transformers_5"""
+        """by variant: transformers_4, transformers_5"""
 
     @_builtins.property
     def usage(self) -> _types_pb2.Usage: ...

@@ -45,7 +45,7 @@ class AutoscaleSection:
     queue_target: float = field(default=1.0, metadata=flag("--autoscale-queue-target"))
     """Waiting sequences per attention worker above which that pool grows without delay."""
     kv_target: float = field(default=0.7, metadata=flag("--autoscale-kv-target"))
-    """Target share of its KV blocks, and of ``max_num_seqs``, that each attention worker uses."""
+    """Target mean share of KV blocks, and of ``max_num_seqs``, in use on attention workers."""
     slot_time_target: float = field(default=0.6, metadata=flag("--autoscale-slot-time-target"))
     """Target share of the time that each expert worker computes experts."""
     up_s: float = field(default=30.0, metadata=flag("--autoscale-up-s"))

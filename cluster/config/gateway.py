@@ -86,7 +86,7 @@ class GatewaySection:
     """How a gateway picks the attention worker of a request; ``kv``: by cached prefixes and
     load."""
     api_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--api-key"))
-    """Digests of the keys that clients must send; without keys and file none is required."""
+    """Keys that clients must send, kept as digests; without keys and file none is required."""
     api_key_file: str | None = None
     """File of API keys that clients must send: one per line, or YAML with names and limits. Changes
     take effect while serving."""
@@ -101,7 +101,7 @@ class GatewaySection:
     admin_host: str = "127.0.0.1"
     """Network interface on which both admin ports listen."""
     admin_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--admin-key"))
-    """Digests of the keys for the admin ports; without them the API keys apply, on loopback."""
+    """Keys for the admin ports, kept as digests; without them the API keys apply, on loopback."""
     admin_key_file: str | None = None
     """File of the keys for the admin ports, in the format of ``api_key_file``."""
     tls_cert: str | None = None
@@ -146,7 +146,7 @@ class GatewaySection:
     the context length."""
     max_queue_wait_s: float = 3.0
     """Expected wait above which new requests of an API key are rejected; 0 disables the limit. It
-    falls to a third while the queue is older than this time. Requests with a priority above 0 wait
+    falls to a third once a queue has existed for longer. Requests with a priority above 0 wait
     without this limit."""
     request_timeout_s: float = 600.0
     """Maximum duration of a request, including its time in queues."""

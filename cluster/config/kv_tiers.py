@@ -15,8 +15,8 @@ class KvTiersSection:
     """Copies of KV blocks in host memory and on a local disk."""
 
     kv_host_bytes: int = 0
-    """Host memory of each attention worker for copies of evicted KV blocks, for example 8G. A block
-    is restored if that is measured to be faster than computing it."""
+    """Host memory of each attention worker for copies of KV blocks, for example 8G. A block is
+    restored if that is measured to be faster than computing it."""
     kv_disk_bytes: int = 0
     """Disk space of each attention worker for copies of KV blocks; at least ``kv_host_bytes``.
     After a restart, workers reuse the copies on disk."""

@@ -9,7 +9,7 @@ A *turn* is the set of blocks that one request used last. Blocks are evicted in 
 3. All other blocks, those with the lowest value of a next use first (``workers.kv.reuse_rates``):
    initially the least recently used, where the age of a turn that continued another counts half.
 4. Blocks that a request asked to keep, until the keep time ends: first the tenant with the most
-   of them, then the lowest priority, then the least recently used.
+   of them, then the highest ``priority`` value, then the least recently used.
 
 The last blocks of a turn are evicted first, as the end of a prefix is useless without its
 beginning. If a block that builds on the chosen block belongs to another turn, the chosen block

@@ -67,7 +67,7 @@ class WorkerArgs:
 
     @property
     def device(self) -> torch.device:
-        """Device of this worker: the first visible GPU, as Ray exposes only the worker's own."""
+        """Device of this worker: the CPU, or the first visible GPU (Ray shows only its own)."""
         return torch.device("cuda:0" if self.config.workers.device == "cuda" else "cpu")
 
     @property
