@@ -55,7 +55,7 @@ class ActorCalls:
             raise StartError(self.name, ray_tools.error_summary(err)) from err
 
     async def log(self, after: int) -> tuple[int, list[str]]:
-        """Return the newest lines of the worker's log. Raises ``NotReadyError`` without a reply."""
+        """Return line count and lines after ``after``. Raises ``NotReadyError`` without a reply."""
         try:
             call = self.handle.log.remote(after)
             found: tuple[int, list[str]] = await asyncio.wait_for(call, CALL_LIMIT_S)

@@ -167,7 +167,7 @@ def _from_scratch(
 
 
 def _affinity(group: _Group, coactivation: Coactivation | None) -> Floats | None:
-    """[num_banks, num_experts, num_experts] affinity, symmetric, each summing to 1; or None."""
+    """Coactivation [banks, experts, experts], symmetric, with sum 1 in a bank; None if unknown."""
     if coactivation is None:
         return None
     experts = group.load.shape[1]

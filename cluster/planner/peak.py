@@ -135,7 +135,7 @@ class _Search:
         return is_done
 
     def _exchanged(self, banks: Ints, device: Ints, chosen: Ints) -> PlacedBanks:
-        """Return these banks with one swap each; the slot loads are unchanged."""
+        """Return ``banks`` after their swap ``chosen`` in ``gain``; slot loads as before."""
         _, devices, width = self.now.slots.shape
         slots, primary = self.now.slots[banks], self.now.primary[banks]
         swaps = width * devices * width
@@ -282,7 +282,7 @@ class ServedDistributions:
 
 
 def _at(cdf: Floats, count: Ints) -> Floats:
-    """[..., points] values of distributions [..., size]."""
+    """Return ``cdf`` [..., size] at ``count`` [..., points]."""
     shape = (*cdf.shape[:-1], count.shape[-1])
     return np.take_along_axis(cdf, np.broadcast_to(count, shape), -1)
 

@@ -95,8 +95,8 @@ class TextFormatBody(StrictBody):
     """``text.format``."""
 
     type: str = Field(description="`text`, `json_object` or `json_schema`")
-    name: Any = Field(default=None, description="gpt-oss: in the prompt, with the schema")
-    description: Any = Field(default=None, description="gpt-oss: in the prompt, with the schema")
+    name: Any = Field(default=None, description="gpt-oss: part of the prompt, as the schema")
+    description: Any = Field(default=None, description="gpt-oss: part of the prompt, as the schema")
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
     strict: bool | None = Field(default=None, description="ignored: schemas are always enforced")
 

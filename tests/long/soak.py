@@ -325,10 +325,10 @@ def report(found: Found) -> str:
     outcomes = [[what, str(count)] for what, count in sorted(found.outcomes.items())]
     words = (
         f"Requests arrive for {found.minutes:g} minutes at {found.rate:.1f} requests a second, "
-        f"{found.rate / found.capacity:.0%} of the rate of clients without pauses "
-        f"({found.capacity:.1f}). Memory is the unique set size. Its growth is that of a fitted "
-        f"line, without the first {_WARM_UP_SHARE:.0%} of the time. The second table counts "
-        "requests by their kind and status."
+        f"{found.rate / found.capacity:.0%} of the rate that clients without pauses reach "
+        f"({found.capacity:.1f}). Memory is the unique set size, its growth that of a fitted line "
+        f"without the first {_WARM_UP_SHARE:.0%} of the time. The second table counts requests by "
+        "kind and status; *left*: the client hung up."
     )
     failures = (
         "; ".join(found.failures()) or "no process grew, and no request, block or stream was left"

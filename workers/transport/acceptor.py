@@ -138,7 +138,7 @@ class Acceptor:
         return min(p.deadline for p in self._pending.values())
 
     def begin_generation(self, number: int) -> None:
-        """Drop connections opened for an older generation, and reset the counts of attempts."""
+        """Drop unfinished connections to peers, and reset the counts of attempts to connect."""
         self.generation = number
         self._attempts.clear()
         for pending in list(self._pending.values()):
