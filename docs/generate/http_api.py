@@ -75,7 +75,7 @@ def _type(name: str, schema: Schema) -> str:
 
 
 def shown(schema: Schema) -> str:
-    """A schema in words, with links to the types of the page."""
+    """A schema as text, with links to the types of the page."""
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[-1]
         return f"[{name}](#{name.lower()})"
