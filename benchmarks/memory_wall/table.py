@@ -121,7 +121,7 @@ def _words(args: argparse.Namespace, num_cores: int) -> str:
         "long as reading the files. 1 + 1 workers use at most (Ta + Te) / (2 max(Ta, Te)) of their "
         "cores, where Ta and Te are the times of attention and experts in a step on one thread. "
         "The memory of a worker is its weights, the KV cache and a constant. In the other rows the "
-        f"bound is the largest allowed value. All values are medians of {args.repeats} repeats; a "
-        "ratio is the median of the ratios within a repeat. Goals: the required ratio, and the "
-        "ratio aimed at."
+        "bound is the largest allowed value. Peak memory is measured once. Other values are "
+        f"medians of {args.repeats} repeats; a ratio is the median of the ratios within a repeat. "
+        "Goals: the required ratio, and the ratio aimed at."
     )

@@ -88,21 +88,21 @@ def of_workers(taken: set[str]) -> Iterator[Row]:
 
 
 def labels_in_sources() -> dict[str, set[str]]:
-    """Labels that workers give their numbers themselves: names are written with them."""
+    """Labels that workers give their numbers themselves: most names are written with them."""
     found: dict[str, set[str]] = {name: {"phase"} for name in (*HISTOGRAMS.values(), BUBBLE)}
+    lora = dict.fromkeys(("lora_requests_running", "lora_requests_waiting"), "lora_name")
     for source in Path(workers.__path__[0]).rglob("*.py"):
         text = source.read_text(encoding="utf-8")
         in_names = re.findall(r"\b(\w+)\{\{?(\w+)=", text)
         in_calls = re.findall(r"\.stats\(\s*\"(\w+)\",\s*f?'(\w+)=", text)
-        for name, label in (*in_names, *in_calls):
+        for name, label in (*in_names, *in_calls, *lora.items(), ("kv_tier_usable", "tier")):
             found.setdefault(name, set()).add(label)
     return found
 
 
 def _is_histogram(name: str) -> bool:
-    timings = {*HISTOGRAMS.values(), BUBBLE}
     others = ("iteration_tokens_total", "kv_migration_seconds", "kv_restore_seconds")
-    return name in timings or name in others
+    return name in (*HISTOGRAMS.values(), BUBBLE, *others)
 
 
 def _state() -> Row:
@@ -130,4 +130,5 @@ def _table(rows: Iterable[Row]) -> str:
 def _of_vllm(name: str) -> str:
     base = name if name in VLLM_NAMES else name.removesuffix("_total")
     names = [base, OLDER_VLLM_NAMES.get(base, "")] if base in VLLM_NAMES else []
-    return ", ".join("vLLM" if one == base else f"also {code(one)}" for one in names if one)
+    end = name.removeprefix(base)
+    return ", ".join("vLLM" if n == base else f"also {code(n + end)}" for n in names if n)
