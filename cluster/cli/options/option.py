@@ -164,7 +164,7 @@ class ServeOption:
         if self.kind is parse_bytes and self.default:
             return _bytes_text(int(self.default))
         if isinstance(self.default, float):
-            return f"{self.default:g}"
+            return f"{self.default:.12g}"
         if isinstance(self.default, tuple):
             return ",".join(self.default)
         return "" if self.default is None else str(self.default)
