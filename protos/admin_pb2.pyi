@@ -854,7 +854,7 @@ class ExpertLoad(_message.Message):
     window_tokens: _builtins.int
     """number of rows in the newest window"""
     average_tokens: _builtins.int
-    """sum of the weights of rows in the exponential average"""
+    """number of rows in the exponential average; old rows count less"""
     @_builtins.property
     def banks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BankLoad]: ...
     @_builtins.property

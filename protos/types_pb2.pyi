@@ -567,7 +567,7 @@ class JsonSchema(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SCHEMA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """gpt-oss models see it with the schema"""
+    """in prompts of gpt-oss models, the title of the schema"""
     schema: _builtins.str
     """JSON text; the order of properties matters"""
     def __init__(
