@@ -27,8 +27,6 @@ from expertmesh.types import (
     one_per_prompt,
 )
 
-_MAX_CONCURRENT = 128
-"""Maximum number of concurrent requests of one client object; further requests wait in it."""
 Prompts = Prompt | Sequence[Prompt]
 Conversations = Conversation | Sequence[Conversation]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -62,12 +60,13 @@ class AsyncCalls:
     Args:
         transport: sends the calls to the model.
         model: name of a model or adapter; None selects the served model.
+        limit: maximum number of concurrent requests; further ones wait. Streams do not count.
     """
 
-    def __init__(self, transport: Transport, model: str | None = None) -> None:
+    def __init__(self, transport: Transport, model: str | None = None, limit: int = 128) -> None:
         self._transport = transport
         self._model = model
-        self._running = asyncio.Semaphore(_MAX_CONCURRENT)
+        self._running = asyncio.Semaphore(limit)
 
     async def __aenter__(self) -> Self:
         return self
@@ -83,7 +82,8 @@ class AsyncCalls:
         self, prompts: Prompts, sampling_params: Params = None, *, lora_request: str | None = None
     ) -> list[RequestOutput]:
         """Complete prompts concurrently; return one result per prompt, in their order."""
-        return await self._generate(self._completions(prompts, sampling_params, lora_request))
+        queries = self._completions(prompts, sampling_params, lora_request)
+        return await self._together(self._transport.generate, queries)
 
     def generate_stream(
         self,
@@ -103,7 +103,8 @@ class AsyncCalls:
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Continue one or several conversations; return one result for each, in their order."""
-        return await self._generate(self._chats(messages, sampling_params, options))
+        queries = self._chats(messages, sampling_params, options)
+        return await self._together(self._transport.generate, queries)
 
     def chat_stream(
         self,
@@ -156,9 +157,6 @@ class AsyncCalls:
         plain = list_of_conversations(chats)
         pairs = zip(plain, one_per_prompt(params, len(plain)), strict=True)
         return [Query(own, messages=chat, chat=template, model=model) for chat, own in pairs]
-
-    async def _generate(self, queries: Sequence[Query]) -> list[RequestOutput]:
-        return await self._together(self._transport.generate, queries)
 
     async def _together(
         self, call: Callable[[Any], Awaitable[Result]], inputs: Sequence[Any]

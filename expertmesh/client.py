@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from expertmesh.calls import AsyncCalls, SyncCalls, Transport
 from expertmesh.grpc_transport import GrpcTransport
 from expertmesh.http_transport import HttpTransport
-from expertmesh.types import ClientOptions, check_names
+from expertmesh.types import DEFAULT_TIMEOUT_S, ClientOptions, check_names
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _TLS_OPTIONS = ("ca_cert", "client_cert", "client_key")
@@ -18,11 +18,11 @@ class AsyncClient(AsyncCalls):
     """Asynchronous client of a cluster. Construct and close it on the event loop that uses it.
 
     Args:
-        base_url: ``http://``, ``https://``, ``grpc://`` or ``grpcs://`` (TLS), host and port.
+        base_url: ``http[s]://`` or ``grpc[s]://`` (s: TLS), host, port; over HTTP also ``/v1``.
         options: see ``ClientOptions``.
 
     Raises:
-        ValueError: ``base_url`` is not such a URL, or there are TLS options for one without TLS.
+        ValueError: an option is invalid, or ``base_url`` is, or has no TLS but TLS options.
         OSError: a file of the TLS options cannot be read, or is not valid.
     """
 
@@ -45,6 +45,11 @@ def _connect(url: str, options: ClientOptions) -> Transport:
         raise ValueError(f"base_url ({url}) {rule}")
     if not parts.scheme.endswith("s") and any(options.get(name) for name in _TLS_OPTIONS):
         raise ValueError(f"base_url ({url}) must be https:// or grpcs:// with TLS options")
+    if options.get("client_key") and not options.get("client_cert"):
+        raise ValueError(f"client_key ({options['client_key']}) must be given with client_cert")
+    timeout_s = options.get("timeout_s", DEFAULT_TIMEOUT_S)
+    if not isinstance(timeout_s, int | float) or not timeout_s > 0:
+        raise ValueError(f"timeout_s ({timeout_s}) must be a number above 0")
     if parts.scheme in ("http", "https"):
         return HttpTransport(url, options)
     return GrpcTransport(parts.netloc, parts.scheme == "grpcs", options)

@@ -18,12 +18,11 @@ from expertmesh.types import (
     PoolingTask,
     Query,
     RequestOutput,
+    tls_context,
 )
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import TokenIds
-
-_MAX_BYTES = 1 << 30
 
 
 class GrpcTransport:
@@ -36,7 +35,7 @@ class GrpcTransport:
     """
 
     def __init__(self, address: str, is_tls: bool, options: ClientOptions) -> None:
-        limits = (("grpc.max_receive_message_length", _MAX_BYTES),)
+        limits = (("grpc.max_receive_message_length", 1 << 30),)
         self._channel = (
             grpc.aio.secure_channel(address, _credentials(options), limits)
             if is_tls
@@ -88,8 +87,10 @@ class GrpcTransport:
 
 
 def _credentials(options: ClientOptions) -> grpc.ChannelCredentials:
-    paths = (options.get("ca_cert"), options.get("client_key"), options.get("client_cert"))
-    files = [None if path is None else Path(path).read_bytes() for path in paths]
+    tls_context(options)  # checks the files, which gRPC does not, or by an abort of the process
+    certificate = options.get("client_cert")
+    paths = (options.get("ca_cert"), options.get("client_key") or certificate, certificate)
+    files = [Path(path).read_bytes() if path else None for path in paths]
     return grpc.ssl_channel_credentials(*files)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -22,6 +20,7 @@ from expertmesh.types import (
     PoolingTask,
     Query,
     RequestOutput,
+    tls_context,
 )
 
 _STATUSES = {"timeout_error": 504, "conflict_error": 409, "service_unavailable": 503}
@@ -38,13 +37,13 @@ class HttpTransport:
 
     def __init__(self, url: str, options: ClientOptions) -> None:
         key = options.get("api_key")
-        self._url = url.rstrip("/")
+        self._url = url.rstrip("/").removesuffix("/v1")
         self._timeout_s = options.get("timeout_s", DEFAULT_TIMEOUT_S)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=_tls_context(options)),
+            connector=aiohttp.TCPConnector(limit=0, ssl=tls_context(options)),
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            read_bufsize=1 << 20,
+            read_bufsize=1 << 26,  # also limits the length of an event
         )
 
     async def generate(self, query: Query) -> RequestOutput:
@@ -103,29 +102,15 @@ class HttpTransport:
             raise APIConnectionError(f"cannot reach {self._url}: {err}") from err
 
 
-def _tls_context(options: ClientOptions) -> ssl.SSLContext:
-    """TLS context of the files in ``options``. Raises ``OSError``."""
-    authorities, certificate = options.get("ca_cert"), options.get("client_cert")
-    text = Path(authorities).read_text() if authorities else None
-    context = ssl.create_default_context(cadata=text)
-    if certificate:
-        context.load_cert_chain(certificate, options.get("client_key"))
-    return context
-
-
 def _error(body: Any, status: int, headers: Mapping[str, str]) -> APIError:
     """Make the exception for a response with an error status, with or without an error object."""
     found = body.get("error") if isinstance(body, Mapping) else None
     if not isinstance(found, Mapping):
         return make_error(f"HTTP status {status}", "", None, status)
     after = headers.get("retry-after-ms")
-    return make_error(
-        str(found.get("message")),
-        str(found.get("code") or ""),
-        found.get("param"),
-        status,
-        None if after is None else float(after) / 1000,
-    )
+    after_s = None if after is None else float(after) / 1000
+    message, code = str(found.get("message")), str(found.get("code") or "")
+    return make_error(message, code, found.get("param"), status, after_s)
 
 
 def _request(query: Query) -> tuple[str, dict[str, Any]]:

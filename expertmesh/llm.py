@@ -80,15 +80,14 @@ class LLM(SyncCalls):
         config = replace(config, model=section)
         tokenizer = load_tokenizer(section.path, section.chat_template)
         engine_thread = ThreadPoolExecutor(1, "engine")
-        load = partial(_load, config, threads)
         try:
-            engine = engine_thread.submit(load).result()
+            engine = engine_thread.submit(_load, config, threads).result()
+            make = partial(_EmbeddedTransport, config, engine, engine_thread, tokenizer)
+            limit = max(128, 2 * config.engine.max_num_seqs)
+            super().__init__(lambda: AsyncCalls(make(), limit=limit))
         except BaseException:
             engine_thread.shutdown()
             raise
-        super().__init__(
-            lambda: AsyncCalls(_EmbeddedTransport(config, engine, engine_thread, tokenizer))
-        )
 
 
 def _make_config(model: str, options: Mapping[str, Any]) -> ClusterConfig:
@@ -199,6 +198,7 @@ class _EmbeddedTransport:
         await self._engines.stop()
         await self._gateway.close()
         self._thread.shutdown()
+        del self._engines, self._gateway, self._reader  # they hold the weights
 
     async def _start(self, query: Query, streams: bool = False) -> RunningCall:
         await self._wait_engine()

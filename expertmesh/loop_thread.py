@@ -32,13 +32,13 @@ class LoopThread:
         try:
             if not wait([future], limit_s).done:
                 raise TimeoutError("\n".join(map(repr, asyncio.all_tasks(self.loop))))
-        except KeyboardInterrupt:
+        except BaseException:
             future.cancel()
             raise
         return future.result()
 
     def iterate(self, source: AsyncGenerator[Result]) -> Iterator[Result]:
-        """Iterate over an asynchronous generator from another thread, then close it."""
+        """Iterate over an asynchronous generator from another thread, then let it end."""
 
         async def next_item() -> list[Result]:
             async for item in source:
@@ -48,8 +48,9 @@ class LoopThread:
         try:
             while found := self.run(next_item()):
                 yield found[0]
-        finally:
-            self.run(source.aclose())
+        finally:  # do not wait: the garbage collector may run this on the loop's own thread
+            if not self.loop.is_closed():
+                asyncio.run_coroutine_threadsafe(source.aclose(), self.loop)
 
     def close(self) -> None:
         """Cancel all tasks, wait until they have ended, and close the loop."""
@@ -59,7 +60,4 @@ class LoopThread:
 
     def _main(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
-            runner.run(self._wait())
-
-    async def _wait(self) -> None:
-        await self._stop.wait()
+            runner.run(self._stop.wait())

@@ -60,7 +60,7 @@ def _set(message: Any, name: str, value: Any) -> None:
 
 def _set_structured(message: types_pb2.StructuredOutputs, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
-        if name == "choice":
+        if name == "choice" and not isinstance(value, str):
             message.choice.texts.extend(value)
         elif name == "json" and not isinstance(value, str):
             message.json = json.dumps(value)
@@ -73,11 +73,11 @@ def _add_message(chat: types_pb2.ChatMessages, given: Mapping[str, Any], path: s
     for name, value in given.items():
         if value is None:
             continue
-        if name == "content" and not isinstance(value, str):
-            value = "\n".join(part["text"] for part in value)
         try:
+            if name == "content" and not isinstance(value, str):
+                value = "\n".join(part["text"] for part in value)
             setattr(added, "reasoning" if name == "reasoning_content" else name, value)
-        except (TypeError, AttributeError) as err:
+        except (TypeError, AttributeError, KeyError) as err:
             text = f"{path}.{name} is not supported, or has the wrong type: {err}"
             raise BadRequestError(text, "invalid_value", f"{path}.{name}", 400) from err
 

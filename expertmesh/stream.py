@@ -63,7 +63,7 @@ class EmbeddedStream(EngineStream):
                 self._requests[message.request_id] = message
                 try:
                     self._engine.add_request(message)
-                except ExpertMeshError as err:
+                except Exception as err:
                     outputs += self._fail(message, err)
             elif isinstance(message, Abort):
                 self._engine.engine.abort(message.request_id, message.choices)
@@ -73,13 +73,13 @@ class EmbeddedStream(EngineStream):
         except Exception as err:  # all requests get the error; later ones can run
             logger.exception("an engine step failed")
             for request in list(self._requests.values()):
-                self._engine.engine.abort(request.request_id)
                 outputs += self._fail(request, err)
         held = self._engine.engine.requests
         self._requests = {name: one for name, one in self._requests.items() if name in held}
         return outputs
 
     def _fail(self, request: Request, error: Exception) -> list[TokenOutput]:
+        self._engine.engine.abort(request.request_id)
         del self._requests[request.request_id]
         report = report_error(error)
         message = report.message if isinstance(error, ExpertMeshError) else repr(error)

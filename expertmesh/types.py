@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -111,8 +113,8 @@ class SamplingParams:
 
     def given(self) -> dict[str, Any]:
         """Return the fields that are set, by name; a single ``stop`` becomes a list."""
-        values = {one.name: (getattr(self, one.name), one.default) for one in fields(self)}
-        found = {name: value for name, (value, default) in values.items() if value != default}
+        values = ((one.name, getattr(self, one.name), one.default) for one in fields(self))
+        found = {name: value for name, value, default in values if value not in (None, default)}
         return found | {"stop": [self.stop]} if isinstance(self.stop, str) else found
 
 
@@ -215,14 +217,20 @@ class Query:
 
 def list_of_prompts(prompts: Prompt | Sequence[Prompt]) -> list[PlainPrompt]:
     """Convert one prompt or several prompts to texts and tuples of token ids."""
-    is_one = isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int))
-    return [_plain_prompt(one) for one in ([prompts] if is_one else prompts)]
+    every: Any = prompts
+    is_one = isinstance(prompts, str) or not isinstance(prompts, Sequence)
+    is_one = is_one or bool(every and isinstance(every[0], int))
+    return list(map(_plain_prompt, [every] if is_one else every))
 
 
 def _plain_prompt(prompt: Any) -> PlainPrompt:
+    found = prompt
     if isinstance(prompt, Mapping):
-        prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
-    return prompt if isinstance(prompt, str) else tuple(prompt)
+        found = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    try:
+        return found if isinstance(found, str) else tuple(map(index, found))
+    except TypeError as err:
+        raise ValueError(f"prompts ({str(prompt)[:64]}) must be texts or token ids") from err
 
 
 def list_of_conversations(
@@ -231,7 +239,19 @@ def list_of_conversations(
     """Convert one conversation or several conversations to tuples of messages."""
     is_one = messages and isinstance(messages[0], Mapping)
     chats: Any = [messages] if is_one else messages
+    if not all(isinstance(one, Mapping) for chat in chats for one in chat):
+        raise ValueError(f"messages ({str(messages)[:64]}) must be dicts, in one or several lists")
     return list(map(tuple, chats))
+
+
+def tls_context(options: ClientOptions) -> ssl.SSLContext:
+    """TLS context of the files in ``options``. Raises ``OSError``."""
+    authorities, certificate = options.get("ca_cert"), options.get("client_cert")
+    text = Path(authorities).read_text("ascii", "ignore") + "\n" if authorities else None
+    context = ssl.create_default_context(cadata=text)
+    if certificate:
+        context.load_cert_chain(certificate, options.get("client_key"))
+    return context
 
 
 def check_names(options: Mapping[str, Any], kind: Any) -> None:
@@ -243,11 +263,10 @@ def check_names(options: Mapping[str, Any], kind: Any) -> None:
 def one_per_prompt(
     params: SamplingParams | Sequence[SamplingParams] | None, count: int
 ) -> list[SamplingParams]:
-    """Return the parameters of each prompt. Raises ``ValueError`` for a wrong number of them."""
+    """Return the parameters of each prompt. Raises ``ValueError`` for a wrong number or type."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ValueError(
-            f"sampling_params ({len(params)}) must be one, or one per prompt ({count})"
-        )
+    if len(params) != count or not all(isinstance(one, SamplingParams) for one in params):
+        rule = f"must be one SamplingParams, or one per prompt ({count})"
+        raise ValueError(f"sampling_params ({str(params)[:64]}) {rule}")
     return list(params)

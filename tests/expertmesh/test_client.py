@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,3 +143,42 @@ def test_a_server_that_is_not_there_is_named(scheme: str) -> None:
 def test_a_url_must_be_of_a_known_protocol(url: str) -> None:
     with pytest.raises(ValueError, match="base_url"):
         Client(url)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"client_key": "key.pem"}, r"client_key \(key.pem\) must be given with client_cert"),
+        ({"timeout_s": 0.0}, r"timeout_s \(0.0\) must be a number above 0"),
+        ({"timeout_s": None}, r"timeout_s \(None\) must be a number above 0"),
+    ],
+)
+def test_options_that_cannot_hold_are_refused_by_name(options: ClientOptions, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Client("https://127.0.0.1:1", **options)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_arguments_of_a_wrong_type_are_refused_before_they_are_sent(
+    stack: Stack, protocol: str
+) -> None:
+    wrong: Any = 1.5
+    with Client(url_of(stack, protocol), api_key=KEY) as client:
+        for prompts in ({"text": "a"}, [[1, "a"]], [wrong], wrong):
+            with pytest.raises(ValueError, match=r"prompts \(.*\) must be texts or token ids"):
+                client.generate(prompts)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"sampling_params \(.*\) must be one"):
+            client.generate(["a"], [wrong])
+        with pytest.raises(ValueError, match=r"messages \(.*\) must be dicts"):
+            client.chat(["Hello"])  # type: ignore[arg-type]
+
+
+def test_a_base_url_may_end_as_that_of_openai(stack: Stack) -> None:
+    with Client(f"{stack.url}/v1/", api_key=KEY) as client:
+        assert client.generate("a", PARAMS)
+
+
+def test_an_unreadable_certificate_is_refused_over_grpc(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("no certificate")
+    with pytest.raises(OSError, match=r"certificate|PEM|SSL"):
+        Client("grpcs://127.0.0.1:1", ca_cert=str(tmp_path / "ca.pem"))
