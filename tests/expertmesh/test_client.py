@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from cluster.config.gateway import GatewaySection
 from expertmesh import (
@@ -20,6 +24,7 @@ from expertmesh import (
     NotFoundError,
     SamplingParams,
 )
+from expertmesh.loop_thread import LoopThread
 from expertmesh.types import ClientOptions
 from tests.gateway.stack import Stack, running_stack
 from tests.harness.certificates import Certificates
@@ -182,3 +187,115 @@ def test_an_unreadable_certificate_is_refused_over_grpc(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("no certificate")
     with pytest.raises(OSError, match=r"certificate|PEM|SSL"):
         Client("grpcs://127.0.0.1:1", ca_cert=str(tmp_path / "ca.pem"))
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, None, "60", float("nan")])
+@pytest.mark.parametrize("scheme", PROTOCOLS)
+def test_a_time_limit_must_be_positive(scheme: str, timeout_s: Any) -> None:
+    with pytest.raises(ValueError, match=rf"timeout_s \({timeout_s}\) must be a number above 0"):
+        Client(f"{scheme}://host:1", timeout_s=timeout_s)
+
+
+def test_invalid_files_of_tls_are_refused(tmp_path: Path) -> None:
+    files, empty = Certificates.make(tmp_path), tmp_path / "empty"
+    empty.touch()
+    for scheme in ("https", "grpcs"):
+        with pytest.raises(ValueError, match=r"client_key \(.*\) must be given with client_cert"):
+            Client(f"{scheme}://host:1", client_key=files.client_key)
+        with pytest.raises(OSError, match=r"PEM|SSL"):
+            Client(f"{scheme}://host:1", client_cert=files.client_cert)
+        with pytest.raises(OSError, match="certificate"):
+            Client(f"{scheme}://host:1", ca_cert=empty)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("content", [5, [{"type": "image_url", "image_url": {"url": "x"}}]])
+def test_content_that_is_not_text_is_refused(stack: Stack, protocol: str, content: Any) -> None:
+    client = Client(url_of(stack, protocol), api_key=KEY)
+    with client, pytest.raises(BadRequestError, match="content") as caught:
+        client.chat([{"role": "user", "content": content}], PARAMS)
+    assert caught.value.param == "messages[0].content"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_text_is_not_a_list_of_choices(stack: Stack, protocol: str) -> None:
+    params = SamplingParams(structured_outputs={"choice": "yes"})
+    client = Client(url_of(stack, protocol), api_key=KEY)
+    with client, pytest.raises(BadRequestError, match="structured_outputs"):
+        client.generate("ab", params)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_lists_of_parameters_may_be_none(stack: Stack, protocol: str) -> None:
+    none: Any = dict.fromkeys(("stop", "stop_token_ids", "bad_words"))
+    with Client(url_of(stack, protocol), api_key=KEY) as client:
+        found = client.generate("ab", SamplingParams(max_tokens=4, seed=1, **none))
+        assert found[0].outputs == client.generate("ab", PARAMS)[0].outputs
+
+
+def test_events_of_a_stream_may_be_long() -> None:
+    ids = [100_000] * 500_000
+    event = {"id": "x", "choices": [{"index": 0, "text": "a", "prompt_token_ids": ids}]}
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=f"data: {web.json_response(event).text}\n\ndata: [DONE]\n\n")
+
+    async def call() -> list[int]:
+        app = web.Application()
+        app.router.add_post("/v1/completions", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        _, port = runner.addresses[0][:2]
+        async with AsyncClient(f"http://127.0.0.1:{port}") as client:
+            sizes = [len(one.prompt_token_ids) async for one in client.generate_stream("a")]
+        await runner.cleanup()
+        return sizes
+
+    assert asyncio.run(call()) == [len(ids)]
+
+
+def test_a_stream_may_outlive_its_client(stack: Stack) -> None:
+    with Client(stack.url, api_key=KEY) as client:
+        pieces: Any = client.generate_stream("ab", SamplingParams(max_tokens=50))
+        assert next(pieces).outputs
+    pieces.close()
+
+
+def test_the_thread_of_a_loop_may_collect_a_stream(stack: Stack) -> None:
+    with Client(stack.url, api_key=KEY) as client:
+        cycle: list[Any] = [client.generate_stream("ab", SamplingParams(max_tokens=50))]
+        assert next(cycle[0]).outputs
+        cycle.append(cycle)
+        del cycle
+        collected = threading.Event()
+        loop = client._thread.loop
+        loop.call_soon_threadsafe(gc.collect)
+        loop.call_soon_threadsafe(collected.set)
+        assert collected.wait(20), "the loop waits for itself"
+
+
+def test_an_exception_of_a_signal_handler_cancels_the_call() -> None:
+    thread, ended = LoopThread(), threading.Event()
+
+    async def wait() -> None:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.set()
+
+    def interrupt(*_: object) -> None:
+        raise ArithmeticError
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(ArithmeticError):
+            thread.run(wait())
+        assert ended.wait(20)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        thread.close()

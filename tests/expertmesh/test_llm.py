@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import math
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import expertmesh.llm
 from benchmarks.checkpoints.adapters import random_adapter, target_shapes
 from cluster.core.errors import CheckpointError, ConfigError
 from cluster.launch.model_source import bundled_checkpoint
-from expertmesh import LLM, BadRequestError, NotFoundError, SamplingParams
-from expertmesh.types import ChatOptions, Message, Prompt
+from expertmesh import (
+    LLM,
+    BadRequestError,
+    InternalServerError,
+    NotFoundError,
+    RequestOutput,
+    SamplingParams,
+)
+from expertmesh.types import ChatOptions, Message, Prompt, Query
 from tests.reference.goldens import MAX_MODEL_LEN, Golden, load_golden
 from tests.reference.parity import GREEDY as GOLDEN_GREEDY
+from workers.engine.embedded import EmbeddedEngine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 MESSAGE: Message = {"role": "user", "content": "Hello"}
@@ -188,8 +201,87 @@ def test_an_invalid_parameter_is_named(llm: LLM, fields: dict[str, Any], param: 
 
 
 def test_parameters_must_be_one_or_one_per_prompt(llm: LLM) -> None:
-    with pytest.raises(ValueError, match="sampling_params"):
-        llm.generate(["a", "b"], [GREEDY])
+    wrong: Any = ([GREEDY], {"temperature": 0, "top_p": 1}, [GREEDY, None])
+    for params in wrong:
+        with pytest.raises(ValueError, match=r"sampling_params \(.*must be one SamplingParams, or"):
+            llm.generate(["a", "b"], params)
+
+
+@pytest.mark.parametrize("prompts", [None, 5, [None], {"text": "a"}, [["a", "b"]], [[1.5]]])
+def test_a_prompt_must_be_a_text_or_token_ids(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(ValueError, match=r"prompts \(.*\) must be texts or token ids"):
+        llm.generate(prompts, GREEDY)
+
+
+def test_arrays_are_token_ids(llm: LLM) -> None:
+    (expected,) = llm.generate([3, 4], GREEDY)
+    ids: Any = np.array([3, 4])
+    for prompts in (ids, [ids]):
+        (found,) = llm.generate(prompts, GREEDY)
+        assert found.outputs == expected.outputs
+        assert [type(one) for one in found.prompt_token_ids] == [int, int]
+
+
+@pytest.mark.parametrize("messages", ["Hello", ["Hello"], [["Hello"]], [MESSAGE, "Hello"]])
+def test_messages_must_be_dicts(llm: LLM, messages: Any) -> None:
+    with pytest.raises(ValueError, match=r"messages \(.*\) must be dicts"):
+        llm.chat(messages, GREEDY)
+
+
+def test_an_unexpected_error_of_a_request_ends_only_this_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EmbeddedEngine, "add_request", refuse)
+        with pytest.raises(InternalServerError, match="no memory"):
+            llm.generate("ROMEO:", GREEDY)
+    assert llm.generate("ROMEO:", GREEDY)[0].finished
+
+
+def test_close_frees_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[weakref.ref[EmbeddedEngine]] = []
+    describe = EmbeddedEngine.describe
+
+    def note(engine: EmbeddedEngine, name: str) -> Any:
+        engines.append(weakref.ref(engine))
+        return describe(engine, name)
+
+    monkeypatch.setattr(EmbeddedEngine, "describe", note)
+    llm = LLM(dtype="float32", num_threads=1)
+    assert llm.generate("ROMEO:", GREEDY)[0].finished
+    llm.close()
+    gc.collect()
+    assert [engine() for engine in engines] == [None]
+
+
+def test_a_failed_start_ends_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no gateway")
+
+    monkeypatch.setattr(expertmesh.llm, "Gateway", fail)
+    before = set(threading.enumerate())
+    with pytest.raises(RuntimeError, match="no gateway"):
+        LLM(dtype="float32", num_threads=1)
+    assert set(threading.enumerate()) <= before
+
+
+def test_all_sequences_of_a_step_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, is_full = 0, asyncio.Event()
+
+    async def generate(_: object, query: Query) -> RequestOutput:
+        nonlocal running
+        running += 1
+        if running == 200:
+            is_full.set()
+        await asyncio.wait_for(is_full.wait(), 10)
+        return RequestOutput("", None, [], [])
+
+    monkeypatch.setattr(expertmesh.llm._EmbeddedTransport, "generate", generate)
+    with LLM(dtype="float32", num_threads=1, max_num_seqs=200) as llm:
+        assert len(llm.generate(["a"] * 200)) == 200
 
 
 @pytest.mark.parametrize(
