@@ -13,11 +13,11 @@ from cluster.controller.adapters import (
     AdapterUnloadCommand,
 )
 from cluster.controller.cluster import Cluster
-from cluster.controller.drain.draining import Draining
 from cluster.controller.drain_operation import DrainCommand
+from cluster.controller.draining import Draining
 from cluster.controller.operations import Operation
-from cluster.controller.rebalance.job import RebalanceCommand
-from cluster.controller.rebalance.loop import Rebalancing
+from cluster.controller.rebalance_job import RebalanceCommand
+from cluster.controller.rebalancing import Rebalancing
 from cluster.controller.scale import Scaling
 from cluster.controller.scale_operation import ScaleCommand
 from cluster.core.codec import Message, from_plain

@@ -16,13 +16,13 @@ from cluster.controller.adapters import Adapters
 from cluster.controller.autoscale import Autoscaling
 from cluster.controller.cluster import Cluster
 from cluster.controller.commands import Commands
-from cluster.controller.drain.draining import Draining
+from cluster.controller.draining import Draining
 from cluster.controller.effects import EndAllWorkers, EndWorkers
 from cluster.controller.failover import CollectedState, continue_with
 from cluster.controller.failure_detector import FailureDetector
 from cluster.controller.host_disks import describe_low, differ
 from cluster.controller.node_follower import NodeFollower
-from cluster.controller.rebalance.loop import Rebalancing
+from cluster.controller.rebalancing import Rebalancing
 from cluster.controller.recovery import Recovery
 from cluster.controller.scale import Scaling
 from cluster.controller.settings import ControllerSettings

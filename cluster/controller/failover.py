@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from cluster.controller.adapters import Adapters
 from cluster.controller.cluster import Cluster
 from cluster.controller.controller_memory import ControllerMemory
-from cluster.controller.drain.draining import Draining
+from cluster.controller.draining import Draining
 from cluster.controller.effects import EndWorkers
 from cluster.controller.membership import GenerationRound, Phase
 from cluster.controller.recovery import Recovery

@@ -19,11 +19,11 @@ from contextlib import suppress
 from functools import partial
 
 from cluster.controller.cluster import Cluster
-from cluster.controller.drain.draining import Draining
-from cluster.controller.drain.removal import stage_without
+from cluster.controller.drain_removal import stage_without
+from cluster.controller.draining import Draining
 from cluster.controller.operation_start import start_operation
 from cluster.controller.operations import Operation, OperationState
-from cluster.controller.rebalance.loop import Rebalancing
+from cluster.controller.rebalancing import Rebalancing
 from cluster.controller.scale_operation import Scale, ScaleCommand, ScaleStep
 from cluster.core.errors import ConflictError, RequestError
 from cluster.core.topology import Role, holds_experts

@@ -12,8 +12,8 @@ from opentelemetry.trace import StatusCode
 from cluster.config.observability import ObservabilitySection
 from cluster.tracing.exporter import start_traces
 from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
-from tests.cluster.controller.rebalance.test_rebalancing import SKEWED, make, obey, status, window
 from tests.cluster.controller.test_controller_recovery import lose
+from tests.cluster.controller.test_rebalancing import SKEWED, make, obey, status, window
 from tests.harness.kept_spans import KeptSpans, times_ns
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from cluster.controller.drain.draining import SIGNAL_LIMIT_S
-from cluster.controller.drain.requests import GATHER_S
 from cluster.controller.drain_operation import DrainCommand
+from cluster.controller.drain_requests import GATHER_S
+from cluster.controller.draining import SIGNAL_LIMIT_S
 from cluster.controller.operations import Operation, OperationState
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConflictError, RequestError, UnknownNameError

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from cluster.controller.controller import Controller
 from cluster.controller.drain_operation import Drain, DrainCommand, DrainStep
 from cluster.controller.operations import Operation, Operations, OperationState
-from cluster.controller.rebalance.job import RebalanceCommand
+from cluster.controller.rebalance_job import RebalanceCommand
 from cluster.core.codec import from_plain, to_plain
 from cluster.core.errors import ConflictError
 from cluster.core.frames import ControlFrame, DrainRequest

@@ -9,8 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from cluster.config.workers import WorkersSection
-from cluster.controller.drain.requests import LATE_S
 from cluster.controller.drain_operation import DrainCommand
+from cluster.controller.drain_requests import LATE_S
 from cluster.controller.operations import Operation, OperationState
 from cluster.controller.scale_operation import ScaleCommand
 from cluster.core.codec import from_plain

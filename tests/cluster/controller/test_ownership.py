@@ -14,7 +14,7 @@ RESTORES = "failover.py"
 
 FIELDS = {
     # of the cluster
-    "drain": "drain/running.py",
+    "drain": "running_drain.py",
     "scale": "scale.py",
     "late": "failure_detector.py",
     "known_nodes": "node_follower.py",
@@ -22,7 +22,7 @@ FIELDS = {
     "state": "controller.py",
     # of the membership: its properties in ``Cluster`` have no setter
     "placement": "recovery.py",
-    "desired": "drain/running.py scale.py",
+    "desired": "running_drain.py scale.py",
     "experts_complete": "recovery.py",
     # of the newest generation
     "answers": "recovery.py",
@@ -30,8 +30,8 @@ FIELDS = {
     "joins": "membership.py",
     # of a worker
     "awaits_adapters": "adapters.py",
-    "drains": "drain/running.py",
-    "operation": "drain/running.py",
+    "drains": "running_drain.py",
+    "operation": "running_drain.py",
     "started_with": "recovery.py",
     "disconnected": "controller.py",
     "call_again_by": "controller.py",
@@ -47,16 +47,16 @@ FIELDS = {
     "stalled_s": "membership.py",
     "gone_at": "workers.py",
     # of a running operation
-    "result": "drain/running.py scale.py rebalance/loop.py",
-    "generation": "drain/running.py scale.py",
-    "phase": "drain_operation.py scale_operation.py rebalance/loop.py rebalance/running.py",
+    "result": "running_drain.py scale.py rebalancing.py",
+    "generation": "running_drain.py scale.py",
+    "phase": "drain_operation.py scale_operation.py rebalancing.py running_rebalance.py",
     "progress": "drain_operation.py scale_operation.py",
-    "outcome": "drain/running.py scale.py",
-    "before": "drain/running.py scale.py membership.py",
-    "copied_in": "drain/running.py",
-    "removes_places": "drain/running.py",
+    "outcome": "running_drain.py scale.py",
+    "before": "running_drain.py scale.py membership.py",
+    "copied_in": "running_drain.py",
+    "removes_places": "running_drain.py",
     "added": "scale.py",
-    "is_proved": "rebalance/loop.py",
+    "is_proved": "rebalancing.py",
     # of records with one owner
     "seconds": "traces.py",
     "num_open": "gateway_polls.py",
@@ -77,9 +77,9 @@ CALLS = {
         "lost": "recovery.py",
         "joined": "recovery.py",
         "take_due": "recovery.py",
-        "cordon": "drain/running.py",
-        "reopen": "drain/running.py",
-        "remove": "drain/running.py cluster.py",
+        "cordon": "running_drain.py",
+        "reopen": "running_drain.py",
+        "remove": "running_drain.py cluster.py",
         "add": "scale.py",
         "nodes_alive": "cluster.py",
         "restore": RESTORES,

@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cluster.controller.cluster import Cluster
-from cluster.controller.drain.removal import stage_without
-from cluster.controller.drain.requests import DrainRequests
 from cluster.controller.drain_operation import Drain, DrainStep
+from cluster.controller.drain_removal import stage_without
+from cluster.controller.drain_requests import DrainRequests
 from cluster.controller.effects import EndWorkers, ReleasePlaces
 from cluster.controller.epoch_change import ChangeState, EpochChange
 from cluster.controller.metrics import MoveReason
 from cluster.controller.operations import OperationState
-from cluster.controller.rebalance.loop import Rebalancing
+from cluster.controller.rebalancing import Rebalancing
 from cluster.controller.workers import WorkerRecord
 from cluster.core.errors import ConflictError
 from cluster.core.frames import ControlFrame, Shutdown, StatusRequest

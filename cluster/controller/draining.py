@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from cluster.controller.cluster import Cluster
-from cluster.controller.drain.removal import stage_without
-from cluster.controller.drain.requests import DrainRequests
-from cluster.controller.drain.running import RunningDrain
 from cluster.controller.drain_operation import Drain, DrainCommand, DrainStep
+from cluster.controller.drain_removal import stage_without
+from cluster.controller.drain_requests import DrainRequests
 from cluster.controller.operation_start import start_operation
 from cluster.controller.operations import Operation
-from cluster.controller.rebalance.loop import Rebalancing
+from cluster.controller.rebalancing import Rebalancing
+from cluster.controller.running_drain import RunningDrain
 from cluster.core.errors import ConflictError, UnknownNameError
 from cluster.core.frames import ControlFrame
 

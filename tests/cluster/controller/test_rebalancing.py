@@ -14,7 +14,7 @@ from cluster.config.expert_load import LoadSection, RebalanceSection
 from cluster.config.model import ModelSection
 from cluster.config.workers import WorkersSection
 from cluster.controller.operations import OperationState
-from cluster.controller.rebalance.job import RebalanceCommand
+from cluster.controller.rebalance_job import RebalanceCommand
 from cluster.core.errors import ConflictError
 from cluster.core.frames import (
     ControlFrame,

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import pytest
 
 from cluster.controller.operations import OperationState
-from cluster.controller.rebalance.job import RebalanceCommand
-from cluster.controller.rebalance.planner_thread import PlannerThread
+from cluster.controller.planner_thread import PlannerThread
+from cluster.controller.rebalance_job import RebalanceCommand
 from cluster.core.errors import ConfigError, ConflictError
 from cluster.core.frames import EpochSwitched, SwitchEpoch
 from tests.cluster.controller.fakes_cluster import FakeCluster
-from tests.cluster.controller.rebalance.test_rebalancing import (
+from tests.cluster.controller.test_rebalancing import (
     SKEWED,
     answer,
     make,

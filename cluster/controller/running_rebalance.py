@@ -12,8 +12,8 @@ from cluster.controller.cluster import Cluster
 from cluster.controller.epoch_change import ChangeState, EpochChange
 from cluster.controller.metrics import RebalanceOutcome
 from cluster.controller.operations import OperationState
-from cluster.controller.rebalance.job import RebalanceQuery, by_load, percent
-from cluster.controller.rebalance.planner_thread import PlannerThread
+from cluster.controller.planner_thread import PlannerThread
+from cluster.controller.rebalance_job import RebalanceQuery, by_load, percent
 from cluster.core.frames import ControlFrame, EpochSwitched
 from cluster.core.placement import ExpertPlacement
 from cluster.planner import mesh

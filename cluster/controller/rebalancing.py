@@ -18,7 +18,8 @@ from typing import Any
 from cluster.controller.cluster import Cluster
 from cluster.controller.operation_start import start_operation
 from cluster.controller.operations import Operation, OperationState
-from cluster.controller.rebalance.job import (
+from cluster.controller.planner_thread import CHANGED, PlannerThread
+from cluster.controller.rebalance_job import (
     RebalanceCommand,
     RebalanceQuery,
     answer,
@@ -26,8 +27,7 @@ from cluster.controller.rebalance.job import (
     percent,
     result_of,
 )
-from cluster.controller.rebalance.planner_thread import CHANGED, PlannerThread
-from cluster.controller.rebalance.running import RunningRebalance
+from cluster.controller.running_rebalance import RunningRebalance
 from cluster.core.errors import ConflictError
 from cluster.core.frames import ControlFrame
 from cluster.load.tracker import LoadWindow

@@ -1,1 +1,0 @@
-"""Tests of ``cluster.controller.rebalance``."""
