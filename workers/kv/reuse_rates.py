@@ -25,8 +25,8 @@ NEW_RATE = 0.2
 recently used turn is evicted first until the real fractions are learned."""
 USED_RATE = 4 / 11
 """Initial rate of turns that continue others. It gives twice the value of a new turn at the same
-age, as chats that were continued once are more likely to be continued: on the Mooncake trace, 0.6
-against 0.24 within ten minutes."""
+age, as chats that were continued once are more likely to be continued: on the Mooncake trace with a
+probability of 0.6 within ten minutes, new ones with 0.24."""
 _PRIOR_TURNS = 20.0
 """Weight of the initial rates, in turns."""
 _MAX_TURNS = 4096.0
@@ -34,7 +34,7 @@ _MAX_TURNS = 4096.0
 _REFRESH = 128
 """Counted turns after which values are recomputed."""
 _DEPTHS = 5
-"""Number of kinds by the number of earlier turns: 0, 1, 2 or 3, 4 to 7, more."""
+"""Number of classes of turns by their number of earlier turns: 0, 1, 2 or 3, 4 to 7, more."""
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class ReuseRates:
 
     @staticmethod
     def kind(num_before: int, *, has_session: bool) -> int:
-        """Return the kind of a turn that continues ``num_before`` turns."""
+        """Return the number of the class (kind) of a turn with ``num_before`` earlier turns."""
         return min(num_before.bit_length(), _DEPTHS - 1) + (_DEPTHS if has_session else 0)
 
     def note_reached(self, kind: int, age_bin: int) -> None:
@@ -106,9 +106,9 @@ def bin_of(age: int) -> int:
 
 
 def _score(parts: list[float], first: int) -> float:
-    """Return the maximum, over all keep times, of expected uses by expected keep time.
+    """Return the maximum, over all keep times, of expected uses divided by expected keep time.
 
-    The turn has reached bin ``first``; its width is the unit of time. ``parts``: reuse by bin.
+    The turn has reached bin ``first``, whose width is the time unit. ``parts``: reuse by bin.
     Example: ``parts`` are 0.5 and 0, in bins of width 1. Keeping a turn for one bin gives 0.5 uses
     in a mean time of 0.75, as reused turns leave after half of the bin; for both, 0.5 in 1.25.
     """

@@ -21,10 +21,10 @@ class SequenceStates:
 
     slots: StateSlots
     prefixes: PrefixCache
-    """Finds blocks up to a state in the same ``slots``."""
+    """Prefix cache, which finds only blocks up to a state that is in ``slots``."""
 
     def admit(self, sequence: SequenceState) -> None:
-        """Hold the cached state from which an admitted sequence starts: after its cached blocks."""
+        """Hold the state after an admitted sequence's cached blocks, from which it starts."""
         num_found = len(sequence.blocks)
         hashes = self.prefixes.known_hashes(sequence)
         sequence.state = self.slots.take(hashes[num_found - 1]) if num_found else None

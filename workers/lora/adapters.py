@@ -116,7 +116,7 @@ def _join(own: Sequence[ModuleMatrices], dtype: torch.dtype) -> JoinedMatrices:
 
 
 def make(prepared: PreparedAdapter, model: AttentionModel) -> Generator[None, None, AdapterWeights]:
-    """Make the deltas, with a ``yield`` after each, and return them. Raises ``CheckpointError``."""
+    """Make an adapter's deltas, with a ``yield`` after each. Raises ``CheckpointError``."""
     linears: dict[Linear, Delta] = {}
     mlps: dict[Mlp, MlpDelta] = {}
     for own in prepared.matrices:

@@ -26,7 +26,7 @@ converted to float32, so that three times this memory is in use."""
 
 
 class Workspace:
-    """Scratch memory of one thread. It grows to the largest request and is kept."""
+    """Scratch memory of one thread. It grows to the largest size needed so far."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
@@ -126,7 +126,7 @@ class Recorder(Protocol):
         """Embeddings, then after each layer except the last, then after the final norm: [T, H]."""
 
     def router(self, bank: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
-        """A bank's router: logits [T, E], topk_ids [T, k], topk_weights [T, k]."""
+        """A bank's router: logits [T, E]; ids and weights [T, k] of the selected experts."""
 
     def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
         """A layer's queries [T, A, D]; the rows' keys and values are already in the layer's
@@ -184,7 +184,7 @@ class PagedRows:
     num_decodes: int
     """Number of sequences with a single row."""
     chunks: tuple[tuple[int, int, int], ...]
-    """(first row, one past the last row, keys up to the last row) of each other sequence."""
+    """(first row, one past the last row, keys up to the last row) of each multi-row sequence."""
     window: int | None = None
     """Positions that a row attends to, its own and those before it; None: all."""
 

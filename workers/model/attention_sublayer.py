@@ -88,7 +88,7 @@ class HeadAttention:
         )
 
     def batch(self, context: LayerContext) -> AttentionBatch:
-        """Return the keys and values that the layer's rows attend to."""
+        """Return the batch for this layer, with its window, sinks, scale and latent rank."""
         batch, shape = context.within(self.shape.window), self.shape
         if self.sinks is None and shape.scale is None and shape.latent_rank is None:
             return batch

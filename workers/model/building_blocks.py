@@ -56,8 +56,8 @@ class BuildingBlocks:
         may_pack: bool = True,
         may_quantize: bool = True,
     ) -> Linear:
-        """Return a linear product. ``may_quantize`` is False for routers, as rounding would change
-        which experts they select."""
+        """Return a linear product; ``may_pack``: see ``Linear``. ``may_quantize`` is False for
+        routers, as rounding would change which experts they select."""
         return Linear(weight, bias, may_pack, self._compute_threads)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:

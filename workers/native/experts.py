@@ -21,7 +21,7 @@ from workers.native.thread_team import ThreadTeam, check
 from workers.quantization.formats import WeightFormat
 
 InputsBy = Literal["row", "place", "pair"]
-"""What has its own input: each row, each (row, index in top-k), or each of these with a slot."""
+"""What has its own input: a row, a place (row, index in top-k), or a pair (place with a slot)."""
 _INPUTS_BY: tuple[InputsBy, ...] = ("row", "place", "pair")
 
 

@@ -94,10 +94,10 @@ class SequenceState:
     """Slot of its recurrent state after ``num_computed`` tokens; None if that number is 0 or the
     model has no states."""
     branch: int = 0
-    """Tokens in the blocks cached at its admission, if the state after them was not; else 0."""
+    """Number of tokens cached at its admission if no state after them was cached; else 0."""
     latest_state: bytes | None = None
-    """Hash of the block whose recurrent state is retained as its latest, until the next replaces
-    it. None if none is, or if another sequence retains the same state."""
+    """Hash of the block after which its latest recurrent state is stored; the next one replaces
+    this state. None without one, or if another sequence has stored the same state."""
     seat: int | None = None
     """Index of its row in ``BlockTables``; None while it does not run."""
     status: SequenceStatus = SequenceStatus.WAITING

@@ -121,7 +121,7 @@ class Abort(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class Ping(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Returned unchanged by the receiver."""
+    """Message that the receiver returns unchanged."""
 
     number: int
 

@@ -1,7 +1,7 @@
 """Finds the best token of each row of logits, and rows with NaN or infinity.
 
 On a CPU the bits of the logits are compared as integers, without a float32 copy. The bits of
-positive floats have the order of the floats. Infinity and NaN have the largest of either sign.
+positive floats have the order of the floats. Infinity and NaN have the largest bits of either sign.
 """
 
 from __future__ import annotations

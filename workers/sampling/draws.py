@@ -110,7 +110,7 @@ def _best_allowed(logits: Tensor) -> Tensor:
 
 
 def _draw(below: Tensor, how: NDArray[Any]) -> Tensor:
-    """Sample tokens [rows] from float32 logits [rows, V], given minus the row's best logit."""
+    """Sample tokens [rows]; ``below`` [rows, V] float32: logits minus the row's best logit."""
     numbers = _draw_params(how, below)
     t = below.mul_(numbers.scale)
     floor = _floors(t, how, numbers)

@@ -39,7 +39,7 @@ _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 _OPTIONS = "x-guidance"
 """Key of a schema with options for llguidance."""
 _KNOWN_OPTIONS = ("whitespace_flexible", "coerce_one_of", "lenient")
-"""Options that clients may set. Separators with blanks would also cause that endless search."""
+"""Options that clients may set. Separators with blanks cause endless searches, too."""
 _WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,32}"
 """White space in JSON text, unless the schema specifies it: a few blanks, or a new line."""
 
@@ -151,8 +151,8 @@ class GrammarCompiler:
         return CompiledGrammar(grammar, matcher, self._masks, make)
 
     def _with_fallbacks(self, grammar: Grammar) -> str:
-        """Return the text with fallbacks for the parts that do not compile, or for all parts if
-        each compiles alone.
+        """Return the text with fallbacks for the parts that do not compile. If each part compiles
+        alone, all parts get their fallbacks.
 
         Raises:
             RequestError: a part without a fallback does not compile.

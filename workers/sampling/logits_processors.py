@@ -81,7 +81,7 @@ class TokenCounts:
 
 
 class BadWords:
-    """Token sequences that must not be in an output: after all but its last token, that is masked.
+    """Finds the tokens to mask because they would complete a forbidden token sequence.
 
     Example: with (4, 5) and (6,), token 6 is always masked, and token 5 after a 4. As in vLLM,
     only the output matters: the output may complete a word that starts in the prompt.

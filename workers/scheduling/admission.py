@@ -14,14 +14,14 @@ from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import StepBudget
 
 _MAX_FETCH_STEPS = 8
-"""KV blocks are fetched for at most as many waiting prompt rows as fill this number of steps."""
+"""Limit of waiting prompt rows for which KV blocks are fetched, in steps of maximum size."""
 
 
 class SequenceAdmission:
     """Decides which waiting sequences fit into a step, in which order, and admits them.
 
     Tenants take turns (``fairness``). The sequences of a tenant are ordered by priority (lower
-    values first), then those with output from another worker precede, then earlier arrivals. An
+    values first), then by origin (moved from another worker first), then by arrival. An
     admission leaves one free block for each running sequence that may still grow, so that no
     sequence is preempted in the step after its admission.
     """
@@ -59,8 +59,8 @@ class SequenceAdmission:
         return sum(s.prompt_length for s in self._queues.waiting if s.first_choice is None)
 
     def take_admissible(self, restriction: Restriction, at_most: int) -> list[SequenceState]:
-        """Return one sequence for each waiting request that fits into the next steps, seats and
-        free blocks. A request is returned once after it was queued and after each preemption.
+        """Return one sequence for each of up to ``at_most`` waiting requests that fit into the next
+        steps, seats and free blocks. Each is returned once after it was queued or preempted.
         """
         if not self._kv_waits.has_untried:
             return []

@@ -35,7 +35,7 @@ class DraftBudget:
 
     def add(self, num_decodes: int, decode_rows: int, rows: list[PlannedRows]) -> None:
         """Add drafts to the decodes, the first ``num_decodes`` entries of ``rows``, within the
-        granted rows and the budget. The drafts of any sequence that are most likely right go first.
+        granted rows and the budget. Drafts that are most likely right go first.
         """
         left = min(decode_rows - num_decodes, self._budget.max_rows - sum(r.count for r in rows))
         if left <= 0:

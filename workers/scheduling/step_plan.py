@@ -31,7 +31,7 @@ class PlannedRows(Struct, frozen=True):
 
     @property
     def samples_token(self) -> bool:
-        """Whether the last row before ``drafts`` is the newest token, from which one is sampled."""
+        """Whether the rows include the newest token, so that the next token can be sampled."""
         return self.first + self.count - len(self.drafts) == self.sequence.num_tokens
 
     def split_by_row(self) -> Iterator[PlannedRows]:

@@ -48,7 +48,7 @@ class EdgeTable:
         self.step_frames: deque[StepFrame] = deque()
         """Proposals and headers of the current generation."""
         self.generation = 0
-        """Current generation. Frames of older ones are dropped, of newer ones a protocol error."""
+        """Current generation. Older frames are dropped; newer ones are a protocol error."""
         self.current_step = 0
         """Current step. Data frames of earlier steps are dropped."""
         self.max_inbox_bytes = max_inbox_bytes

@@ -55,7 +55,7 @@ class SelectLoop:
         what: str = "no answer",
         slice_s: float = 3600.0,
     ) -> None:
-        """Run the loop until ``ready()``. A timeout names the peers that ``missing`` returns."""
+        """Run the loop until ``ready()``; a timeout raises ``PeerLostError`` for ``missing()``."""
         limit = self._step_timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit
         with self.awaiting():

@@ -96,7 +96,7 @@ class RowInvariantLinear(Linear):
 
 
 class RowInvariantBlocks(BuildingBlocks):
-    """Building blocks in the first batch-invariant variant of each shape."""
+    """Building blocks that use, for each shape, the first variant that passes a test."""
 
     are_exact: ClassVar[bool] = True
 

@@ -184,7 +184,7 @@ class ConfigReader:
             ) from err
 
     def storage_format(self) -> StorageFormat | None:
-        """Return ``ModelConfig.storage_format`` from ``quantization_config``."""
+        """Return ``ModelConfig.stored``, which ``quantization_config`` describes."""
         return parse_storage_format(self.value("quantization_config"))
 
     def check_rest(self, model_type: str) -> tuple[str, ...]:

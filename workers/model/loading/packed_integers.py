@@ -1,13 +1,13 @@
 """Matrices stored as integers of 4 or 8 bits, several in an int32.
 
-A matrix ``X.weight`` [out, in] with groups of neighbours in a row is stored as follows in
+A matrix ``X.weight`` [out, in] with groups of neighbours in a row is stored as follows:
 
 - GPTQ: ``X.qweight`` [in / 8, out], ``X.qzeros`` [groups, out / 8], ``X.scales`` [groups, out];
   ``X.g_idx`` [in], the group of each column, which may be left out;
 - AWQ: ``X.qweight`` [in, out / 8], ``X.qzeros`` [groups, out / 8], ``X.scales`` [groups, out];
   eight neighbours are in another order;
 - compressed-tensors: ``X.weight_packed`` [out, in / 8], ``X.weight_scale`` [out, groups], and
-  ``X.weight_zero_point`` [out / 8, groups] where zero points are not all alike;
+  ``X.weight_zero_point`` [out / 8, groups] where zero points are not all alike.
 
 The shapes are for 4 bits; for 8 bits, an eighth becomes a quarter. Values and zero points are
 unsigned and become signed by subtracting 8 or 128. The first element is in the lowest bits.
@@ -35,7 +35,7 @@ _SUFFIXES: Final[Mapping[Method, tuple[str, str, str]]] = {
     "awq": (".qweight", ".scales", ".qzeros"),
     "compressed-tensors": (".weight_packed", ".weight_scale", ".weight_zero_point"),
 }
-"""Dtypes of values, scales and zero points."""
+"""Suffixes of the names of the tensors with values, scales and zero points."""
 _AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
 """Position of each of eight neighbours within an int32 of AWQ."""
 _INT32_BITS: Final = 32

@@ -89,7 +89,7 @@ class NativeAttention:
 
 
 class NativeAttentionSublayer(NativeAttention):
-    """The sublayer in one native call, or in three around the exchanges of projections."""
+    """The sublayer in one native call, or in several if its projections are routed or latent."""
 
     def __init__(self, team: ThreadTeam, half: TorchAttentionSublayer) -> None:
         """``half``: description of the sublayer; its products must be native."""
@@ -106,7 +106,7 @@ class NativeAttentionSublayer(NativeAttention):
 
     @property
     def is_one_call(self) -> bool:
-        """Whether the sublayer has no exchange."""
+        """Whether one native call runs the sublayer, as projections are not routed or latent."""
         return isinstance(self._half.projections, DenseProjections)
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
@@ -135,7 +135,7 @@ class NativeAttentionSublayer(NativeAttention):
         return self.leave(hidden, context.multiply(parts.output, attended), context)
 
     def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
-        """Run ``stages`` on ``rows``. Unless these are all stages, their products are left out."""
+        """Run ``stages`` on ``rows``, without qkv and output products unless these are all."""
         assert context.native is not None
         fields = self.fields if stages == ENTER | ATTEND | LEAVE else self._apart
         run_sublayer(self.team, fields, context.native, rows, stages)

@@ -34,8 +34,8 @@ class NativeLinear(Linear):
         bias: Tensor | None,
         form: WeightFormat | None = None,
     ) -> None:
-        """``form``: format of the quantized weight, if its width is even; or a format with shorter
-        groups, see ``round_product``."""
+        """``form``: format to quantize the weight to if its width is even. Among ``candidates`` of
+        this format, the one with the least error is used."""
         kept: Weight = weight
         if form is not None and weight.shape[1] % 2 == 0:
             forms = candidates(form, weight.shape[1])
@@ -79,8 +79,8 @@ class NativeMlp:
     ) -> None:
         """Read and pack the two weights, one at a time; see ``BuildingBlocks.mlp``.
 
-        ``form``: format of the quantized weights, if their widths are even; or a format with
-        shorter groups, which the first weight selects for both.
+        ``form``: format to quantize the weights to if their widths are even. Among ``candidates``
+        of this format, both use the one with the least error of the first weight.
         """
         self._team = team
         first = gate_up()

@@ -53,7 +53,7 @@ class CopyFetch:
     def run(self, client: PeerClient) -> None:
         """Fetch the missing blocks that the other worker has and that fit into the tiers.
 
-        Raises ``TransportError``, and errors of ``before_chunk``; blocks received before it stay.
+        Raises ``TransportError`` and errors of ``before_chunk``; earlier received blocks stay.
         """
         self._names = self.message.hashes
         if self.cache.states:

@@ -2,9 +2,9 @@
 
 A gateway names the blocks of a session's turn and the worker that computed them. A thread fetches
 the blocks that are not in host memory, at a limited rate. Neither worker's steps wait: the other
-worker pins a few blocks at a time between two steps. Its blocks stay the main copy (``is_spare``).
-If the session continues on this worker, the engine computes the blocks that were not sent or did
-not fit.
+worker pins a few blocks at a time between two steps. It does not evict them earlier because of the
+copy (``is_spare`` of ``PeerClient.fetch``). If the session continues on this worker, the engine
+computes the blocks that were not sent or did not fit.
 
 For a model with recurrent states, the last state of the sequence is fetched first, as it decides
 how many blocks are useful.

@@ -61,7 +61,7 @@ class GrammarCompilations(WaitingRequests):
     """Compiles grammars in threads. Call the methods on the engine's thread only.
 
     Args:
-        compile: compiles a grammar for a ``cache_salt``; in a thread; raises ``RequestError``.
+        compile: compiles a grammar for a ``cache_salt``, in a thread. Raises ``RequestError``.
         wake: called, on any thread, when there is something to take.
         clock: monotonic seconds.
     """

@@ -67,7 +67,7 @@ class IntakeRequest:
     """Time on the clock at which the request stops waiting for KV blocks, whatever their source.
     Set at the start of its first wait."""
     has_joined: bool = False
-    """Whether the request waits for a load started for another request. Set by the source."""
+    """Whether it waits for blocks that its source loads for another request. Set by the source."""
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ class IntakeRequest:
         return self.request.request_id
 
     def enter(self, state: IntakeState) -> None:
-        """Change the state. Raises ``StateError`` for an invalid transition."""
+        """Change the state. Raises ``IllegalTransitionError``."""
         self.state = next_state(self.state, state, _NEXT)
 
     def close(self, choices: Iterable[int]) -> None:

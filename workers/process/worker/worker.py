@@ -168,7 +168,7 @@ class Worker:
         return context
 
     def open_transport(self, connections: PeerConnections) -> DataTransport:
-        """Open the transport. If it has a store, the other members get the store's address."""
+        """Open the transport. The other members get the address of its rendezvous store, if any."""
         transport = open_transport(self.args, connections)
         if isinstance(transport, CollectiveTransport):
             self.member = replace(self.member, store_address=transport.store_address)
