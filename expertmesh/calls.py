@@ -130,7 +130,9 @@ class AsyncCalls:
         """
         if pooling_task not in ("embed", "classify"):
             raise ValueError(f"pooling_task ({pooling_task}) must be embed or classify")
-        model = lora_request or self._model
+        if pooling is not None and pooling_task == "classify":
+            raise ValueError(f"pooling ({pooling}) must be None with pooling_task classify")
+        model = self._name(lora_request)
 
         async def encode_one(prompt: PlainPrompt) -> PoolingRequestOutput:
             data = await self._transport.encode(prompt, pooling_task, pooling, model)
@@ -145,15 +147,20 @@ class AsyncCalls:
         results = await self.encode(prompts, pooling=pooling, lora_request=lora_request)
         return [EmbeddingRequestOutput(EmbeddingOutput(one.outputs.data)) for one in results]
 
+    def _name(self, adapter: object) -> str | None:
+        if adapter is not None and not isinstance(adapter, str):
+            raise ValueError(f"lora_request ({str(adapter)[:64]}) must be the name of an adapter")
+        return adapter or self._model
+
     def _completions(self, prompts: Prompts, params: Params, adapter: str | None) -> list[Query]:
-        model, plain = adapter or self._model, list_of_prompts(prompts)
+        model, plain = self._name(adapter), list_of_prompts(prompts)
         pairs = zip(plain, one_per_prompt(params, len(plain)), strict=True)
         return [Query(own, prompt=prompt, model=model) for prompt, own in pairs]
 
     def _chats(self, chats: Conversations, params: Params, options: ChatOptions) -> list[Query]:
         check_names(options, ChatOptions)
         template = {name: value for name, value in options.items() if value is not None}
-        model = str(template.pop("lora_request", "")) or self._model
+        model = self._name(template.pop("lora_request", None))
         plain = list_of_conversations(chats)
         pairs = zip(plain, one_per_prompt(params, len(plain)), strict=True)
         return [Query(own, messages=chat, chat=template, model=model) for chat, own in pairs]

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 from expertmesh.calls import AsyncCalls, SyncCalls, Transport
 from expertmesh.grpc_transport import GrpcTransport
 from expertmesh.http_transport import HttpTransport
-from expertmesh.types import DEFAULT_TIMEOUT_S, ClientOptions, check_names
+from expertmesh.options import DEFAULT_TIMEOUT_S, ClientOptions
+from expertmesh.types import check_names
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _TLS_OPTIONS = ("ca_cert", "client_cert", "client_key")
@@ -52,4 +53,6 @@ def _connect(url: str, options: ClientOptions) -> Transport:
         raise ValueError(f"timeout_s ({timeout_s}) must be a number above 0")
     if parts.scheme in ("http", "https"):
         return HttpTransport(url, options)
+    if parts.path.strip("/"):
+        raise ValueError(f"base_url ({url}) must have no path with {parts.scheme}://")
     return GrpcTransport(parts.netloc, parts.scheme == "grpcs", options)

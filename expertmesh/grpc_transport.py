@@ -11,15 +11,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from expertmesh.errors import APIConnectionError, APIError, APITimeoutError, make_error
 from expertmesh.messages import generate_request, request_output
-from expertmesh.types import (
-    DEFAULT_TIMEOUT_S,
-    ClientOptions,
-    PlainPrompt,
-    PoolingTask,
-    Query,
-    RequestOutput,
-    tls_context,
-)
+from expertmesh.options import DEFAULT_TIMEOUT_S, ClientOptions, tls_context
+from expertmesh.types import PlainPrompt, PoolingTask, Query, RequestOutput
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import TokenIds

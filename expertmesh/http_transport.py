@@ -10,9 +10,8 @@ from typing import Any
 import aiohttp
 
 from expertmesh.errors import APIConnectionError, APIError, APITimeoutError, make_error
+from expertmesh.options import DEFAULT_TIMEOUT_S, ClientOptions, tls_context
 from expertmesh.types import (
-    DEFAULT_TIMEOUT_S,
-    ClientOptions,
     CompletionOutput,
     Logprob,
     LogprobsByToken,
@@ -20,7 +19,6 @@ from expertmesh.types import (
     PoolingTask,
     Query,
     RequestOutput,
-    tls_context,
 )
 
 _STATUSES = {"timeout_error": 504, "conflict_error": 409, "service_unavailable": 503}
@@ -104,11 +102,12 @@ class HttpTransport:
 
 def _error(body: Any, status: int, headers: Mapping[str, str]) -> APIError:
     """Make the exception for a response with an error status, with or without an error object."""
+    after_ms, after = headers.get("retry-after-ms", ""), headers.get("retry-after", "")
+    after_s = float(after) if after.isdecimal() else None  # it may be a date
+    after_s = int(after_ms) / 1000 if after_ms.isdecimal() else after_s
     found = body.get("error") if isinstance(body, Mapping) else None
     if not isinstance(found, Mapping):
-        return make_error(f"HTTP status {status}", "", None, status)
-    after = headers.get("retry-after-ms")
-    after_s = None if after is None else float(after) / 1000
+        return make_error(f"HTTP status {status}", "", None, status, after_s)
     message, code = str(found.get("message")), str(found.get("code") or "")
     return make_error(message, code, found.get("param"), status, after_s)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
-from concurrent.futures import wait
+from concurrent.futures import CancelledError, wait
 from typing import Any, TypeVar
+
+from expertmesh.errors import APIConnectionError
 
 Result = TypeVar("Result")
 
@@ -26,8 +28,14 @@ class LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Result], limit_s: float | None = None) -> Result:
-        """Run a coroutine and wait for it. Raises ``TimeoutError``, which lists all tasks."""
+        """Run a coroutine and wait for it.
+
+        Raises ``TimeoutError``, which lists all tasks, and ``APIConnectionError`` after ``close``.
+        """
         limit_s = self._limit_s if limit_s is None else limit_s
+        if self.loop.is_closed():
+            work.close()
+            raise APIConnectionError("the client is closed")
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             if not wait([future], limit_s).done:
@@ -35,7 +43,10 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
-        return future.result()
+        try:
+            return future.result()
+        except CancelledError:
+            raise APIConnectionError("the client was closed during the call") from None
 
     def iterate(self, source: AsyncGenerator[Result]) -> Iterator[Result]:
         """Iterate over an asynchronous generator from another thread, then let it end."""

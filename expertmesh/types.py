@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
-from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 
@@ -29,24 +27,6 @@ Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 PlainPrompt = str | tuple[int, ...]
 PoolingTask = Literal["embed", "classify"]
-DEFAULT_TIMEOUT_S = 600.0
-
-
-class ClientOptions(TypedDict, total=False):
-    """Options of ``Client`` and ``AsyncClient``."""
-
-    api_key: str | None
-    """Key of the server; None sends none."""
-    model: str | None
-    """Name of a model or adapter; None selects the served model."""
-    timeout_s: float
-    """Maximum duration of a request in seconds (default 600)."""
-    ca_cert: str | Path | None
-    """PEM file of the authorities that sign the server's certificate; None: the system's."""
-    client_cert: str | Path | None
-    """PEM file of the client's certificate, for servers that request one."""
-    client_key: str | Path | None
-    """PEM file of its key."""
 
 
 class ChatOptions(TypedDict, total=False):
@@ -112,10 +92,14 @@ class SamplingParams:
     """Exactly one of ``json`` (a schema), ``regex``, ``choice``, ``grammar`` or ``json_object``."""
 
     def given(self) -> dict[str, Any]:
-        """Return the fields that are set, by name; a single ``stop`` becomes a list."""
-        values = ((one.name, getattr(self, one.name), one.default) for one in fields(self))
-        found = {name: value for name, value, default in values if value not in (None, default)}
-        return found | {"stop": [self.stop]} if isinstance(self.stop, str) else found
+        """Return the fields that are set, by name; sequences and a single ``stop`` as lists."""
+        found = {"stop": [self.stop]} if isinstance(self.stop, str) else {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name not in found and value not in (None, one.default):
+                is_list = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+                found[one.name] = list(value) if is_list else value
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,16 +226,6 @@ def list_of_conversations(
     if not all(isinstance(one, Mapping) for chat in chats for one in chat):
         raise ValueError(f"messages ({str(messages)[:64]}) must be dicts, in one or several lists")
     return list(map(tuple, chats))
-
-
-def tls_context(options: ClientOptions) -> ssl.SSLContext:
-    """TLS context of the files in ``options``. Raises ``OSError``."""
-    authorities, certificate = options.get("ca_cert"), options.get("client_cert")
-    text = Path(authorities).read_text("ascii", "ignore") + "\n" if authorities else None
-    context = ssl.create_default_context(cadata=text)
-    if certificate:
-        context.load_cert_chain(certificate, options.get("client_key"))
-    return context
 
 
 def check_names(options: Mapping[str, Any], kind: Any) -> None:

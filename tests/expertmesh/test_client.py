@@ -6,13 +6,15 @@ import asyncio
 import gc
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from benchmarks.harness.stalls import wait_until
 from cluster.config.gateway import GatewaySection
 from expertmesh import (
     APIConnectionError,
@@ -22,10 +24,11 @@ from expertmesh import (
     BadRequestError,
     Client,
     NotFoundError,
+    RateLimitError,
     SamplingParams,
 )
 from expertmesh.loop_thread import LoopThread
-from expertmesh.types import ClientOptions
+from expertmesh.options import ClientOptions
 from tests.gateway.stack import Stack, running_stack
 from tests.harness.certificates import Certificates
 
@@ -38,6 +41,20 @@ PROTOCOLS = ("http", "grpc")
 def stack() -> Iterator[Stack]:
     with running_stack(GatewaySection(api_keys=(KEY,), request_timeout_s=60.0)) as stack:
         yield stack
+
+
+@asynccontextmanager
+async def serving(
+    answer: Callable[[web.Request], Awaitable[web.Response]],
+) -> AsyncIterator[str]:
+    """URL of a server that answers completions with ``answer``."""
+    app = web.Application()
+    app.router.add_post("/v1/completions", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
 
 
 def url_of(stack: Stack, protocol: str) -> str:
@@ -241,16 +258,8 @@ def test_events_of_a_stream_may_be_long() -> None:
         return web.Response(text=f"data: {web.json_response(event).text}\n\ndata: [DONE]\n\n")
 
     async def call() -> list[int]:
-        app = web.Application()
-        app.router.add_post("/v1/completions", answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        _, port = runner.addresses[0][:2]
-        async with AsyncClient(f"http://127.0.0.1:{port}") as client:
-            sizes = [len(one.prompt_token_ids) async for one in client.generate_stream("a")]
-        await runner.cleanup()
-        return sizes
+        async with serving(answer) as url, AsyncClient(url) as client:
+            return [len(one.prompt_token_ids) async for one in client.generate_stream("a")]
 
     assert asyncio.run(call()) == [len(ids)]
 
@@ -299,3 +308,73 @@ def test_an_exception_of_a_signal_handler_cancels_the_call() -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
         thread.close()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_any_sequence_of_a_parameter_is_sent_as_a_list(stack: Stack, protocol: str) -> None:
+    given = SamplingParams(max_tokens=4, seed=1, stop={"no"}, allowed_token_ids=range(256))  # type: ignore[arg-type]
+    plain = SamplingParams(max_tokens=4, seed=1, stop=["no"], allowed_token_ids=list(range(256)))
+    with Client(url_of(stack, protocol), api_key=KEY) as client:
+        assert client.generate("ab", given)[0].outputs == client.generate("ab", plain)[0].outputs
+
+
+def test_arguments_without_an_effect_are_refused() -> None:
+    wrong: Any = 5
+    with Client() as client:
+        for call in (client.generate, client.encode, client.embed):
+            with pytest.raises(ValueError, match=r"lora_request \(5\) must be the name"):
+                call("a", lora_request=wrong)
+        with pytest.raises(ValueError, match=r"lora_request \(5\) must be the name"):
+            client.chat([{"role": "user", "content": "a"}], lora_request=wrong)
+        with pytest.raises(ValueError, match=r"pooling \(mean\) must be None with .* classify"):
+            client.encode("a", pooling_task="classify", pooling="mean")
+    with pytest.raises(ValueError, match=r"base_url \(.*\) must have no path with grpc://"):
+        Client("grpc://127.0.0.1:1/prefix")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_close_ends_the_calls_of_other_threads(stack: Stack, protocol: str) -> None:
+    found: list[BaseException] = []
+    client = Client(url_of(stack, protocol), api_key=KEY)
+
+    def call() -> None:
+        try:
+            client.generate("ab", PARAMS)
+        except BaseException as err:
+            found.append(err)
+
+    with stack.as_new():
+        stack.engine.is_paused = True
+        thread = threading.Thread(target=call)
+        thread.start()
+        wait_until(lambda: stack.engine.running, "a running request")
+        client.close()
+        thread.join(20)
+    assert [type(one) for one in found] == [APIConnectionError]
+    with pytest.raises(APIConnectionError, match="the client is closed"):
+        client.generate("ab", PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"retry-after": "3"}, 3.0),
+        ({"retry-after": "3", "retry-after-ms": "2500"}, 2.5),
+        ({"retry-after": "Fri, 27 Nov 2026 08:00:00 GMT"}, None),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("body", ["busy", '{"error": {"message": "busy"}}'])
+def test_an_error_says_when_to_retry(
+    headers: dict[str, str], expected: float | None, body: str
+) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(status=429, text=body, headers=headers)
+
+    async def call() -> float | None:
+        async with serving(answer) as url, AsyncClient(url) as client:
+            with pytest.raises(RateLimitError) as caught:
+                await client.generate("a")
+        return caught.value.retry_after_s
+
+    assert asyncio.run(call()) == expected
