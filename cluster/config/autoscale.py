@@ -49,7 +49,7 @@ class AutoscaleSection:
     slot_time_target: float = field(default=0.6, metadata=flag("--autoscale-slot-time-target"))
     """Target share of the time that each expert worker computes experts."""
     up_s: float = field(default=30.0, metadata=flag("--autoscale-up-s"))
-    """Time over which use is averaged; use above a target in it makes a pool grow."""
+    """Time over which use is averaged. A pool grows if this average is above a target."""
     down_s: float = field(default=180.0, metadata=flag("--autoscale-down-s"))
     """Time for which fewer workers must be sufficient before a pool shrinks."""
     limit_s: float = field(default=300.0, metadata=INTERNAL)

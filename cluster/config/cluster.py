@@ -62,8 +62,8 @@ class EngineSection:
     """KV cache size of each attention worker, for example 512M. The default on a GPU is the rest of
     ``gpu_memory_utilization``, on CPUs the size of 16 full contexts within 64 MiB to 1 GiB."""
     gpu_memory_utilization: float = 0.9
-    """Share of a worker's GPU for weights, steps and KV. Without effect on KV if its size is
-    given."""
+    """Share of a worker's GPU for weights, steps and KV. Without effect on KV if
+    ``kv_cache_bytes`` is set."""
     kv_cache_dtype: KvCacheDType = "auto"
     """Data type of the KV cache: ``auto`` takes the model's; ``fp8`` (e4m3 with a scale for each
     vector) holds about twice as many tokens as bfloat16 with less accuracy."""
@@ -98,8 +98,8 @@ class EngineSection:
     """Make tokens and logprobs bitwise independent of batch, layout and history: ``auto`` if all
     workers support it; ``on`` requires CPUs, and the start fails unless all workers do."""
     num_micro_batches: NumMicroBatches = "auto"
-    """Number of parts of a step that run at once, one in attention and one in experts: 1, 2, or
-    ``auto``, which is 2 in large enough steps."""
+    """Number of micro-batches of a step. With 2, attention computes one while experts compute the
+    other; ``auto`` uses 2 in large enough steps."""
     micro_batch_decode_threshold: int = 64
     """Rows of the busiest attention worker from which ``auto`` splits a step without prompts."""
     micro_batch_prefill_threshold: int = field(default=256, metadata=INTERNAL)

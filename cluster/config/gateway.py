@@ -74,7 +74,7 @@ class GatewaySection:
     """gRPC port of the admin service; by default 50052, or a free one if that is in use."""
     serve_proxy: int | None = field(default=None, metadata=bare("8002"))
     """Start Ray Serve's own HTTP proxy on this port, for other Serve applications. 0 takes a free
-    port, no value 8002; by default the proxy does not run."""
+    port, an option without value 8002; by default the proxy does not run."""
     root_path: str = ""
     """Path prefix at which a reverse proxy serves the HTTP port, such as /llm."""
     forwarded_allow_ips: tuple[str, ...] = ("127.0.0.1",)
@@ -86,7 +86,8 @@ class GatewaySection:
     """How a gateway picks the attention worker of a request; ``kv``: by cached prefixes and
     load."""
     api_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--api-key"))
-    """Keys that clients must send, kept as digests; without keys and file none is required."""
+    """Keys that clients must send, kept as digests. Without this option and ``api_key_file``, no
+    key is required."""
     api_key_file: str | None = None
     """File of API keys that clients must send: one per line, or YAML with names and limits. Changes
     take effect while serving."""
@@ -101,7 +102,8 @@ class GatewaySection:
     admin_host: str = "127.0.0.1"
     """Network interface on which both admin ports listen."""
     admin_keys: tuple[str, ...] = field(default=(), repr=False, metadata=flag("--admin-key"))
-    """Keys for the admin ports, kept as digests; without them the API keys apply, on loopback."""
+    """Keys for the admin ports, kept as digests. Without admin keys, these ports accept the API
+    keys and listen on loopback only."""
     admin_key_file: str | None = None
     """File of the keys for the admin ports, in the format of ``api_key_file``."""
     tls_cert: str | None = None
@@ -145,9 +147,9 @@ class GatewaySection:
     """Maximum sum of the prompt and output tokens of these requests; by default ``max_queue`` times
     the context length."""
     max_queue_wait_s: float = 3.0
-    """Expected wait above which new requests of an API key are rejected; 0 disables the limit. It
-    falls to a third once a queue has existed for longer. Requests with a priority above 0 wait
-    without this limit."""
+    """Expected wait above which new requests of an API key are rejected; 0 disables the limit. If a
+    queue has existed for longer than this value, the limit is a third of it. Requests with a
+    priority above 0 wait without this limit."""
     request_timeout_s: float = 600.0
     """Maximum duration of a request, including its time in queues."""
     state_dir: str | None = None

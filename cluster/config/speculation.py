@@ -13,7 +13,7 @@ SpeculativeMethod = Literal["none", "ngram", "mtp"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculationSection:
-    """Whether steps verify drafts of the next tokens, which are kept if the model agrees."""
+    """Speculative decoding: how the next tokens are drafted, and how many at most."""
 
     speculative_method: SpeculativeMethod = "none"
     """Source of drafts: ``ngram`` takes the tokens that followed the same tokens earlier in the

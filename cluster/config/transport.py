@@ -19,7 +19,7 @@ class TransportSection:
     """How workers exchange rows: ``sockets``, ``collective`` (torch.distributed, NCCL on GPUs), or
     ``auto``: ``collective`` if each worker has a GPU, otherwise ``sockets``."""
     detection_limit_s: float = 2.0
-    """Time without progress and heartbeats after which a worker is declared lost."""
+    """Time without heartbeats or step progress after which a worker is declared lost."""
     heartbeat_s: float = field(default=0.5, metadata=INTERNAL)
     """Time between two heartbeats of a worker."""
     connect_timeout_s: float = field(default=10.0, metadata=INTERNAL)

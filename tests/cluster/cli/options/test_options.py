@@ -191,8 +191,8 @@ def test_help_groups_options_by_section_with_types_and_defaults(
     positions = [text.index(f" {group} ") for group in [*groups, "start:"]]
     assert positions == sorted(positions)
     for words in (
-        "--detection-limit-s SECONDS Time without progress and heartbeats after which a worker is "
-        "declared lost (default: 2)",
+        "--detection-limit-s SECONDS Time without heartbeats or step progress after which a worker "
+        "is declared lost (default: 2)",
         "--max-body-bytes BYTES Maximum size of an HTTP request body (default: 8M)",
         "--rebalance-bytes-per-s BYTES Maximum bytes per second of expert weights that each worker "
         "receives while serving (default: 100000000)",
