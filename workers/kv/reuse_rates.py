@@ -1,10 +1,10 @@
 """Learned probabilities that cached prefixes are used again, by kind and age. Pure.
 
 A *turn* is the set of blocks that one request used last. Its age is the number of blocks that were
-freed since. Ages are divided into bins, each twice as wide as the one before. For each kind of turn
-and each bin, this module counts the fraction of turns that are reused there. The value of a turn is
-the maximum, over all keep times, of the probability of reuse divided by the expected keep time. The
-turn with the least value is evicted first.
+freed since. Ages are divided into bins, each of which ends at twice the age of the one before. For
+each kind of turn and each bin, this module counts the fraction of turns that are reused there. The
+value of a turn is the maximum, over all keep times, of the probability of reuse divided by the
+expected keep time. The turn with the least value is evicted first.
 
 Sources: the index is from Gittins, "Bandit Processes and Dynamic Allocation Indices" (1979);
 learned reuse by class and age is from Beckmann et al., "LHD: Improving Cache Hit Rate by Maximizing

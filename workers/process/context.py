@@ -51,7 +51,7 @@ class ModelSetup:
 
     @classmethod
     def of(cls, args: WorkerArgs, kernels: Kernels, progress: Progress) -> ModelSetup:
-        """Read the headers of the checkpoint. Raises ``CheckpointError``."""
+        """Read the checkpoint's headers and choose the settings. Raises ``CheckpointError``."""
         section, device_type = args.config.model, args.device.type
         has_kernels = device_type == "cuda" or kernels.team is not None
         quantize = section.quantize if has_kernels or section.quantize != "auto" else "none"

@@ -150,7 +150,7 @@ class CompiledGrammar:
         return state
 
     def compile_again(self) -> llguidance.LLMatcher | None:
-        """The state before any token, with a separate lexer; None if the grammar is too long."""
+        """Mark the lexer as failed; compile again with a separate one. None if it is too long."""
         self.has_failed = True
         return self.make_matcher() if len(self.grammar.text) <= _MAX_RENEWED_CHARS else None
 

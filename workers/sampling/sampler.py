@@ -56,7 +56,7 @@ def sample_tokens(
 ) -> Tensor:
     """Sample one token [rows] int64 for each row of logits [rows, V]; failures are as in ``draw``.
 
-    ``team``: use a native kernel. Only rows with processors are copied.
+    ``team``: threads for the native kernel; None: torch. Only rows with processors are copied.
     """
     changed = [i for i, row in enumerate(rows) if not row.is_plain]
     if not changed:

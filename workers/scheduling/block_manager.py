@@ -62,8 +62,8 @@ class BlockManager:
         return waiting.num_tokens - len(cached) * self._block_size
 
     def num_to_take(self, waiting: SequenceState, known: Iterable[int]) -> int:
-        """Number of free blocks that its admission takes. ``known``: its cached blocks, which count
-        as free if they have no holder.
+        """Number of free blocks that its admission takes: for all its tokens, except the blocks of
+        ``known``, its cached blocks, that have a holder already.
         """
         held = sum(not self._pool.is_free(block) for block in known)
         return self._num_blocks_for(waiting.num_tokens) - held

@@ -102,7 +102,7 @@ class Scheduler:
     # Sequences
 
     def add(self, sequence: SequenceState) -> None:
-        """Queue a sequence behind the sequences with its priority."""
+        """Queue a sequence by its ``SequenceState.order``."""
         self.kv_waits.queue(sequence.request.request_id)
         self._served.add(sequence)
         self._seats.note(sequence)

@@ -50,7 +50,7 @@ class SeatReserve:
 
     @property
     def _has_one(self) -> bool:
-        """Whether at most one tenant has sequences; it may then use all seats."""
+        """Whether at most one tenant has or recently had sequences; it may then use all seats."""
         return len(self._seen) < 2
 
     def _shares(self) -> dict[str, float]:

@@ -54,7 +54,7 @@ class StepPlan:
     """The rows of one step."""
 
     rows: tuple[PlannedRows, ...]
-    """The decodes, then the prompt rows, each in the order of priority and arrival."""
+    """The decodes by ``SequenceState.order``, then the prompt rows in turn of the tenants."""
 
     @property
     def num_rows(self) -> int:

@@ -226,7 +226,7 @@ class CollectiveTransport:
         self._connections.poll()
 
     def direct(self, ranks: Sequence[int]) -> None:
-        """See ``DataTransport``."""
+        """Return None, as there are no edges for native code; see ``DataTransport``."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         """See ``DataTransport``."""
@@ -326,7 +326,7 @@ class CollectiveTransport:
         self._check(transfers)
 
     def _check(self, transfers: Transfers) -> None:
-        """Abandon the world if one of these transfers has failed."""
+        """Abandon the world and raise ``PeerLostError`` if one of these transfers has failed."""
         if transfers.error:
             self._fail(transfers.items[transfers.num_done].rank, transfers.error)
 

@@ -70,7 +70,7 @@ class SelectLoop:
                 self.run_once(min(left, slice_s))
 
     def poll(self, timeout_s: float = 0.0) -> None:
-        """Run the loop once, for at most ``timeout_s``. Raises as ``wait`` does."""
+        """Run the loop once, for at most ``timeout_s``. Raises the errors of ``check``."""
         self._check()
         self.run_once(timeout_s)
         self._check()

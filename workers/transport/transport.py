@@ -69,8 +69,8 @@ class ExpectedMessage:
 class DataTransport(Protocol):
     """Moves messages between attention and expert ranks.
 
-    Waits raise ``PeerLostError`` if an edge breaks, invalid data arrives or ``step_timeout_s`` has
-    passed, and ``GenerationChangedError``. Received tensors own their memory.
+    Waits raise ``PeerLostError`` if an edge breaks, invalid data arrives or a wait takes too long,
+    and ``GenerationChangedError`` if the generation ends. Received tensors own their memory.
     """
 
     sums_are_rounded: bool

@@ -86,7 +86,7 @@ class Transfers:
     num_done: int = 0
     """Number of complete transfers."""
     error: str = ""
-    """Error of the next transfer; empty if it has not failed."""
+    """Error of the transfer with index ``num_done``; empty if it has not failed."""
     finished: threading.Event = field(default_factory=threading.Event)
     """Gloo only: set when all transfers are complete or one has failed."""
 
@@ -121,7 +121,7 @@ class World(ABC):
         """Create the groups and publish each one."""
 
     def _publish(self, channels: Sequence[Channel], group: Any) -> None:
-        """Register a group for ``abandon``, or drop it if the world is already abandoned."""
+        """Register a group; if the world is abandoned, drop it and raise ``RuntimeError``."""
         with self._lock:
             if not self._is_abandoned:
                 self._groups |= dict.fromkeys(channels, group)

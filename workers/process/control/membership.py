@@ -93,7 +93,7 @@ class Membership:
         self.generation = Generation(number=0, members=())
         """Newest generation that this worker has entered."""
         self.announced: NewGeneration | None = None
-        """Newest announced generation; set by ``announce``."""
+        """Newest announced generation; set by the control thread."""
         self.places: tuple[str, ...] = ()
         """Places of the cluster in the controller's last message; set by the control thread."""
         self.epochs = EpochPlacements()
@@ -233,7 +233,7 @@ class Membership:
             self.confirm_commit()
 
     def confirm_commit(self) -> None:
-        """Record that all peers' hosts have received the header of the last step."""
+        """Count the last commit as shared: the hosts of all peers have received its header."""
         self.last_shared_commit = self.last_commit
 
     def report_lost_peer(self, err: PeerLostError) -> None:

@@ -67,7 +67,7 @@ class IntakeRequest:
     """Time on the clock at which the request stops waiting for KV blocks, whatever their source.
     Set at the start of its first wait."""
     has_joined: bool = False
-    """Whether it waits for blocks that its source loads for another request. Set by the source."""
+    """Whether it waits for a restore that another request started. Set by ``KvRestores``."""
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ OPEN_LIMIT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class LowerTiers:
-    """The lower tiers of a worker. All methods except ``stats`` are for the engine's thread."""
+    """The lower tiers of a worker. Engine's thread only, except ``stats`` and ``problems``."""
 
     tiers: KvTiers
     copies: TurnCopier

@@ -35,7 +35,7 @@ class GatewayOutputs:
         """Monotonic time of the last message that asked a gateway to move a request."""
 
     def accept(self, gateway: str, request: Request) -> None:
-        """Record that the engine has a request."""
+        """Record that the engine has a request, and report this to the gateway."""
         self.owners[request.request_id] = gateway
         queued = Queued(request_id=request.request_id, attempt=request.attempt)
         self._stream.publish(gateway, queued)
@@ -85,7 +85,7 @@ class GatewayOutputs:
             self._stream.publish(owner, message)
 
     def forget_ended(self, request_id: str) -> None:
-        """Remove the owner of a request that has ended."""
+        """Remove the owner of a request if it has ended."""
         if request_id not in self._engine.requests:
             self.owners.pop(request_id, None)
 

@@ -54,7 +54,7 @@ from workers.transport.transport import DataTransport
 logger = logging.getLogger(__name__)
 
 OnDeath = Callable[[str], None]
-"""Called with the reason, on the data thread, when a worker fails."""
+"""Called with the reason when a worker fails, on the data thread or the control thread."""
 _WAITS = {"attention": "combine", "expert": "receive", "colocated": "receive"}
 """Name of the step lap in which a worker waits for other workers, by role."""
 
