@@ -75,7 +75,7 @@ class Kernels:
     """Text for logs: the instruction set and why no better one is used, or why torch is used."""
 
     def with_exception(self, exception: str) -> Kernels:
-        """Append an exception (a part that torch computes) to the description, and log it."""
+        """Log an exception (a part that torch computes), and return kernels that describe it."""
         if self.team is None or not exception:
             return self
         logger.warning("kernels: %s", exception)

@@ -2,8 +2,8 @@
 
 The scheduler first makes an intent, whose row numbers go to the leader, then a plan with the rows
 that the step header grants. A plan is either committed (the model ran to its last layer) or
-abandoned (a peer was lost). Only a commit changes the computed rows and outputs of sequences, and a
-preemption during planning, which costs a recomputation but never changes a token.
+abandoned (a peer was lost). Only a commit changes outputs of sequences. Computed rows also change
+in a preemption during planning, which costs a recomputation but never changes a token.
 """
 
 from __future__ import annotations
