@@ -1,12 +1,13 @@
 """Accepted drafts of n-gram lookup on text: ``python -m benchmarks.engine.acceptance``.
 
 Drafts with the defaults of `--speculative-method ngram`, for text from the 5% of the bundled
-model's corpus that was not used in training. The model continues passages of 192 tokens for 128
-tokens, also with their first 64 tokens repeated at the end. The model is too small to copy from its
-prompt. Two more kinds of text are therefore edits of the prompt, not outputs of the model: the
-passage with other names of speakers, and every other line of it. The engine's choice of drafts then
-replays each text, with a fixed price: the tokens that a draft row must gain on average. 0.3 is
-assumed until steps have been timed; 0.02 is the lowest, if more rows take no longer. No number
+model's corpus that was not used in training. The model generates 128 tokens after each passage of
+192 tokens (*continued*), and after each passage with its first 64 tokens repeated at the end
+(*repeated*). The model is too small to copy from its prompt. Two more kinds of text are therefore
+edits of the prompt, not outputs of the model: the passage with other names of speakers, and every
+other line of it. The engine's choice of drafts then replays each text, with a fixed price: the
+number of tokens that a draft row must gain on average. The engine assumes a price of 0.3 until it
+has timed steps; 0.02 is the lowest price, for steps in which more rows take no longer. No number
 depends on the machine's speed.
 """
 
@@ -164,7 +165,7 @@ def section(quick: bool) -> str:
                 ]
             )
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
-    head = ["text", "price of a row", "tokens", "draft tokens for a token", "accepted"]
+    head = ["text", "price of a row", "tokens", "draft tokens per output token", "accepted"]
     head += ["tokens in a step"]
     return f"## Acceptance of n-gram drafts\n\n{about}\n\n{table(head, rows)}"
 

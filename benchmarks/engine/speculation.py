@@ -325,10 +325,11 @@ def _words(case: Case, model: RandomModel) -> str:
         f"hidden {model.hidden}, {model.experts} experts, ffn {model.ffn}, vocabulary "
         f"{model.vocab}. Its weights are such that the output copies the prompt, or copies it with "
         f"changed tokens. Prompts and outputs have {case.num_tokens} tokens; tokens/s count while "
-        f"all requests decode. Medians of {case.repeats} runs; ratios are medians of the ratios "
-        "within a run. CPU time is that of all threads, prefills included. Draft tokens are those "
-        "of a run. Tokens in a step: mean of a sequence, with drafts. Other load: CPU "
-        "cores that other processes used."
+        f"all requests decode. Values are medians of {case.repeats} runs; ratios are medians of "
+        "the ratios within a run. CPU time counts all threads, prefills included. *draft tokens* "
+        "is their number in one run, *tokens in a step* the mean number of tokens that a step with "
+        "drafts gives a sequence, and *other load* the number of CPU cores that other processes "
+        "used."
     )
 
 

@@ -193,10 +193,12 @@ def _words_of_codes(quantized: Sequence[str]) -> str:
         assert weights.quantize is not None, "it is not plain"
         assert weights.ggml is not None, "llama.cpp has it"
         mine, other = _bits(FORMATS[weights.quantize]), weights.ggml.bits
-        parts.append(f"{name} {mine:g} here and {other:g} in llama.cpp ({weights.ggml.name})")
+        parts.append(
+            f"{name} {mine:g} in expertmesh and {other:g} in llama.cpp ({weights.ggml.name})"
+        )
     return (
-        "Bits of a quantized element in attention, experts and head, scales included: "
-        f"{', '.join(parts)}; the embedding stays in bfloat16. Bounds use the formats of "
+        "Attention, experts and head are quantized; bits per element, scales included: "
+        f"{', '.join(parts)}. The embedding stays in bfloat16. Bounds use the formats of "
         "expertmesh. A ratio with the name of a format compares the systems in this format; the "
         "other ratios compare bfloat16 or float32."
     )
