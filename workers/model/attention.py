@@ -113,7 +113,7 @@ def _prefill(
 
 
 _SCORES = 1 << 22
-"""Maximum bytes of scores in memory, for prompt rows that SDPA does not support."""
+"""Maximum number of scores in memory, for prompt rows that SDPA does not support."""
 
 
 def _prefill_by_scores(

@@ -94,7 +94,7 @@ class PrefillChunk:
     last: int
     """One past the last row."""
     length: int
-    """Number of keys that the chunk's last row attends to, its own included."""
+    """Number of keys of the sequence up to the chunk's last row, its own included."""
     blocks: Tensor
     """[num_blocks] int64: block numbers of the sequence's keys, in order."""
     visible: Tensor | None
@@ -126,10 +126,10 @@ class Recorder(Protocol):
         """Embeddings, then after each layer except the last, then after the final norm: [T, H]."""
 
     def router(self, bank: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
-        """A bank's router: logits [T, E]; ids and weights [T, k] of the selected experts."""
+        """Receive a router's logits [T, E], and ids and weights [T, k] of the selected experts."""
 
     def attending(self, queries: Tensor, cache: Tensor, batch: AttentionBatch) -> None:
-        """A layer's queries [T, A, D]; the rows' keys and values are already in the layer's
+        """Receive a layer's queries [T, A, D]; the rows' keys and values are already in the layer's
         cache."""
 
 

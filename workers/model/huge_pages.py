@@ -24,7 +24,7 @@ MIN_BYTES = 64 * 1024 * 1024
 LIMIT_S = 2.0
 """Time limit in seconds, enough for about 0.8 GB if memory is not fragmented."""
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-"""Settings file in which the administrator enables huge pages."""
+"""Folder of the settings with which the administrator enables huge pages."""
 _MADV_COLLAPSE = 25
 _MIN_PRESENT = 0.95
 """Minimum share of a huge page that is already in use, so that the process hardly grows."""
@@ -49,7 +49,7 @@ def collapse(
     clock: Callable[[], float] = time.monotonic,
     settings: Path = SETTINGS,
 ) -> int:
-    """Collapse this process's memory for about ``limit_s``; return the bytes in huge pages.
+    """Move memory of this process to huge pages, for about ``limit_s``; return the bytes moved.
 
     Calls ``advance`` (progress) for every page. Does nothing if the system lacks ``MADV_COLLAPSE``
     or its administrator has disabled huge pages.

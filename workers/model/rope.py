@@ -64,11 +64,11 @@ def parse_rope(
     default_theta: float = 10000.0,
     has_neighbours: bool = False,
 ) -> RopeConfig:
-    """Read both spellings: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
+    """Parse the rotation from ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
 
     ``rotary_share`` is the family's default of ``partial_rotary_factor``; None: it has no such key.
 
-    Raises ``CheckpointError`` for a type that is not supported, longrope by name.
+    Raises ``CheckpointError`` for a type that is not supported, such as longrope.
     """
     params = rope_parameters(config)
     for key, value in params.items():
@@ -155,7 +155,7 @@ def context_scale(factor: float, mscale: float) -> float:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``rope_parameters``, whatever their spelling. Raises ``CheckpointError``."""
+    """Return ``rope_scaling`` or ``rope_parameters``, if present. Raises ``CheckpointError``."""
     params = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(params, Mapping):
         raise CheckpointError(f"config.json: rope_scaling {params!r} must be an object")
@@ -243,7 +243,7 @@ class Rope:
         device: torch.device,
         row_by_row: bool = False,
     ) -> None:
-        """``row_by_row``: compute ``dynamic`` waves such that a row's bits ignore other rows."""
+        """``row_by_row``: a row's bits do not depend on other rows, even if ``dynamic``."""
         self._config = config
         self._dtype = dtype
         self._row_by_row = row_by_row

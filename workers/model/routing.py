@@ -34,7 +34,7 @@ class Routing:
     """k: experts of a row."""
     scoring: Scoring
     float32_product: bool = False
-    """Whether the logits are float32, as always for ``sigmoid``."""
+    """Whether the logits are float32, as always for ``sigmoid`` and ``float32_softmax``."""
     is_normed: bool = False
     """Whether the weights of the selected experts are scaled to sum 1."""
     least_sum: float = 0.0
@@ -44,8 +44,8 @@ class Routing:
     num_groups: int = 1
     """Number of groups of consecutive experts, for float32 weights."""
     top_groups: int = 1
-    """Groups from which a row's experts are selected: those with the highest sum of their two best
-    scores (sigmoid), or with the best expert."""
+    """Number of groups from which a row's experts are selected: the groups with the highest sum of
+    their two best scores (sigmoid), or with the best expert."""
 
     @property
     def has_float32_weights(self) -> bool:

@@ -19,7 +19,7 @@ class SideStream:
     """One stream, shared by any number of threads. A thread also waits for work of the others."""
 
     def __init__(self, device: torch.device) -> None:
-        """Create on the thread that runs steps; its current stream is the stream of the steps."""
+        """Call it on the thread that runs steps: its current CUDA stream is taken as the steps'."""
         self._device = device
         self._steps: torch.cuda.Stream | None = None
         self._stream: torch.cuda.Stream | None = None

@@ -45,7 +45,7 @@ def random_rows(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def refusal(what: str) -> ConfigError:
-    """Return the error for a machine that cannot be deterministic."""
+    """Return the error for a machine on which ``what`` cannot be deterministic."""
     return ConfigError(
         "deterministic",
         True,

@@ -23,7 +23,7 @@ def gpu_facts(device: torch.device) -> tuple[str, float]:
 
 
 def gpu_memory(device: torch.device, share: float = 1.0) -> GpuMemory:
-    """Free torch's cached memory; return the used and free memory of a GPU. ``share``: copied."""
+    """Free torch's cached memory; return the memory of a GPU. ``share``: see ``GpuMemory``."""
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return GpuMemory(

@@ -245,7 +245,7 @@ class Checkpoint:
         return scaled_blocks.scales_of(part, stored.block), stored.block
 
     def _mapped(self, part: TensorPart) -> Tensor:
-        """Return the mapped file's memory, or new memory for scaled blocks."""
+        """Return the mapped file's memory, or new memory for a matrix that is quantized on disk."""
         if part.is_mxfp4:
             parts = mxfp4.stored_parts(part)
             return mxfp4.decoded(*(self._stored(own, _BLOCK_DTYPES) for own in parts))

@@ -15,7 +15,7 @@ from workers.model.loading.expert_format import kept_banks
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSummary:
-    """Result of ``check_checkpoint``."""
+    """Result of ``check_checkpoint`` and ``plan_checkpoint``."""
 
     family: Family
     checkpoint_id: str

@@ -18,7 +18,7 @@ class FileStamp:
 
     num_bytes: int
     modified_ns: int
-    """Change time on this host in nanoseconds; not part of the checkpoint's id."""
+    """Modification time on this host in nanoseconds; not part of the checkpoint's id."""
     samples: str
     """Hash of samples from the whole file."""
 

@@ -38,7 +38,7 @@ class NativeBlocks(BuildingBlocks):
     are_exact: ClassVar[bool] = True
 
     def __init__(self, team: ThreadTeam, form: WeightFormat | None = None) -> None:
-        """``form``: format of quantized products, except routers and head products; or None."""
+        """``form``: format to quantize products to, except routers and head products; or None."""
         super().__init__()
         self._team = team
         self._form = form

@@ -156,7 +156,7 @@ class NativeAttentionSublayer(NativeAttention):
     def _leave(
         self, hidden: Tensor, rows: RowsFields, stages: int, context: LayerContext
     ) -> SublayerOutput:
-        """Run stages up to the last one."""
+        """Run ``stages``, which include the last one, and return the sublayer's output."""
         hidden = hidden.contiguous()
         normed = torch.empty_like(hidden)
         rows.hidden, rows.normed = hidden.data_ptr(), normed.data_ptr()
