@@ -4,7 +4,7 @@
     expert worker      receive, experts, send                    (its expert server)
     colocated worker   all of them; the experts' laps are within combine
 
-``attention``, ``experts`` and ``sample`` are times between calls; the others are times of calls.
+``dispatch``, ``combine``, ``receive`` and ``send`` last one call; other laps are between calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.requests.step_header import StepHeader
 
 
 class TimingSink(Protocol):
-    """Receives timings; ``StepTrace`` and ``StepMetrics`` are sinks."""
+    """Receives timings; ``StepTrace``, ``StepMetrics`` and ``StepSpans`` are sinks."""
 
     def begin_step(self, header: StepHeader) -> bool:
         """Begin a step; returns whether the sink records its timings."""
@@ -31,7 +31,7 @@ class TimingSink(Protocol):
 
 
 class StepTimer:
-    """Measures the laps of a worker's steps. If no sink records a step, no clock is read."""
+    """Measures the laps of a worker's steps. If no sink records a step, laps read no clock."""
 
     def __init__(self, *sinks: TimingSink, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._all = sinks

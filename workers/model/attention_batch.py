@@ -123,7 +123,7 @@ class Recorder(Protocol):
     """Observes the inside of a forward pass."""
 
     def hidden(self, state: Tensor) -> None:
-        """Embeddings, then after each layer except the last, then after the final norm: [T, H]."""
+        """Receive states [T, H]: embeddings, after each layer except the last, after the norm."""
 
     def router(self, bank: int, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Receive a router's logits [T, E], and ids and weights [T, k] of the selected experts."""

@@ -112,7 +112,7 @@ class Loader:
 class Family(ABC):
     """Description of one checkpoint's model: an embedding, layers, a final norm and one head.
 
-    ``attention_model`` loads the weights; all other methods only describe them.
+    ``attention_model`` and methods with a ``Loader`` load weights; the others describe them.
     """
 
     windows: frozenset[int] = frozenset()

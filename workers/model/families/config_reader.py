@@ -188,7 +188,7 @@ class ConfigReader:
         return parse_storage_format(self.value("quantization_config"))
 
     def check_rest(self, model_type: str) -> tuple[str, ...]:
-        """Return the unknown keys that no family has read, sorted.
+        """Return the unknown keys that the family has not read, sorted.
 
         Raises ``CheckpointError`` for one that would change the result.
         """

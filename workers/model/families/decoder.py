@@ -1,4 +1,4 @@
-"""The decoder layer of all families: the attention sublayer, then experts, an MLP, or both."""
+"""The decoder layer of most families: the attention sublayer, then experts, an MLP, or both."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def dense_attention_layer(
     its tensors.
 
     ``gate``, ``up`` and ``down``, if present, are its MLP; ``router`` None: no experts.
-    ``qk_norm``: see ``TorchAttentionSublayer``, in the checkpoint's order of rows.
+    ``qk_norm``: see ``HeadAttention``, in the checkpoint's order of rows.
     """
     order = rotation_rows(config)
     if qk_norm is not None and order is not None:

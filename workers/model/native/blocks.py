@@ -50,7 +50,7 @@ class NativeBlocks(BuildingBlocks):
         may_pack: bool = True,
         may_quantize: bool = True,
     ) -> Linear:
-        """Return a native product. A weight that is also used elsewhere is copied."""
+        """Return a native product, which copies the weight; ``may_pack`` has no effect."""
         return NativeLinear(self._team, weight, bias, self._form if may_quantize else None)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:

@@ -53,7 +53,7 @@ class GatedAttention:
     project: Linear
     """Product H -> (2A + 2K) * D: rows of q, k, v, then gates [A * D]."""
     q_norm: Norm
-    """Weights of the norms of each query and key head."""
+    """Norm of each query head; ``k_norm``: of each key head."""
     k_norm: Norm
     output: Linear
     """Product A * D -> H."""
