@@ -80,7 +80,7 @@ def _checked(result: int) -> int:
 
 
 def sent_slots(library: Library, slots: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
-    """Return what each rank is sent for a row: the slots of its experts, then bits of its weights.
+    """Return the values to send to each rank for a row: slots of its experts, then weight bits.
 
     slots [ranks, experts] int32, -1 if not on that rank; ids [T, k] int64; weights [T, k] of one of
     ``panels.DTYPES``. Returns [ranks, T, 2k] int32, or [ranks, T, k] without weights. Raises

@@ -4,7 +4,7 @@ An ended stream accepts no commands. If a message cannot be sent, its stream end
 never misses a message in the middle. Call this module on the loop of ``engine_server`` only. Times
 are arguments, in monotonic seconds.
 
-Gateways ping their streams. A gateway that stops pinging is taken for a stopped process or host
+Gateways ping their streams. A gateway that stops pinging counts as a stopped process or host
 whose sockets stay open, and its requests are dropped. A caller that never pings is not dropped.
 """
 

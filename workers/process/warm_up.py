@@ -1,7 +1,7 @@
 """Warm-up steps, before a worker reports readiness.
 
 On a GPU the first step of each kind is slow: kernels are loaded or compiled, and libraries allocate
-memory. Other workers would take such a worker for dead. So each role first runs its computations
+memory. Other workers would consider it dead. So each role first runs its computations
 without other workers; for attention, the experts return zeros. Kernels that are specialized by size
 or work division are compiled in all variants.
 """

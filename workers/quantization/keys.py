@@ -64,7 +64,7 @@ class QuantizationKeys:
         return found
 
     def honoured(self, *keys: str) -> None:
-        """Mark keys as read, because the tensors in the files already show what they say."""
+        """Mark keys as read, because the tensors in the files already show their values."""
         self._rest.difference_update(keys)
 
     def refused(self, key: str, rule: str = "") -> CheckpointError:

@@ -102,7 +102,7 @@ class SequenceState:
     """Index of its row in ``BlockTables``; None while it does not run."""
     status: SequenceStatus = SequenceStatus.WAITING
     first_choice: SequenceState | None = None
-    """The request's first open choice, whose full prompt blocks it shares; None for that one."""
+    """The request's first open choice, whose full prompt blocks it shares; None if it is this."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of its full blocks, from the first on; extended as needed."""
     num_cached_tokens: int | None = None

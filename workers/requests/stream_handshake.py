@@ -60,7 +60,7 @@ class _Handshake:
 
 
 class GatewayHandshake(_Handshake):
-    """The gateway's side. Every method raises ``HandshakeError``."""
+    """The gateway's side. All methods except ``start`` raise ``HandshakeError``."""
 
     is_caller = True
 
@@ -82,7 +82,7 @@ class GatewayHandshake(_Handshake):
 
 
 class WorkerHandshake(_Handshake):
-    """The worker's side. Every method raises ``HandshakeError``."""
+    """The worker's side. Both methods raise ``HandshakeError``."""
 
     @property
     def gateway(self) -> str:
@@ -90,7 +90,7 @@ class WorkerHandshake(_Handshake):
         return self._peer_hello.name
 
     def challenge(self, hello: bytes) -> bytes:
-        """The reply to a gateway's hello."""
+        """Check a gateway's hello and return the reply."""
         self._read_hello(hello)
         return HELLO.encode(self._own_hello)
 
