@@ -25,7 +25,7 @@ Sent = dict[str, set[str]]
 """Fields by route; a field of an object is ``outer.inner``."""
 ERRORS = "errors"
 """The feature of clients that know an error for what it is."""
-_WHOLE, _SESSIONS = "whole answers", "sessions"
+_WHOLE, _SESSIONS = "without streaming", "sessions"
 _SESSION_HEADERS = frozenset(AGENT_SESSION_HEADERS)
 _ASKED_BY = {
     "streaming": ("stream",),

@@ -29,7 +29,7 @@ def add_commands(commands: CommandParsers) -> None:
     parser.add_argument("-y", "--yes", action="store_true", help="Do not ask for confirmation")
     text = "Time that the cluster has to stop; after it, its processes are killed"
     parser.add_argument("--wait", type=seconds, default=STOP_LIMIT_S, metavar="SECONDS", help=text)
-    text = "Stop the cluster that runs in this Ray, even if another host started it"
+    text = "Address of a Ray cluster; stop the cluster in it, even if another host started it"
     parser.add_argument("--address", metavar="ADDRESS", help=text)
 
 

@@ -51,7 +51,7 @@ def add_commands(commands: CommandParsers) -> None:
         add_wait_option(parser, None, "--deadline plus 10")
         add_address_option(parser)
         parser.set_defaults(what=what)
-    text = "let a gateway finish its requests while it rejects new ones"
+    text = "take a gateway out of service after it has finished its requests"
     parser = kinds.add("gateway", drain_gateway, text)
     text = "Name of the gateway, as status prints it (default: the gateway of --admin-url)"
     parser.add_argument("gateway", nargs="?", metavar="NAME", help=text)

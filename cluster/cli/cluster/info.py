@@ -19,7 +19,8 @@ _COLOURS = {"SERVING": "green", "DEGRADED": "yellow", "RECOVERING": "yellow", "S
 
 
 def add_commands(commands: CommandParsers) -> None:
-    status = commands.add("status", run_status, "show the state; exit with 0 only if ready")
+    text = "show the state of the cluster; exit with 0 only if it is ready"
+    status = commands.add("status", run_status, text)
     status.add_argument("--watch", action="store_true", help="Repeat the output until interrupted")
     commands.add("workers", run_workers, "show each worker with its node and state")
     commands.add("events", run_events, "show the changes of the cluster with cause and effect")

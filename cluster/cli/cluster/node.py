@@ -53,11 +53,11 @@ def add_commands(commands: CommandParsers) -> None:
     text = "Port of the new head"
     node.add_argument("--port", type=_PORT, default=DEFAULT_PORT, metavar="PORT", help=text)
     node.add_argument("--node-ip", metavar="IP", help="IP address of this host for the other hosts")
-    text = "Role of this host's workers (default: every role without a host of its own)"
+    text = "Role of this host's workers (default: all roles that no other host has)"
     node.add_argument("--role", choices=ROLES, help=text)
     text = "Name of the group of hosts that fail together (default: this host)"
     node.add_argument("--failure-domain", metavar="NAME", help=text)
-    text = "Name of the group of hosts with fast links (default: this host)"
+    text = "Name of the group of hosts with fast links between them (default: this host)"
     node.add_argument("--link-class", metavar="NAME", help=text)
     text = "Speed of a worker here, relative to other hosts (default: 1)"
     node.add_argument("--device-speed", type=_speed, metavar="NUMBER", help=text)

@@ -31,7 +31,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     heat = Number(kind=float, rule="must be a number from 0 to 100", low=0, high=100)
     text = "Sampling temperature; 0 takes the most probable token (default: the server's)"
     parser.add_argument("--temperature", type=heat, help=text)
-    text = "Total probability of the tokens that are sampled (default: the server's)"
+    text = "Sample from the likeliest tokens of this total probability (default: the server's)"
     parser.add_argument("--top-p", type=fraction, help=text)
     word = Number(
         kind=int, rule="must be a whole number of 64 bits", low=-_INT64_LIMIT, high=_INT64_LIMIT - 1

@@ -37,7 +37,7 @@ def add_commands(commands: CommandParsers) -> None:
     word = Number(kind=int, rule="must be a whole number of 32 bits", low=-(2**31), high=MAX_COUNT)
     text = "Priority of requests without one: lower runs first, other clients' default is 0"
     parser.add_argument("--priority", type=word, default=_PRIORITY, help=text)
-    text = "Time in seconds after which to give up if the server cannot be reached"
+    text = "Time in seconds for which the server may be unreachable before the command gives up"
     parser.add_argument("--give-up-after", type=seconds, default=_GIVE_UP_S, help=text)
 
 
