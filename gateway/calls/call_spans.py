@@ -111,8 +111,8 @@ class CallSpans:
 def _chunks(choice: Choice, admitted_s: float) -> list[tuple[float, float]]:
     """Return the begin and end of each prefill chunk of a prompt, by the clock of this process.
 
-    The engine's clock differs. Its times are shifted so that it samples the first token when the
-    token arrived here; without a token, so that it received the prompt at ``admitted_s``.
+    The engine's times are by another clock. They are shifted so that the first token was sampled
+    when it arrived here; without a token, so that the prompt was received at ``admitted_s``.
     """
     timings, received_s = choice.first_timings or choice.last_timings, admitted_s
     if timings is None:

@@ -98,9 +98,9 @@ class InspectionService:
     async def inspect(
         self, fields: InspectFields, wanted: GenerateCall, most_bytes: int
     ) -> AsyncIterator[InspectionResult]:
-        """Run an inspection. Its results count for the memory limit until the ``with`` block ends.
+        """Run an inspection of at most ``most_bytes``, with the model and priority of ``wanted``.
 
-        Raises the errors of ``Gateway.start``.
+        Its results count for the memory limit until the block ends. Raises as ``Gateway.start``.
         """
         _check_outputs(fields)
         check_batch("token_ids", len(fields.token_ids), self._max_prompts)

@@ -20,11 +20,11 @@ def aux_loss(
     lengths: Sequence[int],
     banks: Sequence[RouterShape],
 ) -> dict[str, float]:
-    """Auxiliary loss over all tokens of all prompts, as each version of transformers defines it.
+    """Auxiliary loss over all tokens of all prompts, as defined by transformers 4 and 5 (two keys).
 
     ``prompts`` have one [2, E] array per bank: for each expert, the number of tokens that chose it
-    and the sum of its probabilities. The loss is E * sum over e of f_e * p_e: these two numbers,
-    divided by the number of (token, router) pairs.
+    and the sum of its probabilities. The loss is E * sum over e of f_e * p_e, where f_e and p_e are
+    these two numbers of expert e divided by the number of (token, router) pairs.
     """
     found = {}
     for version in (4, 5):

@@ -229,7 +229,7 @@ def _check_total(what: str, num_tokens: int, field: str) -> None:
 
 
 def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> Request:
-    """Request the log-probabilities of ``behind`` after ``before``, which must not be empty."""
+    """Make the request for the log-probabilities of the tokens ``behind``, given ``before``."""
     if not before:
         raise RequestError(f"{field} must not be empty", field)
     labels = (IGNORED_LABEL,) * len(before) + behind

@@ -177,7 +177,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             raise
 
     def _is_decided_by_workers(self) -> bool:
-        """Whether all requests are at workers and have no token: only workers know if they run."""
+        """Whether all requests are at workers, without a token: only workers know if they run."""
         if self._has_token:
             return False
         entries = [prompt.submission for prompt in self._prompts.values()]

@@ -70,7 +70,7 @@ class ServiceRate:
 
     @property
     def is_running(self) -> bool:
-        """Whether requests waited at the last event."""
+        """Whether the clock runs, because requests waited at the last event."""
         return self._since_s is not None
 
     @property

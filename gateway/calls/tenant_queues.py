@@ -117,7 +117,7 @@ def tokens_ahead(
 ) -> float:
     """Waiting tokens that the engines serve before a new request of a tenant.
 
-    These are the tenant's tokens up to ``priority``, and as many of each other tenant, by weight.
+    These are its tokens up to ``priority``, and for each other tenant at most as many by weight.
     """
     own = queues.get(tenant)
     if own is None:

@@ -135,7 +135,7 @@ def _check_leaves_tokens(call: GenerateCall, model: ModelFacts) -> None:
 
 
 def _check_num_beams(call: GenerateCall, model: ModelFacts) -> None:
-    """Check that there are enough first tokens: each beam needs another one that is not an end."""
+    """Check that there are enough first tokens: a different one, not an end, for each beam."""
     most = model.vocab_size - len({*call.stop_token_ids, *model.eos_token_ids})
     name, width = "n" if call.best_of is None else "best_of", call.num_sampled
     rule = f"({width}) must be at most {most} with use_beam_search (possible first tokens)"
@@ -177,7 +177,7 @@ def _max_tokens(call: GenerateCall, num_tokens: int, model: ModelFacts) -> int:
 
 
 def _num_sampled_logprobs(call: GenerateCall) -> int | None:
-    """Alternatives that the engine reports per new token; None unless requested or for ranking."""
+    """Alternatives that the engine reports per new token; None without logprobs and ranking."""
     wanted, ranks_here = call.num_logprobs, call.is_ranked and not call.use_beam_search
     return 0 if wanted is None and ranks_here else wanted
 

@@ -24,7 +24,7 @@ _TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-"""Anthropic's error type by HTTP status; of other client errors ``invalid_request_error``."""
+"""Anthropic's error type by HTTP status; other client errors are ``invalid_request_error``."""
 _TOO_LONG = "prompt is too long: "
 """Prefix of an error text by which clients detect that they must shorten a conversation."""
 

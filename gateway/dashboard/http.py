@@ -69,7 +69,7 @@ def open_paths() -> frozenset[str]:
 
 
 def routes(gateway: Gateway, *, is_admin: bool) -> list[BaseRoute]:
-    """Make the routes of the page, its files and its data. ``is_admin``: with operation buttons."""
+    """Make the routes of the page (with operation buttons if ``is_admin``), its files and data."""
     keys = gateway.admin_keys if is_admin else gateway.keys
     data, page = PageData(gateway, keys), _files()["index.html"]
     if is_admin:

@@ -33,7 +33,7 @@ _SHORT_OF_KV = 0.125
 
 
 class EngineClient:
-    """The requests of one worker, and the load that they are for the worker.
+    """Client of one worker: sends it requests, and tracks the load that they cause there.
 
     Args:
         stream: the stream to the worker.

@@ -21,7 +21,7 @@ class PauseTracker:
         self._longest_s = self._reported_s = 0.0
 
     def change(self, generation: int, now_s: float) -> bool:
-        """Record the generation of a snapshot; return whether a pause may follow to report."""
+        """Record the generation of a snapshot; return whether a pause to report may follow."""
         if generation <= self._generation:
             return False
         is_first = not self._generation

@@ -148,7 +148,7 @@ def _prefer_session(session_worker: str, loads: Sequence[WorkerLoad], costs: lis
 def _fetch_costs(
     loads: Sequence[WorkerLoad], waits: Sequence[float], missing: Sequence[int], rest: int
 ) -> list[float]:
-    """Costs if all except ``rest`` tokens are fetched; infinite if at most ``rest`` are missing."""
+    """Cost by worker of fetching all except ``rest`` tokens; infinite if it lacks no more."""
     costs = []
     for load, wait, lacks in zip(loads, waits, missing, strict=True):
         took = FETCH_TOKENS + (lacks - rest) * load.fetch_cost

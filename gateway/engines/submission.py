@@ -111,7 +111,7 @@ class Submission:
     is_computing: bool = False
     """Whether the worker has yet to send an output."""
     counted_load: tuple[int, int] = (0, 0)
-    """Its part of the worker's load: prompt tokens to compute, number of decoding sequences."""
+    """The request's part of the worker's load: prompt tokens to compute, decoding sequences."""
 
     def __post_init__(self) -> None:
         choices = self.request.n
@@ -176,7 +176,7 @@ class Submission:
 
     @property
     def num_unacknowledged_deaths(self) -> int:
-        """Number of workers that died before acknowledging it, since the last acknowledgement."""
+        """Number of workers that died with the request since it was last acknowledged."""
         return sum(self.deaths.values())
 
     @property
@@ -187,7 +187,7 @@ class Submission:
 
     @property
     def may_kill_on_receipt(self) -> bool:
-        """Whether this request is the likely cause, before queued ones, if its worker dies now."""
+        """Whether, if the worker dies now, this request is a likelier cause than queued ones."""
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
     def needs_confirmation(self, unresolved: Collection[str]) -> bool:

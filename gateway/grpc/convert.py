@@ -168,7 +168,7 @@ def _shared_fields(kind: Descriptor) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def input_name(message: Any, param: str, path: str = "") -> str:
-    """Return the name of the input that is set. Raises ``RequestError`` if none is set."""
+    """Return which field of the oneof ``input`` is set. Raises ``RequestError`` if none is."""
     source: str | None = message.WhichOneof("input")
     if source is None:
         *names, last = (field.name for field in message.DESCRIPTOR.oneofs_by_name["input"].fields)

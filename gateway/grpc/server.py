@@ -32,7 +32,7 @@ IDLE_LIMIT_S = 75
 MAX_CONNECTIONS = 4096
 """Maximum number of connections of one port; gRPC closes further ones."""
 _METADATA_BYTES = 16 * 1024
-"""Maximum size of a call's metadata: names, values and 32 bytes per entry, with gRPC's entries."""
+"""Maximum size of a call's metadata: names, values, 32 bytes per entry, including gRPC's own."""
 
 _AGE_GRACE_S = 60.0
 """Seconds beyond the longest call for which calls may continue on a connection of maximum age."""

@@ -52,7 +52,7 @@ class SampleRing:
         snapshot: Mapping[str, Any] | None,
         load: Mapping[str, Any] | None,
     ) -> None:
-        """Add a sample for the present time. The first call only starts counting.
+        """Add a sample for the current Unix time ``time_s``. The first call only starts counting.
 
         A second call in the same period adds nothing. If the clock was set back, samples with
         later times are removed.

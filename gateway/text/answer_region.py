@@ -107,7 +107,7 @@ class AnswerRegion:
         return end
 
     def flush(self) -> str:
-        """Return the text that is still held back at the end, which is answer."""
+        """Return the text that is still held back at the end, which belongs to the answer."""
         if not self._is_undecided:
             return ""
         self._is_undecided, self.is_open = False, True

@@ -33,7 +33,7 @@ INT4 = tl.constexpr("""{
     fma.rn.bf16x2 $2, $2, one, minus;
     fma.rn.bf16x2 $3, $3, one, minus;
 }""")
-"""Puts (value & 15) ^ 8 into the low bits of 128.0, which gives the number + 136."""
+"""Puts (value & 15) ^ 8 into the low bits of 128.0, giving the number + 136; subtracts 136."""
 E2M1 = tl.constexpr("""{
     .reg .b32 first, second, sign, whole, zero;
     prmt.b32 first, $4, 0, 0x4140;
@@ -153,6 +153,6 @@ def power_of(scale: tl.tensor) -> tl.tensor:
 @jit
 def _of_half(bits: tl.tensor) -> tl.tensor:
     """Return the float32 of a float16 with these bits. Callers put a smaller float type into the
-    upper bits, exponent next to mantissa. The result is its number, even if subnormal, times a
-    power of two, because the exponent biases differ."""
+    upper bits, exponent next to mantissa. The result is the smaller float, even if subnormal,
+    times a power of two, because the exponent biases differ."""
     return bits.to(tl.float16, bitcast=True).to(tl.float32)

@@ -35,7 +35,7 @@ class RoutingParams:
 def choose(
     logits: Tensor, choice: RoutingParams, correction: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Choose from logits [T, E]: ids [T, k] int64, the best first, and weights [T, k] ``dtype``.
+    """Choose experts by logits [T, E]; return ids [T, k] int64, best first, weights [T, k] dtype.
 
     ``correction`` [E] float32, or None: added to the scores for the selection, not for the weights.
     """

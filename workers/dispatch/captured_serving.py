@@ -103,7 +103,7 @@ class CapturedServing:
         yield CapturedServes(checker.notes, num_bytes)
 
     def count(self, captured: CapturedServes) -> DeviceSlotChecker:
-        """Count a replayed step, except its slots, which the end of the step counts."""
+        """Count a replayed step; return the checker that counts its slots when the step ends."""
         checker, counters = self._side.checker, self._side.counters
         assert isinstance(checker, DeviceSlotChecker)
         checker.notes = captured.notes

@@ -137,8 +137,8 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
         """Context in which the caller computes a decode step, whose messages go into ``graph``.
 
         Without a graph nothing is sent: the run only compiles kernels and allocates memory. is_row
-        [T] int64, read by each replay: 0 for a row without a request. All micro-batches have the
-        same number of rows; the begun step gives their number, and continues after the context.
+        [T] int64, read by each replay: 0 for a row without a request. Micro-batches have equal
+        numbers of rows and are as many as in the begun step, which continues after the context.
         """
 
 

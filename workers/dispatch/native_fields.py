@@ -15,7 +15,7 @@ from workers.transport.direct import DirectEdges
 def exchange_fields(
     direct: DirectEdges, bank: BankSpec, exchange: int, micro_batch: int, dtype: torch.dtype
 ) -> ExchangeFields:
-    """Return a ``struct exchange`` except ``by_pair``. ``direct`` must outlive the result."""
+    """Make a ``struct exchange`` without ``by_pair``. ``direct`` must outlive the result."""
     spec = bank.exchanges[exchange]
     num_inputs = bank.top_k if spec.per_slot_input else 1
     fields = ExchangeFields(
@@ -35,7 +35,7 @@ def exchange_fields(
 
 
 class GrowingBuffer:
-    """Buffer that grows on demand and does not keep its contents then."""
+    """Buffer that grows on demand; growing discards its contents."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)

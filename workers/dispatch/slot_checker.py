@@ -79,7 +79,7 @@ class SlotChecker(Protocol):
         """Count the pairs of validated slots [rows, k], now or at the end of the step."""
 
     def flush(self, counts: Sequence[Tensor]) -> None:
-        """Add to ``counts``, [slots] int64 on the CPU for each bank. Frees the memory of rows."""
+        """Add counted pairs to ``counts``, by bank [slots] int64 on the CPU. Frees rows' memory."""
 
     def end(self, counts: Sequence[Tensor], reject: Reject) -> None:
         """Flush, and call ``reject`` for invalid slots that ``check`` has deferred."""

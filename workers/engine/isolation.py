@@ -35,7 +35,7 @@ class _Solo:
     offered_s: float
     stage: SoloStage = SoloStage.OFFERED
     is_acknowledged: bool = False
-    """The gateway has recorded that the step is certain, so the request may run."""
+    """Whether the gateway has recorded that the step is certain, so the request may run."""
 
     @property
     def message(self) -> SoloStep:

@@ -116,7 +116,7 @@ class ModelRunner:
     """Rows of the latest step by micro-batch."""
     _known: tuple[AttentionModel | None, Sequence[Layer]] = None, ()
     _native_step: NativeStep | None = None
-    """Native step of the model that ``_known`` names."""
+    """Native step of the model in ``_known``; None if a layer has no native code."""
 
     def run(self, header: StepHeader, plan: StepPlan) -> StepResult | None:
         """Run a plan; None if it has no rows. Raises ``TransportError``.

@@ -32,7 +32,7 @@ from workers.quantization.matrix import Weight, plain
 Agree = Callable[[MakeKernel, ExchangeSpec, torch.dtype, torch.device], bool]
 """Returns whether a kernel is batch-invariant; see ``pairs_agree``."""
 _GROUPS = ((0, 1), (5, 6), (0, 2), (7, 10), (1, 8), (3, 12), (11, 41), (0, NUM_TRIED_ROWS))
-"""Number of consecutive inputs that are compared in a test."""
+"""Ranges of inputs, without the last index, whose outputs are compared in a test."""
 _MAX_HEIGHT = 64
 """Maximum rows of a block; a slot with more rows has several blocks."""
 _TRIED_SLOTS = 6
@@ -197,7 +197,7 @@ class _Trial:
         return self.kernel.compute(self.inputs, sources, slots).view(2, count, -1)
 
     def group(self, expert: int, first: int, last: int, num_mates: int) -> Tensor:
-        """Compute inputs of one expert in a batch that begins with pairs of other slots."""
+        """Compute inputs ``first`` to ``last - 1`` of an expert after ``num_mates`` other pairs."""
         mates = torch.arange(num_mates)
         rows = torch.arange(first, last)
         slots = torch.full_like(rows, self.first + expert)

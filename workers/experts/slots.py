@@ -148,7 +148,7 @@ class ExpertSlots:
         expert.
 
         ``used[bank][slot]``: an expert, or -1 if the slot is unused. ``is_needed(bank, slot)``:
-        whether another slot is in use now. ``min_slots``: capacity that each bank keeps.
+        whether to keep such an unused slot. ``min_slots``: capacity that each bank keeps.
         """
         num_freed = 0
         for bank, slots in enumerate(used):

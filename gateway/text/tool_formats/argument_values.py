@@ -73,8 +73,8 @@ class ValueWriter(ABC):
     """Converts one value to JSON incrementally, independent of how its text is split."""
 
     json_openings = ""
-    """First characters by which a value is JSON, whose strings may contain any delimiter. With
-    ``ANY_OPENING``, every text is JSON."""
+    """A value that begins with one of these characters is JSON, in whose strings any delimiter may
+    occur. With ``ANY_OPENING``, every value is JSON."""
 
     @abstractmethod
     def feed(self, text: str) -> str:

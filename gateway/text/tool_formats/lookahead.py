@@ -31,7 +31,7 @@ class Lookahead:
 
     @property
     def may_grow(self) -> bool:
-        """Whether the text is shorter than the window, so that an incomplete match may complete."""
+        """Whether the text does not fill the window, so that an incomplete match may complete."""
         return len(self.text) < MAX_WAITING_CHARS
 
     @property
