@@ -140,7 +140,7 @@ def step(bench: Bench) -> list[Row]:
             asked=at_most(1, 0.5),
         ),
         Row(
-            what=f"CPU time of a step without its model, {_MANY} / {_FEW} requests",
+            what=f"CPU time of a step outside the model, {_MANY} requests / {_FEW} requests",
             unit="factor",
             measured=growths,
             bound=[_MANY / _FEW] * bench.repeats,

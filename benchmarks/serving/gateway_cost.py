@@ -4,8 +4,8 @@ python -m benchmarks.gateway_cost  prints the numbers as JSON
 
 One attention and two expert workers serve the bundled model; one client process runs on the same
 cores. It sends the same requests over the engine stream (without a gateway), over gRPC, over HTTP,
-and over HTTP through Ray Serve's own proxy. The paths take turns, single requests in a new random
-order each time, so that work which one request leaves behind delays all paths alike.
+and over HTTP through Ray Serve's own proxy. The paths take turns. For single requests the order is
+random in each turn, so that leftover work of one request delays all paths alike.
 
 The second table splits the mean time to the first token, using the gateway's metrics. The third
 table has the CPU time of each process during the batches of streams.
@@ -139,7 +139,7 @@ def _costs(found: Found) -> str:
         "tokens/s",
         "ratio to the engine stream",
         "first token, median / p99, ms",
-        "later than over the engine stream, ms",
+        "added to the first token, median / p99, ms",
     ]
     return table(head, rows)
 

@@ -192,13 +192,18 @@ def _asked(found: Found) -> list[list[str]]:
         ["time to a rejection, median", "under 50 ms", f"{_median(refused_ms):.0f} ms"],
         ["other statuses, cut streams, rejections without a retry time", "0", f"{others}"],
         ["retry time of a rejection, median", "1 to 60 s", f"{_median(retry_s):.1f} s"],
-        [f"accepted retries of the last {len(found.retries)} rejections", "", f"{accepted}"],
-        ["most sequences waiting at the worker", "bounded", f"{found.most_waiting}"],
+        [
+            f"accepted when sent again, of the last {len(found.retries)} rejected requests",
+            "",
+            f"{accepted}",
+        ],
+        ["largest number of waiting sequences at the worker", "bounded", f"{found.most_waiting}"],
         [f"processes that grew by over {_GROWN_MIB:.0f} MiB", "0", "; ".join(found.grown) or "0"],
         ["TTFT is normal again after", "5 s", "never" if normal_s is None else f"{normal_s:.1f} s"],
         *(
             [
-                f"ratio of modest's TTFT: greedy at {OVER:.1f} to {share:.1f} of the peak",
+                f"modest's TTFT with greedy at {OVER:.1f} of the peak, divided by its TTFT with "
+                f"greedy at {share:.1f}",
                 "at most 1.5",
                 f"{unfair_ms / ms:.2f}",
             ]
@@ -235,7 +240,9 @@ def report(found: Found) -> str:
         f"peak; the overload is ten times the sustainable rate for {over:.0f} s, after a ramp of "
         f"{min(_RAMP_S, over):.0f} s that does not count. TTFT (time to first token) is normal up "
         f"to {NORMAL} times the median before the overload. Probes are single requests for one "
-        "token beside the load; their rows count probes only. nan: the key sent no request.\n\n"
+        "token, sent during the load; the rows of probes count only these requests. In the second "
+        f"table, {MODEST} at {MODEST_SHARE} means that this key sends {MODEST_SHARE} of the peak "
+        "rate; nan: the key sent no request.\n\n"
         f"{table(['during and after the overload', 'limit', 'measured'], _asked(found))}\n\n"
         f"{table(head, rows)}"
     )

@@ -55,8 +55,11 @@ def test_the_report_has_a_limit_beside_each_number() -> None:
     text = report(found)
     assert "| tokens/s, percent of the peak | at least 95% | 98% |" in text
     assert "| time to a rejection, median | under 50 ms | 20 ms |" in text
-    assert "| accepted retries of the last 2 rejections |  | 1 |" in text
+    assert "| accepted when sent again, of the last 2 rejected requests |  | 1 |" in text
     assert "| TTFT is normal again after | 5 s | 1.0 s |" in text
     for share, ratio in (("0.3", "1.35"), ("0.4", "1.20"), ("0.7", "1.08")):
-        row = f"| ratio of modest's TTFT: greedy at 7.0 to {share} of the peak | at most 1.5 "
+        row = (
+            "| modest's TTFT with greedy at 7.0 of the peak, divided by its TTFT with greedy at "
+            f"{share} | at most 1.5 "
+        )
         assert f"{row}| {ratio} |" in text
