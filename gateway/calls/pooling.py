@@ -241,7 +241,7 @@ def keep_unmasked(
 ) -> list[tuple[int, ...]]:
     """Remove the tokens of each prompt that its mask excludes. Raises ``RequestError``.
 
-    The mask must keep the last token that is not the pad token, as a classifier reads it.
+    For a classifier, the mask must keep the last token that is not the pad token: it is read.
     """
     check_rows("attention_mask", masks, len(ids))
     if not masks:

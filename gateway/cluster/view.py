@@ -253,7 +253,7 @@ def live_workers(snapshot: Snapshot) -> frozenset[str]:
 
 
 def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
-    """Workers of the current generation that run attention, including drained ones."""
+    """Workers of the current generation that run attention, even if they are being drained."""
     return [
         AttentionEndpoint(
             name=worker["name"],

@@ -42,7 +42,7 @@ class Finish:
     """Stop string or stop token that ended the choice; None for eos and length."""
     usage: Usage
     timings: Timings | None
-    """Times by the engine's clock; None if a stop string ended the choice."""
+    """Times by the engine's clock; None if the gateway ended the choice at a stop."""
     beam_score: float | None = None
     """Score of a beam: log-probability of the output / its length to the power of
     ``length_penalty``."""

@@ -68,7 +68,7 @@ class AssignmentQueue:
         self.assign_waiting()
 
     def requeue(self, entry: Submission) -> None:
-        """Assign a request again that its worker has handed back."""
+        """Assign a request that its worker has handed back."""
         entry.replay_cause = ReplayCause.HANDED_BACK
         self.waiting.append(entry)
         has_other = entry.num_returns == 1 and len(self._workers.ready) > 1

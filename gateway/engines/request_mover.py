@@ -122,7 +122,7 @@ class RequestMover:
             self._begin_move(entry, source, target)
 
     def end(self, worker: str) -> None:
-        """End the moves of a worker that is no longer drained or has lost its stream."""
+        """End the moves of a worker that is no longer drained or is lost; restart those to it."""
         for source in [s for s in self._waiting if s.worker == worker]:
             del self._waiting[source]
         for move in [m for m in self._moves.values() if m.source.worker == worker]:

@@ -30,7 +30,7 @@ class CandidateParams:
 
 def beam_candidates(logits: Tensor, params: CandidateParams) -> list[list[TokenLogprob]]:
     """Return the candidates for each row of logits [rows, V], the best first: the ``width`` best
-    tokens and the ``width`` best tokens that do not end the text, without duplicates.
+    tokens that do not end the text and, with ``may_end``, the ``width`` best of all tokens.
     """
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)

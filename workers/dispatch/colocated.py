@@ -74,7 +74,7 @@ class LoopbackTransport:
     def recording(
         self, device: torch.device, activity: Activity, graph: StepGraph | None
     ) -> LoopbackTransport:
-        """Record the messages from and to other ranks; see ``RecordingTransport``."""
+        """Return a transport that records messages from and to other ranks for ``graph``."""
         inner = RecordingTransport(self._inner, device, activity, graph)
         return LoopbackTransport(inner, self._rank)
 

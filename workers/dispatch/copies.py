@@ -21,7 +21,7 @@ from workers.requests.step_header import StepHeader
 Tables = TypeVar("Tables")
 
 _SCALE = 1 << 32
-"""Number of hash bits that are compared with the split weights."""
+"""Number of values of the 32 hash bits that are compared with the split weights."""
 
 
 _MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)  # int64 with the same bits as the uint64 constant
@@ -50,7 +50,7 @@ class ChosenCopies(NamedTuple):
     places: Tensor
     """[T, k] int64: index of the copy among the copies of its expert."""
     num_copies: int
-    """Upper bound of the indices."""
+    """Upper bound of the indices, which are less than it."""
 
 
 @dataclass(frozen=True, slots=True)

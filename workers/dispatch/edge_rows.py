@@ -71,7 +71,7 @@ class EdgeRows:
             self._noted.append(_Noted(is_needed.sum(1).max(), num_rows, num_sent))
 
     def take_noted(self) -> NeededRows:
-        """Return the notes of the captured step."""
+        """Remove and return the notes of a captured step."""
         found = tuple(self._noted)
         self.begin_step()
         return found

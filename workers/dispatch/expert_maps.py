@@ -97,10 +97,10 @@ class ExpertMaps:
     def choose(
         self, sent: Dispatch, micro_batch: int, *, with_weights: bool
     ) -> tuple[Tensor, ChosenCopies | None]:
-        """Return the slots of a micro-batch's experts, [ranks, T, k] int32.
+        """Return the slots of a micro-batch's experts, [ranks, T, k] int32, and the chosen copies.
 
-        With ``with_weights``, return [ranks, T, 2k]: the bits of the float32 weights follow the
-        slots. See ``CopyTables.choose``.
+        With ``with_weights``, the first result is [ranks, T, 2k]: the bits of the float32 weights
+        follow the slots. The copies are None if there is no choice. See ``CopyTables.choose``.
         """
         tables, decode_slots = self._tables[sent.bank], self._decode_slots[sent.bank]
         weights = sent.topk_weights if with_weights else None

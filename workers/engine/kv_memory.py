@@ -23,7 +23,7 @@ from workers.scheduling.step_plan import PlannedRows, StepPlan
 class KvMemory:
     """Allocates KV blocks and recurrent states, and clears those that may contain NaN.
 
-    After a step with NaN or infinity, its blocks are removed from the prefix cache and zeroed.
+    The blocks of a sequence with NaN or infinity are removed from the prefix cache and zeroed.
     """
 
     def __init__(

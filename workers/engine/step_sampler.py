@@ -55,7 +55,7 @@ class StepTokens:
     """Sampled tokens: the one after the newest token, then one after each accepted draft."""
     scored: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
     failed: dict[SequenceState, Failure] = field(default_factory=dict)
-    """Sequences that fail, with their error; no other field contains them."""
+    """Sequences that fail, with their error; not in ``complete``, ``drawn`` and ``candidates``."""
     classes: dict[SequenceState, tuple[float, ...]] = field(default_factory=dict)
     """Logits by class for prompts whose last row was in the step; classifiers only."""
     inspected: dict[SequenceState, StepRows] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class StepSampler:
         self.inspector.end(sequence)
 
     def prepare(self, plan: StepPlan) -> None:
-        """Start to compute the grammar masks that ``draw`` needs, while the model runs."""
+        """Start to compute the grammar masks that ``sample`` needs, while the model runs."""
         for planned in plan.rows:
             grammar = self._processors[planned.sequence].grammar
             if grammar is not None and (planned.is_decode or planned.samples_token):

@@ -38,5 +38,5 @@ class StepWatchdog:
         return waited_s if waited_s > limit_s else None
 
     def begin(self) -> None:
-        """Reset at the start of a generation, since which no time has been spent waiting."""
+        """Reset the time of waiting at the start of a generation."""
         self._wanted_at = None

@@ -123,7 +123,7 @@ class ExpertBank:
     def read(self, slot: int, exchange: int, matrix: int) -> Weight:
         """Return a CPU copy of one matrix [out, in] of the expert in ``slot``.
 
-        Raises ``IndexError`` if another thread has freed the slot.
+        May raise ``IndexError`` if another thread has freed the slot.
         """
         return self._kernels[exchange].read(slot, matrix)
 

@@ -24,8 +24,8 @@ from workers.model.side_stream import SideStream
 class KVCache:
     """Keys and values of the attention layers, and recurrent states of the other layers.
 
-    The tensors have one block more than the pool, the null block, which is always zero. They also
-    have one state more, the zero state before any token.
+    The tensors have more blocks than the pool: the null block, which is always zero, and on a GPU
+    the scratch block. They also have one state more, the zero state before any token.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class KVCache:
         """Block number that pads block tables; never written."""
         num_spare = 2 if device.type == "cuda" else 1
         self.scratch_block = num_blocks + num_spare - 1
-        """On a GPU, padding rows (without a request) write to this block."""
+        """On a GPU, padding rows (without a request) write to this block; else the null block."""
         self.layers: tuple[Tensor, ...] = tuple(
             torch.zeros(
                 (config.kv_vectors_per_layer, num_blocks + num_spare, block_size, row_size),
@@ -64,7 +64,7 @@ class KVCache:
             for _ in range(config.num_kv_caches)
         )
         """One tensor for each layer with keys and values; the predictor's tensor is last. Shape:
-        [2 * num_kv_heads, num_blocks + 1, block_size, D], keys before values. Latent attention has
+        [2 * num_kv_heads, all blocks, block_size, D], keys before values. Latent attention has
         one vector instead of heads. The last dimension of an fp8 cache is a row of
         ``workers.model.fp8``."""
         self.states = _states(config.delta_net, num_states, device)
