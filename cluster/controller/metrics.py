@@ -34,14 +34,14 @@ class ControllerMetrics:
         )
         self._switches = histogram(
             "rebalance_stall_seconds",
-            "Time that steps with work waited for the first header of a new placement epoch",
+            "Time that pending work waited for the first step header of a new placement epoch",
             buckets=_SWITCH_S,
         )
         self._bytes = counter("migration_bytes", "Bytes of weights that moved", ["reason"])
         self._slots = counter("migration_slots_moved", "Expert slots that were filled", ["reason"])
         self._seconds = histogram(
             "migration_seconds",
-            "Time from the decision, or the order to load, to the end of a migration",
+            "Time from the decision or the load command to the end of a migration",
             ["reason"],
             buckets=_MIGRATION_S,
         )

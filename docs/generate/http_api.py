@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from docs.generate.markdown import code, page, prose, table
 from gateway.protocols import document
 
 Schema = dict[str, Any]
-_INTRODUCTION = """Every route of the HTTP port, with its body and answer. A server gives the same
-document for programs at `GET /openapi.json`. Unknown fields of a body are ignored;
-[Conformance](conformance.md) lists what becomes of each field at each endpoint,
-[Sampling](sampling.md) and [Outputs](outputs.md) say what values mean, and [Errors](errors.md)
-lists the errors. Where keys are configured, `/metrics` and `/cluster/v1/*` show a client's key
-[less than an admin key](security.md#what-a-clients-key-shows)."""
+_INTRODUCTION = """This page lists every route of the HTTP port, with the types of its request body
+and its response (*Answer*); `GET /openapi.json` returns the same as an OpenAPI document. Unknown
+fields of a body are ignored. The tables do not mark fields of a response that can be null, and
+[ClusterView](#clusterview) omits most fields. [Conformance](conformance.md) lists which fields each
+endpoint accepts, [Sampling](sampling.md) and [Outputs](outputs.md) describe the values, and
+[Errors](errors.md) lists the errors. If keys are configured, `/metrics` and `/cluster/v1/*` return
+[less for a client key than for an admin key](security.md#what-a-clients-key-shows)."""
 
 
 def http_api() -> str:
@@ -84,7 +86,7 @@ def shown(schema: Schema) -> str:
             kinds = dict.fromkeys(shown(one) for one in schema[key] if one.get("type") != "null")
             return " or ".join(kinds)
     if "const" in schema:
-        return code(schema["const"])
+        return code(json.dumps(schema["const"]).strip('"'))
     if "enum" in schema:
         return ", ".join(map(code, schema["enum"]))
     if schema.get("type") == "array":

@@ -70,7 +70,7 @@ class ToolParam(StrictBody):
     type: str | None = Field(default=None, description="`custom`; other types are rejected")
     description: str | None = None
     input_schema: dict[str, Any] | None = Field(
-        default=None, description="JSON schema of an object; required"
+        default=None, description="JSON schema of an object; a tool without it is rejected"
     )
     strict: bool | None = Field(
         default=None, description="reject a schema that a grammar cannot express"
@@ -159,7 +159,9 @@ class MessagesBody(CountTokensBody):
     session_id: str | None = Field(
         default=None, description="id of the conversation; default: the id in `metadata`"
     )
-    priority: Whole | None = Field(default=None, description="lower runs first; else `x-priority`")
+    priority: Whole | None = Field(
+        default=None, description="lower values run first; default: header `x-priority`"
+    )
 
 
 ContentBlockParam.model_rebuild()

@@ -86,7 +86,10 @@ ENDPOINTS: tuple[EndpointSpec, ...] = (
     EndpointSpec("/score", "Score documents for queries", http_types.Scores, ScoreBody),
     EndpointSpec("/v1/score", "Score documents for queries", http_types.Scores, ScoreBody),
     EndpointSpec(
-        "/v1/inspect", "Return inner arrays of the model", http_types.InspectionObject, InspectBody
+        "/v1/inspect",
+        "Return hidden states, attention and routing",
+        http_types.InspectionObject,
+        InspectBody,
     ),
     EndpointSpec(
         "/tokenize", "Convert text to token ids", http_types.TokenizedObject, TokenizeBody
@@ -101,10 +104,10 @@ ENDPOINTS: tuple[EndpointSpec, ...] = (
     EndpointSpec("/version", "Versions of the server", http_types.VersionObject),
     EndpointSpec("/metrics", "Prometheus metrics", media=PlainTextResponse),
     EndpointSpec("/cluster/v1/status", "The cluster's state", http_types.ClusterView),
-    EndpointSpec("/cluster/v1/placement", "The device of each copy of each expert", *_VIEW),
+    EndpointSpec("/cluster/v1/placement", "The worker of each copy of each expert", *_VIEW),
     EndpointSpec("/cluster/v1/load", "Number of tokens by expert", *_VIEW),
     EndpointSpec("/cluster/v1/events", "Recent events of the cluster", http_types.ClusterView),
-    EndpointSpec(PATH, "This document"),
+    EndpointSpec(PATH, "This interface as an OpenAPI document"),
 )
 """The routes of this folder in the order of the document; other protocols add more."""
 _ERRORS = {
@@ -124,7 +127,11 @@ _OF_GET = (401, 403, 500)
 _HEADERS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("x-request-id", "Id of the request; an invalid id is replaced", _STRING),
     ("x-request-timeout-ms", "Timeout in ms", {**_STRING, "pattern": "^[0-9]{1,11}$"}),
-    ("x-priority", "Lower runs first", {**_STRING, "pattern": "^[+-]?[0-9]{1,10}$"}),
+    (
+        "x-priority",
+        "Priority: lower runs first",
+        {**_STRING, "pattern": "^[+-]?[0-9]{1,10}$"},
+    ),
     ("x-session-id", "Id of the conversation", {**_STRING, "pattern": "^[!-~]{1,256}$"}),
 )
 _ANSWER_HEADERS = (

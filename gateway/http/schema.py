@@ -69,8 +69,8 @@ class ChatStreamOptionsBody(StrictBody):
 class JsonSchemaBody(StrictBody):
     """``response_format.json_schema``."""
 
-    name: Any = Field(default=None, description="gpt-oss: part of the prompt, as the schema")
-    description: Any = Field(default=None, description="gpt-oss: part of the prompt, as the schema")
+    name: Any = Field(default=None, description="gpt-oss: is in the prompt, like the schema")
+    description: Any = Field(default=None, description="gpt-oss: is in the prompt, like the schema")
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
 
 
@@ -167,7 +167,7 @@ class RetentionBody(StrictBody):
     )
     prompt_cache_options: PromptCacheOptionsBody | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
-        default=None, description="`24h`: as a `ttl`, which takes precedence"
+        default=None, description="`24h`: like a `ttl` of `24h`; a `ttl` takes precedence"
     )
 
 

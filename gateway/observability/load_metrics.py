@@ -22,7 +22,7 @@ def load_families(document: Mapping[str, Any], all_experts: bool) -> Iterator[Pl
     banks = document["banks"]
     yield {
         "name": "expert_tokens",
-        "text": "Tokens routed to a logical expert, or to all others (rest), in committed steps",
+        "text": "Tokens of committed steps by logical expert; `rest` sums all other experts",
         "type": "counter",
         "samples": [
             ["expert_tokens_total", {**_labels(bank), "expert": expert}, tokens]
@@ -46,7 +46,7 @@ def load_families(document: Mapping[str, Any], all_experts: bool) -> Iterator[Pl
             for phase in _PHASES
             if (value := bank["phases"].get(phase, {}).get(name)) is not None
         ]
-        text = f"Mean over maximum load of the expert workers, {name}; 1 is ideal"
+        text = f"Mean load of the expert workers divided by the maximum, {name}; 1 is ideal"
         yield _gauge(f"expert_load_balancedness_{name}", text, values)
 
 

@@ -13,7 +13,7 @@ _LISTING = (
         (("type", "integer"), ("minimum", 1), ("maximum", 100)),
     ),
     ("order", "asc or desc (default)", (("type", "string"), ("pattern", "^(asc|desc)$"))),
-    ("after", "Id of the item before the first item", (("type", "string"),)),
+    ("after", "Id of the item before the first one to list", (("type", "string"),)),
 )
 ENDPOINTS = (
     EndpointSpec(

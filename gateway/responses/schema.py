@@ -47,7 +47,7 @@ class InputItem(StrictBody):
     output: str | Items[InputPart] | None = Field(default=None, description="in outputs of calls")
     summary: Items[InputPart] | None = Field(default=None, description="in reasoning")
     encrypted_content: str | None = Field(
-        default=None, description="in reasoning: unchanged text that this server returned"
+        default=None, description="in reasoning: the text that this server returned, unchanged"
     )
 
 
@@ -95,8 +95,8 @@ class TextFormatBody(StrictBody):
     """``text.format``."""
 
     type: str = Field(description="`text`, `json_object` or `json_schema`")
-    name: Any = Field(default=None, description="gpt-oss: part of the prompt, as the schema")
-    description: Any = Field(default=None, description="gpt-oss: part of the prompt, as the schema")
+    name: Any = Field(default=None, description="gpt-oss: is in the prompt, like the schema")
+    description: Any = Field(default=None, description="gpt-oss: is in the prompt, like the schema")
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
     strict: bool | None = Field(default=None, description="ignored: schemas are always enforced")
 
@@ -150,7 +150,9 @@ class ResponseBody(RetentionBody, SamplingBody):
         "tool_choice": "must be none, auto, required or name a tool",
     }
     input: InputField | None = None
-    instructions: str | None = Field(default=None, description="before all items; not carried over")
+    instructions: str | None = Field(
+        default=None, description="inserted before all items, in this request only"
+    )
     previous_response_id: str | None = Field(
         default=None, description="id of the stored response that this request continues"
     )
