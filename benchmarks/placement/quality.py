@@ -90,7 +90,7 @@ def section(quick: bool) -> str:
         "Balancedness is the mean load of the devices divided by the load of the busiest device. "
         "The planners: `contiguous` places experts in order, `random` at random, `EPLB` is "
         "DeepSeek's algorithm, `mesh` is the planner of expertmesh. The loads of OLMoE are router "
-        "counts of OLMoE-1B-7B on five kinds of text."
+        "counts of three layers of OLMoE-1B-7B on five kinds of text."
     )
     return "\n\n".join([head, *(part(size) for part in parts)])
 
@@ -103,9 +103,10 @@ def balance(size: Size) -> str:
     dots = np.concatenate([data.dots_like(data.olmoe()[d], size.layers) for d in size.domains])
     lines.append(_balance_row(f"dots-like 128 x {size.layers}, G=64", dots, 64, 1))
     text = (
-        "The bound is the best balancedness of any placement with these slots. Copies of an expert "
-        "on one device are wasted: the last columns have their fraction of EPLB's spare slots, and "
-        "their number in the plans of `mesh`."
+        "The bound is the best balancedness of any placement with these slots. A second copy of an "
+        "expert on the same device is wasted: the last columns have the fraction of EPLB's spare "
+        "slots with such copies, and their number in the plans of `mesh`. *dots-like* loads have "
+        f"the 128 experts and {size.layers} layers of dots.llm1, and are composed of OLMoE's."
     )
     return _titled(
         "Balancedness relative to its bound, mean / worst layer", _BALANCE_HEAD, lines, text
@@ -165,9 +166,9 @@ def windows(size: Size) -> str:
         "EPLB: moved slots, mean",
     )
     text = (
-        "After each window of load, both planners plan for the new load of three layers. `mesh` "
-        "may move 2% of the slots, or 5% if the load drifts by 30%; EPLB has no such limit. The "
-        "load changes by noise, or drifts towards the load of another kind of text."
+        "After each window of load, both planners plan for its load. `mesh` may move 2% of the "
+        "slots, or 5% if the load drifts by 30%; EPLB has no such limit. The load changes by "
+        "noise, or drifts towards the load of another kind of text. *Once* means a single window."
     )
     return _titled(f"{size.windows} windows with changing load", head, lines, text)
 

@@ -250,7 +250,8 @@ def report(case: Case, found: Mapping[str, Any]) -> str:
     if moving and still:
         lines.append(
             f"The p99 of ITL during rebalances is {moving.slow_itl_ms / still.slow_itl_ms:.2f} "
-            "times the p99 between them (limit 1.25, aim 1.1). The rebalances, by epoch:"
+            "times the p99 between them (required: at most 1.25, goal: 1.1). The rebalances, by "
+            "epoch:"
         )
     lasts = {e["last"]["epoch"]: e["last"] for e in shift["events"] if e.get("last")}
     lines.append("\n".join(f"- epoch {epoch}: {last['text']}" for epoch, last in lasts.items()))
@@ -270,10 +271,11 @@ def _words(case: Case) -> str:
         f"expert workers serve {case.streams} requests at a time with {case.prompt_tokens} prompt "
         f"and {case.new_tokens} new tokens each. The model has {model.layers} layers of "
         f"{model.experts} experts, top-{model.top_k}; each worker has {case.num_redundant} spare "
-        f"slot in a layer. Expert workers are paced: they wait {case.slot_us:g} us for each "
-        f"activated slot and {case.token_us:g} us for each token, so that an uneven load costs "
-        "time. At one moment all requests change to another domain, whose tokens choose other "
-        "experts. The best placement for a domain is planned from the load of this domain alone. "
+        f"slot in a layer. Instead of computing, expert workers wait {case.slot_us:g} us for each "
+        f"activated slot and {case.token_us:g} us for each row of an expert, so that an uneven "
+        "load costs time. At one moment all requests change to another domain, whose tokens choose "
+        "other experts. The best placement for a domain is planned from the load of this domain "
+        "alone. "
         f"The cluster rebalances automatically, with load windows of {case.window_s:g} s, at most "
         f"a tenth of the slots in a rebalance, and {case.bytes_per_s / 1e3:g} KB/s into each "
         "worker. ITL is the inter-token latency of a stream."

@@ -5,7 +5,7 @@ python -m benchmarks.run --only sessions_served
 Each server has 2 attention workers and 1 expert worker. The sessions are those of
 `benchmarks/simulated/agent_trace.py`, with 4 tokens in place of each block of 512, so that a
 context of 142,000 tokens has 1,100 here. The pools together hold 10% of all different tokens of the
-trace, host memories 25% and disks 50%. The trace runs 30 times as fast as recorded and covers its
+trace, host memories 25% and disks 50%. The replay is 30 times as fast as the trace and covers its
 first 40 minutes. A session sends a turn at its time in the trace, but not before the previous turn
 has ended.
 """
@@ -100,10 +100,11 @@ def section(quick: bool) -> str:
         [
             "## Sessions, served",
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
-            f"{case.num_sessions} sessions of up to {case.max_turns} turns have {len(requests):,} "
-            f"requests and {size:,} different tokens. The model is a random OLMoE (hidden "
-            f"{case.model.hidden}, {case.model.layers} layers, {case.model.experts} experts). The "
-            f"ideal is one cache with Belady's order that holds {PARTS['disk']:.0%}.",
+            f"{case.num_sessions} agents have one session each, and their helper agents have "
+            f"further ones. Sessions end after at most {case.max_turns} turns; together they have "
+            f"{len(requests):,} requests and {size:,} different tokens. The model is a random "
+            f"OLMoE (hidden {case.model.hidden}, {case.model.layers} layers, {case.model.experts} "
+            f"experts). The ideal is one cache with Belady's order that holds {PARTS['disk']:.0%}.",
             table(head, rows),
         ]
     )

@@ -188,9 +188,10 @@ def section(quick: bool) -> str:
     about = " ".join((__doc__ or "").split("\n\n", 2)[2].split())
     words = (
         f"A new worker serves after {AZURE.start_s} s; a removed worker leaves after "
-        f"{AZURE.drain_s} s. A threshold checks the use of a pool every {_EVERY_S} s: it adds a "
-        "worker above the first percentage or if requests wait, and removes one below the second. "
-        "The valley: only a fifth of the requests are left in the middle of the trace. Delayed "
+        f"{AZURE.drain_s} s. A threshold policy checks the use of a pool every {_EVERY_S} s: it "
+        "adds a worker above the first percentage or if requests wait, and removes one below the "
+        "second. *Fixed at the peak* always has the oracle's largest number of workers. *With a "
+        "valley*, only a fifth of the requests are left in the middle of the trace. Delayed "
         f"requests waited for {_DELAY_S} s or more."
     )
     return "\n\n".join(["## Autoscaling, simulated", f"{about} {words}", table(head, rows)])

@@ -5,8 +5,8 @@ python -m benchmarks.run --only retention
 One cache serves the requests of a trace in order. It holds 10, 25 or 50% of all different blocks of
 the trace. A request finds the longest prefix of its blocks that is cached, and adds all its full
 blocks. The ideal order (Belady's) knows the future and evicts the block whose next use is last. The
-first row of each trace has the blocks that the ideal order finds, as a fraction of all blocks; the
-other rows are fractions of this number. `expertmesh` is the product's order
+first row of each trace has the blocks that the ideal order finds, as a fraction of the blocks of
+all requests; the other rows are fractions of this number. `expertmesh` is the product's order
 (`workers/kv/eviction.py`), which learns from the trace as it runs.
 """
 
@@ -253,8 +253,9 @@ def section(quick: bool) -> str:
             " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
             "Conversations are the public Mooncake trace. Agents are sessions generated from "
             "published statistics (`benchmarks/simulated/agent_trace.py`). Documents are single "
-            "requests that no other request continues. Hints: requests name no session, or their "
-            "session, or also mark half or all of the last turns of sessions (`cache_ttl` 0).",
+            "requests that no other request continues. With *no hints*, requests do not name their "
+            "sessions; with *sessions*, they do; in the last two rows, they also mark half or all "
+            "of the last turns of sessions (`cache_ttl` 0).",
             table(head, rows),
             "Three tiers of one worker without hints: blocks found in each tier and not in a "
             "tier above it, as a fraction of the blocks that the ideal order finds with 50%.",

@@ -4,11 +4,11 @@ python -m benchmarks.run --only routing
 
 Each of 8 simulated workers computes one prompt at a time with 8,000 prompt tokens a second and
 caches 2,500 blocks of 512 tokens; decoding costs nothing. The gateway's index lists a prompt's
-blocks as expected when the prompt is routed, and as cached when they are computed. In the plain
-rows, a worker evicts the least recently used block. With fetches, a worker gets 100,000 prompt
-tokens a second from a peer that has cached them, while it computes other prompts. With eviction
-across workers, blocks that a peer has fetched are evicted first, and the age of a reused block
-counts half.
+blocks as expected when the prompt is routed, and as cached when they are computed. With *fetches*,
+a worker gets 100,000 prompt tokens a second from a peer that has cached them, while it computes
+other prompts. With *eviction across workers*, blocks that a peer has fetched are evicted first, and
+the age of a reused block counts half; in the other rows, a worker evicts the least recently used
+block.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ _HEADER = (
     "Sequences",
     "Step, ms",
     "Tokens/s",
-    "GPU-hours per million",
+    "GPU-hours per million tokens",
 )
 
 
@@ -140,20 +140,20 @@ This page shows how many GPUs a model needs, and how to divide them into attenti
 workers. It is for readers who plan a cluster; `python -m benchmarks.sizing_guide` writes it.
 
 The tables are for nodes of {GPUS_PER_NODE} GPUs, in bfloat16, with experts in the format of the
-checkpoint. A worker has one GPU; `8 x 2 pods` is a group of two pods with 8 GPUs each. A cluster
+checkpoint. A worker has one GPU; `8 x 2 pods` means two pods with 8 GPUs (workers) each. A cluster
 also needs a head (4 CPUs, 16 GiB) and two gateways (4 CPUs, 8 GiB), without GPUs. Each row is the
 division of the GPUs with the highest predicted tokens per second. On one node, each pool has at
 least two workers; on several nodes, each pool has whole nodes, and at least two nodes hold experts.
 The columns mean:
 
-- GB per GPU: weights, with all spare slots in use. Weights and KV cache use {MEMORY_SHARE:.0%}
-  of a GPU.
-- Spare slots: slots of each worker for second copies of experts. With two or more expert nodes,
-  they hold a second copy of every expert, to the extent that memory allows, so that the loss of a
-  node requires no loading of weights. On one node, they are a quarter ({SPARE_SHARE:g}) of the
-  worker's other slots, for rebalancing.
+- Spare slots: slots for second copies of experts, in each expert worker and layer. With two or more
+  expert nodes, they hold a second copy of every expert, to the extent that memory allows, so that
+  the loss of a node requires no loading of weights. On one node, they are a quarter
+  ({SPARE_SHARE:g}) of the worker's other slots, for rebalancing.
+- GB per GPU: weights, with all spare slots in use. Weights and KV cache together use at most
+  {MEMORY_SHARE:.0%} of the memory of a GPU.
 - Sequences: the number of sequences of {CONTEXT_TOKENS} tokens whose KV cache fits, at most
-  {MAX_SEQS} per GPU.
+  {MAX_SEQS} times the number of all GPUs.
 - Step: the predicted duration of a decode step with this number of sequences, by the roofline
   (`cluster/sizing/roofline.py`) with the values of the data sheets (`cluster/sizing/gpus.py`) and
   a balancedness (mean load of the expert workers divided by the highest load) of
@@ -168,8 +168,8 @@ faster."""
 _COST = """\
 ## Cost
 
-    cost of a million tokens = GPU-hours per million x price of a GPU-hour
-    GPU-hours per million    = GPUs / tokens per second / 3600 x 1000000
+    cost of a million tokens     = GPU-hours per million tokens x price of a GPU-hour
+    GPU-hours per million tokens = GPUs / tokens per second / 3600 x 1000000
 
 Add the hourly price of the CPUs of the head and the gateways, divided by the tokens per hour. Then
 divide by the utilization of the cluster, because an idle cluster costs as much as a busy one."""
