@@ -33,7 +33,7 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, metavar="FILE", help=text)
     for name, text in (
         ("speed", "Factor by which requests arrive faster than in the trace"),
-        ("length", "Factor of the trace's prompt and output lengths"),
+        ("length", "Factor by which prompts and outputs are longer than in the trace"),
     ):
         parser.add_argument(
             f"--trace-{name}", type=positive, default=1.0, metavar="NUMBER", help=text
