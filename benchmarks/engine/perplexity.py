@@ -2,7 +2,7 @@
 text, ``--checkpoint DIR --text FILE [--tokens 4096] [--window 2048]``.
 
 Perplexity of the bundled model in bfloat16, on the 5% of its corpus that was not used in training
-(its loss only selected the checkpoint), in windows of 512 tokens after an end of text. It is the
+(only to select the checkpoint), in windows of 512 tokens after an end-of-text token. It is the
 exponential of the mean negative log-probability of a token, from `prompt_logprobs` of the local
 engine. The change is relative to the stored bfloat16 weights; its standard error is that of the
 mean difference of a token's log-probability. A layer has 64 experts with three matrices of 128 x 32

@@ -1,6 +1,6 @@
 """GLM-4.7-Flash: the latent attention of DeepSeek-V3, the experts of GLM-4.5.
 
-The checkpoint's prediction layers, which follow the last layer, are not loaded.
+The checkpoint has prediction layers after the last layer. The first of them is loaded on request.
 
 Source: checkpoint layout and math as in transformers ``models/glm4_moe_lite``.
 """
