@@ -36,7 +36,7 @@ def add_commands(commands: CommandParsers) -> None:
     text = "Name of a worker, or controller (default: the launcher)"
     parser.add_argument("worker", nargs="*", metavar="WORKER", help=text)
     parser.add_argument("--all", action="store_true", help="Show the controller and all workers")
-    text = "Number of lines of each process"
+    text = "Number of newest lines to show of each process"
     parser.add_argument("--tail", type=count_or_0, default=DEFAULT_LINES, help=text)
     parser.add_argument("--follow", action="store_true", help="Show new lines until interrupted")
     add_address_option(parser)

@@ -23,10 +23,10 @@ def add_commands(commands: CommandParsers) -> None:
     load = commands.add("load", run_load, "show the busiest experts and the balance of the workers")
     text = "Number of busiest experts to show for each layer"
     load.add_argument("--top", type=count, default=DEFAULT_TOP, help=text)
-    text = "Period: total since the start, the newest window (10 s), or the exponential average"
+    text = "Period: total since start, newest window (10 s), or exponential average of the windows"
     load.add_argument("--of", choices=VIEWS, default="total", help=text)
     load.add_argument("--save", type=Path, help="Write the load to FILE as a load profile")
-    load.add_argument("--merge", action="store_true", help="Add the load to the profile in FILE")
+    load.add_argument("--merge", action="store_true", help="Add the load to the profile of --save")
 
 
 def run_load(args: argparse.Namespace) -> int:
