@@ -103,7 +103,7 @@ class ChatTemplate:
         self.tool_format: ToolCallFormat | None = (
             self._find_tool_format() if other is None else other.tool_format
         )
-        """Format of the model's tool calls; None without tools or if the format is unknown."""
+        """Format of the model's tool calls; None if unknown, or without tools (except Harmony)."""
         self.has_thinking: bool = END in source or (other is not None and other.has_thinking)
         """Whether the model may write reasoning before its answer."""
 

@@ -30,7 +30,7 @@ _RETRY_S = 2.0
 class RenderedTemplate:
     has_tools: bool
     tool_format: ToolCallFormat | None
-    """Format of the model's tool calls; None without tools or if the format is unknown."""
+    """Format of the model's tool calls; see ``ChatTemplate.tool_format``."""
     has_thinking: bool
     """Whether the model may write reasoning before its answer."""
     text: str | None

@@ -13,7 +13,7 @@ from gateway.text.long_text_encoder import LONG_CHARS, LongTextEncoder
 from gateway.text.tokenizer import Tokenizer
 
 MAX_TOKENS = MAX_ENTRIES
-"""Maximum number of tokens of a text that the context does not limit, as for ids in a body."""
+"""Maximum number of tokens of a text that need not fit the context, as in ``/tokenize``."""
 _INLINE_CHARS = 2048
 """Number of characters above which a text is tokenized in a thread."""
 

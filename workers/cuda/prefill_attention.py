@@ -3,7 +3,7 @@
 It serves chunks that attend to keys of earlier steps, and sliding windows. The keys of a shared
 prefix are not copied. Reference: ``workers.model.attention``.
 
-Source: "FlashAttention-2" (Dao, 2023); the tiles of keys are blocks of the cache here.
+Source: "FlashAttention-2" (Dao, 2023); here each tile of keys is read from blocks of the cache.
 """
 
 from __future__ import annotations

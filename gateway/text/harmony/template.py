@@ -1,4 +1,4 @@
-"""Render a conversation to a prompt in the Harmony format.
+"""Renders a conversation to a prompt in the Harmony format.
 
 The prompt begins with a system message about the model. The client's ``system`` and ``developer``
 messages are instructions in a developer message, which also declares the tools. Reasoning is
@@ -71,7 +71,7 @@ def _today() -> str:
 
 
 class HarmonyTemplate:
-    """Replaces ``ChatTemplate`` for models with this format.
+    """The template of models with this format, in place of a ``ChatTemplate``.
 
     Args:
         variables: special tokens by name, for templates of clients.

@@ -28,14 +28,14 @@ _JSON_TYPES: Mapping[type, str] = {
 
 
 class UnsupportedSchemaError(Exception):
-    """A schema cannot be expressed as a grammar. The message is a keyword or the reason."""
+    """A schema cannot be expressed as a grammar. The message is the reason."""
 
 
 def alternatives(schema: Any, clean: CleanSchema, is_strict: bool) -> list[Alternative]:
     """Return the alternatives of ``schema``, which is a part of ``clean``.
 
     Raises:
-        UnsupportedSchemaError: too many alternatives, or overlapping ``oneOf`` if strict.
+        UnsupportedSchemaError: too many alternatives or levels, or overlapping ``oneOf`` if strict.
     """
     try:
         return _Expansion(clean, is_strict).expand(schema, frozenset())

@@ -30,7 +30,7 @@ TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 DEFINITION = "#/$defs/"
 """Prefix of every reference of a clean schema."""
 _MAX_NODES = 10_000
-"""Maximum number of schemas within a schema, counted again for each reference to them."""
+"""Maximum number of schemas within a schema, counted again in each target of a reference."""
 _MAX_VALUES = 5000
 """Maximum number of values of an ``enum``."""
 _UNSUPPORTED = frozenset(

@@ -25,7 +25,7 @@ _QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})")
 def full_match(pattern: str) -> str | None:
     """Return a pattern that matches exactly the texts in which ``pattern`` is found.
 
-    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None for anchors within groups.
+    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None for anchors at other positions.
     """
     branches, depth, is_class, is_after_quantifier = [""], 0, False, False
     starts, ends = [False], [False]

@@ -51,7 +51,7 @@ class AnswerParser:
 
     For example ``<think>Hm.</think>On it. <tool_call>\\n{"name": "f", "arguments": {"a": 1}}\\n
     </tool_call>`` is the reasoning ``Hm.``, the content ``On it. `` and one call of ``f``. Line
-    breaks next to the reasoning tags are not part of the reasoning. The head of a call ends it.
+    breaks next to its tags do not belong to the reasoning, which the head of a call also ends.
 
     No text is lost: a delimiter without the head of a call is text, also if the end of the answer
     cuts it, unless the answer must be a call. Arguments are returned as they arrive: a call with

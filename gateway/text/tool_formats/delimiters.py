@@ -72,7 +72,7 @@ class TemplateMatch:
 
     outcome: MatchOutcome
     end: int
-    """Number of characters that complete parts matched."""
+    """Number of characters of the text that are matched by complete parts."""
     values: dict[Placeholder, str] = field(default_factory=dict)
     """Text of each variable part. The text of the last one may be incomplete."""
 
