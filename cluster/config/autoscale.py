@@ -43,7 +43,7 @@ class AutoscaleSection:
     """Largest number of expert workers with ``autoscale``, by default the number at start; in
     colocated mode of all workers."""
     queue_target: float = field(default=1.0, metadata=flag("--autoscale-queue-target"))
-    """Waiting sequences per attention worker above which that pool grows without delay."""
+    """Waiting sequences per attention worker from which on that pool grows without delay."""
     kv_target: float = field(default=0.7, metadata=flag("--autoscale-kv-target"))
     """Target mean share of KV blocks, and of ``max_num_seqs``, in use on attention workers."""
     slot_time_target: float = field(default=0.6, metadata=flag("--autoscale-slot-time-target"))

@@ -11,8 +11,9 @@ Each rule proposes the number of workers after the colon if its condition holds:
     queue   if on average over queue_s at least queue_target sequences wait at each worker, and the
             queue would last longer than up_s:  workers x (running + waiting) / running
     grow    if the ratio averaged over up_s exceeds _TOLERANCE:  workers x ratio
-    shrink  if nothing has waited for down_s, and with fewer workers the highest demand of that time
-            would give a ratio of at most _AFTER_SHRINKING:  that number of workers
+    shrink  if fewer than half of queue_target have waited at each worker for down_s, and with fewer
+            workers the highest demand of that time would give a ratio of at most
+            _AFTER_SHRINKING:  that number of workers
 
 A change at most doubles or halves a pool, one pool changes at a time, and each change restarts all
 averages. A pool that had to grow again soon after it shrank waits twice as long the next time.

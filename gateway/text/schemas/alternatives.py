@@ -128,7 +128,7 @@ def _check_disjoint(groups: Sequence[Sequence[Alternative]]) -> None:
     for index, members in enumerate(groups):
         others = [one for group in groups[index + 1 :] for one in group]
         if not all(are_disjoint(one, other) for one in members for other in others):
-            raise UnsupportedSchemaError("oneOf has alternatives that may overlap")
+            raise UnsupportedSchemaError("has a oneOf whose alternatives may overlap")
 
 
 def are_disjoint(one: Alternative, other: Alternative) -> bool:

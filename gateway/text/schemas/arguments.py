@@ -164,7 +164,7 @@ def _check_supported(
     """Raise ``UnsupportedSchemaError`` for keywords that an ``ArgumentSet`` cannot express."""
     has_patterns = any(piece.get("patternProperties") for piece in pieces)
     if has_patterns and (names or len(limiting) > 1):
-        raise UnsupportedSchemaError("patternProperties is not supported together with properties")
+        raise UnsupportedSchemaError("has patternProperties beside properties")
     for piece in pieces:
         if allowed_values(piece) is not None:
-            raise UnsupportedSchemaError("enum and const of the whole arguments are not supported")
+            raise UnsupportedSchemaError("has an enum or const for the whole arguments")

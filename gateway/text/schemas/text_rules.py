@@ -64,9 +64,7 @@ def _rule(pieces: Alternative, is_strict: bool) -> TextRule:
             if matching is not None:
                 patterns.append(matching)
             elif is_strict:
-                raise UnsupportedSchemaError(
-                    "pattern has anchors within groups, which is not supported"
-                )
+                raise UnsupportedSchemaError("has a pattern with anchors that are not at its ends")
         if "format" in piece:
             patterns.append(FORMATS[piece["format"]])
         min_length = max(min_length, piece.get("minLength", 0))

@@ -68,8 +68,6 @@ class CallSyntax:
     """Text after the arguments."""
     section_end: str = ""
     """Delimiter after all calls."""
-    has_ids: bool = False
-    """Whether the head is also the id of the call, as Kimi writes it."""
 
     @property
     def first_delimiter(self) -> str:
@@ -142,7 +140,6 @@ SYNTAXES: Mapping[ToolCallFormat, CallSyntax] = MappingProxyType(
             ),
             tail=("<|tool_call_end|>",),
             section_end="<|tool_calls_section_end|>",
-            has_ids=True,
         ),
         ToolCallFormat.MINIMAX: CallSyntax(
             section="<minimax:tool_call>",

@@ -136,7 +136,7 @@ class _ToolRules:
         others: list[str] = []
         for pattern, schema in argument_set.patterns.items():
             if (matching := full_match(pattern)) is None:
-                self._reject(("patternProperties", pattern), "has anchors within groups")
+                self._reject(("patternProperties", pattern), "has anchors that are not at its ends")
                 continue
             key = f"{grammar_regex(matching)} & {_OTHER_KEY}{excluded}"
             others.append(self._additional_argument(key, schema, pattern))
@@ -216,7 +216,7 @@ class _ToolRules:
             rules = text_rules(schema_alternatives, is_strict)
             kinds = frozenset[str]().union(*map(types_of_alternative, schema_alternatives))
             if is_strict and not schema_alternatives:
-                raise UnsupportedSchemaError("no value is allowed")
+                raise UnsupportedSchemaError("allows no value")
         except UnsupportedSchemaError as err:
             self._reject((about,), str(err))
             rules, kinds = [TextRule()], frozenset(NON_STRING_TYPES)
