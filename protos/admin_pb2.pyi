@@ -192,7 +192,7 @@ class RebalanceResult(_message.Message):
     COST_S_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
     action: _builtins.str
-    """none; split: shares and decode devices; move: weights"""
+    """none; split: new shares and decode devices; move: weights too"""
     slots_to_move: _builtins.int
     """as predicted at the start"""
     bytes_to_move: _builtins.int
@@ -202,7 +202,7 @@ class RebalanceResult(_message.Message):
     step_time_ratio: _builtins.float
     """predicted divided by current time of experts"""
     gain_s: _builtins.float
-    """predicted savings within the horizon, seconds"""
+    """seconds that it is predicted to save in 300 s"""
     cost_s: _builtins.float
     """predicted duration of the change, seconds"""
     def __init__(
@@ -739,7 +739,7 @@ class BankMaps(_message.Message):
     layer: _builtins.int
     @_builtins.property
     def physical_to_logical(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertSlots]:
-        """one per device"""
+        """one per device: see ExpertLoad.workers"""
 
     @_builtins.property
     def load(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -788,14 +788,16 @@ Global___ExpertSlots: _TypeAlias = ExpertSlots  # noqa: Y015
 
 @_typing.final
 class Balancedness(_message.Message):
-    """Mean load of the devices divided by the largest load: 1 is ideal. Unset if unknown."""
+    """Mean load of the workers with experts divided by the largest load: 1 is ideal. Unset if unknown."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PREDICTED_FIELD_NUMBER: _builtins.int
     ACHIEVED_FIELD_NUMBER: _builtins.int
     predicted: _builtins.float
+    """for the load profile given at the start, else unset"""
     achieved: _builtins.float
+    """measured with this placement"""
     def __init__(
         self,
         *,
@@ -863,7 +865,7 @@ class ExpertLoad(_message.Message):
 
     @_builtins.property
     def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """name by device; empty for a lost worker"""
+        """name of each device's worker; empty for a lost worker"""
 
     def __init__(
         self,
@@ -1104,7 +1106,7 @@ class ClusterEvent(_message.Message):
     cause: _builtins.str
     effect: _builtins.str
     took_s: _builtins.float
-    """seconds of paused streams; if none, until serving"""
+    """seconds that streams paused; without streams, until steps ran"""
     def __init__(
         self,
         *,

@@ -120,7 +120,7 @@ class AdminServicer:
     """Missing associated documentation comment in .proto file."""
 
     def GetPlacement(self, request, context):
-        """Return the placement: which expert is in which slot of each device.
+        """Return the placement: which expert is in which slot of each worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class AdminStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminAsyncStub: ...
     GetPlacement: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPlacementRequest, _admin_pb2.Placement]
-    """Return the placement: which expert is in which slot of each device."""
+    """Return the placement: which expert is in which slot of each worker."""
     GetExpertLoad: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetExpertLoadRequest, _admin_pb2.ExpertLoad]
     """Return the number of tokens by layer, expert and worker."""
     WatchCluster: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchClusterRequest, _admin_pb2.ClusterEvent]
@@ -67,7 +67,7 @@ class AdminStub:
 class AdminAsyncStub(AdminStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPlacement: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPlacementRequest, _admin_pb2.Placement]  # type: ignore[assignment]
-    """Return the placement: which expert is in which slot of each device."""
+    """Return the placement: which expert is in which slot of each worker."""
     GetExpertLoad: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetExpertLoadRequest, _admin_pb2.ExpertLoad]  # type: ignore[assignment]
     """Return the number of tokens by layer, expert and worker."""
     WatchCluster: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchClusterRequest, _admin_pb2.ClusterEvent]  # type: ignore[assignment]
@@ -103,7 +103,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetPlacementRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Placement, _abc.Awaitable[_admin_pb2.Placement]]:
-        """Return the placement: which expert is in which slot of each device."""
+        """Return the placement: which expert is in which slot of each worker."""
 
     @_abc_1.abstractmethod
     def GetExpertLoad(

@@ -665,7 +665,7 @@ class OutputOptions(_message.Message):
     echo: _builtins.bool
     """begin the output with the prompt, with its logprobs"""
     token_ids_only: _builtins.bool
-    """return no text, without detokenization"""
+    """return only token ids, without detokenization"""
     return_token_ids: _builtins.bool
     """return prompt_token_ids (streams: in the first chunk)"""
     return_tokens_as_token_ids: _builtins.bool
@@ -815,6 +815,7 @@ class RequestTimings(_message.Message):
     FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
     FINISHED_S_FIELD_NUMBER: _builtins.int
     first_dispatch_s: _builtins.float
+    """its first rows are sent to the experts"""
     first_token_s: _builtins.float
     finished_s: _builtins.float
     def __init__(

@@ -177,10 +177,10 @@ def _both(runs: Sequence[Scaled], value: Callable[[Scaled], float]) -> str:
 
 def _words(case: Case) -> str:
     return (
-        "A pause is the longest time without a token on any stream while a scale operation starts, "
-        f"adds and removes workers; each row has {case.repeats} operations. A step is the median "
-        "time between two tokens before the operation, and *longest before* the longest one in the "
-        f"{case.before_s:g} s before it."
+        "A pause is the longest time between two tokens of one stream while a scale operation "
+        f"starts, adds and removes workers; each row has {case.repeats} operations. A step is the "
+        "median time between two tokens before the operation, and *longest before* the longest one "
+        f"in the {case.before_s:g} s before it."
     )
 
 

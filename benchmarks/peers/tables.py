@@ -178,7 +178,7 @@ def _words(args: argparse.Namespace, model: RandomModel, num_cores: int, found: 
         f"once, at the {bandwidth:.1f} GB/s at which {num_cores} threads read memory in the same "
         f"runs. All values are medians of {args.repeats} runs, in which the systems take turns. A "
         "ratio of systems is the median of the ratios of tokens/s within a run, each system with "
-        "its fastest dtype in the run."
+        "the dtype of its highest median."
     )
     if quantized := [name for name in args.dtype if name not in PLAIN]:
         words += " " + _words_of_codes(quantized)
