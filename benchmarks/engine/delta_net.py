@@ -3,8 +3,8 @@
 The recurrence of one layer of Qwen3-Next-80B-A3B, without its projections, runs in bfloat16 on one
 thread: for a part of a prompt (one sequence with 256 rows) and for decode steps (one row of each
 sequence). The implementations take turns in one process; a time is the shortest CPU time of several
-turns. The bound is the time to read and write the recurrent states once, at the speed of a memory
-copy.
+turns. The speed-up is over the faster of the two torch variants. The bound is the time to read and
+write the recurrent states once, at the speed of a memory copy.
 """
 
 from __future__ import annotations

@@ -43,13 +43,14 @@ class AutoscaleSection:
     """Largest number of expert workers with ``autoscale``, by default the number at start; in
     colocated mode of all workers."""
     queue_target: float = field(default=1.0, metadata=flag("--autoscale-queue-target"))
-    """Waiting sequences per attention worker from which on that pool grows without delay."""
+    """Mean number of waiting sequences per attention worker at which their pool grows
+    immediately."""
     kv_target: float = field(default=0.7, metadata=flag("--autoscale-kv-target"))
     """Target mean share of KV blocks, and of ``max_num_seqs``, in use on attention workers."""
     slot_time_target: float = field(default=0.6, metadata=flag("--autoscale-slot-time-target"))
-    """Target share of the time that each expert worker computes experts."""
+    """Target share of time in which an expert worker computes experts, the mean of all of them."""
     up_s: float = field(default=30.0, metadata=flag("--autoscale-up-s"))
-    """Time over which use is averaged. A pool grows if this average is above a target."""
+    """Time over which use is averaged. A pool grows if this average is above 1.1 times a target."""
     down_s: float = field(default=180.0, metadata=flag("--autoscale-down-s"))
     """Time for which fewer workers must be sufficient before a pool shrinks."""
     limit_s: float = field(default=300.0, metadata=INTERNAL)

@@ -74,7 +74,7 @@ class GatewaySection:
     """gRPC port of the admin service; by default 50052, or a free one if that is in use."""
     serve_proxy: int | None = field(default=None, metadata=bare("8002"))
     """Start Ray Serve's own HTTP proxy on this port, for other Serve applications. 0 takes a free
-    port, an option without value 8002; by default the proxy does not run."""
+    port, the option without a value takes 8002; by default the proxy does not run."""
     root_path: str = ""
     """Path prefix at which a reverse proxy serves the HTTP port, such as /llm."""
     forwarded_allow_ips: tuple[str, ...] = ("127.0.0.1",)
@@ -147,9 +147,9 @@ class GatewaySection:
     """Maximum sum of the prompt and output tokens of these requests; by default ``max_queue`` times
     the context length."""
     max_queue_wait_s: float = 3.0
-    """Expected wait above which new requests of an API key are rejected; 0 disables the limit. If a
-    queue has existed for longer than this value, the limit is a third of it. Requests with a
-    priority above 0 wait without this limit."""
+    """Expected wait above which new requests of an API key are rejected; 0 disables the limit. Once
+    a queue has existed for longer than this value, the limit falls to a third of the value.
+    Requests with a priority above 0 wait without this limit."""
     request_timeout_s: float = 600.0
     """Maximum duration of a request, including its time in queues."""
     state_dir: str | None = None

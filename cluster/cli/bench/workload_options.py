@@ -47,7 +47,7 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=count, help=text)
     text = "Seed of the random prompts and arrival times"
     parser.add_argument("--seed", type=int, default=0, help=text)
-    text = f"Limits in ms on {', '.join(MEASURES)}; shows the rate of requests within all"
+    text = f"Limits in ms on {', '.join(MEASURES)}; shows the rate of requests that meet all"
     parser.add_argument(
         "--goodput", nargs="+", type=_goal, default=[], metavar="NAME:MS", help=text
     )

@@ -26,7 +26,7 @@ def add_commands(commands: CommandParsers) -> None:
     scale.add_argument("--attention", type=count, metavar="N", help="Number of attention workers")
     text = "Number of expert workers; in colocated mode of all workers"
     scale.add_argument("--expert", type=count, metavar="N", help=text)
-    text = "Time limit, once for new workers to serve and once for the drain of surplus workers"
+    text = "Time limit for new workers to serve, and again for the drain of surplus workers"
     scale.add_argument(
         "--deadline", type=seconds, default=DEFAULT_LIMIT_S, metavar="SECONDS", help=text
     )

@@ -47,7 +47,7 @@ def add_size(kinds: CommandParsers) -> None:
     parser.add_argument("--context-tokens", type=not_negative, default=1024.0, help=text)
     text = "Load profile of the experts (default: equal load)"
     parser.add_argument("--profile", type=Path, help=text)
-    text = "Expert load of the mean worker divided by that of the busiest"
+    text = "Mean expert load of all workers divided by that of the busiest"
     parser.add_argument("--balancedness", type=fraction, default=1.0, help=text)
     hardware = parser.add_argument_group("hardware of a worker")
     text = "Type of device; by default cuda with --gpu or if this host has a GPU, else cpu"
