@@ -168,7 +168,8 @@ def windows(size: Size) -> str:
     text = (
         "After each window of load, both planners plan for its load. `mesh` may move 2% of the "
         "slots, or 5% if the load drifts by 30%; EPLB has no such limit. The load changes by "
-        "noise, or drifts towards the load of another kind of text. *Once* means a single window."
+        "noise, or drifts towards the load of another kind of text. Rows with *once* have only one "
+        "window."
     )
     return _titled(f"{size.windows} windows with changing load", head, lines, text)
 

@@ -49,7 +49,7 @@ WORKER_TEXTS = {
     "lora_requests_waiting": "Sequences waiting at a worker, by LoRA adapter",
     "steps_total": "Steps that an attention worker committed or an expert worker served",
     "steps_abandoned_total": "Steps that were abandoned and run again",
-    "steps_repeated_total": "Steps that ran again, because they exceeded an edge limit",
+    "steps_repeated_total": "Steps run again, as they needed more rows than an edge limit allows",
     "choices_stop_total": "Choices that ended at a stop string, stop token or end of sequence",
     "choices_length_total": "Choices that ended at their maximum length",
     "choices_abort_total": "Choices that were aborted",

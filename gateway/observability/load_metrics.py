@@ -22,7 +22,7 @@ def load_families(document: Mapping[str, Any], all_experts: bool) -> Iterator[Pl
     banks = document["banks"]
     yield {
         "name": "expert_tokens",
-        "text": "Tokens of committed steps by logical expert; `rest` sums all other experts",
+        "text": "Tokens of committed steps by logical expert; `rest` sums experts without a series",
         "type": "counter",
         "samples": [
             ["expert_tokens_total", {**_labels(bank), "expert": expert}, tokens]
