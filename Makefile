@@ -34,7 +34,7 @@ INSTALL = python=$$(sh .ci/find-python.sh) && \
 help:
 	@echo "make setup    .venv with what serving needs"
 	@echo "make serve    start a cluster and serve the bundled model (ARGS=\"--port 8080\")"
-	@echo "make check    ruff, import contracts, mypy, tests without processes (minutes)"
+	@echo "make check    ruff, import contracts, mypy, quick tests without processes (minutes)"
 	@echo "make test     make check, and tests with processes (PYTEST_ARGS=\"-k name\")"
 	@echo "make test-long  everything but GPU tests, for hours, or a part of it (PART=1)"
 	@echo "make setup-clients  .venv-clients with clients of other projects, Redis and Prometheus, for parts 6 and 7"
@@ -74,10 +74,11 @@ lint: $(VENV)/.stamp-test
 types: $(VENV)/.stamp-test
 	$(BIN)/mypy
 
-MARKS := not distributed and not ray and not gpu and not slow
+UNITS := not distributed and not ray and not gpu and not slow
+MARKS := $(UNITS) and not heavy
 PYTEST := PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest
-# Two processes with a compute thread each; the tests of a file stay together.
-PYTEST_TWO := $(PYTEST) -n 2 --dist loadfile
+# Two processes with a compute thread each. One that has no tests left takes some of the other.
+PYTEST_TWO := $(PYTEST) -n 2 --dist worksteal
 # Tests that PYTEST_ARGS selects may all be on one side of a division.
 NONE_IS_FINE = $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 
@@ -125,7 +126,7 @@ test-long: $(addprefix test-long-,$(if $(filter all,$(PART)),1 2 3 4 5 6 7 8 9 i
 test-long-instructions: $(VENV)/.stamp-test
 	for best in $$($(BIN)/python -c "$(LESS)"); do \
 		EXPERTMESH_MAX_INSTRUCTIONS=$$best ATEN_CPU_CAPABILITY=avx2 \
-			$(LONG) $(TWO) -m "$(MARKS)" $(NATIVE_TESTS) $(PYTEST_ARGS) || exit 1; \
+			$(LONG) $(TWO) -m "$(UNITS)" $(NATIVE_TESTS) $(PYTEST_ARGS) || exit 1; \
 	done
 
 test-long-8: $(VENV)/.stamp-test

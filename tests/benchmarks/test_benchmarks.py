@@ -40,6 +40,8 @@ from benchmarks.serving.throughput import QUICK, TINY, measure, random_model, re
 from tests.long import soak
 from workers.requests.request import SamplingParams
 
+pytestmark = pytest.mark.heavy
+
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
 

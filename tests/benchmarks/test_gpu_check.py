@@ -54,6 +54,8 @@ from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 from workers.requests.request import FinishReason, TokenLogprob
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 IN_PROCESSES = ("sockets", "collective")
 """Sections that start workers."""

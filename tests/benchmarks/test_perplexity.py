@@ -23,6 +23,8 @@ from benchmarks.engine.perplexity import (
 from cluster.launch.model_source import bundled_checkpoint
 from workers.model.loading.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.heavy
+
 NUM_WINDOWS = 4
 
 

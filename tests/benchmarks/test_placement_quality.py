@@ -23,6 +23,8 @@ from benchmarks.placement.measures import (
 from cluster.planner import eplb, mesh
 from cluster.planner.base import PlannedTopology
 
+pytestmark = pytest.mark.heavy
+
 DOMAINS = ("c4", "github", "arxiv", "book", "wikipedia")
 
 

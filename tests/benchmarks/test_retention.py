@@ -31,6 +31,8 @@ from benchmarks.simulated.retention import (
     working_set,
 )
 
+pytestmark = pytest.mark.heavy
+
 ONE_IN = 8
 """Blocks of which one is replayed: to save time."""
 

@@ -17,6 +17,8 @@ from tests.conformance.test_openapi import TOOLS, USER
 from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.stack import MODEL, WAIT_S, Stack
 
+pytestmark = pytest.mark.heavy
+
 PROMPT = "ROMEO:\nBut soft, what light"
 BASE: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "return_token_ids": True}
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}

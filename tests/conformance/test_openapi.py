@@ -18,6 +18,8 @@ from tests.gateway.responses.streams import PATH, respond, stream
 from tests.gateway.sse_client import read_events
 from tests.gateway.stack import MODEL, Stack
 
+pytestmark = pytest.mark.heavy
+
 USER = [{"role": "user", "content": "Who is there?"}]
 TOOLS: list[dict[str, Any]] = [
     {

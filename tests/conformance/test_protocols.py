@@ -17,6 +17,8 @@ from tests.gateway.sse_client import by_choice, parse_events
 from tests.gateway.stack import MODEL, Stack, running_stack
 from workers.requests.request import Request
 
+pytestmark = pytest.mark.heavy
+
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 PATHS = (CHAT, RESPONSES, MESSAGES)
 SYSTEM, QUESTION = "Be brief.", "Who is there?"

@@ -35,6 +35,8 @@ from tests.gateway.fakes import saying, tiny_tokenizer
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
 from tests.harness.faulty_files import FaultyFiles, FileCall
 
+pytestmark = pytest.mark.heavy
+
 KEY, OTHER = "first-key-first-key", "other-key-other-key"
 USER = [{"role": "user", "content": "hello"}]
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"

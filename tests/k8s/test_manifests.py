@@ -15,6 +15,8 @@ from tests.k8s.changes import CHANGES
 from tests.k8s.kuberay import GROUPS, K8S, OVERLAYS, Manifests, NoKubectl, matches
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.heavy
+
 Check = Callable[[Manifests], Iterator[str]]
 _WORDS = {"expertmesh", "public", "gateways", "monitoring", "nvidia", "Never"}
 """Values of settings that are words elsewhere too, of groups of kinds for example."""

@@ -16,6 +16,8 @@ from tests.gateway.stack import complete, running_stack
 from tests.k8s import checks_wiring, validator
 from tests.k8s.kuberay import K8S, OVERLAYS, Manifests, NoKubectl
 
+pytestmark = pytest.mark.heavy
+
 FOLDER = K8S / "monitoring"
 _NAME = re.compile(r"\bexpertmesh:([a-z_]+)")
 _OF_HISTOGRAMS = ("_bucket", "_count", "_sum")

@@ -23,6 +23,8 @@ from tests.harness.tiers import quick_rows
 from tests.paths import ROOT
 from workers.model.families.registry import FAMILIES
 
+pytestmark = pytest.mark.heavy
+
 MODELS = (ROOT / "docs" / "tutorial" / "models.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = README + MODELS

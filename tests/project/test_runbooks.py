@@ -18,6 +18,8 @@ from cluster.policy.progress import STEPS_WAIT
 from docs.generate.pages import PAGES as GENERATED
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.heavy
+
 DOCS = ROOT / "docs"
 PAGES = sorted(
     str(page.relative_to(DOCS)) for page in DOCS.glob("*/*.md") if page.name not in GENERATED

@@ -12,6 +12,8 @@ from tests.harness.tiers import quick_rows
 from tests.simulation.bugs import BUGS
 from tests.simulation.coverage import OCCURRENCES
 
+pytestmark = pytest.mark.heavy
+
 NUM_SEEDS = 12
 """Seeds of each part."""
 MANY = range(1000, 1500, 100)

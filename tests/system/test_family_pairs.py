@@ -19,6 +19,8 @@ from tests.harness.golden_clusters import check_greedy, float32_config
 from tests.harness.option_matrix import Choice, pairs_of, pairwise
 from tests.reference.goldens import DOTS1_VARIANTS, JETMOE_VARIANTS, OLMOE_VARIANTS, Golden
 
+pytestmark = pytest.mark.heavy
+
 OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "layout": ((1, 1), (1, 3), (2, 2), (2, 3), (3, 4)),
     "mode": ("disaggregated", "colocated"),

@@ -20,6 +20,8 @@ from tests.harness.option_matrix import (
 )
 from workers.requests.request import Request, SamplingParams, TokenLogprob, TokenOutput
 
+pytestmark = pytest.mark.heavy
+
 PICKED = pairwise(list(all_choices()))
 
 

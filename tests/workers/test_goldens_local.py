@@ -41,6 +41,8 @@ from tests.reference.parity import (
 from tests.workers.native.builds import NAMES, library
 from workers.requests.inspection import InspectionParams
 
+pytestmark = pytest.mark.heavy
+
 INSTRUCTIONS: tuple[str, ...] = (*NAMES, "torch")
 VARIANTS = (*ALL_VARIANTS, *RANDOM_VARIANTS)
 TYPICAL = {v for v in ALL_VARIANTS if v.endswith(("official-like", "olmoe-base", "jetmoe-tied"))}

@@ -33,6 +33,8 @@ from tests.cluster.controller.fakes_cluster import FakeCluster
 from tests.cluster.controller.load_reports import load_of
 from tests.harness.tiers import quick_rows
 
+pytestmark = pytest.mark.heavy
+
 STATES = {"STARTING", "SERVING", "DEGRADED", "RECOVERING", "DRAINING", "STOPPED"}
 
 

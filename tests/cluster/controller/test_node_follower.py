@@ -21,6 +21,8 @@ from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.test_drain import load_all, say_requests, switch
 from tests.cluster.controller.test_drain_memory import restart, running, take_all
 
+pytestmark = pytest.mark.heavy
+
 FOLLOWING = dataclasses.replace(
     CONFIG, workers=WorkersSection(follow_nodes=True, num_attention_workers=2)
 )

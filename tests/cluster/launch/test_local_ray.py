@@ -19,6 +19,8 @@ from cluster.launch.local_ray import (
     private_environment,
 )
 
+pytestmark = pytest.mark.heavy
+
 
 def test_the_folder_is_private_short_and_new() -> None:
     one, two = make_temp_dir(), make_temp_dir()

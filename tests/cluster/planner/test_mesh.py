@@ -26,6 +26,8 @@ from tests.cluster.planner.planner_cases import (
     problems,
 )
 
+pytestmark = pytest.mark.heavy
+
 PROPERTY = settings(max_examples=25, deadline=None)
 BUDGETS = st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0])
 

@@ -20,6 +20,8 @@ from protos import admin_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
 from tests.gateway.stack import WAIT_S, Stack, running_stack
 
+pytestmark = pytest.mark.heavy
+
 CLIENT = {"authorization": "Bearer secret"}
 ROOT = {"authorization": "Bearer root"}
 BY_EXPERT = ("/cluster/v1/load", "/cluster/v1/placement", "/dashboard/api/load")

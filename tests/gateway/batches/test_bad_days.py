@@ -51,6 +51,8 @@ from tests.harness.faulty_files import (
     each_fault,
 )
 
+pytestmark = pytest.mark.heavy
+
 IDS = [f"id-{number}" for number in range(30)]
 ONE_SEAT = BatchTuning(poll_s=0.02, retry_s=3600.0, max_batches=1)
 

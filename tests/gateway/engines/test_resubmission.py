@@ -32,6 +32,8 @@ from tests.gateway.sse_client import by_choice, read_events
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
 from workers.requests.request import Request, SoloStage
 
+pytestmark = pytest.mark.heavy
+
 
 class Workers:
     """Scripted workers behind one gateway, which come and go."""

@@ -27,6 +27,8 @@ from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.stack import WAIT_S, Stack, running_stack
 from tests.harness.http2_client import DATA, Http2Client
 
+pytestmark = pytest.mark.heavy
+
 CODES = grpc.StatusCode
 WATCH, CHECK = "/grpc.health.v1.Health/Watch", "/grpc.health.v1.Health/Check"
 GENERATE, STREAM = "/expertmesh.v1.Inference/Generate", "/expertmesh.v1.Inference/GenerateStream"

@@ -20,6 +20,8 @@ from tests.gateway.fakes import EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE
 from tests.gateway.http.test_convert import NEUTRAL, UNBUILT
 from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_stack
 
+pytestmark = pytest.mark.heavy
+
 INVALID = "invalid_request_error"
 COMPLETIONS = "/v1/completions"
 

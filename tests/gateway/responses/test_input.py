@@ -23,6 +23,8 @@ from tests.gateway.responses.test_streams import NOW, PATCH, WEATHER
 from tests.gateway.stack import Stack, post, running_stack
 from workers.requests.request import GrammarKind
 
+pytestmark = pytest.mark.heavy
+
 RESPONSE_ID = "resp_" + "0" * 32
 USER = {"role": "user", "content": "hi"}
 CALL = {"type": "function_call", "call_id": "c1", "name": "now", "arguments": '{"a":1}'}

@@ -11,6 +11,8 @@ from cluster.core.errors import QueueFullError, RequestError
 from gateway.core.tool_use import ToolCallFormat
 from gateway.text.client_templates import MAX_WAITING, ClientTemplateRenderer, RenderedTemplate
 
+pytestmark = pytest.mark.heavy
+
 USER = [{"role": "user", "content": "hi"}]
 LOOP = "{% for i in range(99999) %}"
 FOREVER = f"{LOOP}{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}{{% endfor %}}"

@@ -17,6 +17,8 @@ from gateway.text.long_text_encoder import LongTextEncoder
 from gateway.text.tokenizer import Tokenizer, load_tokenizer
 from tests.paths import DEMO
 
+pytestmark = pytest.mark.heavy
+
 FILE = DEMO / "tokenizer.json"
 TEXT = "ROMEO: so it is, \u8a9e \U0001f600\n" * 2000
 

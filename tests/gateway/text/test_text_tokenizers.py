@@ -20,6 +20,8 @@ from gateway.text.detokenizer import (
 from gateway.text.tokenizer import Tokenizer
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.heavy
+
 SCRIPTS = (
     (0x20, 0x7F),
     (0xA1, 0x17F),

@@ -16,6 +16,8 @@ from gateway.text.tokenizer import load_tokenizer
 from gateway.text.tokenizer_files import read_tokenizer_files
 from tests.gateway.fakes import tiny_backend
 
+pytestmark = pytest.mark.heavy
+
 MESSAGES = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 ENTRIES: tuple[Any, ...] = (

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from workers.beams.search import BeamSearch
 from workers.requests.request import BeamParams, EarlyStopping, TokenLogprob
 
+pytestmark = pytest.mark.heavy
+
 Tokens = tuple[int, ...]
 Model = Callable[[Tokens], Sequence[float]]
 """Log-probabilities of all tokens behind an output."""

@@ -13,6 +13,8 @@ from tests.workers.model.test_attention import plain
 from workers.cuda.decode_attention import decode, num_splits
 from workers.cuda.prefill_attention import prefill
 
+pytestmark = pytest.mark.heavy
+
 BLOCK = 4
 LIMITS = {torch.float32: 1e-5, torch.float16: 0.005, torch.bfloat16: 0.03}
 SLOW = pytest.mark.slow

@@ -22,6 +22,8 @@ from workers.model.cuda.cuda_sublayer import CudaAttentionSublayer, choice_of
 from workers.model.layers import Linear, rms_norm
 from workers.model.routing import Router, Routing
 
+pytestmark = pytest.mark.heavy
+
 DTYPES = [torch.float32, torch.bfloat16]
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.04}
 """Of numbers of some units: a last bit of bfloat16, as sums have another order."""

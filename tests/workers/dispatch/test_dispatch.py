@@ -34,6 +34,8 @@ from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
 
+pytestmark = pytest.mark.heavy
+
 BANKS = (make_bank(0), make_attention_bank(1), make_bank(2, num_experts=6, top_k=3, width=24))
 MODES: tuple[CombineMode, ...] = ("sum", "per_slot")
 TRANSPORTS: tuple[TransportName, ...] = ("sockets", "collective")

@@ -31,6 +31,8 @@ from workers.model.layers import Dispatch
 from workers.requests.step_header import ALL_ROWS, StepHeader
 from workers.transport.transport import ExpectedMessage, RowMessage, Tag
 
+pytestmark = pytest.mark.heavy
+
 __all__ = ["nccl"]
 
 BANKS = (make_bank(0, num_experts=12), make_bank(1, num_experts=10, width=24))

@@ -30,6 +30,8 @@ from workers.requests.step_header import Grant, StepHeader
 from workers.requests.traced import StepParents
 from workers.scheduling.step_plan import RowsWanted
 
+pytestmark = pytest.mark.heavy
+
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 

@@ -44,6 +44,8 @@ from workers.requests.step_header import Grant
 from workers.scheduling.scheduler import Scheduler
 from workers.scheduling.step_intent import StepIntent
 
+pytestmark = pytest.mark.heavy
+
 OF_EACH_KIND = (
     *("olmoe-base", "dots1-swa", "jetmoe-tied", "gptoss-base", "deepseekv3-base"),
     "qwen3next-base",

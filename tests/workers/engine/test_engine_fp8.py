@@ -20,6 +20,8 @@ from tests.workers.kv.transfer.test_store import NUM_BLOCKS, PROMPT, copy, reque
 from workers.requests.inspection import InspectionParams
 from workers.requests.request import Request, SamplingParams
 
+pytestmark = pytest.mark.heavy
+
 FAMILIES = ["olmoe-norm-gqa-clip", "dots1-groups", "jetmoe-tied", "deepseekv3-base"]
 KERNELS: tuple[Kernels, ...] = ("auto", "torch")
 KINDS: tuple[KvCacheDType, ...] = ("auto", "fp8")

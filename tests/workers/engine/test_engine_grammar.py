@@ -26,6 +26,8 @@ from workers.requests.request import (
     TokenOutput,
 )
 
+pytestmark = pytest.mark.heavy
+
 _LOADED = load_tokenizer(str(DEMO))
 assert _LOADED is not None
 TOKENIZER = _LOADED

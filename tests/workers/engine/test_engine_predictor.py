@@ -34,6 +34,8 @@ from workers.requests.sequence import SequenceState
 from workers.speculation.acceptance import Acceptance
 from workers.speculation.speculator import Speculator
 
+pytestmark = pytest.mark.heavy
+
 MTP = SpeculationSection(speculative_method="mtp")
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 SAMPLED = [

@@ -21,6 +21,8 @@ from workers.engine.engine import Engine
 from workers.requests.block_hash import block_hashes
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 
+pytestmark = pytest.mark.heavy
+
 ON = EngineSection(block_size_tokens=4)
 OFF = replace(ON, enable_prefix_caching=False)
 SYSTEM = tuple(random.Random(1).choices(range(3, 95), k=33))

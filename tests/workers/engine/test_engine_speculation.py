@@ -34,6 +34,8 @@ from workers.requests.step_header import Grant
 from workers.scheduling.scheduler import Scheduler
 from workers.speculation.acceptance import Acceptance
 
+pytestmark = pytest.mark.heavy
+
 NGRAM = SpeculationSection(
     speculative_method="ngram", num_speculative_tokens=5, ngram_min=1, ngram_max=3
 )

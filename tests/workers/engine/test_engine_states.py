@@ -18,6 +18,8 @@ from tests.reference.exact import exact
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from workers.requests.request import Request, SamplingParams, TokenOutput
 
+pytestmark = pytest.mark.heavy
+
 BLOCK = 4
 SECTION = EngineSection(
     block_size_tokens=BLOCK, max_num_seqs=6, max_num_batched_tokens=24, deterministic="on"

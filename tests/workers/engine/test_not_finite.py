@@ -24,6 +24,8 @@ from tests.reference.exact import exact
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 
+pytestmark = pytest.mark.heavy
+
 BAD = 95
 PARAMS = SamplingParams(
     max_tokens=6, temperature=0.0, logprobs=2, ignore_eos=True, logit_bias=((BAD, -1e4),)

@@ -33,6 +33,8 @@ from workers.model.loading.checkpoint import Checkpoint
 from workers.model.weighting import weighted_sum
 from workers.quantization.matrix import plain
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 KINDS = ["packed", "padded", "blocks", "loop 0", "loop 1", "loop 2", "native"]
 

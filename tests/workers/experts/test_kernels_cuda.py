@@ -26,6 +26,8 @@ from workers.experts.kernels_cuda import CudaExperts
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.model.weighting import weighted_sum
 
+pytestmark = pytest.mark.heavy
+
 LIMITS = {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}
 SLOW = pytest.mark.slow
 

@@ -25,6 +25,8 @@ from workers.model.loading.checkpoint import Checkpoint
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix, Weight, parts_of
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 PLACES = {"torch": DequantizingExperts, "native": NativeExperts, "cuda": CudaExperts}

@@ -33,6 +33,8 @@ from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
 from workers.sampling.sampler import logprob_entries
 
+pytestmark = pytest.mark.heavy
+
 VARIANTS = (
     "olmoe-base",
     "olmoe-norm-gqa-clip",

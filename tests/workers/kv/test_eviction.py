@@ -11,6 +11,8 @@ from workers.kv.eviction import EvictionOrder
 from workers.kv.reuse_rates import NEW_RATE, USED_RATE
 from workers.kv.turns import NO_HINTS, KeepHints, Turn
 
+pytestmark = pytest.mark.heavy
+
 
 def order_of(*chains: str, used_rate: float = USED_RATE) -> EvictionOrder:
     """Free blocks, named by letters, each chain's end freed first."""

@@ -18,6 +18,8 @@ from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from workers.model.config import ModelConfig
 from workers.requests.request import Request
 
+pytestmark = pytest.mark.heavy
+
 AnyGolden = Callable[[str], Golden]
 Bits = dict[str, tuple[object, ...]]
 

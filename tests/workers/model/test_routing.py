@@ -17,6 +17,8 @@ from workers.model.layers import Linear
 from workers.model.native.native_sublayer import routing_fields
 from workers.model.routing import Router, Routing, Scoring
 
+pytestmark = pytest.mark.heavy
+
 GAP = 1e-4
 """Scores nearer to each other than this may come in any order."""
 LOGITS = st.floats(-6, 6, width=32)

@@ -22,6 +22,8 @@ from workers.model import torch_private
 from workers.model.torch_private import check_version, coalesced, connect_nccl_group, has_failed
 from workers.transport.nccl_environment import NCCL_ENVIRONMENT
 
+pytestmark = pytest.mark.heavy
+
 TORCH = Path(torch.__file__).parent
 CPU = torch.device("cpu")
 

@@ -16,6 +16,8 @@ from workers.sampling.draws import NONE_ALLOWED, NOT_FINITE, draw
 from workers.sampling.logits_processors import SamplingRow
 from workers.sampling.sampler import logprob_entries_by_row
 
+pytestmark = pytest.mark.heavy
+
 SIZES = [1, 2, 15, 16, 17, 255, 256, 257, 1000, 4097, 50304, 70001]
 """Vocabularies around the widths of vectors, of spans of sums and of the levels of the walk."""
 DTYPES = [torch.float32, torch.bfloat16]

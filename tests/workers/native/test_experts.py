@@ -13,6 +13,8 @@ from workers.native.experts import ExpertShape, SlotTable, expert_pairs, expert_
 from workers.native.panels import pack
 from workers.native.thread_team import ThreadTeam
 
+pytestmark = pytest.mark.heavy
+
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [(32, 16, 32), (64, 48, 96), (33, 17, 31), (1, 1, 1), (130, 70, 258), (256, 128, 512)]
 """in, inner, out; the third to the fifth are no multiples of anything."""

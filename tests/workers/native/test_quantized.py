@@ -18,6 +18,8 @@ from workers.native.thread_team import ThreadTeam
 from workers.quantization.formats import WeightFormat
 from workers.quantization.rounding import candidates
 
+pytestmark = pytest.mark.heavy
+
 DTYPES = [torch.float32, torch.bfloat16]
 FORMATS = [*KNOWN, candidates(KNOWN[-1], 24)[1]]
 SHAPES = [(70, 66), (33, 258), (2, 8), (64, 1034)]

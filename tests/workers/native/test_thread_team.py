@@ -19,6 +19,8 @@ from workers.native.matrix import Matrix
 from workers.native.panels import pack
 from workers.native.thread_team import ThreadTeam, start_kernels
 
+pytestmark = pytest.mark.heavy
+
 
 def native_threads() -> set[str]:
     """Threads of this process that Python did not start, by number."""

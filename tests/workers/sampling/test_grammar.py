@@ -22,6 +22,8 @@ from workers.requests.request import Grammar, GrammarKind, GrammarPart
 from workers.sampling.grammar import CompiledGrammar
 from workers.sampling.grammar_compiler import GrammarCompiler
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = Checkpoint(DEMO).config
 VOCAB = CONFIG.vocab_size
 EOS = CONFIG.eos_token_ids[0]

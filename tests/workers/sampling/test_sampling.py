@@ -26,6 +26,8 @@ from workers.sampling.sampler import (
     logprob_entries_by_row,
 )
 
+pytestmark = pytest.mark.heavy
+
 NUM_DRAWS = 4000
 VOCAB = 12
 

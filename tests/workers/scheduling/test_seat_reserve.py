@@ -15,6 +15,8 @@ from workers.requests.sequence import SequenceState
 from workers.scheduling.scheduler import Scheduler
 from workers.scheduling.seat_reserve import SeatReserve
 
+pytestmark = pytest.mark.heavy
+
 SEATS = 32
 """Two of which are left free."""
 

@@ -21,7 +21,7 @@ from tests.gateway.stack import Stack, running_stack
 from tests.harness.certificates import Certificates
 from workers.requests.request import Request
 
-pytestmark = pytest.mark.usefixtures("state_home")
+pytestmark = [pytest.mark.usefixtures("state_home"), pytest.mark.heavy]
 
 SMALL = ["--num-prompts", "5", "--random-input-len", "7", "--random-output-len", "4"]
 

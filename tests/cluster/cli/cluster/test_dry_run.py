@@ -16,7 +16,7 @@ from gateway.state.folder import check_folder, open_folder
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
 from tests.paths import ROOT
 
-pytestmark = pytest.mark.usefixtures("state_home", "check_in_process")
+pytestmark = [pytest.mark.usefixtures("state_home", "check_in_process"), pytest.mark.heavy]
 PORTS = ("--port", "0", "--grpc-port", "0")
 MODELS = ROOT / "benchmarks" / "models"
 

@@ -14,6 +14,8 @@ from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.parser import with_flags
 from tests.cluster.cli.exits import exit_code
 
+pytestmark = pytest.mark.heavy
+
 WRONG = ("", "x?", "10s", "8Q", "1e400", "nan", "-1", "1_0", "9" * 30, "\x00")
 
 

@@ -32,6 +32,8 @@ from gateway.auth.auth import make_key_rings
 from tests.cluster.launch.test_state_file import record
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.heavy
+
 MODEL = ModelSource(folder=Path("/models/m"), name="m")
 
 

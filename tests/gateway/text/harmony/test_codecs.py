@@ -28,6 +28,8 @@ from tests.gateway.stack import WAIT_S, Stack, post, running_stack
 from tests.gateway.text.harmony.examples import PLAN, PLAN_ARGUMENTS, SUM, WORDS_BEFORE_CALL
 from tests.gateway.text.tool_formats.test_tools import CHAT, TOOLS, USER
 
+pytestmark = pytest.mark.heavy
+
 TEMPLATE = (
     "{% if tools %}<|start|>developer<|message|>{{ tools[0].function.name }}<|end|>{% endif %}"
     "{% for m in messages %}<|start|>{{ m.role }}"

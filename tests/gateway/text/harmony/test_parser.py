@@ -31,6 +31,8 @@ from tests.gateway.text.harmony.examples import (
     WORDS_BEFORE_CALL,
 )
 
+pytestmark = pytest.mark.heavy
+
 ROLE_FIRST = (
     "<|channel|>analysis<|message|>Run it.<|end|><|start|>assistant to=functions.python<|channel|>"
     'commentary<|message|>{"code": "1 < 2"}<|call|>'

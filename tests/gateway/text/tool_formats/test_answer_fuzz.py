@@ -40,6 +40,8 @@ from tests.gateway.text.tool_formats.examples import (
     written,
 )
 
+pytestmark = pytest.mark.heavy
+
 FORMS = (*ToolCallFormat, None)
 FEW, MANY = 110, 10_000
 _WORD = re.compile(r"w\d{4}[éß字ж😀]?x")

@@ -17,6 +17,8 @@ from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece, ParsedT
 from tests.gateway.text.tool_formats.examples import MARKS, USE, WEATHER, read, written
 from tests.harness.tiers import quick_rows
 
+pytestmark = pytest.mark.heavy
+
 FORMS = sorted(SYNTAXES, key=lambda form: form.name)
 QUICK = {ToolCallFormat.HERMES, ToolCallFormat.GLM}
 PAIR_FORMS = [form for form in FORMS if SYNTAXES[form].pairs is not None]

@@ -30,6 +30,8 @@ from tests.gateway.anthropic.test_messages import put_together
 from tests.gateway.text.tool_formats.test_answer_fuzz import FORMS, MANY, Case, Writer, token_pieces
 from workers.requests.request import FinishReason, Request
 
+pytestmark = pytest.mark.heavy
+
 FEW = 66
 BORDERS = 12
 _USAGE = Usage(prompt_tokens=1, completion_tokens=1)

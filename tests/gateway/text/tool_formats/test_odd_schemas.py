@@ -17,6 +17,8 @@ from tests.gateway.text.tool_formats.examples import written
 from tests.gateway.text.tool_formats.test_answer_grammar import PAIR_FORMS, Vocabulary
 from tests.gateway.text.tool_formats.test_tool_schemas import grammar_of, use_of
 
+pytestmark = pytest.mark.heavy
+
 FORMS = [ToolCallFormat.HERMES, *PAIR_FORMS]
 
 

@@ -28,6 +28,8 @@ from tests.gateway.text.tool_formats.test_answer_grammar import PAIR_FORMS, Voca
 from tests.paths import DATA
 from workers.requests.request import Grammar
 
+pytestmark = pytest.mark.heavy
+
 FORMS = [ToolCallFormat.HERMES, *PAIR_FORMS]
 _MAX_TOKENS = 1000
 _CLOSERS = '<>"}]\n,:@'

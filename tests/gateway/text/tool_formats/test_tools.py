@@ -28,6 +28,8 @@ from tests.gateway.stack import MODEL, WAIT_S, Stack, post, running_stack
 from workers.requests.request import Grammar, GrammarKind
 from workers.sampling.grammar_compiler import GrammarCompiler
 
+pytestmark = pytest.mark.heavy
+
 TEMPLATE = (
     "{% if tools %}{% for tool in tools %}tool {{ tool.function.name }}\n{% endfor %}{% endif %}"
     "{% for message in messages %}"

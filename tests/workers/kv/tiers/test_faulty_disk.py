@@ -19,6 +19,8 @@ from tests.workers.kv.tiers.test_host import BLOCK_BYTES, data_of, leave, names_
 from workers.kv.tiers.disk import DiskTier
 from workers.kv.tiers.folders import claim_folder
 
+pytestmark = pytest.mark.heavy
+
 KINDS = pytest.mark.parametrize("kinds", [FEW_FAULTS, pytest.param(FAULTS, marks=pytest.mark.slow)])
 TURNS = ("abc", "xyz", "xyw")
 

@@ -22,6 +22,8 @@ from workers.requests.block_hash import block_hashes, state_key
 from workers.requests.inspection import InspectionParams
 from workers.requests.request import Request, SamplingParams, TokenOutput
 
+pytestmark = pytest.mark.heavy
+
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, logprobs=2, ignore_eos=True)
 PROMPT = tuple(3 + i % 50 for i in range(75))
 NUM_BLOCKS = 4

@@ -42,6 +42,8 @@ from workers.model.layers import gated_activation, row_sigmoid
 from workers.model.loading.attention_model import load_attention_model
 from workers.model.loading.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 SWIGLU = ExchangeSpec(index=0, name="mlp", in_width=24, out_width=24, expert_width=16)
 DTYPES = [torch.float32, torch.bfloat16]

@@ -12,6 +12,8 @@ import torch
 from tests.workers.native.builds import NAMES, library
 from workers.model.batch_invariant.numerics import arithmetic_of, torch_digest
 
+pytestmark = pytest.mark.heavy
+
 
 def digest_elsewhere(with_products: bool, **environment: str) -> str:
     """``torch_digest`` of another process with one thread."""

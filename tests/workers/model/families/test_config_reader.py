@@ -23,6 +23,8 @@ from workers.model.families.latent.family import LatentFamily
 from workers.model.families.registry import load_family
 from workers.model.families.routed.jetmoe import JetMoeFamily
 
+pytestmark = pytest.mark.heavy
+
 DOTS1: Mapping[str, Any] = {
     "model_type": "dots1",
     "hidden_size": 32,

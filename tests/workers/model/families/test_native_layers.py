@@ -31,6 +31,8 @@ from workers.requests.step_header import StepHeader
 from workers.sampling.best_tokens import finite_rows
 from workers.scheduling.step_plan import StepPlan
 
+pytestmark = pytest.mark.heavy
+
 SCORED = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3)
 PROMPTS = [tuple(range(3, 40)), (5, 9, 11), tuple(range(60, 40, -1)), (7,)]
 VARIANTS = [

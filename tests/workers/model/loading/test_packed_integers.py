@@ -23,6 +23,8 @@ from workers.model.loading.checkpoint_summary import check_checkpoint
 from workers.quantization.matrix import QuantizedMatrix
 from workers.requests.request import Request, SamplingParams
 
+pytestmark = pytest.mark.heavy
+
 EXPERT = "model.layers.0.mlp.experts.3"
 
 

@@ -30,6 +30,8 @@ from workers.model.building_blocks import BuildingBlocks
 from workers.model.layers import LayerContext
 from workers.model.native.blocks import NativeBlocks
 
+pytestmark = pytest.mark.heavy
+
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -37,6 +37,8 @@ from workers.model.native.blocks import NativeBlocks
 from workers.model.rope import Rope, RopeConfig
 from workers.model.routing import Router, Routing, Scoring
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 BLOCK = 4
 HIDDEN = 48

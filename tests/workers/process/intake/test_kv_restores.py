@@ -34,6 +34,8 @@ from workers.process.intake.lower_tiers import LowerTiers, open_tiers
 from workers.requests.block_hash import block_hashes
 from workers.requests.request import Request
 
+pytestmark = pytest.mark.heavy
+
 MIB = 2**20
 ALONE = EngineSection(deterministic="on", enable_prefix_caching=False)
 """Every prompt is computed from its first token."""
