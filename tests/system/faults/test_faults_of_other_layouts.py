@@ -52,6 +52,7 @@ def test_the_one_worker_of_threads() -> None:
         whole(cluster)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("form", FORMS)
 def test_the_one_worker(form: Form) -> None:

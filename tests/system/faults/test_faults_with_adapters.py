@@ -146,6 +146,7 @@ def test_a_killed_worker(layout: str, form: Form, modules: tuple[str, ...]) -> N
         play_until(cluster, form, modules, lambda: kill_any(cluster, role, draw))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_killed_worker_while_an_adapter_is_unloaded(modules: tuple[str, ...]) -> None:
     """Requests of the lost worker go on with it at the other one."""

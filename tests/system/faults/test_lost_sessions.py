@@ -18,6 +18,7 @@ from tests.harness.conversation import (
 from tests.harness.fault_rows import kill, whole
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_session_survives_its_worker_between_turns_and_within_one() -> None:
     expected = undisturbed(40, 40, LONG, 40)
