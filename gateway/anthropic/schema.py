@@ -21,7 +21,7 @@ class CacheControlParam(StrictBody):
     """Marks the prompt up to this block for reuse."""
 
     type: Literal["ephemeral"]
-    ttl: str | None = Field(default=None, description="`5m` (default) or `1h`: see `cache_ttl`")
+    ttl: str | None = Field(default=None, description="`5m` (default) or `1h`; the longest is used")
 
 
 class ContentBlockParam(StrictBody):

@@ -69,8 +69,10 @@ class ChatStreamOptionsBody(StrictBody):
 class JsonSchemaBody(StrictBody):
     """``response_format.json_schema``."""
 
-    name: Any = Field(default=None, description="gpt-oss: is in the prompt, like the schema")
-    description: Any = Field(default=None, description="gpt-oss: is in the prompt, like the schema")
+    name: Any = Field(default=None, description="gpt-oss gets it in the prompt, with the schema")
+    description: Any = Field(
+        default=None, description="gpt-oss gets it in the prompt, with the schema"
+    )
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
 
 
@@ -149,7 +151,8 @@ class PromptCacheOptionsBody(StrictBody):
 
     mode: str | None = Field(default=None, description="ignored: all prefixes are cached")
     ttl: str | None = Field(
-        default=None, description="as `cache_ttl`, for example `30m`; lowered to the limit"
+        default=None,
+        description="default of `cache_ttl`, such as `30m`; at most `--max-cache-ttl-s`",
     )
 
 
@@ -167,7 +170,8 @@ class RetentionBody(StrictBody):
     )
     prompt_cache_options: PromptCacheOptionsBody | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
-        default=None, description="`24h`: like a `ttl` of `24h`; a `ttl` takes precedence"
+        default=None,
+        description="`24h`: like `24h` in `prompt_cache_options.ttl`, which takes precedence",
     )
 
 

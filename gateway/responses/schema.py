@@ -95,8 +95,10 @@ class TextFormatBody(StrictBody):
     """``text.format``."""
 
     type: str = Field(description="`text`, `json_object` or `json_schema`")
-    name: Any = Field(default=None, description="gpt-oss: is in the prompt, like the schema")
-    description: Any = Field(default=None, description="gpt-oss: is in the prompt, like the schema")
+    name: Any = Field(default=None, description="gpt-oss gets it in the prompt, with the schema")
+    description: Any = Field(
+        default=None, description="gpt-oss gets it in the prompt, with the schema"
+    )
     schema_: dict[str, Any] | str | None = Field(default=None, alias="schema")
     strict: bool | None = Field(default=None, description="ignored: schemas are always enforced")
 
