@@ -280,7 +280,7 @@ class DrainWorkerRequest(_message.Message):
     node: _builtins.str
     """node whose workers are all drained"""
     deadline_s: _builtins.float
-    """time limit; 0: 120 s. After it the drain fails, undone"""
+    """time limit; 0: 120 s. Then the drain fails and is undone"""
     force: _builtins.bool
     """instead of failing, stop the worker at the limit"""
     request_id: _builtins.str

@@ -83,7 +83,7 @@ class _TextError:
 
 
 class RequestError(_TextError, ExpertMeshError):
-    """The request is invalid; ``param`` names the field, ``code`` the reason for programs."""
+    """The request is invalid; ``param`` names the field, ``code`` states the reason."""
 
     default_code = "invalid_value"
 
