@@ -331,7 +331,9 @@ def report(found: Found) -> str:
         "kind and status; *left*: the client hung up."
     )
     failures = (
-        "; ".join(found.failures()) or "no process grew, and no request, block or stream was left"
+        "; ".join(found.failures())
+        or f"no process grew by more than {GROWTH_LIMIT:.0%}, "
+        "and no request, block or stream was left"
     )
     return "\n\n".join(
         [
