@@ -77,13 +77,14 @@ types: $(VENV)/.stamp-test
 UNITS := not distributed and not ray and not gpu and not slow
 MARKS := $(UNITS) and not heavy
 PYTEST := PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest
-# Two processes with a compute thread each. One that has no tests left takes some of the other.
-PYTEST_TWO := $(PYTEST) -n 2 --dist worksteal
+# Processes with a compute thread each: one more than processors, as tests also wait, at most 8.
+# One that has no tests left takes some of another.
+PYTEST_MANY := $(PYTEST) -n $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8))) --dist worksteal
 # Tests that PYTEST_ARGS selects may all be on one side of a division.
 NONE_IS_FINE = $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 
 units: $(VENV)/.stamp-test
-	$(PYTEST_TWO) -m "$(MARKS)" $(PYTEST_ARGS) $(NONE_IS_FINE)
+	$(PYTEST_MANY) -m "$(MARKS)" $(PYTEST_ARGS) $(NONE_IS_FINE)
 
 check: $(VENV)/.stamp-test
 	@$(MAKE) --no-print-directory -j 3 lint types units
