@@ -326,10 +326,10 @@ def _words(case: Case, model: RandomModel) -> str:
         f"{model.vocab}. Its weights are such that the output copies the prompt, or copies it with "
         f"changed tokens. Prompts and outputs have {case.num_tokens} tokens; tokens/s count while "
         f"all requests decode. Values are medians of {case.repeats} runs; ratios are medians of "
-        "the ratios within a run. CPU time counts all threads, prefills included. *draft tokens* "
-        "is their number in one run, *tokens in a step* the mean number of tokens that a step with "
-        "drafts gives a sequence, and *other load* the number of CPU cores that other processes "
-        "used."
+        "the ratios within a run. CPU time counts all threads, prefills included. *without / "
+        "with* and *with / without* are ratios. *draft tokens* is the number of draft tokens in "
+        "one run, *tokens in a step* the mean number of tokens that a step with drafts gives a "
+        "sequence, and *other load* the number of CPU cores that other processes used."
     )
 
 

@@ -8,14 +8,14 @@ from gateway.core.errors import ERROR_TABLE, ErrorReport, RouteError, report_err
 
 _INTRODUCTION = """How an exception reaches a client: over HTTP as the status and the error object
 (`error.type`, `error.code`), over gRPC as the code and the reason of `ErrorInfo`, which equals
-`error.code`. The first row that fits holds; the last two rows are exceptions to earlier ones. Any
-exception not in the table is an internal error: the client sees `internal_error` with the id of its
-request. [Anthropic's Messages](messages.md#errors) have an error object of their own, with the same
-status. [Rules of gRPC](grpc.md#rules) and [Overload](../explanation/overload.md#overload) say when
-to send a request again."""
+`error.code`. The first row whose class matches the exception applies, but the last two rows have
+precedence. Code "varies" means that the exception sets it. For any exception not in the table, the
+client gets `internal_error` with the id of its request. [Anthropic's Messages](messages.md#errors)
+have an error object of their own, with the same status. [Rules of gRPC](grpc.md#rules) and
+[Overload](../explanation/overload.md#overload) say when to send a request again."""
 _SPECIAL = (
-    ("`RouteError` of another method", RouteError("", 405)),
-    ("`DeadlineExceededError` of a request that ran", DeadlineExceededError("", True)),
+    ("`RouteError` if only the method is wrong", RouteError("", 405)),
+    ("`DeadlineExceededError` with `started`", DeadlineExceededError("", True)),
 )
 
 
