@@ -24,5 +24,5 @@ def test_a_leader_that_gets_no_proposal_of_a_rank_goes_on_without_it(form: Form)
         played = play(cluster, form, random.Random(1), lambda: deafen(*pids))
         assert played.num_resubmitted > 0
         reason = cluster.worker(other)["reason"]
-        assert f"waits for {other}" in reason, reason
+        assert f"waiting for {other}" in reason, reason
         assert whole(cluster)["experts_complete"]
