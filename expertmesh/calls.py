@@ -53,9 +53,9 @@ class Transport(Protocol):
 
 
 class AsyncCalls:
-    """Asynchronous methods of a client. Every call raises ``APIError`` or a subclass.
+    """Asynchronous methods of a client. ``lora_request`` names the adapter of a call.
 
-    ``lora_request`` of a call names the adapter that it uses.
+    Failed calls raise ``APIError`` or a subclass; some invalid arguments raise ``ValueError``.
 
     Args:
         transport: sends the calls to the model.
@@ -213,7 +213,7 @@ class SyncCalls:
     """``AsyncCalls`` for synchronous programs. Thread-safe. Close it, preferably by ``with``.
 
     Args:
-        make: makes the asynchronous methods, on an event loop in its own thread.
+        make: makes the ``AsyncCalls``. It and all calls run on an event loop in another thread.
     """
 
     def __init__(self, make: Callable[[], AsyncCalls]) -> None:

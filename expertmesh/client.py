@@ -19,11 +19,11 @@ class AsyncClient(AsyncCalls):
     """Asynchronous client of a cluster. Construct and close it on the event loop that uses it.
 
     Args:
-        base_url: ``http[s]://`` or ``grpc[s]://`` (s: TLS), host, port; over HTTP also ``/v1``.
+        base_url: ``http[s]://host:port[/v1]`` or ``grpc[s]://host:port``; ``s`` selects TLS.
         options: see ``ClientOptions``.
 
     Raises:
-        ValueError: an option is invalid, or ``base_url`` is, or has no TLS but TLS options.
+        ValueError: an option or ``base_url`` is invalid, or TLS options are set without TLS.
         OSError: a file of the TLS options cannot be read, or is not valid.
     """
 

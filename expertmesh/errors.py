@@ -85,7 +85,7 @@ _STATUSES: tuple[tuple[type[APIError], tuple[int, ...], tuple[str, ...]], ...] =
 def make_error(
     message: str, code: str, param: str | None, status: int | str, after_s: float | None = None
 ) -> APIError:
-    """Make the error of an HTTP status, or of a gRPC status by its name."""
+    """Make the exception for an HTTP status (a number) or a gRPC status (its name)."""
     for kind, numbers, names in _STATUSES:
         if status in numbers or status in names:
             number = status if isinstance(status, int) else numbers[0]

@@ -80,7 +80,7 @@ class GrpcTransport:
 
 
 def _credentials(options: ClientOptions) -> grpc.ChannelCredentials:
-    tls_context(options)  # checks the files, which gRPC does not, or by an abort of the process
+    tls_context(options)  # checks the files: gRPC ignores bad ones or aborts the process
     certificate = options.get("client_cert")
     paths = (options.get("ca_cert"), options.get("client_key") or certificate, certificate)
     files = [Path(path).read_bytes() if path else None for path in paths]

@@ -28,9 +28,9 @@ class LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, Result], limit_s: float | None = None) -> Result:
-        """Run a coroutine and wait for it.
+        """Run a coroutine and return its result. ``limit_s`` defaults to the constructor's.
 
-        Raises ``TimeoutError``, which lists all tasks, and ``APIConnectionError`` after ``close``.
+        Raises ``TimeoutError``, which lists all tasks, or ``APIConnectionError`` after ``close``.
         """
         limit_s = self._limit_s if limit_s is None else limit_s
         if self.loop.is_closed():
@@ -49,7 +49,7 @@ class LoopThread:
             raise APIConnectionError("the client was closed during the call") from None
 
     def iterate(self, source: AsyncGenerator[Result]) -> Iterator[Result]:
-        """Iterate over an asynchronous generator from another thread, then let it end."""
+        """Iterate over an asynchronous generator from another thread; close it at the end."""
 
         async def next_item() -> list[Result]:
             async for item in source:

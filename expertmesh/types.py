@@ -59,7 +59,7 @@ class SamplingParams:
     top_k: int | None = None
     """Number of most probable tokens that may be sampled; 0 and -1 allow all."""
     min_p: float | None = None
-    """Minimum probability of a token, as a fraction of the most probable one's, in [0, 1]."""
+    """Minimum probability of a token, as a fraction of the highest probability, in [0, 1]."""
     presence_penalty: float | None = None
     """Penalty for every token that has been generated, in [-2, 2]."""
     frequency_penalty: float | None = None
@@ -156,10 +156,10 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class PoolingOutput:
-    """Numbers of one prompt."""
+    """Embedding of one prompt, or the probabilities of its classes."""
 
     data: list[float]
-    """[hidden_size], not normalised, or the probability of each class."""
+    """``hidden_size`` numbers, not normalized, or the probability of each class."""
 
 
 @dataclass(slots=True)
