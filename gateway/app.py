@@ -151,7 +151,7 @@ class GatewayReplica:
             await self._http.stop_accepting()
 
     async def not_ready_reasons(self) -> list[str]:
-        """Return the reasons of ``/ready``, for callers without a TLS client certificate."""
+        """Return why ``/ready`` would fail, for callers that have no TLS client certificate."""
         return self._gateway.readiness.not_ready_reasons()
 
     async def addresses(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class GatewayReplica:
         return self._gateway.status.addresses
 
     async def end(self, stage: ShutdownStage) -> int:
-        """Shut down with the whole server; see ``Gateway.shut_down``."""
+        """Carry out one stage of the server's shutdown; return the number of running requests."""
         self._is_ending = True
         left = self._gateway.shut_down(stage, time.monotonic())
         if stage == "fail" and not left:

@@ -1,6 +1,6 @@
 """The methods of ``expertmesh.v1.Admin``, independent of the protocol.
 
-A method takes the request message and returns the response message. ``gateway.admin.grpc`` and
+A method takes the request message and returns or yields responses. ``gateway.admin.grpc`` and
 ``gateway.admin.http`` look up methods by their names in the service's descriptor.
 """
 
@@ -113,7 +113,7 @@ class AdminCalls:
     # ---- operations -----------------------------------------------------------------------
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest) -> pb.Operation:
-        """Drain a worker, or all workers of a node."""
+        """Start an operation that drains a worker, or all workers of a node."""
         if bool(request.worker) == bool(request.node):
             raise RequestError("one of worker and node is required", "worker")
         order = {
@@ -127,12 +127,12 @@ class AdminCalls:
         return _operation(await self._call("begin", "drain", order))
 
     async def DrainGateway(self, request: pb.DrainGatewayRequest) -> pb.DrainGatewayResponse:
-        """Drain this replica, without the controller."""
+        """Drain this replica, without the controller; return its number of running requests."""
         left = self._gateway.leave(time.monotonic())
         return pb.DrainGatewayResponse(gateway=self._gateway.name, requests=left)
 
     async def Scale(self, request: pb.ScaleRequest) -> pb.Operation:
-        """Change the number of workers."""
+        """Start an operation that changes the number of workers."""
         order = {
             "attention": request.attention if request.HasField("attention") else None,
             "expert": request.expert if request.HasField("expert") else None,
@@ -143,7 +143,7 @@ class AdminCalls:
         return _operation(await self._call("begin", "scale", order))
 
     async def Rebalance(self, request: pb.RebalanceRequest) -> pb.Operation:
-        """Rebalance the experts; with ``dry_run`` only predict the changes."""
+        """Start to rebalance the experts; with ``dry_run``, only predict the changes."""
         order = {
             "dry_run": request.dry_run,
             "request_id": request.request_id,
@@ -217,7 +217,7 @@ class AdminCalls:
         return pb.ListLoraAdaptersResponse(adapters=map(_adapter, found))
 
     async def _wait_replicas(self, knows: Callable[[list[str]], bool]) -> None:
-        """Wait until ``knows`` is true for the adapter keys of all replicas that respond."""
+        """Wait up to 2 s until ``knows(adapter_keys)`` is true for each replica that responds."""
         for _ in range(_MAX_LOOKS):
             answers = (await self._gateway.status.replicas.call("adapters")).values()
             if all(map(knows, answers)):
@@ -247,7 +247,7 @@ def _limit_s(request: pb.DrainWorkerRequest | pb.ScaleRequest, default_s: float)
 
 
 def _operation(found: Mapping[str, Any]) -> pb.Operation:
-    """Convert the controller's data. ``result`` becomes the field of the operation's kind."""
+    """Convert the controller's data. ``result`` becomes the field named after the kind."""
     values = {k: v for k, v in found.items() if k not in ("state", "result")}
     message = pb.Operation(state=pb.Operation.State.Value(found["state"]), **values)
     if found["result"]:

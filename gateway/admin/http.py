@@ -166,7 +166,7 @@ async def _health(request: Request) -> Response:
 def admin_http_server(
     gateway: Gateway, host: str, port: int, *, shared: bool = False
 ) -> HttpListener:
-    """Make the listener of the admin port; ``shared``: by the replicas of this host."""
+    """Make the listener of the admin port, which is ``shared`` if other replicas also use it."""
     app, section = build_admin_app(gateway), gateway.limits
     options: dict[str, Any] = {"max_connections": MAX_CONNECTIONS, "is_shared": shared}
     return HttpListener(app, section, "admin HTTP", host, port, **options)

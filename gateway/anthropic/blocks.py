@@ -12,7 +12,7 @@ from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece
 
 Event = dict[str, Any]
 ShownThinking = Literal["all", "omitted", "none"]
-"""Reasoning that a client receives: ``all`` text, ``omitted`` text (empty blocks) or ``none``."""
+"""Reasoning that a client receives: ``all``, blocks with the text ``omitted``, or ``none``."""
 _OWN_PREFIX, _PREFIX = "call_", "toolu_"
 
 

@@ -31,7 +31,7 @@ def check_references(body: CountTokensBody) -> None:
 
 
 def callable_tools(body: CountTokensBody) -> list[tuple[int, ToolParam]]:
-    """Return the tools that may be called, with their indices in ``tools``."""
+    """Return (index in ``tools``, tool) of all tools that are not deferred or are referenced."""
     named = {block.tool_name for block in _references(body)}
     tools = enumerate(body.tools or ())
     return [(i, tool) for i, tool in tools if not tool.defer_loading or tool.name in named]

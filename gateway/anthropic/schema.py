@@ -18,7 +18,7 @@ def _as_blocks(value: Any) -> Any:
 
 
 class CacheControlParam(StrictBody):
-    """Marks the prompt up to this block for reuse."""
+    """Retention of the KV cache of the whole prompt, regardless of this object's position."""
 
     type: Literal["ephemeral"]
     ttl: str | None = Field(default=None, description="`5m` (default) or `1h`; the longest is used")

@@ -1,4 +1,4 @@
 """API keys with their limits and adapters, and TLS.
 
-Imports ``cluster.core`` and ``cluster.config``.
+Imports ``cluster.core``, ``cluster.config`` and ``cluster.disk``.
 """

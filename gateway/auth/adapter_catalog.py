@@ -13,7 +13,7 @@ _LABEL = re.compile(rb'(?:lora_name|(?:running|waiting)_lora_adapters)="([^"]*)"
 
 
 class AdapterCatalog:
-    """Adapters of one gateway. Methods hide adapters that the caller may not use."""
+    """Adapters of one gateway. Methods, but not properties, hide adapters of other tenants."""
 
     def __init__(self) -> None:
         self._known: Sequence[Mapping[str, Any]] = ()

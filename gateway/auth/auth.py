@@ -32,7 +32,7 @@ class KeyRing:
         keys: plain keys, or digests made by ``cluster.config.api_keys.hash_key``.
         file: further keys, reloaded when the file changes.
         limits: default limits of a key.
-        others: keys of another port. This port rejects them with another error than unknown keys.
+        others: keys of another port, which ``check`` rejects with ``PermissionDeniedError``.
         are_admin: whether the keys are admin keys.
         clock: ``time.monotonic``.
     """
@@ -93,7 +93,7 @@ class KeyRing:
         raise AuthenticationError("the API key is not known")
 
     def enter(self, authorization: str | None, api_key: str | None = None) -> KeyUsage | None:
-        """Like ``check``; also count the request as running until ``KeyUsage.leave``.
+        """Call ``check``, set ``CALLER``, and count a running request until ``KeyUsage.leave``.
 
         Raises:
             KeyLimitError: the key has reached one of its limits.

@@ -2,7 +2,7 @@
 
 Each rate is a token bucket with the capacity of one minute. A request is charged at its arrival,
 prompt tokens at admission, output tokens at the end. The balance may become negative, so a
-request is never too large for its key; later requests are refused until it is positive again.
+request is never too large for its key; later requests are refused until it is at least 1 again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Bucket:
         self._at_s = now_s
 
     def wait_s(self, now_s: float) -> float:
-        """Seconds until the balance is positive; 0 if it is positive now."""
+        """Seconds, 0 or more, until the balance is at least 1, or the bucket is full."""
         self._fill(now_s)
         least = min(1.0, self.per_minute)
         return max(0.0, least - self._level) * 60.0 / self.per_minute
@@ -106,7 +106,7 @@ class KeyUsage:
         return self._busy_s / self._num_ended / self.num_running
 
     def check_tokens(self, now_s: float) -> None:
-        """Raise ``KeyLimitError`` while the token balance of the key is not positive."""
+        """Raise ``KeyLimitError`` while the token balance of the key is below 1."""
         if self._tokens is not None:
             _check(self._tokens, "tokens", now_s)
 

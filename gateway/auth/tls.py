@@ -14,7 +14,7 @@ from gateway.auth.tls_files import read_file
 def bind(server: grpc.aio.Server, address: str, section: GatewaySection) -> int:
     """Bind a gRPC server, with TLS if a certificate is configured; return the port.
 
-    Raises ``ConfigError``, and ``RuntimeError`` if gRPC cannot bind.
+    Raises ``ConfigError`` if a file cannot be read, and ``RuntimeError`` if gRPC cannot bind.
     """
     if not section.has_tls:
         return server.add_insecure_port(address)

@@ -183,7 +183,7 @@ class BatchStore:
         return 0.0
 
     def end(self, batch_id: str) -> None:
-        """Remove the working files of a batch whose end is stored."""
+        """Remove the working files of a batch that has ended or was not stored."""
         for part in WorkPart:
             self.path(batch_id, part).unlink(missing_ok=True)
 

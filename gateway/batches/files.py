@@ -55,7 +55,7 @@ class FileRoutes:
         ]
 
     async def make(self, request: Request) -> Response:
-        """Store an uploaded file. Waits for running uploads to finish before it reads the body."""
+        """Store an uploaded file. Reads the body once fewer than ``max_uploads`` uploads run."""
         async with limit_time(request, self._gateway), self._seats:
             form = await _read_form(request, self._gateway)
             file_id, facts = await self._disk.run(

@@ -46,7 +46,7 @@ class InProcessClient:
         ]
 
     async def send(self, request: BatchRequest) -> BatchResponse:
-        """Send one request; implements ``cluster.batches.run.Send``."""
+        """Send one request; implements ``cluster.batches.run.SendRequest``."""
         body = dump_json(request.body)
         scope: Scope = {
             "type": "http",

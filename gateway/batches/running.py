@@ -30,7 +30,7 @@ TRANSIENT_ERRORS = (StorageError, OSError)
 """Disk errors, which pause a batch."""
 _NEVER_S = float("inf")
 _FULL_SHARE = 0.9
-"""Fraction of a key's storage limit; with larger files of responses, a batch stops sending."""
+"""Fraction of a key's storage limit; a batch fails when a file of its responses is larger."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +86,7 @@ class RunningBatch:
         self._disk = disk
 
     async def run(self, routes: Sequence[Route], tuning: BatchTuning) -> None:
-        """Run the remaining requests and store the end. Call again after ``TRANSIENT_ERRORS``."""
+        """Run the batch to its end. After ``TRANSIENT_ERRORS``, call it again to run the rest."""
         if self._batch.finalizing_at is None:
             problem = await self._send_all(routes, tuning)
             if problem is not None and not (
@@ -227,7 +227,7 @@ class RunningBatch:
         )
 
     async def _finish(self) -> None:
-        """Store the output files, then the end of the batch.
+        """Store the output files, then the final status of the batch.
 
         If the storage of the key or the disk is full, the write is retried until the batch expires.
         """

@@ -57,8 +57,8 @@ class Admission:
     """Number of choices that the engines run at a time; further choices wait. The service rate is
     measured only while choices wait or the queue is full; otherwise it equals the arrival rate."""
     max_wait_s: float = float("inf")
-    """Expected wait in seconds above which requests are refused, or a third of this value once a
-    queue has existed for longer than this. Requests with a priority above 0 are not limited."""
+    """Expected wait in seconds above which requests are refused; a third of it once a queue has
+    existed for longer than this value. Requests with a priority above 0 are not limited."""
     max_prompt_bytes: int = 256 * 1024 * 1024
     """Maximum number of bytes of all admitted prompt embeddings."""
     num_requests: int = field(default=0, init=False)

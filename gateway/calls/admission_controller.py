@@ -51,7 +51,7 @@ class AdmissionController:
     def require_capacity(
         self, demand: CallDemand, max_model_len: int, deadline_s: float
     ) -> Admission:
-        """Check that a call can be admitted now and would run before its deadline.
+        """Check that a call can be admitted now and would run before ``deadline_s`` (monotonic).
 
         Raises:
             QueueFullError: a limit of the queue is exceeded.

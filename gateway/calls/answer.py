@@ -23,7 +23,7 @@ MIN_LOGPROB = -9999.0
 
 
 async def collect(running: RunningCall) -> list[ChoiceDelta]:
-    """Run a call to its end; return its choices by index. Raises the errors of ``next``."""
+    """Run a call to its end; return its choices by index. Raises the errors of ``running.next``."""
     pieces: dict[int, list[ChoiceDelta]] = {}
     while deltas := await running.next():
         for delta in deltas:
@@ -121,7 +121,7 @@ class TextFormat:
 
 
 def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
-    """The ``wanted`` most probable tokens, best first, and the sampled token if not among them."""
+    """(Id, logprob) of the ``wanted`` most probable tokens, and of the sampled one if absent."""
     top = list(zip(entry.top_ids[:wanted], entry.top_logprobs[:wanted], strict=True))
     if all(token_id != entry.token_id for token_id, _ in top):
         top.append((entry.token_id, entry.logprob))
