@@ -2,6 +2,6 @@
 
 Layers, from the lowest: ``core``; ``offload``; ``text``, ``auth``, ``cluster``, ``state``;
 ``engines``, ``observability``; ``calls``; ``dashboard``; ``anthropic``; ``grpc``, ``http``,
-``listener``; ``batches``, ``responses``; ``admin``; ``app``. No module imports torch; only ``app``
-and ``cluster.client`` import Ray.
+``listener``; ``batches``, ``responses``; ``admin``, ``protocols``; ``app``. No module imports
+torch; only ``app`` and ``cluster.client`` import Ray.
 """

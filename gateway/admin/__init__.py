@@ -1,4 +1,4 @@
 """The admin service, over HTTP and gRPC, on one port each.
 
-Imports ``gateway.http``, ``gateway.grpc`` and layers below.
+Imports ``gateway.http``, ``grpc`` and ``listener``, and the layers below them.
 """

@@ -12,7 +12,7 @@ from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece
 
 Event = dict[str, Any]
 ShownThinking = Literal["all", "omitted", "none"]
-"""Reasoning that a client receives: ``all``, blocks with the text ``omitted``, or ``none``."""
+"""Reasoning that a client receives: ``all``, ``omitted`` (blocks without text) or ``none``."""
 _OWN_PREFIX, _PREFIX = "call_", "toolu_"
 
 

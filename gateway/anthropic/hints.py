@@ -28,7 +28,7 @@ def longest_ttl(body: MessagesBody) -> float | None:
 
 
 def session_of(body: MessagesBody) -> str | None:
-    """Return the session id in ``metadata.user_id``, in the format of Claude Code, or None."""
+    """Return the session id if ``metadata.user_id`` has the format of Claude Code, else None."""
     user_id = body.metadata.user_id if body.metadata else None
     if user_id is None or len(user_id) > _MAX_USER_ID_CHARS:
         return None

@@ -17,12 +17,7 @@ _MEMORY = 0.95
 
 
 class Bucket:
-    """A token bucket with a refill rate per minute, which is also its capacity.
-
-    Args:
-        per_minute: refill rate and capacity.
-        now_s: current time in seconds.
-    """
+    """A token bucket that gains ``per_minute`` tokens per minute; this is also its capacity."""
 
     def __init__(self, per_minute: float, now_s: float) -> None:
         self.per_minute = per_minute
@@ -89,6 +84,7 @@ class KeyUsage:
         self.num_running += 1
 
     def leave(self, now_s: float) -> None:
+        """Count the end of a running request."""
         self._count_busy(now_s)
         self.num_running -= 1
         self._busy_s *= _MEMORY
@@ -111,6 +107,7 @@ class KeyUsage:
             _check(self._tokens, "tokens", now_s)
 
     def spend_tokens(self, count: int, now_s: float) -> None:
+        """Withdraw ``count`` prompt or output tokens from the token balance of the key."""
         if self._tokens is not None:
             self._tokens.spend(count, now_s)
 
