@@ -237,8 +237,10 @@ class SyncCalls:
         """Close the connections, or free the model. Idempotent."""
         if not self._is_closed:
             self._is_closed = True
-            self._thread.run(self._calls.close())
-            self._thread.close()
+            try:
+                self._thread.run(self._calls.close())
+            finally:
+                self._thread.close()
 
     generate = _blocking(AsyncCalls.generate)
     generate_stream = _iterating(AsyncCalls.generate_stream)

@@ -260,7 +260,8 @@ def _assistant_message(blocks: Sequence[ContentBlockParam], path: str) -> _Messa
 def _call(block: ContentBlockParam, path: str) -> dict[str, Any]:
     for name in ("id", "name"):
         if getattr(block, name) is None:
-            raise RequestError(f"{path}.{name} is required", f"{path}.{name}")
+            where = f"{path}.{name}"
+            raise RequestError(f"{where} is required", where, "missing_required_parameter")
     try:
         text = json.dumps(block.input or {}, ensure_ascii=False, allow_nan=False)
     except ValueError as err:

@@ -182,6 +182,8 @@ def test_what_a_message_cannot_hold_is_named(
     assert caught.value.param == param
     assert isinstance(caught.value, UnsupportedParameterError) is is_unbuilt
     assert param in str(caught.value)
+    is_missing = caught.value.code == "missing_required_parameter"
+    assert is_missing is str(caught.value).endswith("is required")
 
 
 # ---- tools ----------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ class KvFetches(FetchJobs):
         return any(p.command.request.request_id == request.request_id for p in self._prefetches)
 
     def _prefetch_of(self, request: Request) -> _Prefetch | None:
-        """The prefetch for an arriving request, or None. Drops prefetches for older attempts of it
+        """The prefetch for an arriving request, or None. Drops prefetches for its older attempts
         and prefetches from lost workers.
         """
         current = None
