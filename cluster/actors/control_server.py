@@ -44,10 +44,10 @@ class ControlEvents(Protocol):
     """Receives events of the control sockets. Called on the event loop; must not block."""
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
-        """A worker sent a frame. If this raises ``ProtocolError``, its connection is closed."""
+        """Handle a worker's frame. After a ``ProtocolError`` the server closes the connection."""
 
     def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
-        """A worker's connection ended, but not by this server unless a frame ``is_invalid``."""
+        """Handle a closed connection, unless by ``drop``; ``is_invalid``: by an invalid frame."""
 
 
 @dataclass(eq=False, slots=True)

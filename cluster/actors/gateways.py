@@ -33,7 +33,7 @@ class Gateways:
         low_disks: tuple[LowDisk, ...],
         adapters: Collection[str],
     ) -> None:
-        """Handle the begin of a gateway's poll.
+        """Handle the start of a gateway's poll.
 
         ``known_version``: version of the gateway's snapshot. ``low_disks``: folders on nearly full
         disks of its ``host``. ``adapters``: keys of the adapters that its requests use.

@@ -113,7 +113,7 @@ async def _hand_off(runner: ControllerRunner, term: int, began_at: float) -> Non
 async def _call_workers(
     runner: ControllerRunner, found: Sequence[ExistingWorker]
 ) -> CollectedState | None:
-    """Make all workers that were found connect to a new control server; collect their reports."""
+    """Make these workers connect and report; return None if none ever had a generation."""
     limits = ControllerSettings.of(found[0].config)
     server = await runner.open_server(found[0].config.cluster_token)
     collector = runner.collector = ReportCollector(

@@ -27,9 +27,9 @@ class ProcessorWaits:
         self._stolen: dict[str, int] = {}
 
     def take(self, pids: Collection[int]) -> dict[int, float]:
-        """Return seconds by process since the last call: the longest wait of a thread, or steal.
+        """Return process id -> seconds for which it waited for a processor since the last call.
 
-        A process that was not passed to the last call has 0.
+        This is the longest wait of a thread or the steal; 0 if the last call did not have the id.
         """
         waited = {pid: self._waits(pid) for pid in pids}
         stolen = self._steal() if pids else {}

@@ -43,7 +43,7 @@ _CALL_LIMIT_S = 10.0
 
 
 def cluster_nodes(*, is_strict: bool = False) -> tuple[NodeResources, ...]:
-    """Return the live nodes of the connected Ray cluster, by address.
+    """Return the live nodes of the connected Ray cluster, sorted by address.
 
     A node with an invalid expertmesh label is skipped and logged, or raises ``ConfigError`` if
     ``is_strict``.
@@ -184,7 +184,7 @@ def kill_actors(names: Sequence[str]) -> None:
 
 
 def remove_placement_groups() -> None:
-    """Remove all placement groups and claimed terms of expertmesh, including earlier runs.
+    """Remove all placement groups and claimed terms of expertmesh, also those of earlier runs.
 
     This also ends the actors in the groups.
     """

@@ -114,7 +114,7 @@ class ResourceReservation:
         return set(self._added)
 
     def bundle_for(self, name: str, role: Role, taken: Collection[int]) -> int:
-        """Return the reserved bundle of a worker, or else a free bundle of its role.
+        """Return the reserved bundle of a worker, or else a free bundle of its role, or
         ``ANY_BUNDLE`` if roles do not matter or a restarted controller does not know the bundles.
         """
         free = [b for b, r in enumerate(self._roles) if r == role and b not in taken]

@@ -168,7 +168,7 @@ def _check_fit(kind: Literal["cpus", "gpus"], value: float, pools: _Pools) -> No
 def _largest_share(amounts: Sequence[float], num_workers: int) -> float:
     """Return the largest share with which ``num_workers`` workers fit, each on one node.
 
-    It uses all of some node, so it is one of the amounts divided by an integer.
+    It is some node's amount divided by an integer, because else a larger share would fit too.
     """
     candidates = {
         _round_down(amount / parts) for amount in amounts for parts in range(1, num_workers + 1)

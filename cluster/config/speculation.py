@@ -22,7 +22,7 @@ class SpeculationSection:
     num_speculative_tokens: int = 8
     """Maximum number of draft tokens of a sequence in a step; ``mtp`` drafts one."""
     ngram_min: int = field(default=2, metadata=INTERNAL)
-    """Minimum number of last tokens that ``ngram`` must find together earlier to draft."""
+    """Minimum number of last tokens whose earlier occurrence ``ngram`` needs for a draft."""
     ngram_max: int = field(default=5, metadata=INTERNAL)
     """Maximum number of last tokens that ``ngram`` compares; the longest match wins."""
 

@@ -41,6 +41,6 @@ class TransportSection:
 
     @property
     def lease_s(self) -> float:
-        """Time without a reply of the controller and a committed step after which a worker stops.
+        """Time with neither a reply of the controller nor a committed step until a worker stops.
         The controller may declare it lost earlier, because no step commits without it."""
         return 1.8 * self.detection_limit_s

@@ -70,7 +70,7 @@ class AdapterTable:
         return differing
 
     def note_lacking(self, worker: str, keys: Collection[str]) -> list[str]:
-        """Record the adapters that a worker could not load; returns the changed ones."""
+        """Record the adapters that a worker could not load; return the keys with a change."""
         changed = []
         for key, kept in list(self.by_key.items()):
             if (key in keys) != (worker in kept.lacking):

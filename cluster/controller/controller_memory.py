@@ -38,7 +38,7 @@ class HistoryEntry:
     cause: str
     effect: str
     took_s: float | None = None
-    """Seconds of the longest stream pause, or without streams until the generation ran; or None."""
+    """Seconds until the generation ran, later the longest reported stream pause; None before."""
     is_felt: bool = False
     """Whether ``took_s`` is the pause of streams."""
 

@@ -99,7 +99,7 @@ class CollectedState:
         )
 
     def silent_members(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
-        """Return the members of ``alive`` whose silence ``own_host`` may cause."""
+        """Return the silent members in ``alive`` if ``own_host`` may be the cause, else none."""
         pulses = [
             Liveness(name=m.name, heard_at=float(m.name in self.frames_by_worker), host=m.node)
             for m in self.generation.members

@@ -54,7 +54,7 @@ class FailureDetector:
         self._held = frozenset[str]()
         """Workers that are silent together with most other hosts."""
         self._ran_at = self._busy_at = cluster.began_at
-        """Last times at which no new worker was late, and at which others still had to join."""
+        """Last time without a late new worker; last time at which an old member had yet to join."""
 
     def heard(self, record: WorkerRecord, now: float) -> None:
         """Record that a frame of a worker arrived, and the gap since the last one.
@@ -158,10 +158,10 @@ class FailureDetector:
         self.last_tick, self._starting = now, frozenset(r.member.node for r in starting)
 
     def end_hold(self, now: float) -> str:
-        """Do not declare silent workers lost while the cause may be the controller's own host.
+        """Update the hold, in which silent workers are not declared lost, and check for its end.
 
-        At the end of such a hold, returns the reason to form a generation again, because steps may
-        have stopped and reports of peers are void. Otherwise returns an empty string.
+        It lasts while the controller's own host may cause the silence. At its end, returns why to
+        form a generation again: steps may have stopped. Otherwise returns an empty string.
         """
         cluster, limit, before = self._cluster, self._limits.detection_limit_s, self._held
         known = {m.name for m in cluster.round.members} - cluster.round.joins

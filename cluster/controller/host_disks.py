@@ -19,7 +19,7 @@ def differ(before: Iterable[LowDisk], now: Iterable[LowDisk]) -> bool:
 
 
 class HostDisks:
-    """Records nearly full disks that gateways and the controller report; workers use heartbeats."""
+    """Nearly full disks that gateways and the controller report; workers use their heartbeats."""
 
     def __init__(self) -> None:
         self._disks: dict[str, list[tuple[str, LowDisk]]] = {}

@@ -18,7 +18,7 @@ class ControllerSettings:
     mismatch_s: float = 1.0
     """Longest time for which a member may report a generation or epoch that is not in force."""
     start_limit_s: float = 600.0
-    """Time limit of the whole start; later of a new worker, from its registration."""
+    """Limit of the whole start; later of a new worker, from process start and from registration."""
     start_silence_s: float = 30.0
     """``detection_limit_s`` while workers start, since imports and loading starve other threads."""
     load_limit_s: float = 600.0

@@ -152,8 +152,8 @@ class Launcher:
         return 0
 
     def _drain(self) -> None:
-        """Give load balancers time to redirect clients, then requests to end. A second stop
-        aborts."""
+        """Give load balancers time to redirect clients, then running requests time to end. A
+        second stop ends both waits."""
         section = self._parts.plan.config.gateway
         logger.info("draining")
         self._parts.send_shutdown_stage("lead")

@@ -196,7 +196,7 @@ def init_ray(folder: Path, **options: Any) -> Any:
 
 
 def _release_processes(err: Exception) -> None:
-    """Wait for the ended processes in the error's frames, for which Ray never waits."""
+    """Reap the ended processes that the error's traceback refers to; Ray does not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         err.__traceback__ = None

@@ -44,7 +44,7 @@ def expected_peak(active: Floats, primary: Ints, speeds: Floats) -> Floats:
 
 
 def _by_device(active: Floats, primary: Ints, devices: int) -> Floats:
-    """[num_banks, num_devices, most primary copies on one] probabilities, 0 where it has fewer."""
+    """[num_banks, num_devices, most copies on a device] probabilities of its experts, then 0."""
     banks = len(active)
     row = (primary + devices * np.arange(banks)[:, None]).ravel()
     order = np.argsort(row, kind="stable")

@@ -29,14 +29,14 @@ _PATHS = 12
 
 
 def weights(loads: Floats, top_k: int, rows: int) -> Floats:
-    """[num_banks, num_experts] weight of an expert that is served on a device."""
+    """[num_banks, num_experts] weight of each expert, its term of ``log M_d`` (see the module)."""
     return np.asarray(np.log1p(activation(loads, top_k, rows) * (math.exp(_S) - 1.0)))
 
 
 def assign(
     slots: Ints, loads: Floats, speeds: Floats, primary: Ints, top_k: int, rows: int
 ) -> Ints:
-    """Return primary copies for batches of ``rows``; more rows have no worse expected peak."""
+    """Return primary copies for ``rows`` rows; banks change only if no larger batch gets worse."""
     weight = weights(loads, top_k, rows)
     relative = relative_speeds(speeds)
     copies = _copy_table(slots, loads.shape[1])
@@ -120,7 +120,7 @@ def _better_path(
     table: Ints,
     load: Floats,
 ) -> list[tuple[int, int]] | None:
-    """Find the shortest path from the heaviest device that lowers the sum, breadth-first."""
+    """Find, breadth-first, the shortest path from the heaviest device with a positive ``_gain``."""
     utilization = load / relative
     start = int(utilization.argmax())
     leaving: dict[int, list[int]] = {}

@@ -62,7 +62,7 @@ def lower_peaks(
 
 
 class _Search:
-    """The placement during the search. ``now`` is valid at any time."""
+    """The local search. ``now`` is the best placement so far, valid after every call."""
 
     def __init__(
         self, start: PlacedBanks, loads: Floats, limits: Limits, top_k: int, rows: int
@@ -135,7 +135,7 @@ class _Search:
         return is_done
 
     def _exchanged(self, banks: Ints, device: Ints, chosen: Ints) -> PlacedBanks:
-        """Return ``banks`` after their swap ``chosen`` in ``gain``; slot loads as before."""
+        """Return ``banks`` after the swap at index ``chosen`` in ``gain``; slot loads stay."""
         _, devices, width = self.now.slots.shape
         slots, primary = self.now.slots[banks], self.now.primary[banks]
         swaps = width * devices * width
@@ -265,8 +265,8 @@ class ServedDistributions:
         return np.asarray(device[:, None] * width + np.arange(width))
 
     def _rest(self, device: Ints) -> Floats:
-        """[banks, devices, points] probability that all devices except ``device`` and another are
-        within t."""
+        """[banks, devices, points] probability that all devices except ``device`` and that of
+        axis 1 are within t, times the width of the point."""
         rest = self._log_all[:, None] - self._log[self._rows, device][:, None] - self._log
         return np.asarray(np.exp(np.minimum(rest, 0.0)) * self._grid.width)
 
@@ -293,7 +293,7 @@ def _before(cdf: Floats, count: Ints) -> Floats:
 
 
 def _with_expert(at: Floats, before: Floats, chance: Floats) -> Floats:
-    """[banks, devices or slots, experts, points] with an expert of probability [banks, experts]."""
+    """Return ``at`` after adding an expert: axis 2 is the expert in ``chance`` [banks, experts]."""
     return np.asarray(at[:, :, None] + chance[:, None, :, None] * (before - at)[:, :, None])
 
 

@@ -53,17 +53,17 @@ class _Copies:
     """Banks, devices, experts."""
 
     def over_experts(self, values: Floats) -> Floats:
-        """Sum over the copies of each copy's expert."""
+        """[num_copies] sum of the values over all copies of the same expert."""
         banks, _, experts = self.shape
         return np.asarray(np.bincount(self.expert, values, banks * experts)[self.expert])
 
     def over_devices(self, values: Floats) -> Floats:
-        """[num_banks * num_devices] sum."""
+        """[num_banks * num_devices] sum of the values over the copies on a device."""
         banks, devices, _ = self.shape
         return np.bincount(self.device, values, banks * devices).astype(np.float64, copy=False)
 
     def over_banks(self, values: Floats) -> Floats:
-        """[num_banks] sum."""
+        """[num_banks] sum of the values over the copies of a bank."""
         return np.bincount(self.bank, values, self.shape[0]).astype(np.float64, copy=False)
 
 

@@ -11,7 +11,7 @@ Each rule proposes the number of workers after the colon if its condition holds:
     queue   if on average over queue_s at least queue_target sequences wait at each worker, and the
             queue would last longer than up_s:  workers x (running + waiting) / running
     grow    if the ratio averaged over up_s exceeds _TOLERANCE:  workers x ratio
-    shrink  if fewer than half of queue_target have waited at each worker for down_s, and with fewer
+    shrink  if fewer than queue_target / 2 sequences wait at each worker for down_s, and with fewer
             workers the highest demand of that time would give a ratio of at most
             _AFTER_SHRINKING:  that number of workers
 
@@ -57,8 +57,7 @@ class Urgency(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSample:
-    """Measurements of a pool at one time: means over its workers (``*_use``, ``slot_time``),
-    sums."""
+    """Measurements of a pool at one time; ``*_use`` and ``slot_time`` are means of its workers."""
 
     at_s: float
     num_workers: int

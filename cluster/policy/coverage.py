@@ -56,9 +56,9 @@ Missing = Sequence[tuple[int, int]]
 def plan_coverage(
     holdings: ExpertHoldings, devices: Collection[int], epoch: int
 ) -> tuple[Stage | None, Missing]:
-    """Return a stage whose maps use only ``devices``, those of the members, and missing experts.
+    """Return the stage to a placement on ``devices`` (those of the members), and missing experts.
 
-    ``epoch`` is the epoch of the new placement. The stage is None if an expert has no free slot.
+    ``epoch`` is the epoch of the new placement. The stage is None if any expert is missing.
     """
     present = frozenset(devices)
     banks: list[BankPlacement] = []

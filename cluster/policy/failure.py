@@ -115,9 +115,9 @@ def confirm_losses(
     usually closes. The remaining reports come from bad paths, between two hosts or two workers of
     one host, which only one end may notice. One end is declared lost, together with workers of its
     role and host that reports name for the same path. The choice prefers, in this order, an end
-    that is ``silent``, is on most bad paths, only ``joins`` the others, that the others
-    ``can_spare``, that is an expert worker (which holds no requests), or that most reporters name;
-    then the highest name.
+    that is ``silent``; that is on most bad paths; that has yet to join (``joins``); that the others
+    can spare (``can_spare``); that is an expert worker (which holds no requests); that most
+    reporters name; that has the highest name.
     """
     if not any(now - r.at >= confirm_s for r in reports):
         return {}

@@ -1,8 +1,8 @@
 """Node following: computes the numbers of workers from the nodes that are labelled for a role.
 
-A node is new until no other node has registered for a while and its workers are accounted for. Then
-it changes no number, so that a client's scale command stays in force until other nodes register.
-Pure; times are arguments.
+A node is new until no other one has registered for a while and the numbers include its workers (it
+is accounted for). Then it changes no number, so that a client's scale command stays in force until
+other nodes register. Pure; times are arguments.
 
     new nodes, then none for SETTLE_S   add the workers that fit on them, minus the places that wait
                                         for resources and do not fit on known nodes

@@ -39,9 +39,9 @@ class StepProgress:
 def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
     """Return the members for which steps wait; none if a step advances or no step is requested.
 
-    Silent members are late. If no member is silent and a step of an attention worker stalls, the
-    late members are those that stall without waiting for a peer. If there are none, they are the
-    members for which attention workers wait, preferably those that do not wait themselves.
+    Members silent for ``SILENT_S`` are late. Without any, if a step of an attention worker stalls,
+    the late members are those silent for half as long, else those that stall without waiting for a
+    peer, else those for which attention workers wait, preferably ones that do not wait themselves.
     """
     if silent := tuple(p.name for p in paces if now - p.heard_at >= SILENT_S):
         return silent

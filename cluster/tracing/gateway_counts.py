@@ -63,9 +63,9 @@ class GatewayCounts:
     def exchange(
         self, records: Mapping[str, GatewayRecord], times: Mapping[str, float]
     ) -> dict[str, Any]:
-        """Merge the records of a gateway that has the records of ``times``.
+        """Merge ``records`` from a gateway; ``times`` are those of the records that it has.
 
-        Returns the ``records`` that it lacks, and the ``times`` of all records here.
+        Returns the ``records`` that the gateway lacks, and the ``times`` of all records here.
         """
         self.merge(records)
         return {"records": self.newer_than(times), "times": self.times()}

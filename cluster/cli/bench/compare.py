@@ -19,7 +19,7 @@ from cluster.cli.terminal.output import note, show, table
 
 _HIGHER = ("_per_s", "successful")
 _LOWER = ("_ms", "_us", "_s", "failed", "failures", "unfinished", "_bytes")
-"""Endings of the names of values that are better higher or lower; others are only shown."""
+"""Endings of the names of values for which higher or lower is better; others are only shown."""
 _COMMANDS = ("bench ", "benchmarks.")
 """Prefixes of the names of commands that write documents."""
 
@@ -35,7 +35,7 @@ class ValueChange:
 
     @property
     def better(self) -> str:
-        """``higher``, ``lower`` or empty, by the innermost name that has a known ending."""
+        """``higher``, ``lower`` or ``neither``, by the innermost name that has a known ending."""
         if self.name.startswith("sent_late_ms."):  # a property of the client
             return "neither"
         for name in reversed(self.name.split(".")):

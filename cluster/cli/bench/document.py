@@ -55,7 +55,7 @@ def iter_values(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple
 
 
 def format_number(value: float | None, digits: int = 2) -> str:
-    """Format a number."""
+    """Format a number with ``digits`` decimal places; ``-`` for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 

@@ -51,7 +51,7 @@ class Workload:
     timeout_s: float
     """Time limit of one request."""
     first: int = 0
-    """Index of the first request within the whole load, if this is a part of one."""
+    """Index of the first request in the whole workload, if this is a part of one."""
 
     def prompt(self, number: int) -> list[int]:
         """Make the prompt of the request with this index in ``arrivals``."""

@@ -29,7 +29,7 @@ from cluster.launch.orphans import end_private_ray
 from cluster.launch.plan import LaunchPlan
 
 PARENT_VARIABLE = "EXPERTMESH_PARENT"
-"""Process id that ``make serve`` passes down, so that a killed make leaves no server running."""
+"""Variable with the process id of ``make serve``; the server stops when that process ends."""
 _TICK_S = 0.25
 _QUIET_TICK_S = 1.0
 

@@ -171,7 +171,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
 
 
 def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str, dict[str, str]]:
-    """Make the folder of a private Ray, empty for a joined one, and the launcher's environment."""
+    """Return a private Ray's new folder, "" for a joined Ray, and the launcher's environment."""
     if not is_private:
         return "", without_keys({**os.environ, **local_ray.common_environment()})
     folder = local_ray.make_temp_dir()
@@ -233,7 +233,7 @@ def _ready(
 
 
 def call_hints(config: ClusterConfig, url: str, grpc: str, has_tokenizer: bool) -> tuple[str, ...]:
-    """Example calls of a server with curl, grpcurl and Python; with token ids if no tokenizer."""
+    """Example calls with curl, grpcurl and Python; prompts are token ids without a tokenizer."""
     section = config.gateway
     key = " -H 'Authorization: Bearer KEY'" if section.requires_keys else ""
     model = config.model.served_model_name

@@ -52,7 +52,7 @@ _VARIABLES = {
 _KUBERNETES_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP)\w*)?$")
 """Variables that Kubernetes sets in every pod for Services such as ``expertmesh-gateway``."""
 _MODULES = "--lora-modules"
-"""The only option that takes several words."""
+"""The only option that takes several values."""
 _KEY_VARIABLES = {
     "gateway.api_keys": "EXPERTMESH_API_KEYS",
     "gateway.admin_keys": "EXPERTMESH_ADMIN_KEYS",
