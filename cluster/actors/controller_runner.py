@@ -95,7 +95,7 @@ class ControllerRunner:
         return self.server
 
     async def start(self, plan: StartPlan, notes: Mapping[str, Any]) -> None:
-        """Begin to start a cluster. If that fails, release everything and raise ``StartError``."""
+        """Begin to start a cluster. After an error, release everything and raise it again."""
         try:
             await self.open_server(plan.config.cluster_token)
             workers = plan.config.workers
@@ -158,7 +158,7 @@ class ControllerRunner:
         self._carry_out_all()
 
     def retire(self, reason: str) -> None:
-        """End this process. Ray then restarts the actor, if clients can still find it by name."""
+        """End this process. Ray restarts the actor, unless it has already replaced this process."""
         logger.warning("this controller ends: %s", reason)
         self.controller, self.failure = None, reason
         self.background.notify()

@@ -102,7 +102,7 @@ class WorkerGroup:
         return self.room.reserve(workers, limit_s)
 
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
-        """Create actors and call their ``start``. After a failure the caller must call ``end_all``.
+        """Create actors and call their ``start``. After a failure the caller must end the workers.
 
         A place that scaling adds gets a placement group of its own. A replacement worker uses the
         bundle of a lost worker once it is free. Raises ``StartError`` with the error text of the

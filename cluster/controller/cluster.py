@@ -172,7 +172,7 @@ class Cluster:
         return frozenset(self.places.workers_of(p for p in added if self.places.is_new(p)))
 
     def unready_workers(self) -> list[str]:
-        """Return the new workers that the others still wait for."""
+        """Return the new workers that may not join a generation yet."""
         table = self.workers
         return sorted(n for n in self.new_workers if n not in table or not table[n].may_join)
 

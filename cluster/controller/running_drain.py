@@ -84,7 +84,7 @@ class RunningDrain:
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
-        """Handle a frame about a placement change; returns False if it is for another one."""
+        """Handle a frame about a placement change; returns False if the drain makes none now."""
         if self._change is None:
             return False
         self._change.frame(name, frame, now)

@@ -167,7 +167,7 @@ class Launcher:
             self._second_stop.wait(min(_DRAIN_POLL_S, left_s))
 
     def _end(self, status: int, has_left: bool) -> None:
-        """End all parts in order within a time limit, then kill the rest."""
+        """End the services within a limit unless the cluster runs on (``has_left``), then Ray."""
         if not has_left:
             helper = threading.Thread(target=self._parts.stop_services, daemon=True)
             helper.start()
