@@ -158,7 +158,7 @@ class ControllerRunner:
         self._carry_out_all()
 
     def retire(self, reason: str) -> None:
-        """End this process. Ray restarts the actor, unless it has already replaced this process."""
+        """End this process. Ray restarts the actor, unless another process has replaced it."""
         logger.warning("this controller ends: %s", reason)
         self.controller, self.failure = None, reason
         self.background.notify()

@@ -130,7 +130,7 @@ def plan_shares(
 
 
 def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
-    """GPUs of one worker: the explicit value, a whole GPU if there are enough, or a fraction."""
+    """GPUs of one worker: the explicit value, else 1, or if too few a fraction (``auto``: 0)."""
     asked = workers.gpus_per_worker
     if workers.device == "cpu":
         if asked:

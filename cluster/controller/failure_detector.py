@@ -122,7 +122,7 @@ class FailureDetector:
         return ""
 
     def mismatch(self, name: str, frame: Heartbeat, now: float) -> str | None:
-        """Return why to form a generation again if a member long runs a wrong one or wrong epoch."""
+        """Return why to form a generation again: a member long runs a wrong generation or epoch."""
         cluster, record = self._cluster, self._cluster.workers[name]
         number, epoch, found = cluster.round.number, cluster.placement.epoch, ""
         is_member = cluster.runs and record.state is WorkerState.SERVING
@@ -237,7 +237,7 @@ class FailureDetector:
             yield self._confirmed_reports(now)
 
     def _late_starts(self, now: float) -> dict[str, str]:
-        """Return workers that are not ready in time, not counting a new worker's wait for resources."""
+        """Return workers that are not ready in time; a wait for resources does not count later."""
         cluster, limit = self._cluster, self._limits.start_limit_s
         if cluster.can_accept_operations:
             known = {m.name for m in cluster.round.members}

@@ -73,7 +73,7 @@ class BankView:
         return np.asarray(self.is_there & (self.utilization >= self.peak - 1e-3))
 
     def spare(self, device: int, slot: int) -> bool:
-        """Return whether the copy in a slot is dispensable: it does not serve decode steps."""
+        """Return whether a slot is free, or its copy neither primary nor needed on its node."""
         expert = int(self.slots[device, slot])
         if expert == FREE_SLOT:
             return bool(self.limits.usable[device, slot])

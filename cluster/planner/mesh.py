@@ -212,7 +212,7 @@ def _solved(group: _Group, slots: Ints, primary: Ints, tolerance: float = 1e-4) 
 
 
 def _better(group: _Group, new: PlacedBanks, old: PlacedBanks) -> PlacedBanks:
-    """Return the better balanced one for each bank."""
+    """Return each bank as in ``new``, unless it is better balanced in ``old``."""
     speeds = group.limits.speeds
     is_new = cost.balancedness(new.slot_loads, speeds) >= cost.balancedness(old.slot_loads, speeds)
     return new.where(is_new, old)

@@ -91,7 +91,7 @@ def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-4) -
 
 
 def search(placed: PlacedBanks, loads: Floats, limits: Limits, goal: SearchGoal) -> PlacedBanks:
-    """Return a placement at most ``budget`` moves away; no bank becomes less balanced."""
+    """Return a placement at most ``goal.budget`` moves away; no bank becomes less balanced."""
     now = placed.copy()
     balance = balancedness(now.slot_loads, limits.speeds)
     measure = _measure(now.slot_loads, limits.speeds)

@@ -258,7 +258,7 @@ class _Bank:
         return self._desired.with_slots(self._rows, decode)
 
     def _decode_device(self, places: Sequence[int], expert: int, others: Sequence[int]) -> int:
-        """Return the desired or current decode device if it has a copy, else the rarest in ``others``."""
+        """Return the desired or the current decode device if it has a copy, else the least used."""
         for device in (self._desired.decode_device[expert], self._current.decode_device[expert]):
             if device in places:
                 return device

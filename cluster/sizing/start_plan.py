@@ -47,7 +47,7 @@ class StartPlan:
     """The configuration for the workers, with resolved device and shares."""
     placement: ExpertPlacement
     num_slots: int
-    """Expert slots per bank of each expert worker: the most that are planned, plus spare slots."""
+    """Expert slots per bank of each expert worker: the most in the plan, plus recovery slots."""
     load: LoadProfile | None = None
     """Expected load; None if the workers are running already."""
     holders: tuple[ExpertHolder, ...] = ()
