@@ -52,6 +52,14 @@ settings.register_profile(
 settings.load_profile("check")  # ``--hypothesis-profile long`` comes later, and wins
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave heavy files unread where they are not to run, as reading all tests takes long too."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if is_test and "not heavy" in config.option.markexpr:
+        return "pytest.mark.heavy" in collection_path.read_text() or None
+    return None
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--no-skips",

@@ -47,6 +47,7 @@ def test_products_of_torch_count_only_where_they_are_made() -> None:
     assert torch_digest(True) != torch_digest(False)
 
 
+@pytest.mark.slow
 def test_float32_has_one_arithmetic_on_all_instruction_sets() -> None:
     (arithmetic,) = {arithmetic_of(library(name), torch.float32) for name in NAMES}
     assert arithmetic.startswith("float32 ")
