@@ -192,7 +192,7 @@ class ControllerActor:
         return begun.answer()
 
     async def log(self, process: str, after: int) -> dict[str, Any]:
-        """Return the newest log lines of a worker or of ``controller``, and their ``number``.
+        """Return the newest log ``lines`` of a worker or ``controller``, and the ``number`` of all.
 
         Raises ``UnknownNameError`` and ``NotReadyError``.
         """

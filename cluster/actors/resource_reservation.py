@@ -32,7 +32,7 @@ _FREE_SHARE_S = 2.0
 
 @dataclass(slots=True)
 class ResourceReservation:
-    """The reserved resources of one cluster's workers. All methods except ``bundle_for`` block."""
+    """The reserved resources of one cluster's workers. Methods that find or change them block."""
 
     nodes: dict[str, str] = field(default_factory=dict)
     """Node id by worker name, as ``reserve`` has placed the workers. Without the workers that a

@@ -55,7 +55,7 @@ class ActorCalls:
             raise StartError(self.name, ray_tools.error_summary(err)) from err
 
     async def log(self, after: int) -> tuple[int, list[str]]:
-        """Return the newest lines of the log and their number, see ``WorkerGroup.log``."""
+        """Return the number of all log lines, and the newest lines; see ``WorkerGroup.log``."""
         try:
             call = self.handle.log.remote(after)
             found: tuple[int, list[str]] = await asyncio.wait_for(call, CALL_LIMIT_S)

@@ -81,7 +81,7 @@ class Drain(TimedOperation):
         self.operation.progress = list(DrainStep).index(step) / len(DrainStep)
 
     def rollback_placement(self, now: ExpertPlacement, generation: Generation) -> Stage | None:
-        """Return the stage from placement ``now`` back to ``before``; None if none is needed."""
+        """Return the stage from placement ``now`` to ``before``; None if unneeded or impossible."""
         before = self.before
         if before is None or before.banks == now.banks:
             return None

@@ -54,7 +54,7 @@ def agree(
 ) -> ArithmeticAgreement:
     """Return the fastest arithmetic that all workers offer, or why there is none.
 
-    ``former`` is the agreement of the previous generation; None before the first.
+    ``former``: agreement of the previous generation, kept if all support it; None before the first.
 
         Example: workers with (dot, fma) and (fma) use fma; with (dot) and (fma), no result is exact
     """

@@ -299,8 +299,8 @@ def contiguous(
 ) -> ExpertPlacement:
     """Return a placement in which each device has an equal block of consecutive experts.
 
-    The ``num_redundant`` spare slots of device d hold the first experts of devices d+1, d+2, ..
-    that it does not hold yet. If no such expert is left, a slot stays free.
+    The ``num_redundant`` spare slots of device d hold the first experts of devices d+1, d+2, .. or
+    stay free. Raises ``ConfigError`` if a bank has fewer experts than there are devices.
     """
     placed = []
     for shape in banks:

@@ -1,6 +1,6 @@
 """States of the cluster and of one worker, and the allowed transitions.
 
-    STARTING ──▶ SERVING ◀──▶ RECOVERING ◀──▶ DEGRADED ──▶ SERVING
+    STARTING ──▶ SERVING ◀──▶ RECOVERING ◀──▶ DEGRADED ◀──▶ SERVING
         └──────────┴── any ──────┴───────────────┘
                      ▼
                  DRAINING ──▶ STOPPED

@@ -44,7 +44,7 @@ class JoinedRay:
     """Ray's label selector of those nodes."""
     free_cpus: float | None = None
     """CPUs that other users of the joined Ray left before expertmesh started anything; None for a
-    private Ray."""
+    private Ray, or if the cluster is running."""
     is_running: bool = False
     """Whether the planned cluster is already running or starting."""
 
@@ -129,7 +129,7 @@ def wait_free_cpus(wanted: float, limit_s: float, count: Callable[[], float] = _
 
 
 def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
-    """Configuration of the running cluster; None if its start failed.
+    """Configuration of the running cluster; None if its start failed, after ending its actors.
 
     Raises ``ConfigError`` if it differs from the present request.
     """

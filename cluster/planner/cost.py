@@ -44,7 +44,7 @@ def expected_peak(active: Floats, primary: Ints, speeds: Floats) -> Floats:
 
 
 def _by_device(active: Floats, primary: Ints, devices: int) -> Floats:
-    """[num_banks, num_devices, most copies on a device] probabilities of its experts, then 0."""
+    """[num_banks, num_devices, most primary copies] probabilities of a device's experts, then 0."""
     banks = len(active)
     row = (primary + devices * np.arange(banks)[:, None]).ravel()
     order = np.argsort(row, kind="stable")
@@ -77,7 +77,7 @@ def _weighted_peak(below: Floats, relative: Floats) -> Floats:
 
 
 def slots_over_floor(loads: Floats, primary: Ints, speeds: Floats, top_k: int, rows: int) -> float:
-    """Mean over banks of the expected peak over its minimum, ``ceil(experts / devices)``."""
+    """Mean over banks of expected peak over its minimum, ``ceil(activated experts / devices)``."""
     active = activation(loads, top_k, rows)
     devices = int((speeds > 0).sum())
     floor = [math.ceil(round(float(u) / devices, 9)) for u in active.sum(1)]

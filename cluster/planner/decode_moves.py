@@ -139,7 +139,7 @@ class _BankTrades:
                 yield _ExpertMove(peak, expert, to, slot, other)
 
     def _room(self, device: int) -> int | None:
-        """Return a free slot, or the slot with the most dispensable copy."""
+        """Return a free slot, or the slot with the most dispensable copy; None without either."""
         row = self._rows[device]
         if FREE_SLOT in row:
             return row.index(FREE_SLOT)

@@ -76,8 +76,8 @@ class _GrowingBank:
         )
 
     def _best_move(self, taker: int, devices: Collection[int]) -> tuple[int, int] | None:
-        """(giver, expert): the heaviest copy of the busiest device after whose move both devices
-        have less load."""
+        """(giver, expert): the heaviest copy, of the busiest possible device, with which ``taker``
+        has less load than the giver had before."""
         givers = (d for d in range(len(self._rows)) if d not in devices and self._held(d))
         for giver in sorted(givers, key=lambda d: (-self._burden[d], d)):
             gap = self._burden[giver] - self._burden[taker]

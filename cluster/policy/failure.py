@@ -50,10 +50,10 @@ def find_silent(
     """Return workers to declare lost (name -> reason).
 
     A worker is lost if its silence exceeds its patience, or with ``is_wary`` if it exceeds
-    ``limit_s``. If half of the workers on the controller's own host, and at least two, are late at
-    the same time, the machine is busy, and their limit is ``limit_s``. A worker is also lost if its
-    loop stalls with pending work for ``limit_s``, unless it waits for a peer or another worker is
-    silent, for which it may wait.
+    ``limit_s``. If half of the running workers on the controller's host (``own_host``), and at
+    least two, are silent for half of their limit, the machine is busy, and their limit is
+    ``limit_s``. A worker is also lost if its loop stalls with pending work for ``limit_s``, unless
+    it waits for a peer or another worker is silent, for which it may wait.
     """
     limits = {p.name: limit_s if is_wary else min(p.patience_s, limit_s) for p in pulses}
     here = [p for p in pulses if p.running and p.host == own_host]

@@ -4,9 +4,9 @@ There are two kinds of changes: new shares and decode devices alone, which move 
 moves of single experts within the budget. With the times of experts from ``cluster.sizing.replay``,
 
     gain of a second  = 1 - time after / time now
-    cost              = bytes to move / rate x _MOVE_SLOWDOWN + stages x _SWITCH_S
+    cost              = most bytes into a device / rate x _MOVE_SLOWDOWN + stages x _SWITCH_S
 
-The change with the largest ``gain x horizon - cost`` is made if that is positive.
+The change with the largest ``gain x horizon - cost`` > 0 is made if its gain is >= _LEAST_GAIN.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def decide_placement(
 
 
 def mixed_balancedness(placement: ExpertPlacement, load: CurrentLoad) -> float | None:
-    """Balancedness if prompts follow split weights, decodes decode devices; None without load."""
+    """Balancedness, prompts by split weights, decodes by decode device; None without load."""
     by_share = expected_loads(placement, load.profile, "prefill")
     by_table = expected_loads(placement, load.profile, "decode")
     part = load.prefill_share

@@ -143,7 +143,7 @@ class GivenOptions:
     """Values that the user has given for a start, by flags, variables or the file."""
 
     model: Setting
-    """MODEL; None for the bundled one."""
+    """MODEL; its value is None for the bundled checkpoint."""
     settings: Mapping[ServeOption, Setting]
     """The options that the user has given, with their values."""
     values: dict[str, Any]

@@ -97,7 +97,7 @@ def _quoted(operation_id: str) -> str:
 
 @contextlib.contextmanager
 def make_admin_client(args: argparse.Namespace) -> Iterator[AdminClient]:
-    """A client, with ``--address`` through Ray, else the admin port. Raises ``CommandError``."""
+    """Yield a client of Ray with ``--address``, else the admin port. Raises ``CommandError``."""
     address = args.address
     if not address:
         admin = find_admin(args)
