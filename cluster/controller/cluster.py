@@ -90,7 +90,7 @@ class Cluster:
         self.nodes: NodeIds | None = None
         """The live nodes; None before they are listed for the first time."""
         self.known_nodes: frozenset[str] = frozenset()
-        """Ids of nodes that are accounted for, if the pool sizes follow the nodes."""
+        """Ids of nodes that ``NodeFollower`` no longer treats as new."""
         self.num_slots = num_slots
         """Expert slots per bank of each expert worker."""
         self.room = num_slots if config.workers.device == "cuda" else None

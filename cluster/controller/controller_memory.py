@@ -134,7 +134,7 @@ class ControllerMemory(Message, frozen=True, kw_only=True):
     scale: Scale | None = None
     """The running scaling, if any."""
     known_nodes: frozenset[str] = frozenset()
-    """Ids of nodes that are accounted for, if the pool sizes follow the nodes."""
+    """Ids of nodes that ``NodeFollower`` no longer treats as new."""
     adapters: tuple[KeptAdapter, ...] = ()
     has_ordered_adapters: bool = False
     """Whether workers may have received a command about adapters."""

@@ -94,8 +94,8 @@ def private_environment(folder: Path) -> dict[str, str]:
         **common_environment(),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        # Ray replaces a loopback address by the host's own, unless clusters are switched off by
-        # this (named after where that is the default): then node and workers are on 127.0.0.1.
+        # keeps node and workers on 127.0.0.1 as on Windows and macOS, where 0 is the default;
+        # otherwise Ray replaces a loopback address by the host's own
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
 

@@ -34,8 +34,8 @@ class Arrangement:
         speeds: Floats,
         affinity: Floats | None,
     ) -> None:
-        """``weight``: decode weights; ``affinity`` [banks, experts, experts]: how often two
-        experts are chosen together, symmetric, summing to 1."""
+        """``weight``: see ``decode.weights``. ``affinity`` [banks, experts, experts]: how often two
+        experts are chosen together, symmetric, with sum 1 in each bank."""
         banks, devices, _ = slots.shape
         experts = loads.shape[1]
         bank, device, slot = np.nonzero(slots != FREE_SLOT)
@@ -105,7 +105,7 @@ class Arrangement:
         return np.asarray(gain)
 
     def _joined(self, device: Ints, own: Ints, other: Ints) -> Floats:
-        """[banks, own, experts] affinity of two experts with their devices that a swap gains."""
+        """[banks, own, experts] affinity to the experts of their devices that two experts gain."""
         assert self._affinity is not None
         rows = self._rows
         experts = np.arange(other.shape[1])

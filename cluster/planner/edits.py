@@ -211,7 +211,7 @@ def _swaps(view: BankView) -> list[list[Edit]]:
 
 def _best_swaps(view: BankView, here: Ints, there: Ints, misfit: Floats) -> list[list[Edit]]:
     """Return the swaps with the smallest misfit [heavy, slots, light, slots], at most one for each
-    copy."""
+    slot of a heavy device."""
     devices, width = misfit.shape[0], misfit.shape[1]
     flat = misfit.reshape(devices * width, -1)
     best = flat.argmin(1)

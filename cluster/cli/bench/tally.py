@@ -28,7 +28,7 @@ class Distribution:
         self._buckets[math.floor(math.log(max(value, 1e-9)) / _GROWTH)] += 1
 
     def quantile(self, part: float) -> float | None:
-        """The smallest number that the share ``part`` does not exceed; None without numbers."""
+        """The ``part`` quantile (0 to 1), exact to half a percent; None without numbers."""
         left = max(1, math.ceil(part * self.count))
         for bucket in sorted(self._buckets):
             left -= self._buckets[bucket]
