@@ -237,7 +237,7 @@ class FailureDetector:
             yield self._confirmed_reports(now)
 
     def _late_starts(self, now: float) -> dict[str, str]:
-        """Return workers that are not ready in time; a wait for resources does not count later."""
+        """Return workers not ready in time; after a start, a wait for resources does not count."""
         cluster, limit = self._cluster, self._limits.start_limit_s
         if cluster.can_accept_operations:
             known = {m.name for m in cluster.round.members}
