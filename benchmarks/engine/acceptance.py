@@ -6,8 +6,8 @@ model's corpus that was not used in training. The model generates 128 tokens aft
 (*repeated*). The model is too small to copy from its prompt. Two more kinds of text are therefore
 edits of the prompt, not outputs of the model: the passage with other names of speakers, and every
 other line of it. The engine's choice of drafts then replays each text, with a fixed price: the
-number of tokens that a draft row must gain on average. The engine assumes a price of 0.3 until it
-has timed steps; 0.02 is the lowest price, for steps in which more rows take no longer. No number
+probability of being right above which a guess gets a row. The engine assumes a price of 0.3 until
+it has timed steps; 0.02 is the lowest price, for steps in which more rows take no longer. No number
 depends on the machine's speed.
 """
 

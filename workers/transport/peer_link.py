@@ -179,7 +179,7 @@ Item = TypeVar("Item")
 
 
 class ItemProvider(Protocol[Item]):
-    """Provides the items of a ``PeerServer``. Any thread may call the methods."""
+    """Provides KV blocks or experts to a ``PeerServer``. Thread-safe."""
 
     def acquire(self, keys: Sequence[bytes]) -> list[Item]:
         """Acquire the longest available prefix of ``keys``. Items do not change until released."""

@@ -82,7 +82,7 @@ class SelectLoop:
                 return
 
     def run_once(self, timeout_s: float) -> int:
-        """Wait once, without ``check``; return the number of ready sockets."""
+        """Serve ready sockets once, without ``check``; return their number."""
         deadline = self._acceptor.next_deadline
         if deadline is not None:
             timeout_s = min(timeout_s, max(deadline - time.monotonic(), 0.0))

@@ -197,7 +197,7 @@ class _ToolRules:
         return self._add_rule("arg", self._argument(name, schema, about))
 
     def _argument(self, key: str, schema: Any, about: str) -> str:
-        """Return an expression for an argument; ``key`` is an expression for its name."""
+        """Expression for an argument. ``key`` matches its name; errors name ``about``."""
         pairs, text, value = self.pairs, *self._value_rules(schema, about)
         ways: dict[str, list[str]] = {}
         if text:
