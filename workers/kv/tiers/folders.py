@@ -31,7 +31,7 @@ UNFINISHED: Final = ".new"
 MAX_FOLDERS: Final = 1024
 """Number of folders that are tried."""
 UNUSED_S: Final = 7 * 24 * 3600.0
-"""Time without a lock after which a folder of another model is deleted."""
+"""Time since its last claim after which an unlocked folder of another model is deleted."""
 _LOCK: Final = "lock"
 _IDENTITY: Final = "identity"
 
@@ -80,7 +80,7 @@ def delete_abandoned(
     """Delete folders that no process has locked and no rank needs; return their numbers.
 
     ``model``: prefix of the identity of this model's folders. Other clusters may use ``base`` too,
-    so a folder of another model is deleted only if it was not locked for ``UNUSED_S``.
+    so a folder of another model is deleted only ``UNUSED_S`` after its last claim.
     ``now_s``: seconds since the epoch. Raises ``OSError`` if ``base`` cannot be read.
     """
     now_s = time.time() if now_s is None else now_s
