@@ -117,11 +117,11 @@ def load_document(
 ) -> dict[str, Any]:
     """Return the document of ``load --json``: a load profile since the start, with more fields.
 
-    Fields of a bank: ``prefill`` and ``decode`` are the two parts of ``counts``; ``window`` and
-    ``average`` are counts over the newest window and as exponential average; ``slots`` has the
-    tokens of this epoch by device and expert slot, None before the first; ``watched`` lists the
-    busiest experts, ``watched_tokens`` and ``rest_tokens`` are those of
-    ``LoadTracker.watched_tokens``; ``copies`` counts the copies of each expert. ``load`` and
+    Fields of a bank: ``prefill`` and ``decode`` are the two parts of ``counts``; ``window`` counts
+    the newest load window, ``average`` is an exponential average; ``slots`` has the tokens of this
+    epoch by device and expert slot, None while no worker has counted any; ``watched`` lists the
+    busiest experts, ``watched_tokens`` and ``rest_tokens`` count theirs and all others
+    (``LoadTracker.watched_tokens``); ``copies`` counts the copies of each expert. ``load`` and
     ``balancedness`` are as in ``placement_report``.
     """
     totals, window, average = (load.sums(s) for s in ("total", "window", "average"))

@@ -183,7 +183,7 @@ class RunningBatch:
         return BatchError(code="internal_error", message=message)
 
     async def _account(self) -> KeyUsage | None:
-        """Return the account of the client. Raises ``RequestError`` if its key was removed."""
+        """Return the client's account, None without keys. Raises ``RequestError`` if it is gone."""
         keys = self._gateway.keys
         await keys.read_changes()
         if keys.is_open:

@@ -119,7 +119,7 @@ def _can_store_copies(client: EngineClient) -> bool:
 def _computed(
     entry: Submission, prompt: Sequence[BlockHash], hello: EngineHello
 ) -> Iterator[Sequence[BlockHash]]:
-    """Yield the full blocks of each choice whose keys and values are computed."""
+    """Yield the hashes of each choice's full blocks whose keys and values are computed."""
     size, limit = hello.kv_block_size, hello.kv_length_matters_above
     request = replace(entry.request, output_so_far=tuple(map(tuple, entry.outputs)))
     for choice, tokens in enumerate(request.output_so_far):

@@ -30,7 +30,7 @@ _MESSAGES = re.compile(r"\bmessages(?:\[(\d+)\](?:\.tool_calls)?)?")
 
 @dataclass(slots=True)
 class ConversationBuilder:
-    """Builds messages, and records the name of each message's body field."""
+    """Builds messages, and records which field of the body each comes from."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     """Messages before ``finish`` joins their texts."""

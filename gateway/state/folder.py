@@ -46,7 +46,7 @@ def open_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _as_config_error(folder: Path) -> Iterator[None]:
-    """Convert errors of access to the folder to ``ConfigError``."""
+    """Convert access errors and damage of the folder to ``ConfigError``."""
     try:
         yield
     except (OSError, msgspec.MsgspecError) as err:

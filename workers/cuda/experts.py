@@ -333,7 +333,7 @@ def _rows_tile(
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,
 ) -> tl.tensor:
-    """Return the tile [HEIGHT, STEP] of the input rows."""
+    """Load columns ``place`` [STEP] of the input rows ``rows`` [HEIGHT]."""
     address = inputs + rows.to(tl.int64)[:, None] * DEPTH + place[None, :]
     mask = has_row[:, None]
     if DEPTH % STEP != 0:

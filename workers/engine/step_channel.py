@@ -99,7 +99,7 @@ class StepChannel:
         return self._known
 
     def missing_workers(self) -> list[str]:
-        """Workers for which this rank waits: the leader, or on it, ranks without a proposal."""
+        """Workers this rank waits for: the leader, or if it leads, ranks without a proposal."""
         if not self.is_leader:
             return [self._ranks.leader]
         return [name for name, rank in self._ranks.by_name.items() if rank not in self._proposals]
