@@ -5,10 +5,10 @@ model's corpus that was not used in training. The model generates 128 tokens aft
 192 tokens (*continued*), and after each passage with its first 64 tokens repeated at the end
 (*repeated*). The model is too small to copy from its prompt. Two more kinds of text are therefore
 edits of the prompt, not outputs of the model: the passage with other names of speakers, and every
-other line of it. The engine's choice of drafts then replays each text, with a fixed price: the
-probability of being right above which a guess gets a row. The engine assumes a price of 0.3 until
-it has timed steps; 0.02 is the lowest price, for steps in which more rows take no longer. No number
-depends on the machine's speed.
+other line of it. Each text is then replayed with the drafts that the engine would choose at a fixed
+price: the probability of being right above which a guess gets a row. The engine assumes a price of
+0.3 until it has timed steps; 0.02 is the lowest price, for steps in which more rows take no longer.
+No number depends on the machine's speed.
 """
 
 from __future__ import annotations

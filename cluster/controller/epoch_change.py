@@ -100,7 +100,7 @@ class EpochChange:
 
     @property
     def loading(self) -> list[dict[str, str]]:
-        """The running transfers: ``worker`` and ``from``, both by name."""
+        """The running transfers: names of ``worker`` and ``from``, a worker or ``checkpoint``."""
         names = {m.device: m.name for m in self.generation.experts}
         return [
             {"worker": o.worker, "from": names.get(o.source, "checkpoint")}

@@ -25,7 +25,7 @@ class Bucket:
         self._at_s = now_s
 
     def wait_s(self, now_s: float) -> float:
-        """Seconds, 0 or more, until the balance is at least 1, or the bucket is full."""
+        """Seconds until the balance is at least 1, or the capacity if that is less."""
         self._fill(now_s)
         least = min(1.0, self.per_minute)
         return max(0.0, least - self._level) * 60.0 / self.per_minute

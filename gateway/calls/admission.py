@@ -176,7 +176,7 @@ class Admission:
         return tokens_ahead(self._queues, self.capacity, demand.tenant, demand.priority) / rate
 
     def _usual_rate(self) -> float | None:
-        """Requests per second if the admitted requests take as long as earlier requests."""
+        """Requests that end per second if they take as long as earlier ones; None without any."""
         held_s = self._rate.mean_held_s
         return self.num_requests / held_s if held_s else None
 

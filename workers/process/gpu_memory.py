@@ -118,7 +118,7 @@ def check_memory_for_states(args: WorkerArgs, family: Family) -> None:
 
 
 def _state_bytes(section: EngineSection, config: ModelConfig) -> int:
-    """Bytes of all state slots, and of the state before the first token."""
+    """Bytes of all state slots, and of the zero state before any token."""
     return (section.num_states + 1) * config.state_bytes
 
 

@@ -187,7 +187,7 @@ class ControlClient:
             connected = self._connect_again()
 
     def _exchange_or_report(self, sock: socket.socket) -> str:
-        """Exchange frames; report an unexpected error of a callback to the controller."""
+        """Exchange frames, return why that ended; send an unexpected error to the controller."""
         try:
             if sock is not self._first:
                 self._queue_registration()
