@@ -31,7 +31,7 @@ UNFINISHED: Final = ".new"
 MAX_FOLDERS: Final = 1024
 """Number of folders that are tried."""
 UNUSED_S: Final = 7 * 24 * 3600.0
-"""Time since its last claim after which an unlocked folder of another model is deleted."""
+"""Time since its last use after which an unlocked folder of another model is deleted."""
 _LOCK: Final = "lock"
 _IDENTITY: Final = "identity"
 
@@ -80,7 +80,7 @@ def delete_abandoned(
     """Delete folders that no process has locked and no rank needs; return their numbers.
 
     ``model``: prefix of the identity of this model's folders. Other clusters may use ``base`` too,
-    so a folder of another model is deleted only ``UNUSED_S`` after its last claim.
+    so a folder of another model is deleted only ``UNUSED_S`` after its last claim or write.
     ``now_s``: seconds since the epoch. Raises ``OSError`` if ``base`` cannot be read.
     """
     now_s = time.time() if now_s is None else now_s
@@ -155,13 +155,19 @@ def _delete(folder: Path, model: str, now_s: float) -> bool:
     try:
         with contextlib.suppress(FileNotFoundError):
             is_ours = (folder / _IDENTITY).read_text(errors="replace").startswith(model)
-            if not is_ours and os.fstat(claimed.lock_file).st_mtime > now_s - UNUSED_S:
+            if not is_ours and _last_use_s(folder) > now_s - UNUSED_S:
                 return False
         _delete_files(folder)
     finally:
         claimed.release()
     logger.info("deleted the KV blocks in %s, which no worker needs", folder)
     return True
+
+
+def _last_use_s(folder: Path) -> float:
+    """Time of the last claim or write: the newest file, or change of a tenant's folder."""
+    with os.scandir(folder) as entries:
+        return max(entry.stat(follow_symlinks=False).st_mtime for entry in entries)
 
 
 def _delete_files(folder: Path) -> None:

@@ -408,6 +408,8 @@ def test_folders_of_ranks_that_are_gone_are_deleted(tmp_path: Path) -> None:
 def test_a_folder_of_another_cluster_stays_for_a_while(tmp_path: Path) -> None:
     with closing(disk_of(tmp_path, identity="another model\n", rank=2)) as disk:
         leave(disk, use_of("abc"))
+    os.utime(tmp_path / "2" / "lock", (0, 0))  # claimed long ago, and written to until now
+    os.utime(tmp_path / "2" / "identity", (0, 0))
     assert delete_abandoned(tmp_path, {0}, "model\n") == []
     assert delete_abandoned(tmp_path, {0}, "model\n", time.time() + UNUSED_S + 1) == [2]
     assert not list(tmp_path.iterdir())
