@@ -77,9 +77,9 @@ types: $(VENV)/.stamp-test
 UNITS := not distributed and not ray and not gpu and not slow
 MARKS := $(UNITS) and not heavy
 PYTEST := PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest
-# Processes with a compute thread each: two more than processors, as tests also wait, at most 8.
+# Processes with a compute thread each: one more than processors, as tests also wait, at most 8.
 # One that has no tests left takes some of another.
-PYTEST_MANY := $(PYTEST) -n $(shell n=$$(nproc); echo $$((n < 6 ? n + 2 : 8))) --dist worksteal
+PYTEST_MANY := $(PYTEST) -n $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8))) --dist worksteal
 # Tests that PYTEST_ARGS selects may all be on one side of a division.
 NONE_IS_FINE = $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 

@@ -125,6 +125,8 @@ class Controller:
                 self._adapters_kept(record, frame, now)
             case frames.DrainRequest():
                 self.draining.requested(name, now)
+            case frames.WorkerReport() if frame.generation is None:
+                pass  # its first connection broke before it had registered
             case _:
                 raise ProtocolError(f"{name} sent {type(frame).__name__}")
 

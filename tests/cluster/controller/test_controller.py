@@ -6,6 +6,7 @@ import math
 import random
 
 import pytest
+from msgspec.structs import replace
 
 from benchmarks.harness.members import member_of
 from cluster.controller.controller import CALL_AGAIN_S
@@ -27,6 +28,7 @@ from cluster.core.frames import (
     StatusRequest,
     WorkerFailed,
     WorkerReady,
+    WorkerReport,
 )
 from cluster.core.states import IllegalTransitionError
 from tests.cluster.controller.fakes_cluster import FakeCluster
@@ -66,6 +68,21 @@ def test_a_start_goes_from_register_to_serving() -> None:
     assert set(cluster.running()) == {m.name for m in cluster.members}
     assert {order.first_step for order in cluster.running().values()} == {1}
     assert set(_states(cluster).values()) == {"SERVING"}
+
+
+def test_a_worker_may_register_on_its_second_connection() -> None:
+    cluster = FakeCluster()
+    cluster.load_all()
+    report = WorkerReport(
+        generation=None, placement=None, running=False, highest_step=0, highest_epoch=0
+    )
+    cluster.send("expert-0", report)
+    cluster.join_all()
+    assert cluster.state == "SERVING"
+    order = cluster.link.last("expert-0", NewGeneration)
+    assert order is not None
+    with pytest.raises(ProtocolError, match="expert-0 sent WorkerReport"):
+        cluster.send("expert-0", replace(report, generation=order.generation))
 
 
 def test_the_first_generation_waits_for_the_last_worker() -> None:
