@@ -12,6 +12,8 @@ from cluster.config.cluster import EngineSection
 from cluster.launch.model_source import bundled_checkpoint
 from workers.requests.request import SamplingParams
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_replay_has_the_drafts_of_the_engine(temperature: float) -> None:

@@ -32,6 +32,8 @@ from expertmesh.options import ClientOptions
 from tests.gateway.stack import Stack, running_stack
 from tests.harness.certificates import Certificates
 
+pytestmark = pytest.mark.heavy
+
 KEY = "secret"
 PARAMS = SamplingParams(max_tokens=4, seed=1)
 PROTOCOLS = ("http", "grpc")

@@ -31,6 +31,8 @@ from tests.reference.goldens import MAX_MODEL_LEN, Golden, load_golden
 from tests.reference.parity import GREEDY as GOLDEN_GREEDY
 from workers.engine.embedded import EmbeddedEngine
 
+pytestmark = pytest.mark.heavy
+
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 MESSAGE: Message = {"role": "user", "content": "Hello"}
 

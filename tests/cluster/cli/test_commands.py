@@ -30,7 +30,7 @@ from tests.cluster.launch.test_state_file import record
 from tests.paths import ROOT
 from workers.native.library import LibraryChoice
 
-pytestmark = pytest.mark.usefixtures("state_home")
+pytestmark = [pytest.mark.usefixtures("state_home"), pytest.mark.heavy]
 
 
 def chunk(text: str, finish: str | None = None) -> dict[str, Any]:

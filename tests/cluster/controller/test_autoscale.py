@@ -13,6 +13,8 @@ from cluster.controller.operations import Operation, OperationState
 from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.test_scale import members, scale
 
+pytestmark = pytest.mark.heavy
+
 LIMITS: dict[str, Any] = {
     "max_attention_workers": 3,
     "min_expert_workers": 1,

@@ -22,6 +22,8 @@ from cluster.core.frames import (
 from cluster.policy.silence import WINDOW_S
 from tests.cluster.controller.fakes_cluster import BUILD, FakeCluster
 
+pytestmark = pytest.mark.heavy
+
 LIMIT_S = ControllerSettings().detection_limit_s
 FORGOTTEN = round(10 * 2 * WINDOW_S) + 2
 """Gaps of 0.1 s after which nothing before them counts."""

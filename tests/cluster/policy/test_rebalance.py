@@ -35,6 +35,8 @@ from cluster.policy.rebalance import (
 from cluster.sizing.replay import ExpertStepCost, simulate_window
 from tests.cluster.controller.fakes_cluster import make_members
 
+pytestmark = pytest.mark.heavy
+
 EXPERTS = 16
 DEVICES = 4
 SHAPES = tuple(BankShape(bank="mlp", layer=i, num_experts=EXPERTS) for i in range(3))

@@ -23,6 +23,8 @@ from tests.gateway.batches.client import (
 from tests.gateway.batches.conftest import KEYS
 from tests.gateway.stack import Stack, running_stack
 
+pytestmark = pytest.mark.heavy
+
 IDS = [f"id-{number}" for number in range(30)]
 
 

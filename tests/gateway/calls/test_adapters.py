@@ -26,6 +26,8 @@ from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, post, running_st
 from workers.requests.block_hash import prompt_hashes
 from workers.requests.request import Request
 
+pytestmark = pytest.mark.heavy
+
 HELLO = BACKEND.encode("hello world").ids
 SQL = {"lora_name": "sql", "lora_path": "/adapters/sql"}
 

@@ -19,6 +19,8 @@ from tests.gateway.fakes import ScriptedEngine, attention_entry, expert_entry, t
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
 from workers.requests.request import Timings
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def module_stack() -> Iterator[Stack]:

@@ -30,6 +30,8 @@ from tests.gateway.stack import MODEL, WAIT_S, Stack, post, running_stack
 from workers.requests.block_hash import block_hashes
 from workers.requests.request import Request
 
+pytestmark = pytest.mark.heavy
+
 PAD = {"user": "a" * INLINE_SIZE}
 BODIES: Mapping[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "a", "max_tokens": 1},

@@ -25,6 +25,8 @@ from tests.gateway.text.harmony.examples import PLAN_ARGUMENTS, SUM
 from tests.gateway.text.harmony.test_codecs import ANSWER, TEMPLATE, WORDS
 from tests.gateway.text.tool_formats.test_tools import ARGUMENTS, BOTH, CUT, FIRST, SCHEMA
 
+pytestmark = pytest.mark.heavy
+
 WEATHER = {"type": "function", "name": "weather", "parameters": SCHEMA}
 NOW = {"type": "function", "name": "now"}
 GENERATE = {"type": "function", "name": "generate_file"}

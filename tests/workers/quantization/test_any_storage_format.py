@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from cluster.core.errors import CheckpointError
 from workers.quantization.storage_format import StorageFormat, parse_storage_format
 
+pytestmark = pytest.mark.heavy
+
 TENSORS = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",

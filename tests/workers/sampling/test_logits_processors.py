@@ -29,6 +29,8 @@ from workers.sampling.logits_processors import (
     apply_processors,
 )
 
+pytestmark = pytest.mark.heavy
+
 NUM_DRAWS = 3000
 VOCAB = 12
 EOS = (1,)

@@ -19,6 +19,8 @@ from workers.requests.sequence import SequenceState, SequenceStatus
 from workers.scheduling.scheduler import Scheduler
 from workers.scheduling.step_plan import PlannedRows, StepPlan
 
+pytestmark = pytest.mark.heavy
+
 BLOCK = 4
 NEVER = SamplingParams(max_tokens=8, ignore_eos=True)
 

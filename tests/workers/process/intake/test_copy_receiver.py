@@ -36,6 +36,8 @@ from workers.requests.request import Request
 from workers.requests.wire import KeepCopy
 from workers.transport.peer_link import PeerClient, PeerEndpoint, PeerServer
 
+pytestmark = pytest.mark.heavy
+
 LARGE = 1 << 30
 FAST = 1e12
 """Bytes a second: no limit in a test."""
