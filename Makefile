@@ -93,8 +93,8 @@ test: $(VENV)/.stamp-test
 	@$(MAKE) --no-print-directory -j 3 lint types units MARKS="not ray and not gpu and not slow"
 	$(PYTEST) -m "ray and not gpu and not slow" $(PYTEST_ARGS) $(NONE_IS_FINE)
 
-# The long tier: all tests but those for a GPU, and a skip fails. Each part takes under 30 minutes
-# on two cores: units; layouts; other clusters of threads; clusters of processes;
+# The long tier: all tests but those for a GPU, and a skip fails. Each part takes about 30 minutes
+# on two cores, part 4 about 60: units; layouts; other clusters of threads; clusters of processes;
 # served clusters and the command line; real clients; pretended hosts, pods and tutorials; mutants, and faults of each family;
 # a real trained model.
 LONG := $(PYTEST) --no-skips --hypothesis-profile=long
