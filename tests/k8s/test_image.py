@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,11 @@ def test_the_context_is_what_the_package_is_built_of() -> None:
     tops = {f.partition("/")[0] for f in files}
     assert tops <= {
         *("LICENSE", "README.md", "constraints.txt", "pyproject.toml", "setup.py"),
-        *("cluster", "gateway", "protos", "workers"),
+        *("cluster", "expertmesh", "gateway", "protos", "workers"),
     }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["setuptools"]["packages"]
+    assert {f"{package.replace('.', '/')}/__init__.py" for package in packages} <= files
     assert not [f for f in files if "__pycache__" in f]
     assert sum((ROOT / f).stat().st_size for f in files) < MAX_CONTEXT_BYTES
 
