@@ -107,7 +107,8 @@ def test_no_python_at_all_gives_one_line(tmp_path: Path) -> None:
 
 def test_uv_gets_the_settings_of_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("SSL_CERT_FILE", "ALL_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setenv(variable, "")  # what is set here is restored at the end
+        monkeypatch.delenv(variable)
     config = """\
 :env:.find-links='/wheels /more'
 global.cert='/cert.pem'
