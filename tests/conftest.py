@@ -56,7 +56,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave heavy files unread where they are not to run, as reading all tests takes long too."""
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
     if is_test and "not heavy" in config.option.markexpr:
-        return "pytest.mark.heavy" in collection_path.read_text() or None
+        text = collection_path.read_text()
+        return bool(re.search(r"^pytestmark = .*\bpytest\.mark\.heavy\b", text, re.M)) or None
     return None
 
 

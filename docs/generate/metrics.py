@@ -91,12 +91,13 @@ def of_workers(taken: set[str]) -> Iterator[Row]:
 def labels_in_sources() -> dict[str, set[str]]:
     """Labels that workers give their numbers themselves: most names are written with them."""
     found: dict[str, set[str]] = {name: {"phase"} for name in (*HISTOGRAMS.values(), BUBBLE)}
-    lora = dict.fromkeys(("lora_requests_running", "lora_requests_waiting"), "lora_name")
+    found |= {f"lora_requests_{state}": {"lora_name"} for state in ("running", "waiting")}
+    found["kv_tier_usable"] = {"tier"}
     for source in Path(workers.__path__[0]).rglob("*.py"):
         text = source.read_text(encoding="utf-8")
         in_names = re.findall(r"\b(\w+)\{\{?(\w+)=", text)
         in_calls = re.findall(r"\.stats\(\s*\"(\w+)\",\s*f?'(\w+)=", text)
-        for name, label in (*in_names, *in_calls, *lora.items(), ("kv_tier_usable", "tier")):
+        for name, label in (*in_names, *in_calls):
             found.setdefault(name, set()).add(label)
     return found
 
