@@ -92,6 +92,11 @@ class RequestError(_TextError, ExpertMeshError):
         self.param = param
         self.code = code or self.default_code
 
+    @staticmethod
+    def missing(param: str) -> RequestError:
+        """Make the error for a required field that the request lacks."""
+        return RequestError(f"{param} is required", param, "missing_required_parameter")
+
 
 class UnsupportedParameterError(RequestError):
     """A known field of other servers that is not supported here."""

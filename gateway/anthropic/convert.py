@@ -105,7 +105,7 @@ def _check_thinking(thinking: ThinkingParam | None, max_tokens: int) -> None:
         return
     budget = thinking.budget_tokens
     if budget is None:
-        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+        raise RequestError.missing(name)
     is_fit = MIN_BUDGET_TOKENS <= budget < max_tokens
     rule = f"({budget}) must be at least {MIN_BUDGET_TOKENS} and below max_tokens ({max_tokens})"
     require(is_fit, name, rule)
@@ -136,7 +136,7 @@ def _tools(body: CountTokensBody) -> ToolUse | None:
         return make_tool_use(tools, names=names)
     if choice.type == "tool" and not choice.name:
         name = "tool_choice.name"
-        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+        raise RequestError.missing(name)
     return make_tool_use(
         tools,
         _CHOICES.get(choice.type, choice.type),
@@ -149,7 +149,7 @@ def _tools(body: CountTokensBody) -> ToolUse | None:
 def _tool(tool: ToolParam, index: int) -> Tool:
     if tool.input_schema is None:
         name = f"tools[{index}].input_schema"
-        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+        raise RequestError.missing(name)
     return Tool(
         name=tool.name,
         description=tool.description,
@@ -213,7 +213,7 @@ def _user_messages(
 def _tool_message(block: ContentBlockParam, path: str, tools: Mapping[str, ToolParam]) -> _Message:
     if block.tool_use_id is None:
         name = f"{path}.tool_use_id"
-        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+        raise RequestError.missing(name)
     content = _result_text(block.content or (), f"{path}.content", tools)
     text = f"Error: {content}" if block.is_error else content
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
@@ -260,8 +260,7 @@ def _assistant_message(blocks: Sequence[ContentBlockParam], path: str) -> _Messa
 def _call(block: ContentBlockParam, path: str) -> dict[str, Any]:
     for name in ("id", "name"):
         if getattr(block, name) is None:
-            where = f"{path}.{name}"
-            raise RequestError(f"{where} is required", where, "missing_required_parameter")
+            raise RequestError.missing(f"{path}.{name}")
     try:
         text = json.dumps(block.input or {}, ensure_ascii=False, allow_nan=False)
     except ValueError as err:
@@ -285,7 +284,7 @@ def _only_text(block: ContentBlockParam, path: str) -> str:
 def _text(block: ContentBlockParam, path: str) -> str:
     if block.text is None:
         name = f"{path}.text"
-        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+        raise RequestError.missing(name)
     return block.text
 
 

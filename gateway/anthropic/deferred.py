@@ -65,7 +65,7 @@ def render_references(
 def _render_reference(block: ContentBlockParam, path: str, tools: Mapping[str, ToolParam]) -> str:
     name = f"{path}.tool_name"
     if block.tool_name is None:
-        raise RequestError(f"{name} is required", name, "missing_required_parameter")
+        raise RequestError.missing(name)
     tool = tools.get(block.tool_name)
     require(tool is not None, name, f"({block.tool_name[:64]!r}) is not among tools")
     assert tool is not None, "required"

@@ -201,9 +201,7 @@ def _content(message: ChatMessageBody, path: str) -> str:
         return message.content
     if message.content is None:
         if message.role != "assistant":
-            raise RequestError(
-                f"{path}.content is required", f"{path}.content", "missing_required_parameter"
-            )
+            raise RequestError.missing(f"{path}.content")
         return ""
     return "\n".join(_part_text(part, message.role, f"{path}.content") for part in message.content)
 

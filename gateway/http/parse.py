@@ -108,7 +108,7 @@ def _validation_error(error: ValidationError, shapes: Mapping[str, str]) -> Requ
     path = _field_path(first["loc"])
     name = path.rpartition(".")[2].partition("[")[0]
     if first["type"] == "missing":
-        return RequestError(f"{path} is required", path, "missing_required_parameter")
+        return RequestError.missing(path)
     is_entry = name in shapes and path.endswith("]")
     if not is_entry and (shape := {**_SHAPES, **shapes}.get(name)):
         return RequestError(f"{path} {shape}", path)

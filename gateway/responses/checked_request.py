@@ -124,7 +124,7 @@ def check_response_body(
 def _check(body: ResponseBody) -> None:
     """Check the values that no other module checks."""
     if body.input is None and body.previous_response_id is None:
-        raise RequestError("input is required", "input", "missing_required_parameter")
+        raise RequestError.missing("input")
     for index, value in enumerate(body.include or ()):
         _check_choice(f"include[{index}]", value, INCLUDABLE)
     reports = LOGPROBS in (body.include or ())

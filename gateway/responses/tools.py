@@ -91,8 +91,7 @@ def _offers(body: ResponseBody) -> Iterator[_OfferedTool]:
             yield _OfferedTool(tool, path)
             continue
         if tool.name is None:
-            message = f"{path}.name is required"
-            raise RequestError(message, f"{path}.name", "missing_required_parameter")
+            raise RequestError.missing(f"{path}.name")
         require(bool(tool.name), f"{path}.name", "must not be empty")
         for inner_index, inner in enumerate(tool.tools or ()):
             preface = tool.description if inner_index == 0 else None
@@ -128,8 +127,7 @@ def _tool(offer: _OfferedTool) -> Tool:
             f"{path}.type",
         )
     if tool.name is None:
-        message = f"{path}.name is required"
-        raise RequestError(message, f"{path}.name", "missing_required_parameter")
+        raise RequestError.missing(f"{path}.name")
     name = offer.name.for_model
     description = "\n".join(filter(None, [offer.preface, tool.description])) or None
     if tool.type == "function":
@@ -162,8 +160,7 @@ def _referenced_name(kind: str, name: str | None, custom: frozenset[str], path: 
         message = f"{path}.type: tools of type {kind[:64]!r} are not supported"
         raise UnsupportedParameterError(message, f"{path}.type")
     if name is None:
-        message = f"{path}.name is required"
-        raise RequestError(message, f"{path}.name", "missing_required_parameter")
+        raise RequestError.missing(f"{path}.name")
     rule = f"({name[:64]!r}) must be the name of a tool of type {kind}"
     require((name in custom) is (kind == "custom"), f"{path}.name", rule)
     return name
