@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
+import traceback
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from concurrent.futures import CancelledError, wait
 from typing import Any, TypeVar
@@ -64,10 +66,17 @@ class LoopThread:
                 asyncio.run_coroutine_threadsafe(source.aclose(), self.loop)
 
     def close(self) -> None:
-        """Cancel all tasks, wait until they have ended, and close the loop."""
+        """Cancel all tasks, wait until they have ended, and close the loop.
+
+        Raises ``TimeoutError``, which lists all tasks and the stacks of all threads.
+        """
         self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(self._limit_s)
-        assert not self._thread.is_alive(), "the event loop did not end"
+        if self._thread.is_alive():
+            frames = sys._current_frames().values()
+            stacks = ["".join(traceback.format_stack(frame)) for frame in frames]
+            tasks = map(repr, asyncio.all_tasks(self.loop))
+            raise TimeoutError("\n".join(["the event loop did not end", *tasks, *stacks]))
 
     def _main(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:

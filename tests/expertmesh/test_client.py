@@ -298,6 +298,21 @@ def test_an_exception_of_a_signal_handler_cancels_the_call() -> None:
         thread.close()
 
 
+def test_a_loop_that_does_not_end_names_its_tasks_and_stacks() -> None:
+    thread, release = LoopThread(0.5), threading.Event()
+
+    async def ignore_the_end() -> None:
+        await asyncio.to_thread(release.wait)  # its thread runs on after the cancellation
+
+    asyncio.run_coroutine_threadsafe(ignore_the_end(), thread.loop)
+    try:
+        thread.run(asyncio.sleep(0.01))
+        with pytest.raises(TimeoutError, match=r"did not end\n(.|\n)*shutdown_default_executor"):
+            thread.close()
+    finally:
+        release.set()
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_any_sequence_of_a_parameter_is_sent_as_a_list(stack: Stack, protocol: str) -> None:
     given = SamplingParams(max_tokens=4, seed=1, stop={"no"}, allowed_token_ids=range(256))  # type: ignore[arg-type]
