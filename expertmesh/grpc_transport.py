@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from cluster.core.grpc_poller import keep_grpc_poller
 from expertmesh.errors import APIConnectionError, APIError, APITimeoutError, make_error
 from expertmesh.messages import generate_request, request_output
 from expertmesh.options import DEFAULT_TIMEOUT_S, ClientOptions, tls_context
@@ -28,6 +29,7 @@ class GrpcTransport:
     """
 
     def __init__(self, address: str, is_tls: bool, options: ClientOptions) -> None:
+        keep_grpc_poller()
         limits = (("grpc.max_receive_message_length", 1 << 30),)
         self._channel = (
             grpc.aio.secure_channel(address, _credentials(options), limits)

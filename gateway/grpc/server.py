@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from cluster.core.errors import StartError
+from cluster.core.grpc_poller import keep_grpc_poller
 from gateway.auth.auth import KeyRing
 from gateway.auth.tls import bind
 from gateway.calls.gateway import Gateway
@@ -133,6 +134,7 @@ class ServicePort:
 
     async def start(self, is_ready: bool = True) -> int:
         """Bind the port and serve; return the port. Raises ``StartError``."""
+        keep_grpc_poller()
         try:
             self.port = bind(self._server, self._address, self._gateway.limits)
         except RuntimeError as err:

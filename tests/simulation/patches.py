@@ -206,6 +206,7 @@ def _everywhere() -> list[tuple[Any, str, Any]]:
         (asyncio, "Runner", SimRunner),
         (grpc.aio, "insecure_channel", SimChannel),
         (grpc.aio, "server", SimGrpcServer),
+        (grpc.aio, "init_grpc_aio", lambda: None),
     ]
 
 

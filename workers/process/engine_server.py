@@ -24,6 +24,7 @@ import psutil
 
 from cluster.core.addresses import tune_socket
 from cluster.core.errors import HandshakeError, ProtocolError
+from cluster.core.grpc_poller import keep_grpc_poller
 from cluster.core.release import RELEASE
 from workers.kv.block_pool import HashChanges
 from workers.kv.events import KvFeed
@@ -304,6 +305,7 @@ class EngineServer:
             self._started.set()
 
     async def _serve(self) -> None:
+        keep_grpc_poller()
         server = grpc.aio.server(options=_OPTIONS)
         stream = grpc.stream_stream_rpc_method_handler(self._stream)  # bytes in, bytes out
         handler = grpc.method_handlers_generic_handler(SERVICE, {METHOD: stream})
