@@ -52,7 +52,7 @@ class StepRows:
     """Results that one step adds to the inspection of one sequence."""
 
     first: int
-    """Position of its first row."""
+    """Position of the step's first row of the sequence."""
     hidden: Tensor
     """[count, H]: hidden states after the final norm."""
     logits: Mapping[int, Tensor]
@@ -64,7 +64,7 @@ class StepRows:
 
 
 class InspectionBuffers:
-    """Buffers of one request's inspection."""
+    """Collects the results of one request's inspection over its steps."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class InspectionBuffers:
         self._next = max(self._next, rows_found.first + len(rows_found.hidden))
 
     def arrays(self) -> Iterator[NamedArray]:
-        """All results. Call it after the last row was added."""
+        """Yield all results as named arrays. Call it after the last row was added."""
         if self._logits:
             positions = sorted(self._logits)
             yield _named("logits", torch.stack([self._logits[i] for i in positions]).numpy())
@@ -119,7 +119,7 @@ class InspectionBuffers:
             self._sum = rows_found.hidden[-1].double().cpu()
 
     def _add_capture(self, capture: Capture, begin: int) -> None:
-        """Add the rows of ``capture`` at and after position ``begin``."""
+        """Add the rows of ``capture`` from position ``begin`` on."""
         skip, end = begin - capture.first, capture.first + capture.count
         if skip >= capture.count:
             return
@@ -137,7 +137,7 @@ class InspectionBuffers:
             self._add_router(self._banks[index], rows, skip, own)
 
     def _by_head(self, maps: Tensor) -> Tensor:
-        """Reshape [K, A / K, n, keys] to [A, n, keys], in the model's own order of heads."""
+        """Reshape ``Capture.maps`` to [heads, n, keys], in the model's own order of heads."""
         return (maps.transpose(0, 1) if self._config.has_tiled_heads else maps).flatten(0, 1)
 
     def _add_router(self, bank: BankSpec, rows_found: RouterRows, skip: int, own: slice) -> None:

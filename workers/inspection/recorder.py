@@ -19,7 +19,7 @@ from workers.requests.inspection import InspectionParams
 
 @dataclass(frozen=True, slots=True)
 class RouterRows:
-    """Outputs of a bank's router for some rows."""
+    """Outputs of a bank's router for n rows: E logits per row, and its k chosen experts."""
 
     logits: Tensor
     """[n, E] model dtype or float32."""
@@ -43,7 +43,7 @@ class Capture:
     """[n, H] float32 for each call of ``Recorder.hidden``."""
     routers: dict[int, RouterRows] = field(default_factory=dict)
     maps: list[Tensor] = field(default_factory=list)
-    """[K, A / K, n, keys] float32 attention maps of each layer."""
+    """[KV heads, query heads per KV head, n, keys] float32 attention map of each layer."""
 
     def rows_of(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Copy of this capture's rows of ``tensor``, on the CPU."""
@@ -52,7 +52,7 @@ class Capture:
 
 
 class BatchRecorder:
-    """``Recorder`` of one micro-batch."""
+    """``Recorder`` that copies values of one micro-batch into ``captures``."""
 
     def __init__(self, captures: Sequence[Capture]) -> None:
         self._captures = captures

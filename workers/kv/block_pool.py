@@ -62,7 +62,7 @@ class BlockPool:
         return self._holders[block] == 0
 
     def allocate(self, count: int) -> list[int]:
-        """Take free blocks for one holder and remove their hashes."""
+        """Take ``count`` free blocks for one holder and remove their hashes."""
         assert self.can_allocate(count), f"{count} blocks of {self.num_free} free ones"
         blocks = [self._take_free() for _ in range(count)]
         for block in blocks:
@@ -77,7 +77,7 @@ class BlockPool:
                 self._order.find(block_hash)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Add a holder to cached blocks while they are copied. This is not a use for eviction."""
+        """Add a holder to cached blocks while they are copied, which does not delay eviction."""
         for block in blocks:
             self._hold(block)
 
@@ -129,7 +129,7 @@ class BlockPool:
         return block_hash in self._by_hash
 
     def hash_of(self, block: int) -> BlockHash | None:
-        """Return the hash by which a block can be found, or None."""
+        """Return the hash by which a block can be found; None if it has none."""
         return self._hashes[block]
 
     def was_found(self, block: int) -> bool:

@@ -91,7 +91,7 @@ class EvictionOrder:
         return name in self._was_found
 
     def hold(self, name: bytes) -> None:
-        """Exclude a block from eviction, since it has a holder."""
+        """Exclude a block from eviction until ``release``, since it has a holder."""
         if name in self._duplicated:
             del self._duplicated[name]
         elif (turn := self._turns.get(name)) is not None and name in turn.blocks:
@@ -101,7 +101,7 @@ class EvictionOrder:
         """Make a block without holders evictable. Release the end of a prefix first.
 
         ``turn``: the turn of the last holder, if it was a request; call ``end`` after all its
-        blocks are released. Without ``turn``, a block that was not found since returns to its turn.
+        blocks are released. Without ``turn``, a block that no request found keeps its turn.
         """
         self._ages.note_freed()
         if turn is None or (turn.hints.keep_s == 0 and name in self._was_found):
@@ -135,7 +135,7 @@ class EvictionOrder:
             num_duplicated_children = 1
 
     def pop(self) -> bytes:
-        """Return the next block to evict and hold it. There must be a free block."""
+        """Return the next block to evict, which is then held. There must be a free block."""
         if self._duplicated:
             return self._duplicated.popitem(last=False)[0]
         while True:

@@ -105,8 +105,8 @@ class PrefixCache:
     def _use(self, sequence: SequenceState, hints: KeepHints) -> TurnUse:
         """Return the blocks and states that a sequence leaves.
 
-        With recurrent states, the blocks end at the last known state; the states are that one and
-        the last one that the same prompt can use.
+        With recurrent states, the blocks end at the last known state. The result has this state
+        and the last one that a request with the same prompt could use.
         """
         size, prompt = self.block_size, sequence.prompt_length
         names, states = self.hashes(sequence, sequence.num_computed // size), list[BlockHash]()

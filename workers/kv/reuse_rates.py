@@ -62,7 +62,7 @@ class _Kind:
 
 
 class ReuseRates:
-    """Learned rates of all kinds of turns, and the values computed from them."""
+    """Learns how often turns of each kind are reused, and computes the value of keeping them."""
 
     def __init__(self, used_rate: float = USED_RATE) -> None:
         """``used_rate``: initial rate of turns that continue others; see ``USED_RATE``."""
@@ -108,9 +108,9 @@ def bin_of(age: int) -> int:
 def _score(parts: list[float], first: int) -> float:
     """Return the maximum, over all keep times, of expected uses divided by expected keep time.
 
-    The turn has reached bin ``first``, whose width is the time unit. ``parts``: reuse by bin.
-    Example: ``parts`` are 0.5 and 0, in bins of width 1. Keeping a turn for one bin gives 0.5 uses
-    in a mean time of 0.75, as reused turns leave after half of the bin; for both, 0.5 in 1.25.
+    The turn has reached bin ``first``, whose width is the time unit. ``parts``: reused part by bin.
+    Example: 0.5 and 0, in bins of width 1. Keeping a turn for one bin gives 0.5 uses in a mean time
+    of 0.75, as reused turns leave after half of the bin; for two bins, 0.5 uses in 1.25.
     """
     best = kept = uses = 0.0
     alive, width = 1.0, 1.0

@@ -43,7 +43,7 @@ class TurnAges:
         return None if found is None or found.is_over else found
 
     def begin(self, names: Sequence[bytes], hints: KeepHints, before: Turn | None) -> Turn:
-        """Create a turn that continues ``before``, its ``predecessor``, which then is over."""
+        """Create a turn that continues ``before`` (see ``predecessor``), which is then reused."""
         num_before = 0
         if before is not None:
             num_before = before.num_before + 1

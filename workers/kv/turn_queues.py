@@ -131,7 +131,7 @@ class TurnQueues:
         return best or self._least_kept()
 
     def _least_kept(self) -> Turn:
-        """Return the first least important turn of the tenant with the most kept blocks."""
+        """Return the oldest turn of highest ``priority`` of the tenant that keeps most blocks."""
         queue = max(self._kept.values(), key=_num_blocks)
         return max(queue, key=lambda turn: turn.hints.priority)  # the first of equals
 

@@ -53,7 +53,7 @@ class TurnUse:
 class Turn:
     """One request's use of a prefix, and the free blocks that it used last.
 
-    ``TurnAges`` and ``TurnQueues`` fill all fields after the first four.
+    ``TurnAges`` and ``TurnQueues`` set ``blocks`` and the fields after it.
     """
 
     hints: KeepHints

@@ -59,7 +59,7 @@ class Activity:
 
     @property
     def progress(self) -> int:
-        """Counter of loop iterations, exchanges of steps, and commits."""
+        """Counter of loop iterations, of exchanges outside native code, and of commits."""
         return self._iterations + self._advances
 
     def begin_iteration(self) -> None:
@@ -72,7 +72,7 @@ class Activity:
         self._advances += 1
 
     def observe(self, now: float) -> int:
-        """Return the progress for a heartbeat, including computation. Control thread."""
+        """Return ``progress`` with native exchanges and computation. Control thread."""
         cpu_s = self._cpu_seen_s
         with contextlib.suppress(OSError):  # the thread has ended
             cpu_s = self.cpu_s()

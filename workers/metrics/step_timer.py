@@ -62,7 +62,7 @@ class StepTimer:
             self._last_ns = self._clock_ns() if now_ns is None else now_ns
 
     def lap(self, name: str, bank: BankSpec, exchange: int, micro_batch: int) -> None:
-        """End a lap of one exchange and start the next one."""
+        """End the current lap, which gets this name and exchange, and start the next one."""
         if self._sinks:
             self._end_lap(name, _place(bank, exchange, micro_batch), self._clock_ns())
 

@@ -98,7 +98,7 @@ class ModelSetup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerContext:
-    """Objects that the roles of one worker share; all of them are open."""
+    """Objects that the roles of one worker share; connections and listeners are open already."""
 
     args: WorkerArgs
     member: Member
@@ -133,7 +133,7 @@ class WorkerContext:
         return StepTimer(*self.timing_sinks)
 
     def kv_peer(self, name: str) -> PeerEndpoint | None:
-        """The KV server of another member of this generation; None for other names."""
+        """Address of another worker's KV server; None if this generation has no such worker."""
         members = self.membership.generation.members
         member = next((m for m in members if m.name == name), None)
         if member is None or not member.kv_address or name == self.member.name:
@@ -142,7 +142,7 @@ class WorkerContext:
         return PeerEndpoint(name=name, address=member.kv_address, me=self.me, token=token)
 
     def open_peer_server(self, what: str, key_bytes: int) -> PeerServer:
-        """Open a server for fetches by other workers. It closes when this worker ends."""
+        """Open a ``PeerServer`` for fetches by other workers. It closes when this worker ends."""
         token, host = self.config.cluster_token, self.args.host
         server = PeerServer(self.me, token, host=host, what=what, key_bytes=key_bytes)
         self.cleanup.callback(server.close)

@@ -153,8 +153,8 @@ class EngineServer:
     def publish_kv(self, changes: HashChanges, fetch_cost: float, num_free: int) -> None:
         """Send changed cached blocks, the fetch cost and the number of free blocks to all gateways.
 
-        If no cached block has changed, nothing is sent until one does, or until the number of free
-        blocks has changed by a quarter. Any thread.
+        If no cached block has changed, nothing is sent until one changes, or until the number of
+        free blocks has changed by a quarter. Any thread.
         """
         known = self._kv.num_free
         has_changed = abs(num_free - known) > _FREE_CHANGE * max(num_free, known)

@@ -1,4 +1,4 @@
-"""Whether a worker can compute bit-exact results, and with which kernel libraries.
+"""Determines whether a worker can compute bit-exact results, and with which kernel libraries.
 
 Compiled kernels compute each row independently. Torch does so only in slower variants
 (``workers.model.batch_invariant``), which are used only if exact results are required.
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Exactness:
-    """A worker's arithmetic offer (see ``cluster.core.arithmetic``), kernels and threads."""
+    """A worker's arithmetic offer (``ArithmeticOffer``), and the kernels and threads to keep it."""
 
     offer: ArithmeticOffer
     threads: int

@@ -23,7 +23,7 @@ from workers.transport.transport import DataTransport
 _HIDDEN_ROWS = 16
 """Number of float32 rows of the model's width that a layer needs for each row of a step."""
 _PAIR_ROWS = 6
-"""Number of those rows for each (row, expert) pair: input, inner products, output, and sum."""
+"""Number of such float32 rows for each (row, expert) pair: input, inner products, output, sum."""
 _LOGIT_BYTES = 32
 """Bytes per logit: float32 copies of the sampler's stages, and sorted indices."""
 _ATTENTION_BYTES = 1 << 30
@@ -68,7 +68,7 @@ def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
 def graph_bytes(
     config: ModelConfig, banks: Sequence[BankSpec], buckets: Sequence[int], num_peers: int
 ) -> int:
-    """Bytes of all captured steps. Each keeps buffers for the rows exchanged with each peer."""
+    """Bytes of all captured steps, 0 without ``buckets``; each has exchange buffers per peer."""
     if not buckets:
         return 0
     each = kept_rows(buckets) * config.hidden_size * 4 * 2
@@ -84,10 +84,10 @@ def block_bytes(section: EngineSection, config: ModelConfig, dtype: torch.dtype)
 def section_for_gpu(
     args: WorkerArgs, family: Family, dtype: torch.dtype, transport: DataTransport
 ) -> EngineSection:
-    """The engine's section. On a GPU, ``kv_cache_bytes`` is set to the memory that is left.
+    """The engine's section. On a GPU, ``kv_cache_bytes`` is the free memory minus the reserves.
 
-    All weights must be loaded; empty expert slots have their memory already. Raises ``ConfigError``
-    if no block fits.
+    Call it when all weights are loaded and the expert slots are allocated. Raises ``ConfigError``
+    if no KV block fits.
     """
     section, workers, config = args.config.engine, args.config.workers, family.config
     if args.device.type != "cuda":
@@ -125,7 +125,7 @@ def _state_bytes(section: EngineSection, config: ModelConfig) -> int:
 def _reserved_bytes(
     args: WorkerArgs, family: Family, steps: int, num_peers: int, is_nccl: bool
 ) -> dict[str, int]:
-    """Bytes reserved for use after the start, by purpose. ``steps``: upper bound of one step."""
+    """Bytes that serving will allocate, by purpose. ``steps``: bytes of the largest step."""
     buckets = captured_sizes(args, family)
     return {
         "steps": steps,

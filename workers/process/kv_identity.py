@@ -1,7 +1,7 @@
 """Identity of the computation that made a KV block, and the ranks that need blocks on disk.
 
 Blocks on disk outlive the processes that compute them. Apart from the tokens, their bits depend on
-the checkpoint, release, options, types and the arithmetic agreement of the generation's members,
+the checkpoint, release, options, dtypes and arithmetic agreement of the generation's members,
 so the identity contains these. If results are exact, the agreement determines the bits. Otherwise
 they depend on each member, so the identity contains the computations of all members.
 """
@@ -57,7 +57,7 @@ def _arithmetic(generation: Generation) -> str:
 def needed_ranks(
     generation: Generation, places: Collection[str], node: str
 ) -> frozenset[int] | None:
-    """Ranks whose blocks on the disk of ``node`` must stay; None if not known yet.
+    """Ranks whose blocks on the disk of ``node`` must stay; None before the first generation.
 
     These are the attention ranks of that node, and the ranks of places that have no worker now.
     ``places``: names of the cluster's places (``attention-1``), filled or not.

@@ -135,7 +135,7 @@ def _run(engine: Engine, requests: Sequence[Request]) -> None:
 def warm_experts(args: WorkerArgs, slots: ExpertSlots, sums_are_rounded: bool) -> None:
     """Compute every exchange of every bank with 1, 2, 4, .. rows, up to a worker's largest step.
 
-    Does nothing without a GPU. The sizes cover each row-block height, as the heights double, too.
+    Does nothing without a GPU. The kernels' row-block heights double too, so all of them are used.
     ``sums_are_rounded``: see ``DataTransport``.
     """
     if args.device.type != "cuda":

@@ -98,7 +98,7 @@ class DiskWriter:
                 raise self._error
 
     def use(self, identity: str) -> None:
-        """Set the identity of new blocks (``workers.kv.tiers.disk``); delete items of others."""
+        """Set the identity of new blocks (``workers.kv.tiers.disk``); delete items without it."""
         with self._changed:
             self._identity = identity
             self._changed.notify_all()

@@ -22,12 +22,12 @@ IDLE_S = 3600.0
 
 @dataclass(slots=True, eq=False)
 class TierTurn:
-    """A turn that puts items into a tier. They are not evicted before the turn ends."""
+    """A turn that puts items into a tier; its items are not evicted before it ends."""
 
     use: TurnUse
     turn: Turn
     held: dict[bytes, int] = field(default_factory=dict)
-    """Items of the turn that are in the tier, in order, each with its serial number there."""
+    """Held items of the turn, in order, with the number that ``TierIndex`` gave each of them."""
 
 
 class TierIndex:

@@ -120,7 +120,7 @@ class KvTiers:
         return any(tier.is_state(name) for tier in self.tiers)
 
     def tiers_of(self, names: Sequence[bytes]) -> list[str]:
-        """Return the fastest tier of each block, up to the first block that no tier has."""
+        """Return the name of each block's fastest tier, up to the first block that no tier has."""
         found: list[str] = []
         for name in names:
             for tier in self.tiers:

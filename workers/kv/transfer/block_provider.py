@@ -49,7 +49,7 @@ class KvBlockProvider:
     _returned: deque[tuple[list[ProvidedItem], int]] = field(default_factory=deque)
 
     def acquire(self, keys: Sequence[bytes]) -> list[ProvidedItem]:
-        """Acquire blocks or one state. Empty if the engine thread does not respond in time."""
+        """Acquire blocks or one state; empty if none is known or the engine thread is too late."""
         items: Future[list[ProvidedItem]] = Future()
         self._requested.append((keys, items))
         self.wake()

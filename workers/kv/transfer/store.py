@@ -50,11 +50,11 @@ class Fetch:
     num_usable: int
     """Number of usable blocks of ``found`` when the fetch began: all, or up to a cached state."""
     blocks: list[int]
-    """Blocks for the rest of the prefix."""
+    """Blocks allocated for the hashes after ``found``."""
     num_filled: int = 0
     """Number of ``blocks`` that are filled, in order; written by the thread that fills them."""
     state: StateFetch | None = None
-    """None if the model has no states, or if the state of the whole prefix is known."""
+    """State to fetch; None if the model has no states, or the state after the prefix is known."""
 
     def lacks(self, block_hash: BlockHash) -> bool:
         """Whether a block of the prefix was not usable when the fetch began."""
@@ -114,7 +114,7 @@ class KvTransferStore:
         return blocks
 
     def release(self, blocks: list[int], num_kept: int) -> None:
-        """Release blocks. Another worker has copies of the first ``num_kept`` now."""
+        """Release blocks of ``acquire``. Another worker has copied the first ``num_kept``."""
         self.pool.mark_duplicated(blocks[:num_kept])
         self._release(blocks)
         broken = [b for b in blocks if self.pool.hash_of(b) is None and self.pool.is_free(b)]
@@ -150,10 +150,10 @@ class KvTransferStore:
     def begin(
         self, hashes: Sequence[BlockHash], found: Sequence[int], num_spare: int
     ) -> Fetch | None:
-        """Hold the ``found`` blocks of a prefix and allocate blocks for the rest.
+        """Hold the ``found`` blocks of a prefix and allocate blocks for the hashes after them.
 
-        None if nothing is missing, if the fetch would leave fewer than ``num_spare`` free blocks,
-        or if no slot for a state is left.
+        None if all blocks are usable, if the fetch would leave fewer than ``num_spare`` free
+        blocks, or if no slot for a state is left.
         """
         num_usable = self.num_usable(hashes, len(found))
         num_missing = len(hashes) - len(found)

@@ -60,7 +60,7 @@ class _Copy:
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Held blocks, or a state, that are being copied; empty at the end of a turn."""
+    """Held blocks, or a held state, that are being copied; the last batch of a turn is empty."""
 
     copy: _Copy
     names: Sequence[BlockHash]
@@ -68,7 +68,7 @@ class _Batch:
     blocks: list[int]
     state: ProvidedState | None
     work: Future[bool]
-    """Returns whether more of the turn can be stored."""
+    """Work of the copier thread; its result is whether more of the turn can be stored."""
 
 
 class TurnCopier:
@@ -90,7 +90,7 @@ class TurnCopier:
         self._batches: deque[_Batch] = deque()
         """Oldest first, the order in which they are copied."""
         self._copying: set[BlockHash] = set()
-        """Blocks of the batches."""
+        """Blocks in ``_batches``."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-copier")
 
     @property

@@ -133,7 +133,7 @@ class ControlClient:
         return self._lease.contact_at
 
     def check_term(self, term: int, controller: str) -> None:
-        """Raise ``SupersededError`` if a newer controller than the caller is known (any thread)."""
+        """Record a controller (any thread). Raises ``SupersededError`` if it is not the newest."""
         self._guard.check(term, controller)
 
     def redirect(self, address: str) -> None:
@@ -146,7 +146,7 @@ class ControlClient:
         self._wakeup.ring()
 
     def send(self, frame: ControlFrame) -> None:
-        """Queue a frame. The client repeats registration and requests after a reconnect."""
+        """Queue a frame. A reconnect drops it, unless ``_repeated_frames`` keeps its type."""
         with self._lock:
             if isinstance(frame, (Register, WorkerReady, WorkerFailed, DrainRequest)):
                 self._repeated_frames[type(frame)] = frame
@@ -187,7 +187,7 @@ class ControlClient:
             connected = self._connect_again()
 
     def _exchange_or_report(self, sock: socket.socket) -> str:
-        """Exchange frames, return why that ended; send an unexpected error to the controller."""
+        """Call ``_exchange_frames``; send an unexpected error to the controller and raise it."""
         try:
             if sock is not self._first:
                 self._queue_registration()
@@ -295,7 +295,7 @@ class ControlClient:
         return None
 
     def _queue_registration(self) -> None:
-        """Queue the frames that a restarted controller needs first."""
+        """Replace the queue with the frames that a restarted controller needs first."""
         with self._lock:  # frames for the old connection are obsolete
             self._queue.clear()
             greeting = [*self._repeated_frames.values(), *self._worker_report()]

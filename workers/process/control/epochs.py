@@ -62,10 +62,10 @@ class EpochPlacements:
     def obstacle(
         self, device: int, orders: Iterable[SlotOrder], epoch: int, announced: int
     ) -> Obstacle | None:
-        """Return why a command of the controller must not write these slots, or None if it may.
+        """Return why the slots ``orders`` of rank ``device`` must not be written, or None.
 
-        ``epoch``: current epoch in the controller's view; a step may read the slots of every epoch
-        from this worker's current one up to it. ``announced``: newest known epoch. Any thread.
+        A step may read the slots of this worker's current epoch and of all later ones up to
+        ``epoch``, the controller's current epoch. ``announced``: newest known epoch. Any thread.
         """
         current, coming = self.current, dict(self._announced)
         if epoch < current.epoch:

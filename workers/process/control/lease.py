@@ -72,7 +72,7 @@ class TermGuard:
         self._lock = threading.Lock()
 
     def check(self, term: int, controller: str) -> None:
-        """Record a controller. Raises ``SupersededError`` if a newer one is known."""
+        """Record a controller. Raises ``SupersededError`` if it is not the newest."""
         with self._lock:
             if term < self.term:
                 raise SupersededError(f"a controller of the older term {term}, not {self.term}")

@@ -93,12 +93,12 @@ class Membership:
         self.generation = Generation(number=0, members=())
         """Newest generation that this worker has entered."""
         self.announced: NewGeneration | None = None
-        """Newest announced generation; set by the control thread."""
+        """Newest ``NewGeneration`` command, None before the first; set by the control thread."""
         self.places: tuple[str, ...] = ()
         """Places of the cluster in the controller's last message; set by the control thread."""
         self.epochs = EpochPlacements()
         self.state = MembershipState.OUTSIDE
-        """Only the data thread writes it."""
+        """State in the newest generation; only the data thread writes it."""
         self.fence = -1
         """Number of the newest generation that must not run, as the lease expired in it. Only the
         control thread writes it, and it never decreases."""
@@ -139,7 +139,7 @@ class Membership:
     # ---- the control thread -----------------------------------------------------------------
 
     def record_command(self, frame: ControlFrame) -> None:
-        """Record a command that the data thread will handle."""
+        """Record the newest generation, epoch and places that a command of the controller has."""
         match frame:
             case ControllerSnapshot():
                 self.places = frame.places
@@ -159,11 +159,11 @@ class Membership:
         return self.fence
 
     def worker_report(self, memory: dict[str, Any]) -> list[ControlFrame]:
-        """State of this worker, for a restarted controller.
+        """Return the frames with this worker's state that a restarted controller needs.
 
-        A leader with a command to switch the epoch that it has not carried out yet reports that it
-        is not running: the new controller does not know of the command. ``memory``: the snapshot
-        of the previous controller.
+        The new controller does not know of a ``SwitchEpoch`` command of the previous one. So a
+        leader that has not carried it out yet reports that it is not running. ``memory``: the
+        snapshot of the previous controller.
         """
         command, loss = self.announced, self._reported_loss
         number = self.generation.number
@@ -192,7 +192,7 @@ class Membership:
     # ---- the loader's thread ------------------------------------------------------------------
 
     def obstacle(self, device: int, orders: Iterable[SlotOrder], epoch: int) -> Obstacle | None:
-        """Return why expert slots must not be written, or None; see ``EpochPlacements``."""
+        """Call ``EpochPlacements.obstacle`` with the newest announced epoch."""
         command = self.announced
         announced = command.placement.epoch if command is not None else 0
         return self.epochs.obstacle(device, orders, epoch, announced)
@@ -227,7 +227,7 @@ class Membership:
             )
 
     def record_commit(self, *, is_shared: bool) -> None:
-        """Record a committed step, or the start of steps. ``is_shared``: others took part in it."""
+        """Record a commit or the start of steps. ``is_shared``: other workers took part in it."""
         self.last_commit = time.monotonic()
         if is_shared:
             self.confirm_commit()

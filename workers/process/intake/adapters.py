@@ -91,7 +91,7 @@ class AdapterIntake:
         self._begin_next()
 
     def advance(self) -> AdaptersKept | None:
-        """Build adapters for a short time; returns the reply once the command is complete."""
+        """Build adapters for at most about 20 ms. Returns the reply when a command is complete."""
         end = self._clock() + _BUILD_TIME_S
         while self._clock() < end and self._has_step():
             pass
@@ -104,7 +104,7 @@ class AdapterIntake:
         return AdaptersKept(number=number, digests=dict(self._digests), errors=dict(self._errors))
 
     def stats(self, waiting: Mapping[str, int]) -> dict[str, float]:
-        """Gauges by metric name without prefix; an unused adapter has the value 0.
+        """Gauges of loaded adapters and their sequences, by metric name without prefix.
 
         ``waiting``: number of choices outside the engine by adapter key. Any thread may call it.
         """
@@ -118,7 +118,7 @@ class AdapterIntake:
         }
 
     def _num_sequences(self, waiting: Mapping[str, int]) -> Counter[tuple[str, str]]:
-        """Number of sequences by state and adapter name."""
+        """Number of sequences by state (``running``, ``waiting``) and adapter name; may be 0."""
         names = self._names
         by_state = dict(
             zip(("running", "waiting"), self._engine.requests.sequences_by_adapter(), strict=True)
@@ -136,7 +136,7 @@ class AdapterIntake:
         self._reads.clear()
 
     def _has_step(self) -> bool:
-        """Run one build step; False if there is none."""
+        """Run the next build step of an adapter; False if no adapter can be built now."""
         key = self._next()
         if key is None:
             return False

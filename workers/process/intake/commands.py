@@ -13,7 +13,7 @@ from workers.requests.wire import Abort, KeepCopy, Pause
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """A gateway submits a request."""
+    """Command to run a request of a gateway."""
 
     gateway: str
     request: Request
@@ -25,7 +25,7 @@ class AddRequest:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchRequested:
-    """A gateway will move a request to this worker and wants its KV blocks fetched first."""
+    """Command to fetch the KV blocks of a request that a gateway will move to this worker."""
 
     gateway: str
     request: Request
@@ -35,7 +35,7 @@ class PrefetchRequested:
 
 @dataclass(frozen=True, slots=True)
 class CopyRequested:
-    """A gateway asks this worker to copy KV blocks of another worker into its lower tiers."""
+    """Command to copy KV blocks of another worker into the lower tiers of this worker."""
 
     gateway: str
     message: KeepCopy
@@ -43,7 +43,7 @@ class CopyRequested:
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
-    """A gateway aborts or pauses a request, or acknowledges a solo step."""
+    """Command to abort or pause a request, or an acknowledgement of a solo step."""
 
     gateway: str
     message: Abort | Pause | SoloStep
@@ -51,7 +51,7 @@ class MessageReceived:
 
 @dataclass(frozen=True, slots=True)
 class GatewayDisconnected:
-    """A gateway's stream ended, so its requests are aborted."""
+    """Command to abort the requests of a gateway whose stream ended."""
 
     gateway: str
 

@@ -35,9 +35,9 @@ class CopyFetch:
     num_bytes: int = 0
     """Number of bytes received."""
     _names: Sequence[BlockHash] = ()
-    """The useful blocks: all blocks, or the blocks up to a known recurrent state."""
+    """Blocks of ``message``; with recurrent states, only up to the last known or fetched state."""
     _state: Tensor | None = None
-    """The received recurrent state after the last of the useful blocks."""
+    """The received recurrent state after the last block of ``_names``; None if none was."""
 
     @property
     def is_whole(self) -> bool:
@@ -53,7 +53,7 @@ class CopyFetch:
     def run(self, client: PeerClient) -> None:
         """Fetch the missing blocks that the other worker has and that fit into the tiers.
 
-        Raises ``TransportError`` and errors of ``before_chunk``; earlier received blocks stay.
+        Raises ``TransportError`` and errors of the client's ``before_chunk``; received blocks stay.
         """
         self._names = self.message.hashes
         if self.cache.states:
@@ -84,8 +84,8 @@ class CopyFetch:
         )
 
     def _states_of(self, names: Sequence[BlockHash]) -> list[BlockHash]:
-        """Blocks after which states are kept: the last block, and the last two blocks with a known
-        state, as the next turn may diverge at the end of the prompt.
+        """Blocks after which states are kept: the last block, and the last two before it that have
+        a known state, as the next turn may diverge at the end of the prompt.
         """
         if not self.cache.states:
             return []
@@ -93,7 +93,7 @@ class CopyFetch:
         return [*known[-2:], names[-1]]
 
     def _receive_state(self, client: PeerClient) -> None:
-        """Fetch the other worker's last state, if it follows every state that is known here."""
+        """Fetch the peer's last state of these blocks that is later than all states known here."""
         names, has = self._names, self.tiers.host.has
         num_known = next((n for n in range(len(names), 0, -1) if has(state_key(names[n - 1]))), 0)
         first = max(num_known, len(names) - MAX_ITEMS)

@@ -23,12 +23,12 @@ class FetchJob(Job):
 
     @property
     def is_late(self) -> bool:
-        """Whether its deadline passed before its thread ended."""
+        """Whether the deadline has passed but the thread has not ended; set by ``_take_ended``."""
         return self.deadline_s == math.inf
 
 
 class FetchJobs(WaitingRequests):
-    """Finds the running job for a prefix, and removes ended jobs. Engine's thread only."""
+    """Base of ``KvFetches`` and ``KvRestores``: finds and ends their jobs. Engine's thread only."""
 
     @property
     @abstractmethod
@@ -49,8 +49,8 @@ class FetchJobs(WaitingRequests):
     def _take_ended(self, store: KvTransferStore) -> tuple[list[FetchJob], list[IntakeRequest]]:
         """Remove and return ended jobs, and the requests whose wait is over, in order of jobs.
 
-        The pool can find the blocks of an ended job. Requests stop waiting at the job's deadline;
-        then the job is cancelled, or its blocks stay pinned until its running thread ends.
+        The blocks of an ended job are stored in the pool. At a job's deadline its requests stop
+        waiting, and it ends if it has not started; else its blocks stay pinned until it ends.
         """
         now, ended, requests = self._clock(), list[FetchJob](), list[IntakeRequest]()
         for job in tuple(self._running):

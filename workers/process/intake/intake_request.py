@@ -52,7 +52,7 @@ _NEXT: Transitions[IntakeState] = {
 
 @dataclass(slots=True, eq=False)
 class IntakeRequest:
-    """A request that the engine does not have yet, or that waits in it for KV blocks."""
+    """A request that has not entered the engine, or waits in the engine's queue for KV blocks."""
 
     gateway: str
     request: Request
@@ -79,6 +79,6 @@ class IntakeRequest:
         self.state = next_state(self.state, state, _NEXT)
 
     def close(self, choices: Iterable[int]) -> None:
-        """Mark these choices as closed, so that the engine does not run them."""
+        """Mark these choices as closed (aborted), so that the engine does not run them."""
         closed = tuple(sorted({*self.request.closed_choices, *choices}))
         self.request = structs.replace(self.request, closed_choices=closed)

@@ -46,7 +46,7 @@ class _Prefetch(Job):
 
     command: PrefetchRequested
     num_begun: int = 0
-    """Number of chains (one for each open choice) whose fetch has started or is not needed."""
+    """Number of chains (one for each open choice) whose fetch was started or skipped."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -95,10 +95,10 @@ class KvFetches(FetchJobs):
         return self.cost.ratio(self._clock()) if self._limit_s else math.inf
 
     num_free_jobs = sys.maxsize
-    """See ``KvSource``. Unlimited, as ``put`` does not wait above ``MAX_FETCHING``."""
+    """See ``KvSource``. Unlimited, as ``put`` returns False above ``MAX_FETCHING``."""
 
     def limit_s(self, num_tokens: int) -> float:
-        """Longest wait for the blocks of a prompt."""
+        """Longest wait for the blocks of a prompt, in seconds; the same for all lengths."""
         return self._limit_s
 
     def put(self, waiting: IntakeRequest) -> bool:
@@ -199,7 +199,7 @@ class KvFetches(FetchJobs):
         self._prefetches = [p for p in self._prefetches if p.waiting or is_wanted(p.command)]
 
     def _continue_prefetches(self) -> None:
-        """Start the next fetch of each prefetch, oldest first; complete prefetches without one."""
+        """Start the next fetch of each prefetch that has none running; complete finished ones."""
         for prefetch in tuple(self._prefetches):
             if any(job.ahead_of is prefetch for job in self._jobs):
                 continue
@@ -235,7 +235,7 @@ class KvFetches(FetchJobs):
     def _begin(
         self, hashes: Sequence[BlockHash], cached: Sequence[int], peer: PeerEndpoint
     ) -> _Job | None:
-        """Fetch the missing part of a prefix; None if nothing is missing or it does not fit."""
+        """Fetch the blocks of a prefix after ``cached``; None if that is not possible or needed."""
         if len(self._jobs) >= MAX_FETCHING:
             return None
         end = self._engine.kv_store.num_usable(hashes, len(cached)) + MAX_ITEMS
@@ -276,7 +276,7 @@ class KvFetches(FetchJobs):
 
 
 def _receive_state(client: PeerClient, fetch: Fetch, state: StateFetch, cache: KVCache) -> int:
-    """Fetch the last state of a prefix that the peer has, into the slot.
+    """Fetch the last state that the peer has of a prefix, into the slot of ``state``.
 
     Returns the bytes of the state, or 0 if the peer has none.
     """

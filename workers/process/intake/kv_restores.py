@@ -38,7 +38,7 @@ MIN_LIMIT_S = 2.0
 """Minimum time limit of a restore, including the wait for a thread. The limit is the time to
 compute the same tokens, if that is longer."""
 _GRACE_S = 0.5
-"""Time after a restore's limit in which its thread should end by itself."""
+"""Seconds for which requests wait after a restore's limit, as its thread then ends soon."""
 
 
 @dataclass(slots=True)
@@ -161,9 +161,9 @@ class KvRestores(FetchJobs):
     def _best_end(
         self, hashes: Sequence[BlockHash], num_found: int, num_usable: int, has_peer: bool
     ) -> int:
-        """Number of blocks of the prefix after a restore that saves most time.
+        """Return up to which number of blocks a restore of the prefix saves most time.
 
-        ``num_usable`` if no restore saves time, or if a fetch from the peer is cheaper.
+        Returns ``num_usable`` if no restore saves time, or if a fetch from the peer is cheaper.
         """
         now_s, store, cost = self._clock(), self._store, self.cost
         names = self._tiers.names
@@ -181,7 +181,7 @@ class KvRestores(FetchJobs):
         return num_usable if is_dearer else end
 
     def _state_cost(self, name: BlockHash, now_s: float) -> float:
-        """Cost of the recurrent state after a block: 0 if it is cached, infinite if in no tier."""
+        """Cost, in computed tokens, to restore the state after a block; infinite if in no tier."""
         states = self._store.states
         if states is None or states.num_known((name,)):
             return 0.0
@@ -189,7 +189,7 @@ class KvRestores(FetchJobs):
         return math.inf if tier is None else self.cost.tokens(tier, self._state_bytes, now_s)
 
     def _begin(self, hashes: Sequence[BlockHash], cached: Sequence[int]) -> FetchJob | None:
-        """Restore the missing part of a prefix; None if it does not fit or any restore is late."""
+        """Restore the blocks of a prefix after ``cached``; None if that is not possible now."""
         if len(self._jobs) >= MAX_JOBS or any(job.is_late for job in self._jobs):
             return None
         fetch = self._engine.begin_fetch(hashes, cached)
@@ -226,7 +226,7 @@ class KvRestores(FetchJobs):
         self._observe(reads)
 
     def _observe(self, reads: _TierReader) -> None:
-        """Record the measurements. Called on the thread that has read the items."""
+        """Add the reads to metrics and costs. Called on the thread that has read the items."""
         for tier, read in reads.by_tier.items():
             self._seconds[tier].observe(read.seconds)
             self._num_bytes[tier] += read.num_bytes

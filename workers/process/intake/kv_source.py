@@ -23,7 +23,7 @@ class KvSource(Protocol):
         """Longest useful wait, in seconds, for the blocks of a prompt of ``num_tokens`` tokens."""
 
     def put(self, waiting: IntakeRequest) -> bool:
-        """Start to load blocks of a request; False if it has none that are worth loading."""
+        """Start to load blocks of a request; False if the source has none that are worth it."""
 
     def take(self) -> list[IntakeRequest]:
         """Remove and return the requests whose loads have ended, in the order of their starts."""

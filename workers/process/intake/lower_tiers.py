@@ -50,7 +50,7 @@ class LowerTiers:
         return cls(tiers, copies, KvRestores(engine, tiers, computing, wake))
 
     def changes(self, changes: HashChanges, engine: Engine) -> HashChanges:
-        """Merge the pool's ``changes`` with the changes of the tiers, for gateways."""
+        """Return the changes of pool (``changes``) and tiers together; see ``held_changes``."""
         return held_changes(changes, engine.pool, self.tiers)
 
     def stats(self) -> dict[str, float]:
@@ -81,9 +81,9 @@ def open_tiers(
 
     The disk tier is used once ``KvTiers.use`` has set the identity of blocks. If the disk fails or
     does not respond within ``OPEN_LIMIT_S``, the worker serves without it. ``kept_share``: fraction
-    of a tier's blocks that requests may retain. ``model``: identity prefix of this checkpoint.
-    ``needed``: returns the ranks whose folders on disk must stay, or None if not known yet. Raises
-    ``ConfigError`` for invalid sizes.
+    of a tier's blocks that ``KeepHints`` may protect. ``model``: see ``model_identity``.
+    ``needed``: returns the ranks whose folders on disk must stay, or None if not known yet.
+    Raises ``ConfigError`` for invalid sizes.
     """
     if not section.kv_host_bytes:
         return None

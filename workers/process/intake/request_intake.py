@@ -137,7 +137,7 @@ class RequestIntake:
     # KV blocks of requests that fit
 
     def _request_blocks(self) -> None:
-        """Let requests that fit wait for the KV blocks that the pool lacks."""
+        """Let queued requests that fit into the pool wait for KV blocks that sources can load."""
         if not self._may_have_blocks():
             return
         at_most = min(source.num_free_jobs for source in self._sources)
@@ -168,7 +168,7 @@ class RequestIntake:
         return True
 
     def _end_wait(self, waiting: IntakeRequest, left: Sequence[KvSource]) -> None:
-        """End a wait for a source, and try the sources in ``left`` for the remaining blocks."""
+        """End a wait for a source. A request in the engine then tries the sources in ``left``."""
         if not waiting.is_in_engine:
             self._prepare(waiting)
             return
@@ -243,7 +243,7 @@ class RequestIntake:
         self._num_waiting = numbers
 
     def count_waiting(self, stats: dict[str, float]) -> Counter[str]:
-        """Add the waiting choices to the gauges; returns their number by adapter key."""
+        """Add the waiting choices to gauges in ``stats``; returns their number by adapter key."""
         by_adapter: Counter[str] = Counter()
         for reason in _REASONS.values():
             stats.setdefault(f'num_requests_waiting_by_reason{{reason="{reason}"}}', 0.0)

@@ -1,4 +1,4 @@
-"""Passes stages of solo steps, and acknowledgements, between the engine and gateways."""
+"""Passes the stages of solo steps (``SoloStage``) to gateways, and acknowledgements back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workers.requests.request import Queued, SoloStep
 
 @dataclass(slots=True)
 class SoloStepReporter:
-    """Sends stages to the gateway, and passes its acknowledgements to the engine.
+    """Sends ``SoloStage`` messages to a gateway, and its acknowledgements to the engine.
 
     Call the methods on the engine's thread only.
     """
@@ -23,7 +23,7 @@ class SoloStepReporter:
     """Gateway of the last solo step, kept even if its request has ended."""
 
     def report(self, owners: Mapping[str, str]) -> None:
-        """Send the engine's new stages. ``owners``: gateway by request id."""
+        """Send the engine's new messages to gateways. ``owners``: gateway by request id."""
         for message in self.engine.requests.take_solo_steps():
             self._gateway = owners.get(message.request_id, self._gateway)
             self.publish(self._gateway, message)
@@ -34,6 +34,6 @@ class SoloStepReporter:
             self.engine.requests.isolation.acknowledge(solo_step)
 
     def drop_gateway(self, gateway: str) -> None:
-        """Handle a lost gateway: the engine runs other requests without its acknowledgement."""
+        """End a solo step of a lost gateway: the engine no longer waits for acknowledgements."""
         if gateway == self._gateway:
             self.engine.requests.isolation.drop_solo_step()

@@ -122,7 +122,7 @@ class EngineSteps:
     def _idle_s(self) -> float:
         """Longest wait for a header, in seconds.
 
-        It is short after an empty step: the leader must check whether all ranks got its header.
+        It is short after an empty step: the leader must check whether all ranks got the header.
         """
         membership = self._context.membership
         if membership.last_shared_commit < membership.last_commit:

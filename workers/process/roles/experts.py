@@ -130,7 +130,7 @@ class ExpertRole:
         self._num_steps += 1
 
     def facts(self) -> dict[str, float]:
-        """Facts for ``WorkerReady``: number of slots, bytes of the largest expert, speed."""
+        """Facts for ``WorkerReady``: slots per bank, bytes of the largest expert, ``_speed``."""
         sizes = (b.spec.num_bytes(b.dtype.itemsize) for b in self.slots.banks)
         facts: dict[str, float] = {
             "num_slots": self._context.args.num_slots,

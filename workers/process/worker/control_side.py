@@ -127,7 +127,7 @@ class ControlSide:
             self.close()
 
     def check_term(self, term: int, controller: str) -> None:
-        """Raise ``SupersededError`` if a newer controller than the caller is known."""
+        """Record a controller. Raises ``SupersededError`` if it is not the newest."""
         if self.has_connected:
             self._client.check_term(term, controller)
 

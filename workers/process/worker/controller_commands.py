@@ -38,7 +38,7 @@ class ControllerCommands:
     _memory: dict[str, Any] = field(default_factory=dict)
 
     def take(self, frame: ControlFrame) -> None:
-        """Queue a frame for the data thread, and interrupt its wait if the frame requires it."""
+        """Carry out a frame, or queue it for the data thread and end that thread's wait or step."""
         experts = self.experts()
         if isinstance(frame, LoadExperts):
             if experts is not None:
@@ -65,7 +65,7 @@ class ControllerCommands:
             self.wake()
 
     def report(self) -> list[ControlFrame]:
-        """State of this worker, for a restarted controller."""
+        """Return the frames with this worker's state that a restarted controller needs."""
         return self.membership.worker_report(self._memory)
 
     def pending(self) -> Iterator[ControlFrame]:

@@ -168,7 +168,7 @@ class Worker:
         return context
 
     def open_transport(self, connections: PeerConnections) -> DataTransport:
-        """Open the transport. The other members get the address of its rendezvous store, if any."""
+        """Open the transport; a collective one adds its store's address to this worker's record."""
         transport = open_transport(self.args, connections)
         if isinstance(transport, CollectiveTransport):
             self.member = replace(self.member, store_address=transport.store_address)
@@ -193,7 +193,7 @@ class Worker:
         return load_attention(context, self.roles, self._listeners, weights, self.banks_of)
 
     def _open_timing_sinks(self) -> list[TimingSink]:
-        """Open the receivers of step times: metrics, and a timeline and spans if configured."""
+        """Open the sinks of step times: metrics, and if configured a timeline and trace spans."""
         section, name = self.config.observability, self.member.name
         sinks: list[TimingSink] = [self._step_metrics]
         if (trace := StepTrace.of(section, name)) is not None:
