@@ -24,7 +24,7 @@ class BlockContents:
     """Blocks fetched from other workers that no sequence has used; their tokens are unknown."""
 
     def note_fetched(self, hashes: Sequence[BlockHash]) -> None:
-        """Note the hashes of blocks fetched from another worker."""
+        """Record the hashes of blocks fetched from another worker, until a sequence uses them."""
         self._fetched.update(hashes)
         if len(self._fetched) > self.pool.num_blocks:
             self._fetched = {name for name in self._fetched if self.pool.is_known(name)}
@@ -32,12 +32,12 @@ class BlockContents:
     def note(
         self, sequence: SequenceState, hashes: Sequence[BlockHash], first: int, end: int
     ) -> None:
-        """Note that blocks ``first`` to ``end`` - 1 of a sequence are cached."""
+        """Collect the contents of blocks ``first`` to ``end`` - 1 of a sequence, now cached."""
         for place in range(first, end):
             self._new[hashes[place]] = self._content(sequence, hashes, place)
 
     def note_found(self, sequence: SequenceState, hashes: Sequence[BlockHash]) -> None:
-        """Note that a sequence uses cached blocks with these hashes, from its first block on."""
+        """Collect contents of fetched blocks among the ``hashes``, a sequence's first blocks."""
         if self._fetched:
             for place, name in enumerate(hashes):
                 if name in self._fetched:
@@ -45,7 +45,7 @@ class BlockContents:
                     self._new[name] = self._content(sequence, hashes, place)
 
     def take(self) -> dict[BlockHash, BlockContent]:
-        """Return the contents noted since the last call, by hash."""
+        """Return the contents collected since the last call, by hash."""
         new, self._new = self._new, {}
         return new
 

@@ -71,12 +71,12 @@ class PrefixCache:
         return found
 
     def known_hashes(self, sequence: SequenceState) -> list[BlockHash]:
-        """Return hashes of cached blocks of a sequence, even if no recurrent state is cached."""
+        """Return the hashes of the blocks that ``find`` returns if all states are cached."""
         hashes = self._reusable(sequence)
         return hashes[: len(self.pool.find(hashes))]
 
     def begin(self, sequence: SequenceState) -> None:
-        """Begin the turn of an admitted sequence."""
+        """Begin the turn of an admitted sequence, if prefix caching is enabled."""
         if not self.is_enabled:
             return
         request = sequence.request

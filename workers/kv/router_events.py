@@ -114,7 +114,7 @@ class RouterFeed:
         self._untold: set[BlockHash] = set()
 
     def clear(self) -> list[Event]:
-        """Return an event that removes all blocks; present ones are not announced again."""
+        """Return an event that removes all blocks; blocks cached now are not announced again."""
         self._told.clear()
         self._untold.clear()
         return [AllBlocksCleared()]

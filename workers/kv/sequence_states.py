@@ -82,7 +82,7 @@ class SequenceStates:
         return {tokens for tokens in found if first < tokens <= min(last, limit)}
 
     def _prompt_end(self, sequence: SequenceState) -> int:
-        """Number of tokens that the same prompt can reuse."""
+        """Number of tokens, in full blocks, that a request with the same prompt can reuse."""
         size = self.prefixes.block_size
         return (sequence.prompt_length - 1) // size * size
 

@@ -40,7 +40,7 @@ class TurnQueues:
             self._keep_no_longer(heappop(self._expiring)[2])
 
     def end(self, turn: Turn) -> None:
-        """Queue an ended turn for eviction."""
+        """End a turn, and queue it for eviction if it has free blocks."""
         keep_s = turn.hints.keep_s
         turn.is_kept = bool(keep_s)
         self.choose_again()
@@ -53,7 +53,7 @@ class TurnQueues:
             self._limit_kept()
 
     def put(self, turn: Turn, name: bytes) -> None:
-        """Add a free block to a turn."""
+        """Add a free block to a turn, and queue the turn if it has ended."""
         turn.blocks[name] = None
         if turn.queue is not None:
             self.num_kept += turn.is_kept

@@ -34,8 +34,8 @@ class StepMetrics:
     """``TimingSink`` with histograms. The data thread writes, any thread reads.
 
     Args:
-        wait: name of the laps in which the worker waits for others. Their sum over a step is the
-            step's bubble.
+        wait: name of the laps in which the worker waits for others, which form the step's bubble;
+            None without other workers.
     """
 
     def __init__(self, wait: str | None) -> None:

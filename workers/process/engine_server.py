@@ -89,7 +89,7 @@ class EngineServer:
     Args:
         host: interface to bind to.
         token: cluster token that both sides prove.
-        inbox: receives requests and aborts.
+        inbox: receives the commands of gateways.
         facts: returns the model's limits, for the reply to a gateway's hello.
         silence_limit_s: seconds without a message after which a gateway that pings is dropped.
         release: release of this worker; gateways of another release are refused.
@@ -162,9 +162,9 @@ class EngineServer:
             self._publish(self._send_kv, changes, fetch_cost, num_free, has_changed)
 
     def close_streams(self, fence: int) -> None:
-        """Stop serving all generations up to number ``fence`` (any thread).
+        """End all streams, unless a generation above ``fence`` was admitted (any thread).
 
-        Every stream ends. New streams are refused until a later generation is admitted.
+        New streams are refused until ``admit_streams`` is called for such a generation.
         """
         self._call_soon(self._raise_fence, fence)
 

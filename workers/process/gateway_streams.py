@@ -47,7 +47,7 @@ MAX_PENDING_MESSAGES = 4096
 
 
 class GatewayStream:
-    """One gateway's stream. ``cancel`` ends its handler even if the gateway does not read."""
+    """Pending messages of one gateway. ``cancel`` ends its stream even if it does not read."""
 
     def __init__(self, name: str, cancel: Callable[[], object]) -> None:
         self.name = name
@@ -80,7 +80,7 @@ class GatewayStream:
 
 
 class GatewayStreams:
-    """The open streams by name.
+    """Passes messages between open streams and the inbox, and ends streams that do not work.
 
     Args:
         inbox: receives the gateways' commands.
@@ -96,7 +96,7 @@ class GatewayStreams:
         """Time between two calls of ``drop_silent``."""
 
     def open(self, gateway: str, cancel: Callable[[], object]) -> GatewayStream:
-        """Add a stream with a unique name."""
+        """Add and return a stream, with a unique name that starts with ``gateway``."""
         stream = GatewayStream(f"{gateway}#{next(self._numbers)}", cancel)
         self._streams[stream.name] = stream
         return stream
@@ -108,7 +108,7 @@ class GatewayStreams:
         now: float,
         hashes: tuple[tuple[BlockHash, ...], ...] = (),
     ) -> None:
-        """Handle a message of a gateway; ignored if its stream has ended.
+        """Pass on a message of a gateway, or reply to a ping; ignored if its stream has ended.
 
         ``hashes`` are the hashes of KV blocks: of the prompt for a request, and of each open choice
         for a prefetch.

@@ -22,7 +22,7 @@ class WorkerArgs:
     """Configuration, identity, addresses and CPU threads of one worker."""
 
     config: ClusterConfig
-    """The cluster's configuration, with device and shares resolved."""
+    """The cluster's configuration, with the device and each worker's CPU and GPU share resolved."""
     member: Member
     control_address: str
     """``host:port`` of the controller's control server."""

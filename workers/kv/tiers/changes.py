@@ -7,7 +7,7 @@ from workers.kv.tiers.tiers import KvTiers
 
 
 def held_changes(changes: HashChanges, pool: BlockPool, tiers: KvTiers) -> HashChanges:
-    """Merge the ``changes`` of the pool with the changes of the tiers.
+    """Return the ``changes`` of the pool merged with the changes of the tiers.
 
     A block is removed when neither the pool nor a tier has it. A block may be reported as stored
     repeatedly. Engine thread only.

@@ -60,7 +60,7 @@ class DiskWriter:
         self._sweep = sweep
         self._clock = clock
         self.disk: DiskTier | None = None
-        """The tier, while it is in use."""
+        """The tier once its identity is set; None before."""
         self._opened: DiskTier | None = None
         self._error: Exception | None = None
         """Error of the last try to open the tier."""
@@ -104,7 +104,7 @@ class DiskWriter:
             self._changed.notify_all()
 
     def put(self, use: TurnUse) -> None:
-        """Queue the blocks of a turn to be copied to disk."""
+        """Queue the blocks of a turn to be copied to disk; ignored without an open disk."""
         with self._changed:
             if self._opened is None and self._num_tries:
                 return  # there is no disk now

@@ -31,7 +31,7 @@ class TierTurn:
 
 
 class TierIndex:
-    """Items by name, with their sizes, owners and holders.
+    """Decides which items of a tier are evicted when an item is added.
 
     Example: the capacity is 100 bytes; tenant a has 60 and b has 30. If b adds an item of 20 bytes,
     an item of a is evicted, as a has more than its share of 50.
@@ -92,7 +92,7 @@ class TierIndex:
         return begun
 
     def extend(self, turn: TierTurn, use: TurnUse) -> None:
-        """Replace the use of a turn by a longer one, and hold its items until the turn ends."""
+        """Replace ``turn.use`` by a longer use, and hold its items until the turn ends."""
         turn.use = use
         self._hold_known(turn)
 

@@ -16,7 +16,7 @@ from workers.requests.block_hash import state_key
 
 
 class Tier(ABC):
-    """Items by name, each the data of one KV block or state. Any thread may call the methods.
+    """Stores items by name: the data of one KV block or state each. Any thread may call it.
 
     A turn puts its items between ``begin`` and ``end``, from the first block of its prefix on. The
     data of an item never changes.
@@ -67,7 +67,7 @@ class Tier(ABC):
             return self._order.begin(use, self._clock())
 
     def extend(self, turn: TierTurn, use: TurnUse) -> None:
-        """Replace the use of a turn by a longer one."""
+        """Replace ``turn.use`` by a longer use of the same prefix."""
         with self._lock:
             self._order.extend(turn, use)
 

@@ -36,7 +36,7 @@ class TierItem:
 
 
 class KvTiers:
-    """The host tier and the optional disk tier."""
+    """Writes the blocks of turns to the host tier and an optional disk tier, and reads them."""
 
     def __init__(self, host: HostTier, writer: DiskWriter | None = None) -> None:
         """``writer``: writer of the disk tier, if configured; this object then owns it."""
@@ -73,7 +73,7 @@ class KvTiers:
         return self.host.begin(use)
 
     def extend(self, turn: TierTurn, use: TurnUse) -> None:
-        """Replace the use of a turn by a longer one."""
+        """Replace ``turn.use`` by a longer use of the same prefix."""
         self.host.extend(turn, use)
 
     def put(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 UNMEASURED_COST = 0.1
 """Cost ratio until both rates are measured; below 1, as most links outrun most models."""
 FORGET_S = 60.0
-"""Seconds after which measured fetches are discarded, so that a fetch is tried again."""
+"""Seconds after the last fetch after which ``UNMEASURED_COST`` applies, so that one is tried."""
 _MEMORY = 0.8
 """Factor by which each new measurement reduces the weight of the earlier ones."""
 
@@ -53,7 +53,7 @@ class FetchCost:
     def ratio(self, now_s: float) -> float:
         """Return the prompt tokens that are computed in the time of fetching one token.
 
-        Example: computing 1,000 tokens a second and fetching 8,000 gives 0.125.
+        ``UNMEASURED_COST`` without both rates. Example: 1,000 and 8,000 tokens a second give 0.125.
         """
         fetch_s, token_s = self._fetch.time_of(1), self.compute_s(1)
         if not fetch_s or not token_s or now_s - self._fetched_s > FORGET_S:

@@ -40,5 +40,5 @@ class RestoreCost:
         return read_s / token_s
 
     def _is_old(self, tier: str, now_s: float) -> bool:
-        """Whether the tier has no recent measurement, so that it should be tried again."""
+        """Whether the tier was not measured within ``FORGET_S``, so that it should be tried."""
         return now_s - self._measured_s.get(tier, -FORGET_S) >= FORGET_S

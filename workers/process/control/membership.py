@@ -77,7 +77,7 @@ class MembershipHooks:
     send: Callable[[ControlFrame], None]
     """Sends a frame to the controller."""
     enter: Callable[[Generation, ExpertPlacement], None]
-    """Applies the placement of a new generation, once all its connections are open."""
+    """Applies the placement of a new generation with open connections, or of an announced epoch."""
     lose_members: Callable[[Set[str]], None]
     """Called with the members of the last generation that died; its last step was abandoned."""
     begin_steps: Callable[[], None]
@@ -87,7 +87,7 @@ class MembershipHooks:
 
 
 class Membership:
-    """The membership of one worker. Call ``set_data_plane`` first."""
+    """Follows the controller's commands about generations and epochs, for one worker."""
 
     def __init__(self, name: str, hooks: MembershipHooks) -> None:
         self.generation = Generation(number=0, members=())
@@ -116,7 +116,7 @@ class Membership:
     def set_data_plane(
         self, connections: PeerConnections, channel: StepChannel, transport: DataTransport
     ) -> None:
-        """Set the connections, the step channel and the transport, which are open."""
+        """Set the open connections, step channel and transport. Call it before ``handle``."""
         self._connections = connections
         self._channel = channel
         self._transport = transport

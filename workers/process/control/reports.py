@@ -13,7 +13,7 @@ from workers.metrics.activity import Activity
 from workers.process.control.membership import Membership
 
 PROGRESS_EVERY_S = 0.2
-"""Minimum time between two reports of load progress."""
+"""Minimum time between two reports of ``loading``, in seconds."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,7 +27,7 @@ class WorkerReports:
     load: Callable[[], LoadReport | None]
     """Returns the expert load, or None if this worker does not count it."""
     load_every_s: float
-    """Minimum time between two heartbeats with a load report."""
+    """Minimum time between two heartbeats with an expert load report, in seconds."""
     send: Callable[[ControlFrame], None]
     disks: DiskMonitor
     """Watches the disks of this host."""
@@ -42,7 +42,7 @@ class WorkerReports:
     _rows_sent: int = 0
 
     def loading(self, loaded_bytes: int, total_bytes: int) -> None:
-        """Report the load progress periodically and at the end. Data thread."""
+        """Report how much of the weights is loaded: periodically, and at the end. Data thread."""
         self.activity.advance()
         now = time.monotonic()
         if loaded_bytes >= total_bytes or now - self._progress_sent_at >= PROGRESS_EVERY_S:
@@ -77,7 +77,7 @@ class WorkerReports:
         return StatusReply(token=0, stats=self.stats(), expert_load=self.load())
 
     def _new_load(self) -> LoadReport | None:
-        """The load report, or None if it is unchanged since the last one sent."""
+        """The expert load report, or None if it is unchanged since the last one sent."""
         self._load_sent_at = time.monotonic()
         report = self.load()
         if report is None or report.rows == self._rows_sent:

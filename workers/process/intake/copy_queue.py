@@ -36,7 +36,7 @@ class CopyQueue:
         return sum(map(len, self._tenants.values()))
 
     def put(self, copy: QueuedCopy) -> int:
-        """Add a copy; returns the number of copies dropped because the queue is full."""
+        """Add a copy; returns how many copies (this or older ones) a full queue has dropped."""
         tenant, names = copy.message.tenant, copy.message.names
         waiting = self._tenants.get(tenant)
         if waiting is None:

@@ -37,7 +37,7 @@ _STOP_S = 1.0
 """Time limit for joining the thread, which ends at the latest when its wait for data ends."""
 OUTCOMES = ("whole", "part", "failed", "skipped")
 """Outcomes of copies, in this order: all blocks are stored; some are missing at the other worker or
-do not fit; it is unreachable or sent invalid data; the queue was full."""
+do not fit; it is unreachable or sent invalid data; the queue was full, or this worker ends."""
 
 
 class CopyReceiver:
@@ -77,7 +77,7 @@ class CopyReceiver:
         self._thread.start()
 
     def put(self, message: KeepCopy) -> None:
-        """Queue a copy of these blocks."""
+        """Queue a copy of the blocks that ``message`` lists."""
         peer = self._peers(message.source)
         with self._changed:
             if peer is None:  # it has left the generation
@@ -129,7 +129,7 @@ class CopyReceiver:
         return None
 
     def _try(self, copy: QueuedCopy) -> str:
-        """Fetch a copy; returns the outcome."""
+        """Fetch a copy; returns one of ``OUTCOMES``."""
         try:
             return self._fetch(copy)
         except TransferAbortedError:

@@ -57,12 +57,12 @@ class IntakeRequest:
     gateway: str
     request: Request
     received: float
-    """Monotonic time in seconds at which the stream delivered it."""
+    """Monotonic time in seconds at which it arrived, or its wait in the engine's queue began."""
     hashes: tuple[BlockHash, ...] = ()
     """Hashes of the full KV blocks of the prompt, in order; empty if blocks are not shared."""
     state: IntakeState = IntakeState.RECEIVED
     is_in_engine: bool = False
-    """Whether the engine has the request already."""
+    """Whether the request waits in the engine's queue."""
     kv_deadline_s: float = math.inf
     """Time on the clock at which the request stops waiting for KV blocks, whatever their source.
     Set at the start of its first wait."""

@@ -86,7 +86,7 @@ class AttentionRole:
         listeners.set_capacity(engine, keeps_copies=self.copy_receiver is not None)
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-        """Apply the placement of a new generation, once all its connections are open."""
+        """Apply the placement of a new generation with open connections, or of a new epoch."""
         context = self._context
         context.model.exactness.apply_agreement(generation.agreement)
         self._dispatcher.set_placement(placement, generation)

@@ -107,7 +107,7 @@ class ExpertRole:
         self._loader.keep_only([bank.physical_to_logical[device] for bank in placement.banks])
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-        """Apply the placement of a new generation, once all its connections are open."""
+        """Apply the placement of a new generation with open connections, or of a new epoch."""
         self._context.model.exactness.apply_agreement(generation.agreement)
         self.server.set_placement(placement, generation)
 

@@ -28,7 +28,7 @@ from workers.transport.transport import DataTransport
 def load_experts(
     context: WorkerContext, roles: Roles, weights: PeerServer, banks_of: BanksOf | None
 ) -> dict[str, Any]:
-    """Load an expert worker; returns the facts for ``WorkerReady``."""
+    """Set ``roles.experts`` of an expert worker; returns the facts for ``WorkerReady``."""
     roles.experts = ExpertRole(context, context.transport, weights, banks_of)
     return {"dtype": context.model.dtype_name, **roles.experts.facts()}
 
@@ -40,8 +40,8 @@ def load_attention(
     weights: PeerServer | None = None,
     banks_of: BanksOf | None = None,
 ) -> dict[str, Any]:
-    """Load an attention worker, or with ``weights`` a colocated worker, whose steps also compute
-    its expert slots. Returns the facts for ``WorkerReady``.
+    """Set ``roles.attention``, and with ``weights`` (on a colocated worker) ``roles.experts`` too.
+    Returns the facts for ``WorkerReady``.
     """
     model, timer, facts = _load_model(context), context.new_timer(), dict[str, Any]()
     dispatcher: TokenDispatcher
@@ -88,7 +88,7 @@ def _load_model(context: WorkerContext) -> AttentionModel:
 
 
 def _local_dispatcher(context: WorkerContext, timer: StepTimer) -> LocalDispatcher:
-    """A dispatcher for a worker with all experts in its process."""
+    """Load all experts, and return the dispatcher of a worker that computes them itself."""
     slots = make_slots(context)
     slots.load_all(context.model.checkpoint)
     return LocalDispatcher(slots.banks, context.family.banks, context.activity, timer)

@@ -24,7 +24,7 @@ class Roles:
     # Data thread
 
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
-        """Apply the placement of a new generation, once all its connections are open."""
+        """Apply the placement of a new generation with open connections, or of a new epoch."""
         if (leading := self.attention or self.experts) is not None:
             leading.enter(generation, placement)
 
@@ -39,7 +39,7 @@ class Roles:
             self.attention.engine.requests.record_worker_death()
 
     def keep_adapters(self, command: KeepAdapters) -> None:
-        """Load these adapters; only workers that run attention get this command."""
+        """Load missing adapters of the command and free all others, if attention runs here."""
         if self.attention is not None:
             self.attention.adapters.handle_command(command)
 
@@ -67,7 +67,7 @@ class Roles:
         return stats if self.experts is None else stats | self.experts.step_stats()
 
     def load_report(self) -> LoadReport | None:
-        """Expert load; None if this worker does not count it."""
+        """Expert load; None on a worker without attention, which does not count it."""
         return None if self.attention is None else self.attention.engine.load.report()
 
     def adapters_in_use(self) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ class ControlSide:
             self.close()
 
     def check_term(self, term: int, controller: str) -> None:
-        """Record a controller. Raises ``SupersededError`` if it is not the newest."""
+        """See ``TermGuard.check``; does nothing before the first connection to a controller."""
         if self.has_connected:
             self._client.check_term(term, controller)
 

@@ -98,7 +98,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the loop and join the data thread."""
+        """End the loop, and wait at most ``STOP_TIMEOUT_S`` for the data thread to end."""
         self.lifetime.stop()
         self._interrupts.interrupt(self.membership.generation.number + 1)
         self._thread.join(STOP_TIMEOUT_S)
