@@ -87,7 +87,7 @@ class BlockPool:
         self._order.mark_duplicated([block_hash for block_hash in hashes if block_hash is not None])
 
     def begin(self, hashes: Sequence[BlockHash], hints: KeepHints = NO_HINTS) -> Turn:
-        """Begin a request's turn (``workers.kv.turns``). ``hashes``: full blocks of its prompt."""
+        """Begin and return a request's turn. ``hashes``: those of its prompt's full blocks."""
         return self._order.begin(hashes, hints)
 
     def release(self, blocks: Sequence[int], turn: Turn | None = None) -> None:
@@ -133,7 +133,7 @@ class BlockPool:
         return self._hashes[block]
 
     def was_found(self, block: int) -> bool:
-        """Whether a block was shared since its hash was stored."""
+        """Whether ``share`` was called for a block after its hash was stored."""
         block_hash = self._hashes[block]
         return block_hash is not None and self._order.was_found(block_hash)
 

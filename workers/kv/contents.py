@@ -21,10 +21,10 @@ class BlockContents:
     """See ``ModelConfig.length_matters_above``."""
     _new: dict[BlockHash, BlockContent] = field(default_factory=dict)
     _fetched: set[BlockHash] = field(default_factory=set)
-    """Blocks fetched from other workers that no sequence has used; their tokens are unknown."""
+    """Fetched or restored blocks that no sequence has used; their tokens are unknown."""
 
     def note_fetched(self, hashes: Sequence[BlockHash]) -> None:
-        """Record the hashes of blocks fetched from another worker, until a sequence uses them."""
+        """Record the hashes of fetched or restored blocks, until a sequence uses them."""
         self._fetched.update(hashes)
         if len(self._fetched) > self.pool.num_blocks:
             self._fetched = {name for name in self._fetched if self.pool.is_known(name)}

@@ -48,7 +48,7 @@ class BlockStored(RouterEvent, frozen=True, kw_only=True):
 
     block_hashes: list[int]
     parent_block_hash: int | None
-    """Hash of the block before the first one."""
+    """Hash of the block before the first one; None at the start of a prefix."""
     token_ids: list[int]
     """Tokens of all blocks, in order."""
     block_size: int
@@ -99,8 +99,8 @@ def extra_of(request: Request, length_matters_above: int | None) -> tuple[str, .
 class RouterFeed:
     """Converts changes of the cache to events and tracks the blocks that were announced.
 
-    A block fetched from another worker is announced when a request first uses it, as its tokens are
-    unknown before.
+    A block fetched from another worker or restored from a tier is announced when a request first
+    uses it, as its tokens are unknown before.
 
     Args:
         block_size: number of tokens of a block.
@@ -124,8 +124,8 @@ class RouterFeed:
     ) -> list[Event]:
         """Return the events of a step.
 
-        ``contents``: the known contents of new blocks, and of blocks fetched from other workers
-        that a request used for the first time.
+        ``contents``: the known contents of new blocks, and of fetched or restored blocks that a
+        request used for the first time.
         """
         self._untold.update(h for h in changes.stored if h not in contents)
         first_used = [h for h in contents if h in self._untold]

@@ -17,7 +17,7 @@ from workers.requests.sequence import SequenceState
 
 @dataclass(frozen=True, slots=True)
 class SequenceStates:
-    """Plans and commits the state slots of running sequences."""
+    """Decides which state slots the steps of running sequences read, write and keep."""
 
     slots: StateSlots
     prefixes: PrefixCache
@@ -38,7 +38,7 @@ class SequenceStates:
         child.state = parent.state
 
     def plan(self, sequence: SequenceState, first: int, count: int) -> StateMove:
-        """Allocate slots for the next rows, ``first`` to ``first`` + ``count`` - 1."""
+        """Allocate slots for the states after the ``count`` rows from position ``first`` on."""
         last, kept = first + count, []
         for tokens in sorted(self._wanted(sequence, first, last)):
             slot = self.slots.allocate_extra() if tokens < last else None

@@ -22,7 +22,7 @@ _IN_A_STEP = 2
 
 @dataclass(frozen=True, slots=True)
 class StateMove:
-    """The states of one sequence in a step."""
+    """The state slots that a step reads and writes for one sequence."""
 
     first: int
     """Position of the first row, which is the number of tokens before the state that is read."""
@@ -64,7 +64,7 @@ class StateSlots:
         self._pool = BlockPool(self.num_slots)
         self._num_spare = self.num_slots - _IN_A_STEP * max_num_seqs
         self.extra: list[int] = []
-        """Slots held for other purposes than running sequences; listed once for each holder."""
+        """Slots held by others than running sequences, for example copies; once for each holder."""
 
     @property
     def num_free(self) -> int:

@@ -39,7 +39,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSetup:
-    """The checkpoint of a worker, and its compute settings."""
+    """The checkpoint of a worker, and the dtype, kernels and threads that compute with it."""
 
     checkpoint: Checkpoint
     dtype: torch.dtype
@@ -86,7 +86,7 @@ class ModelSetup:
         return str(self.dtype).removeprefix("torch.")
 
     def format_outside_experts(self, config: ClusterConfig) -> WeightFormat | None:
-        """Quantization format of the matrices outside experts; None for the model dtype."""
+        """Weight format outside experts, None for the model dtype. Raises ``ConfigError``."""
         section = config.model
         if section.quantize_layers == "experts":
             return None

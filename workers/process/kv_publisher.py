@@ -59,7 +59,7 @@ class _Sockets:
 
 
 class KvPublisher:
-    """The publisher of one attention worker.
+    """Publishes the KV events of one attention worker, on its own thread.
 
     Args:
         section: configuration with an endpoint.

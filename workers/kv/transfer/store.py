@@ -41,7 +41,7 @@ class StateFetch:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Fetch:
-    """Blocks that are being fetched. They are held, and can be found only after the fetch."""
+    """Blocks being fetched or restored. They are held, and can be found only afterwards."""
 
     hashes: tuple[BlockHash, ...]
     """Hashes of the prefix, from the first block of the sequence on."""
@@ -84,7 +84,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class ProvidedState:
-    """A recurrent state that another worker copies."""
+    """A recurrent state that is held while another worker or a tier copies it."""
 
     slot: int
     place: int
@@ -100,7 +100,7 @@ class KvTransferStore:
     states: StateSlots | None = None
     """Slots of a model with recurrent states."""
     contents: BlockContents | None = None
-    """Receives the hashes of fetched blocks; None if KV events are disabled."""
+    """Receives the hashes of fetched or restored blocks; None if KV events are disabled."""
     tables: list[list[int]] = field(default_factory=list)
     """Lists of blocks that are held for transfers."""
 
@@ -181,7 +181,7 @@ class KvTransferStore:
         return fetch
 
     def end(self, fetch: Fetch) -> None:
-        """Store the filled blocks under their hashes, and release all blocks."""
+        """Store the filled blocks and the fetched state under their hashes, and release all."""
         parents = (None, *fetch.hashes)[len(fetch.found) :]
         filled = fetch.blocks[: fetch.num_filled]
         for block, name, parent in zip(filled, fetch.missing, parents, strict=False):

@@ -43,13 +43,13 @@ class _Copy:
     """A turn to copy, and its progress."""
 
     use: TurnUse
-    """Blocks to copy: those of the prompt while the sequence runs."""
+    """Blocks to copy: only the prompt's while the sequence runs, then all."""
     has_ended: bool
     """Whether the sequence no longer runs."""
     is_busy: bool = False
     """Whether a batch of its blocks is being copied."""
     is_finished: bool = False
-    """Whether copying has ended, completely or because storage is full."""
+    """Whether copying has ended: all is copied, a tier is full, or an error occurred."""
     turn: TierTurn | None = None
     """Set and used by the copier thread; None before the first batch."""
     num_done: int = 0
@@ -156,7 +156,7 @@ class TurnCopier:
     def _begin_batch(self, copy: _Copy) -> None:
         """Hold and copy the next blocks of a turn.
 
-        Without more blocks, the turn ends; a running turn waits for its end.
+        Without more blocks to copy, end the turn, or if its sequence runs, stop until it ends.
         """
         names, host = copy.use.names, self._tiers.host
         while copy.num_done < len(names) and host.has(names[copy.num_done]):

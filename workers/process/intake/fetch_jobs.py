@@ -16,7 +16,7 @@ from workers.requests.block_hash import BlockHash
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class FetchJob(Job):
-    """A job whose thread fills KV blocks."""
+    """A job whose thread fills the KV blocks of ``fetch``."""
 
     fetch: Fetch
     transfer: Future[None]

@@ -249,7 +249,7 @@ class KvFetches(FetchJobs):
         return job
 
     def _receive(self, fetch: Fetch, peer: PeerEndpoint, deadline_s: float) -> None:
-        """Fill the blocks of a fetch, in a thread of the executor."""
+        """Fetch blocks from a peer, in a thread of the executor; errors are only logged."""
         cache, began_s = self._engine.kv_store.cache, self._clock()
         buffer = torch.empty(cache.block_shape, dtype=cache.dtype)
 

@@ -43,7 +43,7 @@ _GRACE_S = 0.5
 
 @dataclass(slots=True)
 class _TierRead:
-    """Amount of data read from a tier."""
+    """Number of bytes and blocks read from a tier, and the seconds that this took."""
 
     num_bytes: int = 0
     num_blocks: int = 0
@@ -204,7 +204,7 @@ class KvRestores(FetchJobs):
         return job
 
     def _restore(self, fetch: Fetch, end_s: float) -> None:
-        """Fill the blocks of a fetch, in a thread of the executor."""
+        """Read blocks from the tiers until ``end_s``, in a thread of the executor."""
         cache, reads = self._store.cache, _TierReader(self._tiers, self._clock, end_s)
         try:
             if fetch.state is not None:

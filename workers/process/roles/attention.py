@@ -215,9 +215,9 @@ def _open_copy_receiver(
 def _open_kv_publisher(
     context: WorkerContext, engine: Engine, names: Callable[[], Mapping[str, str]]
 ) -> Callable[[HashChanges], None]:
-    """Start to publish KV events for routers of other projects, if configured.
+    """Start to publish KV events for routers of other projects, if an endpoint is configured.
 
-    Returns a function that publishes changes. ``names`` returns adapter names; any thread.
+    Returns a function that publishes (or ignores) changes. ``names``: adapter names by key.
     """
     section, size = context.config.kv_events, context.config.engine.block_size_tokens
     if section.kv_events_endpoint is None:

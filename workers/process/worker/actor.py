@@ -65,17 +65,17 @@ class WorkerActor:
         self._worker.start()
 
     def ping(self) -> str:
-        """The worker's name; a reply shows that the process is alive."""
+        """Return the worker's name; a reply shows that the process is alive."""
         return self._worker.member.name
 
     def describe(self) -> dict[str, Any]:
-        """Facts that a restarted controller needs before this worker can connect to it."""
+        """Return facts that a restarted controller needs before this worker can connect to it."""
         args = self._worker.args
         facts = {"config": args.config.to_dict(), "num_slots": args.num_slots}
         return {**facts, "has_called": self._worker.control.has_connected}
 
     def log(self, after: int) -> tuple[int, list[str]]:
-        """The newest lines of this process's log; see ``RecentLines.since``."""
+        """Return the number of log lines of this process, and the newest after line ``after``."""
         return logs.RECENT_LINES.since(after)
 
     def redirect(self, control_address: str, term: int, controller: str) -> None:

@@ -23,7 +23,7 @@ from workers.process.roles.experts import ExpertRole
 
 @dataclass(kw_only=True, slots=True)
 class ControllerCommands:
-    """Controller commands for one worker. ``take`` and ``report``: control thread only."""
+    """Queue of controller commands for the data thread. ``take``, ``report``: control thread."""
 
     membership: Membership
     experts: Callable[[], ExpertRole | None]
