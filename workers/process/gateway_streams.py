@@ -47,7 +47,7 @@ MAX_PENDING_MESSAGES = 4096
 
 
 class GatewayStream:
-    """Pending messages of one gateway. ``cancel`` ends its stream even if it does not read."""
+    """Pending messages of one gateway. ``cancel`` ends the stream if the gateway does not read."""
 
     def __init__(self, name: str, cancel: Callable[[], object]) -> None:
         self.name = name
@@ -80,7 +80,7 @@ class GatewayStream:
 
 
 class GatewayStreams:
-    """Passes messages between open streams and the inbox, and ends streams that do not work.
+    """Passes messages between gateways and the inbox, and drops silent or slow gateways.
 
     Args:
         inbox: receives the gateways' commands.

@@ -62,7 +62,7 @@ class EpochPlacements:
     def obstacle(
         self, device: int, orders: Iterable[SlotOrder], epoch: int, announced: int
     ) -> Obstacle | None:
-        """Return why the slots ``orders`` of rank ``device`` must not be written, or None.
+        """Return why ``orders`` must not write slots of expert rank ``device``, None if they may.
 
         A step may read the slots of this worker's current epoch and of all later ones up to
         ``epoch``, the controller's current epoch. ``announced``: newest known epoch. Any thread.
