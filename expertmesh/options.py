@@ -13,7 +13,7 @@ class ClientOptions(TypedDict, total=False):
     """Options of ``Client`` and ``AsyncClient``."""
 
     api_key: str | None
-    """Key of the server; None sends none."""
+    """API key to send; None sends no key."""
     model: str | None
     """Name of a model or adapter; None selects the served model."""
     timeout_s: float
@@ -23,7 +23,7 @@ class ClientOptions(TypedDict, total=False):
     client_cert: str | Path | None
     """PEM file of the client's certificate, for servers that request one."""
     client_key: str | Path | None
-    """PEM file of its key."""
+    """PEM file of the private key of ``client_cert``."""
 
 
 def tls_context(options: ClientOptions) -> ssl.SSLContext:

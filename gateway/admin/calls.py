@@ -98,7 +98,7 @@ class AdminCalls:
         check_operator(self._gateway.admin_keys, what)
 
     async def _next(self, version: int) -> dict[str, Any]:
-        """Wait for a snapshot of another version, also across a restart of the controller."""
+        """Wait for a snapshot whose version is not ``version``; retry while no controller runs."""
         while True:
             try:
                 snapshot: dict[str, Any] = await self._call(

@@ -26,7 +26,7 @@ LOGS = "logs of processes"
 
 
 class KeyRing:
-    """The keys of a port. A port without keys accepts every caller.
+    """Authenticates callers by the keys of a port; a port without keys accepts every caller.
 
     Args:
         keys: plain keys, or digests made by ``cluster.config.api_keys.hash_key``.
@@ -59,7 +59,7 @@ class KeyRing:
 
     @property
     def is_open(self) -> bool:
-        """Whether the port requires no key. A key file closes the port, even without keys."""
+        """Whether the port requires no key. A key file closes the port, even an empty one."""
         return not self._fixed and self._file is None
 
     async def read_changes(self) -> None:
@@ -96,7 +96,7 @@ class KeyRing:
         """Call ``check``, set ``CALLER``, and count a running request until ``KeyUsage.leave``.
 
         Raises:
-            KeyLimitError: the key has reached one of its limits.
+            KeyLimitError: the key has reached one of its limits. ``check`` raises other errors.
         """
         account = self.check(authorization, api_key)
         if account is not None:
@@ -113,7 +113,7 @@ class KeyRing:
         return self.admin_ring.usage_of(tenant) if self.admin_ring is not None else None
 
     def _find(self, digest: bytes) -> KeyUsage | None:
-        """Usage of a key. A key keeps its usage when its file changes."""
+        """Return the usage of a key, None if it is unknown. A reload of the file keeps usages."""
         entry = self._entry(digest)  # the time of this lookup depends on digests alone
         known = digest if entry is None else entry.digest
         if not hmac.compare_digest(digest, known) or entry is None:

@@ -169,12 +169,12 @@ class KeyFile:
 
     Args:
         path: path of the file.
-        setting: the option that named it, for errors.
-        read: function that reads it.
+        setting: the option with this path, for errors.
+        read: reads the file; called with path and setting.
         limit_s: longest time in seconds that requests wait for a changed file to be read.
 
     Raises:
-        ConfigError: it cannot be read, or is not a key file.
+        ConfigError: the file cannot be read, or is not a key file.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class KeyFile:
     async def refresh(self, now_s: float) -> None:
         """Check the file for changes in a thread, at most once a second, and read a changed file.
 
-        Requests wait for the check, at most ``limit_s`` from its start, then use the former keys.
+        Waits until the check ends, at most ``limit_s`` from its start; the former keys apply then.
         An unreadable or invalid file is logged once, and the former keys remain valid. A file
         without keys removes all of them.
         """

@@ -25,7 +25,7 @@ def bind(server: grpc.aio.Server, address: str, section: GatewaySection) -> int:
 
 
 def tls_files(section: GatewaySection) -> dict[str, str]:
-    """TLS options for uvicorn and Ray Serve, whose option names are equal."""
+    """TLS options for uvicorn and Ray Serve, which use the same names; empty without TLS."""
     options = {
         "ssl_keyfile": section.tls_key,
         "ssl_certfile": section.tls_cert,

@@ -167,7 +167,7 @@ class BatchStore:
         return batch
 
     def must_end(self, batch: StoredBatch) -> bool:
-        """Whether a batch must end although requests are left."""
+        """Whether a batch was cancelled or has expired, and so must end before all requests ran."""
         return self.is_cancelled(batch.id) or self.has_expired(batch)
 
     def has_expired(self, batch: StoredBatch) -> bool:

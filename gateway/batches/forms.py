@@ -60,7 +60,7 @@ class _Reader:
         self._pieces: list[bytes] = []
 
     def callbacks(self) -> MultipartCallbacks:
-        """Callbacks of the parser."""
+        """Return the callbacks by which the parser fills ``parts``."""
         return {
             "on_part_begin": self._begin,
             "on_part_data": lambda data, start, end: self._pieces.append(data[start:end]),

@@ -111,8 +111,8 @@ class BatchRunner:
         del self._runs[name]
 
     def _has_free_slot(self, tenant: str) -> bool:
-        """Whether a batch of ``tenant`` may run now. The last slot is reserved for tenants without
-        a running batch."""
+        """Whether a batch of ``tenant`` may run now. With API keys, the last of ``max_batches`` is
+        reserved for tenants without a running batch."""
         num_left = self._tuning.max_batches - len(self._runs)
         is_seated = any(run.tenant == tenant for run in self._runs.values())
         return num_left > (is_seated and not self._gateway.keys.is_open)

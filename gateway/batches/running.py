@@ -86,7 +86,7 @@ class RunningBatch:
         self._disk = disk
 
     async def run(self, routes: Sequence[Route], tuning: BatchTuning) -> None:
-        """Run the batch to its end. After ``TRANSIENT_ERRORS``, call it again to run the rest."""
+        """Run the batch to its end. After ``TRANSIENT_ERRORS``, a further call continues it."""
         if self._batch.finalizing_at is None:
             problem = await self._send_all(routes, tuning)
             if problem is not None and not (
@@ -98,7 +98,7 @@ class RunningBatch:
         await self._finish()
 
     async def _send_all(self, routes: Sequence[Route], tuning: BatchTuning) -> BatchError | None:
-        """Send requests until none is left or the batch must end; return the error, if any."""
+        """Send requests until none is left or the batch must end; return an error, or None."""
         limits = BatchLimits(endpoints=(self._batch.endpoint,))
         path = self._batches.path(self._batch.id, WorkPart.REQUESTS)
         try:
@@ -152,7 +152,7 @@ class RunningBatch:
         await batch.run()
 
     async def _must_end(self) -> bool:
-        """Whether the batch must end although requests remain; False after a disk error."""
+        """Whether the batch was cancelled or has expired; False if the disk cannot be read."""
         try:
             return await self._disk(partial(self._batches.must_end, self._batch))
         except TRANSIENT_ERRORS as err:  # responses that wait for the disk are kept
@@ -183,7 +183,7 @@ class RunningBatch:
         return BatchError(code="internal_error", message=message)
 
     async def _account(self) -> KeyUsage | None:
-        """Return the client's account, None without keys. Raises ``RequestError`` if it is gone."""
+        """Return the usage of the key; None without keys. ``RequestError`` if it was removed."""
         keys = self._gateway.keys
         await keys.read_changes()
         if keys.is_open:
@@ -203,7 +203,7 @@ class RunningBatch:
         return RequestCounts(total=total, completed=completed, failed=failed)
 
     async def _save_counts(self, total: int) -> None:
-        """Store the request counts. If the write fails, a later call repeats it."""
+        """Store the request counts. A disk error is only logged, as a later call stores them."""
         counts = msgspec.structs.replace(self._counts, total=total)
         if counts != self._batch.request_counts:
             try:
@@ -212,7 +212,7 @@ class RunningBatch:
                 logger.error("could not store the counts of batch %s: %s", self._batch.id, err)
 
     async def _finalize(self, problem: BatchError | None) -> None:
-        """Store that no further request may be sent, even after a restart."""
+        """Store the status ``finalizing``, after which no gateway sends further requests."""
         files, now_s, counts = self._files, int(time.time()), self._counts
         is_cancelled = await self._disk(partial(self._batches.is_cancelled, self._batch.id))
         is_cancelled = is_cancelled and not counts.is_complete

@@ -28,7 +28,7 @@ MAX_SLICE = 512
 
 
 class _FirstError(FailFast):
-    """``FailFast`` that can be used in a union of types."""
+    """``FailFast`` that can be hashed, as types in a union must be."""
 
     def __hash__(self) -> int:
         return hash(self.fail_fast)

@@ -89,7 +89,7 @@ class ErrorReport:
     param: str | None = None
     retry_after_s: float | None = None
     should_retry: bool | None = None
-    """False if a retry cannot help, whatever the status suggests."""
+    """False if a retry cannot help; None if the status tells whether it can."""
 
     def body(self) -> dict[str, Any]:
         """The error object of the HTTP interface."""
@@ -189,7 +189,7 @@ def report_error(error: BaseException, request_id: str = "") -> ErrorReport:
 def error_from_engine(
     message: str, code: str, started: bool, param: str | None = None
 ) -> ExpertMeshError:
-    """Make the exception of a request that an engine ended with an error."""
+    """Make the exception for an engine's error; ``started``: the request had begun to run."""
     if code == "context_length_exceeded":
         return ContextLengthError(message, param)
     if code in ("invalid_value", "missing_required_parameter"):

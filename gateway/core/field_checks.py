@@ -20,7 +20,7 @@ MAX_MESSAGES = 16_384
 MAX_PARTS = 65_536
 """Maximum total number of fields, content parts and tool calls of all messages."""
 Neutral = Mapping[str, tuple[object, ...]]
-"""Known but unsupported fields, each with the values that have no effect; null never has one."""
+"""Known but unsupported fields, with values that have no effect; null never has an effect."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,12 @@ _SESSION = re.compile(rf"[!-~]{{1,{MAX_NAME_CHARS}}}")
 def with_headers(
     call: GenerateCall, headers: Mapping[str, str], timeout_s: float | None
 ) -> GenerateCall:
-    """Fill the unset fields of a call from headers.
+    """Set ``timeout_s`` of a call, and fill its unset priority and session from headers.
 
     Args:
         call: the call of the body.
         headers: values by lowercase name.
-        timeout_s: the client's time limit in seconds.
+        timeout_s: the client's time limit in seconds; None without one.
 
     Raises:
         RequestError: a header is invalid; the error names it.

@@ -47,6 +47,6 @@ def model_facts(name: str, hello: EngineHello) -> ModelFacts:
 
 
 def _common(kind: type[Any], hello: EngineHello) -> dict[str, Any]:
-    """Values of a hello for the fields of ``kind`` with the same names."""
+    """Return the values of ``hello`` that the dataclass ``kind`` has as fields, by name."""
     names = (one.name for one in fields(kind))
     return {name: getattr(hello, name) for name in names if hasattr(hello, name)}

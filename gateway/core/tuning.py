@@ -35,12 +35,12 @@ class GatewayTuning:
     disk_threads: int = 8
     """Number of threads that access the state folder."""
     disk_max_waiting: int = 256
-    """Maximum number of calls that wait for one of these threads."""
+    """Maximum number of accesses that wait for one of the ``disk_threads``."""
     disk_limit_s: float = 15.0
-    """Longest time in seconds of such a call; after it, the request fails."""
+    """Longest time in seconds of an access, with its wait; after it, the request fails."""
     state_sweep_s: float = 600.0
     """Interval in seconds at which expired objects are removed from the state folder."""
     numbers_age_s: float = 1.0
-    """Seconds for which callers share collected stats of the workers, if keys are configured."""
+    """Seconds for which collected stats of workers serve all callers, if keys are configured."""
     max_inspection_bytes: int = 256 * 1024 * 1024
     """Maximum memory of all inspection arrays of one replica."""

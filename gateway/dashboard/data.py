@@ -77,14 +77,14 @@ class PageData:
         Raises:
             PermissionDeniedError: the caller is not an operator.
             RequestError: there is no such bank.
-            NotReadyError: the controller does not respond.
+            NotReadyError: the controller does not respond, or the epoch has just changed.
         """
         check_operator(self._keys, NUMBERS_BY_EXPERT)
         load, placement = await self._load.get()
         return _bank(load, placement, number)
 
     async def _ask_load(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """Return load and placement of the same epoch."""
+        """Return load and placement. Raises ``NotReadyError`` if their epochs differ."""
         numbers = self._gateway.numbers
         load, placement = await asyncio.gather(numbers.load(), numbers.placement())
         if load["epoch"] != placement["epoch"]:

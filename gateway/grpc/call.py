@@ -50,7 +50,7 @@ class GrpcCall:
     size: int = 0
     """Bytes of the request message; 0 before it is read."""
     response_size: int = 0
-    """Approximate bytes of the response, if it may be long."""
+    """Approximate bytes of the response; 0 for a method whose response is always short."""
     _code: grpc.StatusCode = grpc.StatusCode.OK
     _trace: RequestTrace | None = None
     _has_sent_id: bool = False
@@ -80,7 +80,7 @@ class GrpcCall:
         await self._stream.write(message)
 
     def set_id(self, wanted: str) -> None:
-        """Use the request id in the message, unless it is empty."""
+        """Replace the request id by ``wanted``, the message's field, unless it is empty."""
         if wanted:
             self.request_id = choose_request_id(wanted)
             REQUEST_ID.set(self.request_id)
@@ -94,7 +94,7 @@ class GrpcCall:
         return left_s
 
     def with_headers(self, fields: GenerateCall) -> GenerateCall:
-        """Add the client's deadline and metadata to a call."""
+        """Set the time limit of a call; fill unset priority and session from the metadata."""
         return with_headers(fields, self._metadata, self.time_left_s)
 
     async def convert(
@@ -142,7 +142,7 @@ class GrpcCall:
             self._line.end(code)
 
     async def send_id(self) -> None:
-        """Send the request id as initial metadata, unless it was sent."""
+        """Send request id and placement epoch as initial metadata, unless they were sent."""
         if self._has_sent_id:
             return
         self._has_sent_id = True
@@ -153,7 +153,7 @@ class GrpcCall:
     async def _abort(self, error: Exception) -> None:
         """End the request with the status of ``error``.
 
-        Raises gRPC's error. If a message waits for the client, its status is sent after it instead.
+        Raises gRPC's error, unless a message waits for the client: the status then follows it.
         """
         report = self.gateway.report_error(error, self.request_id)
         self._code = report.grpc_code

@@ -103,7 +103,7 @@ class UnreadCalls:
             raise SlowClientError(f"{self._max_calls} responses of this connection are unread")
 
     async def end(self, context: Context, report: ErrorReport, trailers: Any = ()) -> None:
-        """End a call. Its status is sent after the message that waits for the client."""
+        """End a call whose last message the client has not read; its status is sent afterwards."""
         peer = context.peer()
         self._numbers[peer] += 1
         end = asyncio.create_task(_abort(context, report, trailers))
@@ -135,7 +135,7 @@ class CallLimits:
     """Seconds in which a client must read a message."""
     num_calls: int = 0
     streams: CallPool = field(default_factory=lambda: CallPool(MAX_STREAMS))
-    """Endless streams."""
+    """The running endless streams, which ``max_calls`` does not count."""
     unread: UnreadCalls = field(default_factory=UnreadCalls)
 
     @classmethod
@@ -145,7 +145,7 @@ class CallLimits:
 
     @contextlib.asynccontextmanager
     async def entered(self, peer: str, stream_s: float | None) -> AsyncIterator[None]:
-        """Count a call of a connection. ``stream_s`` limits an endless stream; None: other calls.
+        """Count a call while it runs. ``stream_s`` limits an endless stream; None for other calls.
 
         Raises ``QueueFullError``, ``SlowClientError``, and for a stream ``DeadlineExceededError``.
         """

@@ -110,7 +110,7 @@ def _grpc_prompts(request: pb.GenerateRequest, source: str) -> tuple[str | tuple
 
 
 def _grpc_embeds(request: pb.GenerateRequest) -> PromptEmbeds:
-    """Read prompt embeddings. Raises for options that need the tokens of the prompt."""
+    """Read prompt embeddings. Raises ``RequestError`` for options that need the prompt's tokens."""
     options, sampling = request.output_options, request.sampling_params
     wanted = {
         "echo": options.echo,
@@ -143,7 +143,7 @@ def _grpc_message(message: types_pb2.ChatMessage, place: int) -> dict[str, Any]:
 def read_set_fields(message: Any) -> dict[str, Any]:
     """Return the values of the set fields that ``GenerateCall`` has under the same name.
 
-    Maps and messages are omitted. Other fields are not read, as reading a string decodes it.
+    Maps and messages are omitted. Fields of other names are not read, which saves decoding them.
     """
     optionals, others = _shared_fields(message.DESCRIPTOR)
     found = {name: getattr(message, name) for name in optionals if message.HasField(name)}
@@ -155,7 +155,7 @@ def read_set_fields(message: Any) -> dict[str, Any]:
 
 @cache
 def _shared_fields(kind: Descriptor) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the fields that ``GenerateCall`` has, too: fields with presence, and without."""
+    """Return the fields also in ``GenerateCall``: (names with presence, names without)."""
     shared = [
         field
         for field in kind.fields

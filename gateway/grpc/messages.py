@@ -58,7 +58,7 @@ class _Counter:
     """Number of values in packed lists."""
 
     def count(self, kind: Descriptor | None, start: int, end: int, depth: int = 0) -> None:
-        """Count the fields of the message at ``start``:``end``. Raises as ``read_message`` does."""
+        """Count the fields of ``data[start:end]``, a message of type ``kind``."""
         fields = {} if kind is None else kind.fields_by_number
         if depth > _MAX_DEPTH:
             raise DecodeError("nested too deeply")

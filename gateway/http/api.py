@@ -64,12 +64,12 @@ _EXPOSED_HEADERS = (
 )
 """Response headers that CORS lets a web page read."""
 _ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-"""Ends of paths that other servers have on this port; here they are on the admin port."""
+"""Ends of paths that vLLM serves on its API port, and this gateway only on its admin port."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpProtocol:
-    """A further protocol on the HTTP port, implemented in its own folder."""
+    """The routes of a further protocol on the HTTP port, implemented in its own folder."""
 
     routes: Callable[[Gateway], Sequence[BaseRoute]]
     endpoints: tuple[openapi.EndpointSpec, ...]
@@ -266,7 +266,7 @@ class _GenerateRequest(NamedTuple):
 
     call: GenerateCall
     stream: ChatStreamOptionsBody | None
-    """None if the response is not streamed."""
+    """Options of the stream; None if the response is not streamed."""
     request_id: str | None
 
 
@@ -329,7 +329,7 @@ class GenerateEndpoint(CancellableEndpoint[_GenerateRequest]):
 
 
 def _dump_whole(formatter: OpenAIFormat, choices: list[ChoiceDelta], usage: Usage) -> bytes:
-    """Return the JSON of a response; frees ``choices`` and all temporary objects."""
+    """Return the JSON of a complete response. Empties ``choices`` to free memory gradually."""
     body = formatter.response_body(choices, usage)
     raw = dump_long(body)
     free_gradually(body)
@@ -346,7 +346,7 @@ def _json_response(
 
 
 async def route_error(request: Request, error: HTTPException) -> Response:
-    """Return the error object for an unknown path or method."""
+    """Respond with an error object if no route has the path (404) or allows the method (405)."""
     path = request.url.path[:256]
     if error.status_code == 405:
         message = f"{request.method} is not allowed for {path}"

@@ -102,7 +102,7 @@ def _common_fields(body: GenerateBody) -> dict[str, Any]:
 
 
 def sampling_fields(body: SamplingBody) -> dict[str, Any]:
-    """Return the call fields that a body sets, without the grammar."""
+    """Return the fields of ``GenerateCall`` that a body sets, by name, without the grammar."""
     fields = set_fields(body)
     if isinstance(body.stop, str):
         fields["stop"] = (body.stop,)
@@ -110,7 +110,7 @@ def sampling_fields(body: SamplingBody) -> dict[str, Any]:
 
 
 def retention_hint(body: RetentionBody) -> float | None:
-    """Return the ``cache_ttl_hint`` of a body. Raises ``RequestError`` for an invalid duration."""
+    """Return a body's ``cache_ttl_hint`` in seconds, None if not set. Raises ``RequestError``."""
     options = body.prompt_cache_options
     if options is not None and options.ttl is not None:
         return parse_duration_s(options.ttl, "prompt_cache_options.ttl")
@@ -145,7 +145,7 @@ def _grammar(
 
 
 def structured_constraints(structured: StructuredOutputsBody | None) -> dict[str, Any]:
-    """Return the fields of ``structured_outputs`` by name."""
+    """Return all fields of ``structured_outputs`` by name; empty if ``structured`` is None."""
     return {name.rstrip("_"): value for name, value in structured or ()}
 
 
@@ -160,7 +160,7 @@ def prompt_list(
 
 
 def mask_list(mask: list[int] | list[list[int]] | None) -> tuple[tuple[int, ...], ...]:
-    """Return the mask of each prompt; a flat list is the mask of the only prompt."""
+    """Return a mask (or token ids) by prompt; a flat list is for the only prompt. None is empty."""
     if not mask:
         return ()
     if isinstance(mask[0], int):

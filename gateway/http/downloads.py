@@ -25,7 +25,7 @@ class StreamedContentResponse(Response):
     """Sends a content of known size, one piece in memory at a time: the next piece is read when the
     client has read the current one.
 
-    The size is sent first. An error of the reader after the first piece closes the connection.
+    An error of the reader after the first piece closes the connection, as the status was sent.
 
     Args:
         reader: the content; it is closed at the end.

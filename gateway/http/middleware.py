@@ -40,7 +40,7 @@ _METHODS = frozenset(
 section 9; RFC 5789."""
 
 _RESPONDER = "responder"
-"""Key of the responder in the state of the scope."""
+"""Key of the request's ``Responder`` in ``scope["state"]``."""
 
 
 class Responder:
@@ -118,7 +118,7 @@ class RouteNames:
 
 @dataclass
 class HttpMiddleware:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware of all routes: request ids, API keys, metrics and error responses."""
 
     app: ASGIApp
     gateway: Gateway
@@ -132,7 +132,7 @@ class HttpMiddleware:
     open_paths: frozenset[str] = UNAUTHENTICATED_PATHS
     """Paths that need no API key."""
     root_path: str = ""
-    """Prefix under which a reverse proxy mounts the application; empty keeps the server's value."""
+    """Prefix under which a reverse proxy mounts the application; empty keeps the scope's prefix."""
 
     def __post_init__(self, routes: Sequence[BaseRoute]) -> None:
         self._route_names = RouteNames(routes)
@@ -254,7 +254,7 @@ class CancellableEndpoint(ABC, Generic[Parsed]):
 
     @abstractmethod
     def _parse(self, request: Request, data: dict[str, Any]) -> Parsed:
-        """Check the JSON object of a body, in a thread if it is large. Raises ``RequestError``."""
+        """Convert a body's JSON object, in a thread if it is large. Raises ``RequestError``."""
 
     @abstractmethod
     async def _respond(self, request: Request, parsed: Parsed, responder: Responder) -> None:

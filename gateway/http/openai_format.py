@@ -95,7 +95,7 @@ class OpenAIFormat(TextFormat, ABC):
     def _prompt_logprobs(
         self, entries: Sequence[TokenLogprob | None] | None
     ) -> list[dict[str, Any] | None] | None:
-        """Return an object by token id for each prompt token; None for the first token."""
+        """Return log-probabilities by token id for each prompt token, None for the first token."""
         num_logprobs = self.call.prompt_logprobs
         if num_logprobs is None or entries is None:
             return None

@@ -43,7 +43,7 @@ class Page:
     def select(
         self, oldest_first: Sequence[Entry], id_of: Callable[[Entry], str] = str
     ) -> Sequence[Entry]:
-        """Sort the entries, which are given oldest first, and drop the entries up to ``after``.
+        """Sort the entries by ``order``; drop those up to and including the one with id ``after``.
 
         ``id_of`` returns the id of an entry; by default the entries are ids. Raises
         ``RequestError`` if no entry has the id ``after``.
@@ -59,7 +59,7 @@ class Page:
     def read(
         self, ids: Sequence[str], read: Callable[[str], Mapping[str, Any] | None]
     ) -> dict[str, Any]:
-        """Return the page of the objects ``ids``, which are given oldest first.
+        """Read the objects ``ids``, given oldest first, and return the response body of the page.
 
         ``read`` returns None for an object that no longer exists or must not be listed.
         """
@@ -67,7 +67,7 @@ class Page:
         return self.to_body(list(islice(present, self.limit + 1)))
 
     def to_body(self, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the response body for the first ``limit`` entries of ``entries``."""
+        """Return the body with the first ``limit`` entries. Further ones only set ``has_more``."""
         data = entries[: self.limit]
         return {
             "object": "list",

@@ -82,7 +82,7 @@ PoolingHandler = Callable[[GenerateCall], Awaitable[bytes]]
 
 
 class PoolingEndpoint(CancellableEndpoint[tuple[PoolingHandler, GenerateCall]]):
-    """Serves bodies of type ``kind``; ``prepare`` converts a large body in a thread."""
+    """Serves bodies of type ``kind``, for each of which ``prepare`` returns a handler."""
 
     def __init__(
         self, gateway: Gateway, kind: type[CallBody], prepare: Callable[[Any], PoolingHandler]

@@ -69,7 +69,7 @@ def timeout_header_s(request: Request) -> float | None:
 
 @contextlib.asynccontextmanager
 async def limit_time(request: Request, gateway: Gateway) -> AsyncIterator[None]:
-    """Limit the time of the enclosed block. Raises ``DeadlineExceededError`` after it."""
+    """Cancel the enclosed block at the request's deadline; raise ``DeadlineExceededError``."""
     limit_s = gateway.timeout_s(timeout_header_s(request))
     try:
         async with asyncio.timeout(limit_s):

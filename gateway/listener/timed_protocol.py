@@ -45,7 +45,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether the client does not wait for a response: it has sent no whole request, does not
+        """Whether the connection may be ended for a new one: it has sent no whole request, does not
         read its response, or has sent pipelined requests.
         """
         has_request = self.is_serving and self._has_whole_request
@@ -114,7 +114,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
             self._timer = None
 
     def _end(self) -> None:
-        """End the connection after a timeout."""
+        """End the connection, unless its body grew by ``BODY_STEP_BYTES`` or is not being read."""
         self._timer = None
         is_in_body = self.is_serving and not self._has_begun_head
         if is_in_body and (self.flow.read_paused or self._num_new_bytes >= BODY_STEP_BYTES):

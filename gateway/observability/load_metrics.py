@@ -8,9 +8,9 @@ from typing import Any
 from cluster.core.metric_families import PlainFamily
 
 REST = "rest"
-"""Label of the series that sums all experts of a bank without their own series."""
+"""Value of the label ``expert`` of a series that sums a bank's experts without a series."""
 ALL = "all"
-"""Label of the series for all layers together."""
+"""Value of the labels ``layer`` and ``bank`` of a series for all layers together."""
 _PHASES = ("prefill", "decode")
 
 

@@ -50,7 +50,7 @@ _COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
 class GatewayMetrics:
-    """All metrics of one replica.
+    """Counts the requests of one replica, and renders its metrics with the cluster's.
 
     Args:
         model_name: label of every series.

@@ -22,7 +22,7 @@ MAX_WORKERS = 32
 """Maximum number of attention workers in a sample; a chart with more lines is not readable."""
 
 TOTALS = ("prompt_tokens_total", "generation_tokens_total", "request_success_total")
-"""Counters whose total since its start a gateway shows."""
+"""Counters that each gateway reports as totals since its own start."""
 _COUNTERS = {"prompt": "prompt_tokens_total", "output": "generation_tokens_total"}
 _HISTOGRAMS = {"ttft": "time_to_first_token_seconds", "itl": "inter_token_latency_seconds"}
 _REPLAYS = "requests_replayed_total"

@@ -67,14 +67,14 @@ _SOURCES = {
     ),
     "local_cache_hit": ("prompt_tokens_cached", "prompt_tokens_cached_total"),
 }
-"""Family and sample of each source. Source: vLLM's ``PromptTokenStats``."""
+"""Our family and sample for each value of the label ``source`` (vLLM's ``PromptTokenStats``)."""
 LORA_INFO = "lora_requests_info"
 """Family with one series per engine, whose labels name the adapters with requests."""
 _OF_LORA = {
     "lora_requests_running": "running_lora_adapters",
     "lora_requests_waiting": "waiting_lora_adapters",
 }
-"""For each of our families, the label that names the adapters with sequences."""
+"""Maps each of our families to the label of ``LORA_INFO`` that names its adapters."""
 _CACHE_CONFIG, _NUM_BLOCKS = "cache_config_info", ("num_blocks", "num_gpu_blocks")
 """A family, and our name and vLLM's name of one of its labels, which endpoint pickers parse."""
 _Labels = tuple[tuple[str, str], ...]

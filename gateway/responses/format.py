@@ -65,7 +65,7 @@ class OutputFormat(TextFormat):
         return [text[a - start : b - start] for a, b in pairwise(places)]
 
     def _add_parsed(self, text: str, parsed: ParsedPiece) -> Iterator[Event]:
-        """Add ``text`` with its parsed pieces and return the events."""
+        """Add ``parsed``, the result of parsing ``text``, to the output items; yield the events."""
         self._num_chars += len(text)
         self._pending_text += text
         for part in parsed.ordered_parts():

@@ -179,7 +179,7 @@ class _CustomCallItem(_CallItem):
 
 @dataclass(slots=True)
 class _PendingSpace:
-    """White space between items. It joins an item if more text of the same kind follows."""
+    """White space that begins the next item if it has the same ``kind``; dropped otherwise."""
 
     kind: str
     text: str = ""

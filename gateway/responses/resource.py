@@ -91,7 +91,7 @@ def response_usage(usage: Usage, num_reasoning: int) -> dict[str, Any]:
 
 
 def _error_code(report: ErrorReport) -> str:
-    """Return the error code of the Responses protocol, on which clients depend."""
+    """Return OpenAI's error code for status 429 and 5xx, and ``report.code`` for other errors."""
     if report.http_status == 429:
         return "rate_limit_exceeded"
     return "server_error" if report.http_status >= 500 else report.code

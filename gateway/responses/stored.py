@@ -27,7 +27,7 @@ _DISABLED = "is not supported: the server was started without --state-dir"
 
 
 class StoredResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A response with the whole conversation before it, so that earlier ones may be deleted.
+    """A response with the conversation before it, so that previous responses may be deleted.
 
     The fields are JSON text whose size is known before it is decoded.
     """
@@ -40,7 +40,7 @@ class StoredResponse(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def conversation(self) -> list[msgspec.Raw]:
-        """All items, including the output."""
+        """Items of the previous responses, of the request and of the output, in this order."""
         output = msgspec.json.decode(self.response, type=_Output).output
         return [*self.history, *self.input, *output]
 

@@ -37,7 +37,7 @@ _NAMES = ToolFieldNames(name="name", parameters="parameters")
 
 @dataclass(frozen=True, slots=True)
 class ToolName:
-    """Name of a tool in the item of a tool call."""
+    """Name of a tool in items, with its namespace; ``for_model`` joins both."""
 
     name: str
     namespace: str | None = None
@@ -155,7 +155,7 @@ def _allowed_names(tools: Sequence[NamedToolBody], custom: frozenset[str]) -> tu
 
 
 def _referenced_name(kind: str, name: str | None, custom: frozenset[str], path: str) -> str:
-    """Check a reference to a tool and return the tool's name."""
+    """Check a reference to a tool and return its ``name``. Raises ``RequestError``."""
     if kind not in KINDS:
         message = f"{path}.type: tools of type {kind[:64]!r} are not supported"
         raise UnsupportedParameterError(message, f"{path}.type")

@@ -76,7 +76,7 @@ def check_unsupported(data: Mapping[str, Any]) -> None:
 
 
 def _check_tools(tools: object, path: str) -> None:
-    """Check tools and the tools of namespaces. A namespace contains no namespaces."""
+    """Reject unsupported fields of tools, and of the tools in namespaces, which do not nest."""
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         if isinstance(tool, dict):
             refuse_unsupported(tool, _TOOL_FIELDS, f"{path}[{index}].")

@@ -48,7 +48,7 @@ class Expiry:
         self._on_removed = on_removed
 
     def sweep(self) -> int:
-        """Check all files, skipping unreadable folders; return the number of removed files."""
+        """Remove expired and abandoned files, skipping unreadable folders; return their number."""
         num_removed = 0
         for kind in self._folder.iterdir():
             with _logged():
@@ -62,7 +62,7 @@ class Expiry:
         return num_removed
 
     def sweep_folder(self, folder: Path) -> int:
-        """Check the objects of one kind and tenant; return the number of removed files."""
+        """Remove the expired objects of one kind and tenant; return the number of files."""
         now_s = self._clock()
         found = list_files(folder)
         late = [(folder / entry.name, stat) for entry, stat in found if stat.st_mtime <= now_s]
@@ -87,7 +87,7 @@ class Expiry:
         return True
 
     def _is_expired(self, place: Path, stat: os.stat_result, now_s: float, disk_s: float) -> bool:
-        """Check the file's first line, as tools that copy folders may change modification times."""
+        """Whether the first line tells that the object has expired (copies may change mtimes)."""
         life_s = self._ttl_s  # lifetime of a damaged object
         with contextlib.suppress(StorageError):
             head = read_head(place)
@@ -97,7 +97,7 @@ class Expiry:
         return disk_s - stat.st_ctime >= life_s
 
     def _sweep_temporary(self) -> int:
-        """Remove files of killed writers. Their modification time may be an expiry time."""
+        """Remove killed writers' files by ctime, as their mtime may be a future expiry time."""
         num_removed = 0
         if not (found := list_files(self._folder / NEW)):
             return 0

@@ -45,12 +45,12 @@ class StoredReader:
         self._file.close()
 
     def read(self, num_bytes: int) -> bytes:
-        """Return the next bytes, at most ``num_bytes``, or none. Raises ``StorageError``."""
+        """Return up to ``num_bytes`` bytes; empty at the end. Raises ``StorageError``."""
         with as_storage_error():
             return self._check_piece(self._file.read(min(num_bytes, self.num_left)), num_bytes)
 
     def read_line(self, max_bytes: int) -> bytes:
-        """Return the next line, cut off after ``max_bytes`` bytes. Raises ``StorageError``."""
+        """Return the next line, or its first ``max_bytes``. Raises ``StorageError``."""
         with as_storage_error():
             return self._check_piece(self._file.readline(min(max_bytes, self.num_left)), max_bytes)
 

@@ -306,7 +306,7 @@ class StateStore:
             return self._usages.reserve(place, size, kind.drops_oldest)
 
     def _remove_replaced(self, places: Iterable[Path]) -> None:
-        """Remove objects that a newly stored object replaces. Errors are only logged."""
+        """Remove the oldest objects, which a new object displaced. Errors are only logged."""
         for place in places:
             try:
                 place.unlink(missing_ok=True)
