@@ -199,7 +199,7 @@ class KeyFile:
     async def refresh(self, now_s: float) -> None:
         """Check the file for changes in a thread, at most once a second, and read a changed file.
 
-        Waits until the check ends, at most ``limit_s`` from its start; the former keys apply then.
+        Waits for the check, at most ``limit_s`` from its start; former keys apply until it ends.
         An unreadable or invalid file is logged once, and the former keys remain valid. A file
         without keys removes all of them.
         """

@@ -183,7 +183,7 @@ class RunningBatch:
         return BatchError(code="internal_error", message=message)
 
     async def _account(self) -> KeyUsage | None:
-        """Return the usage of the key; None without keys. ``RequestError`` if it was removed."""
+        """Return the key's usage; None without keys. Raises ``RequestError`` for a removed key."""
         keys = self._gateway.keys
         await keys.read_changes()
         if keys.is_open:

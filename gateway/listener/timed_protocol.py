@@ -114,7 +114,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
             self._timer = None
 
     def _end(self) -> None:
-        """End the connection, unless its body grew by ``BODY_STEP_BYTES`` or is not being read."""
+        """End the connection, unless its body grew by ``BODY_STEP_BYTES`` or reading is paused."""
         self._timer = None
         is_in_body = self.is_serving and not self._has_begun_head
         if is_in_body and (self.flow.read_paused or self._num_new_bytes >= BODY_STEP_BYTES):

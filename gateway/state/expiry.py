@@ -87,7 +87,7 @@ class Expiry:
         return True
 
     def _is_expired(self, place: Path, stat: os.stat_result, now_s: float, disk_s: float) -> bool:
-        """Whether the first line tells that the object has expired (copies may change mtimes)."""
+        """Whether an object has expired by both clocks. The file's mtime may have been changed."""
         life_s = self._ttl_s  # lifetime of a damaged object
         with contextlib.suppress(StorageError):
             head = read_head(place)

@@ -92,7 +92,7 @@ class StorageQuota:
                 usage.sizes.pop(place.name, None)
 
     def forget(self, folder: Path) -> None:
-        """Discard the count of a folder that became wrong; it is counted again at the next use."""
+        """Discard a wrong count of a folder; its files are counted again at the next use."""
         with self._lock:
             self._usages.pop(folder, None)
 
