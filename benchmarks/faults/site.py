@@ -52,7 +52,7 @@ class Site:
 
     def signal(self, names: Sequence[str], number: signal.Signals) -> None:
         """Send a signal to the processes of workers."""
-        pids = {w["name"]: int(w["pid"]) for w in self.snapshot()["workers"]}
+        pids = {w["name"]: w["pid"] for w in self.snapshot()["workers"]}
         for name in names:
             os.kill(pids[name], number)
             if number is signal.SIGSTOP:

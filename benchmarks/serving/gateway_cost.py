@@ -274,6 +274,8 @@ def _ways() -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, float]]]]:
                 }
                 yield ways, lambda: _sums(f"http://127.0.0.1:{port}/metrics")
                 loop.run_until_complete(client.close())
+                http.close()
+                proxied.close()
         finally:
             loop.close()
             serve.shutdown()  # type: ignore[no-untyped-call]
@@ -342,6 +344,9 @@ class _HttpClient:
     def __init__(self, port: int) -> None:
         self._port = port
         self._connection = HTTPConnection("127.0.0.1", port)
+
+    def close(self) -> None:
+        self._connection.close()
 
     async def stream(self, prompt: list[int], new_tokens: int, start: float) -> list[float]:
         body = _http_body(prompt, new_tokens)

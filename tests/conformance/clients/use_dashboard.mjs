@@ -63,8 +63,11 @@ async function tour(browser, adminUrl, folder) {
   await page.waitForFunction(() => document.querySelector("#stop").hidden);
   await page.fill("#max-tokens", "128");
   await page.click("#generate");
-  await page.click("#stop");
-  await page.waitForFunction(() => document.querySelector("#stop").hidden);
+  await page.waitForFunction(() => { // click at once: the answer may be complete in a moment
+    const stop = document.querySelector("#stop");
+    if (!stop.hidden) stop.click();
+    return stop.hidden;
+  });
   say({ step: "stopped", problem: await page.textContent("#try-problem") });
   say({ step: "crowded", ...(await crowded(browser)) });
 
