@@ -790,13 +790,6 @@ def prompts(seed: int) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def prefill(model, ids: torch.Tensor):
-    """Logits and hidden states of a prompt, in float32."""
-    out = model(input_ids=ids[None], output_hidden_states=True)
-    return out.logits[0].float(), torch.stack([h[0] for h in out.hidden_states]).float()
-
-
-@torch.no_grad()
 def greedy(model, ids: torch.Tensor, steps: int):
     """Cached greedy decoding that never stops at eos.  Returns first (prefill) output too."""
     out = model(input_ids=ids[None], use_cache=True, output_hidden_states=True)
@@ -883,32 +876,11 @@ def record_prompt(model, rec: RouterRecorder, ids: torch.Tensor) -> dict[str, to
     }
 
 
-@torch.no_grad()
-def replay_prompt(model, rec: RouterRecorder, want: dict) -> dict[str, torch.Tensor]:
-    """``record_prompt`` for known tokens, in one pass instead of a pass for each token."""
-    rec.reset()
-    ids, tokens = want["prompt_ids"], want["greedy_ids"]
-    out = model(input_ids=torch.cat([ids, tokens[:-1]])[None], output_hidden_states=True)
-    logits, hidden = out.logits[0], torch.stack([h[0] for h in out.hidden_states])
-    logprobs = logits[len(ids) - 1 :].double().log_softmax(-1)
-    return {
-        "logits": logits[: len(ids)],
-        "hidden_states": hidden[:, : len(ids)],
-        "greedy_logprob": logprobs.gather(-1, tokens[:, None])[:, 0],
-        **rec.stacked(),
-    }
-
-
-def float32_errors(model, variant: dict, exact: list[dict]) -> dict[str, torch.Tensor]:
+def float32_errors(model, cfg: dict, exact: list[dict]) -> dict[str, torch.Tensor]:
     """The largest error of a model in float32 over all prompts, by name of a result."""
-    rec, worst = RouterRecorder(model, variant["config"]), {}
+    rec, worst = RouterRecorder(model, cfg), {}
     for want in exact:
-        found_by_name = (
-            record_prompt(model, rec, want["prompt_ids"])
-            if variant.get("alone")
-            else replay_prompt(model, rec, want)
-        )
-        for name, found in found_by_name.items():
+        for name, found in record_prompt(model, rec, want["prompt_ids"]).items():
             if found.is_floating_point():
                 error = (found.double() - want[name].double()).abs().max()
                 worst[name] = torch.maximum(error, worst.get(name, error))
@@ -933,13 +905,15 @@ def record_lm(name: str, variant: dict, path: Path) -> dict:
     tensors = batch | {
         f"p{i}.{key}": value for i, found in enumerate(exact) for key, value in found.items()
     }
-    tensors |= float32_errors(load_model(path, cfg), variant, exact)
+    tensors |= float32_errors(load_model(path, cfg), cfg, exact)
     if variant.get("bf16"):
         half = load_model(path, cfg, torch.bfloat16)
         worst, median = 0.0, []
         for i, ids in enumerate(prompts(variant["seed"])):
-            tensors[f"p{i}.logits_bf16"], tensors[f"p{i}.hidden_states_bf16"] = prefill(half, ids)
-            diff = (tensors[f"p{i}.logits_bf16"] - tensors[f"p{i}.logits"]).abs()
+            logits, hidden, *_ = greedy(half, ids, 1)
+            tensors[f"p{i}.logits_bf16"] = logits
+            tensors[f"p{i}.hidden_states_bf16"] = hidden
+            diff = (logits - tensors[f"p{i}.logits"]).abs()
             worst = max(worst, diff.max().item())
             median.append(diff.flatten())
         stats |= {
