@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from benchmarks.harness.engine_stream import TOKEN
 from benchmarks.harness.serving_cluster import ServingCluster, ThreadCluster
-from cluster.core.grpc_poller import keep_grpc_poller
 from expertmesh.loop_thread import LoopThread
 from gateway.calls.gateway import Gateway
 from gateway.calls.running_call import RunningCall
@@ -224,7 +223,6 @@ def gateway_of(cluster: ServingCluster) -> Iterator[ClusterGateway]:
             yield gateway
         return
     thread = LoopThread(LIMIT_S)
-    thread.loop.call_soon_threadsafe(keep_grpc_poller)
     try:
         with _running_gateway(cluster, thread.loop) as gateway:
             yield gateway

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc
 
 from cluster.core.errors import ProtocolError
+from cluster.core.grpc_poller import keep_grpc_poller
 from cluster.core.release import RELEASE
 from gateway.cluster.view import AttentionEndpoint
 from workers.requests.stream_handshake import GatewayHandshake
@@ -106,6 +107,7 @@ class EngineStream:
 
     async def _run(self, take: Callable[[FromEngine], Awaitable[None]]) -> StreamEnd:
         self._heard_s = time.monotonic()
+        keep_grpc_poller()
         async with grpc.aio.insecure_channel(
             self.endpoint.address, options=_CHANNEL_OPTIONS
         ) as channel:

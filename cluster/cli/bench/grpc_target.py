@@ -10,6 +10,7 @@ import grpc
 
 from cluster.cli.bench.workload import RequestFailed
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.core.grpc_poller import keep_grpc_poller
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
@@ -42,6 +43,7 @@ class GrpcTarget:
         timeout_s: float,
     ) -> None:
         """``tls_files``: ``ca_cert``, ``client_cert`` and ``client_key``; None: plain text."""
+        keep_grpc_poller()
         if tls_files is None:
             self._channel = grpc.aio.insecure_channel(address)
         else:
