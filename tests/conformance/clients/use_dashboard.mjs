@@ -62,12 +62,18 @@ async function tour(browser, adminUrl, folder) {
   await page.waitForFunction(() => /␛/.test(document.querySelector("#tokens").textContent));
   await page.waitForFunction(() => document.querySelector("#stop").hidden);
   await page.fill("#max-tokens", "128");
-  await page.click("#generate");
-  await page.waitForFunction(() => { // click at once: the answer may be complete in a moment
-    const stop = document.querySelector("#stop");
-    if (!stop.hidden) stop.click();
-    return stop.hidden;
-  });
+  await page.evaluate(() => new Promise((stopped) => { // at the first text: the rest may take a moment only
+    const tokens = document.querySelector("#tokens");
+    const observer = new MutationObserver(() => {
+      if (!tokens.textContent) return;
+      observer.disconnect();
+      document.querySelector("#stop").click();
+      stopped();
+    });
+    observer.observe(tokens, { childList: true });
+    document.querySelector("#generate").click();
+  }));
+  await page.waitForFunction(() => document.querySelector("#stop").hidden);
   say({ step: "stopped", problem: await page.textContent("#try-problem") });
   say({ step: "crowded", ...(await crowded(browser)) });
 
