@@ -133,11 +133,19 @@ def call(
     return done.stdout
 
 
+def unpack(archive: tarfile.TarFile, folder: Path) -> None:
+    """Extract an archive, with the checks of ``tarfile`` where Python has them (3.11.4)."""
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(folder, filter="data")
+    else:
+        archive.extractall(folder)
+
+
 def export(folder: Path) -> list[str]:
     """Write the files of the commit to ``folder``; their names."""
     done = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True)
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder)
+        unpack(archive, folder)
     return call(["git", "ls-tree", "-r", "--name-only", "HEAD"]).splitlines()
 
 
@@ -247,7 +255,7 @@ def release(dist: Path, *, has_image: bool) -> list[str]:
         say(f"building {version} from {revision[:12]}")
         sdist = build("sdist", source, made)
         with tarfile.open(sdist) as archive:
-            archive.extractall(folder / "sdist")
+            unpack(archive, folder / "sdist")
         (unpacked,) = (folder / "sdist").iterdir()
         say("installing zig for the kernels")
         wheel = build("wheel", unpacked, made, install_zig(folder / "zig"))

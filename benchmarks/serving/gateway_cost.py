@@ -23,7 +23,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from http.client import HTTPConnection
 from time import perf_counter
@@ -245,9 +245,12 @@ def _ways() -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, float]]]]:
         try:
             for each in (port, serve_port):
                 wait_ready(f"http://127.0.0.1:{each}", gateway, list)
-            with EngineClient(addresses) as engine:
+            with (
+                EngineClient(addresses) as engine,
+                closing(_HttpClient(port)) as http,
+                closing(_HttpClient(serve_port)) as proxied,
+            ):
                 client = loop.run_until_complete(_GrpcClient.open(grpc_port))
-                http, proxied = _HttpClient(port), _HttpClient(serve_port)
                 ways = {
                     "engine": Way(
                         lambda prompts, n: engine.generate(list(prompts), n),
@@ -274,8 +277,6 @@ def _ways() -> Iterator[tuple[dict[str, Way], Callable[[], dict[str, float]]]]:
                 }
                 yield ways, lambda: _sums(f"http://127.0.0.1:{port}/metrics")
                 loop.run_until_complete(client.close())
-                http.close()
-                proxied.close()
         finally:
             loop.close()
             serve.shutdown()  # type: ignore[no-untyped-call]
