@@ -22,31 +22,37 @@ from workers.quantization.matrix import Weight
 
 
 class ExpertKernel(Protocol):
-    """Holds the weights of all slots for one exchange, and multiplies rows by them.
+    """Holds the weights of all expert slots for one exchange, and multiplies rows by them.
 
-    Thread safety: one thread may resize, store and clear while another computes with other slots.
-    For this, a resize replaces the container of the weights, which a computation reads only once.
+    Thread safety: one thread may resize, store and clear while another thread computes with other
+    slots. For this, a resize replaces the container of the weights, and a computation reads the
+    container only once.
     """
 
     def resize(self, num_slots: int) -> None:
         """Change the number of slots; remaining slots keep their contents."""
 
     def store(self, slot: int, matrix: int, weight: Weight) -> None:
-        """Copy one matrix [out, in] of an expert from CPU memory into a slot. Its format is
-        ``ExchangeSpec.form_of``."""
+        """Copy one matrix [out, in] of an expert from CPU memory into a slot.
+
+        ``matrix``: index in ``ExchangeSpec.matrix_shapes``. ``weight`` has the format that
+        ``ExchangeSpec.form_of`` returns for the matrix: quantized, or in the model dtype.
+        """
 
     def read(self, slot: int, matrix: int) -> Weight:
         """Return a CPU copy of one stored matrix [out, in] of one expert."""
 
     def clear(self, slot: int) -> None:
-        """Empty a slot."""
+        """Remove the weights of the expert in a slot."""
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
-        """Run (input row, slot) pairs, at least one; see ``ExpertBank.compute``."""
+        """Return the expert outputs [P, out_width] of pairs (input row, expert slot), at least one;
+        see ``ExpertBank.compute``."""
 
 
 MakeKernel = Callable[[ExchangeSpec, torch.dtype, torch.device], ExpertKernel]
-"""Makes an empty kernel for one exchange."""
+"""Function that makes an expert kernel without slots, from an exchange, the model dtype and a
+device."""
 
 
 def make_kernel(
@@ -58,10 +64,11 @@ def make_kernel(
     make_other: MakeKernel | None = None,
     side: SideStream | None = None,
 ) -> ExpertKernel:
-    """Return the fastest kernel for experts of this kind and size. ``team``: threads of compiled
-    kernels.
+    """Return the fastest expert kernel for an exchange on a device; the kernel has no slots yet.
 
-    ``make_other`` replaces the torch kernels on CPUs; ``side``: stream of threads that load.
+    ``team`` runs the compiled CPU kernels; with None they are not used. ``compute_threads`` run the
+    torch kernels on CPUs; ``make_other`` replaces these for experts that are not quantized.
+    ``side``: CUDA stream of the threads that load weights.
     """
     if device.type == "cuda":
         return CudaExperts(exchange, dtype, device, side)
@@ -92,10 +99,10 @@ class ExpertBank:
         self.dtype = dtype
         self.device = device
         self.make = make
-        """Makes the bank's kernels."""
+        """Function that makes the bank's expert kernels, one for each exchange."""
         self.num_slots = 0
         self.version = 0
-        """Counter of changes; see ``SlotBank``."""
+        """Number that changes when the slots are reallocated."""
         self._kernels = [make(e, dtype, device) for e in spec.exchanges]
         self.resize(num_slots)
 
@@ -109,7 +116,7 @@ class ExpertBank:
     def store(
         self, slot: int, exchange: int, matrix: int, weight: Weight, is_idle: bool = False
     ) -> None:
-        """Copy one matrix [out, in] of the expert in ``slot``.
+        """Copy one matrix [out, in] of an expert into ``slot``.
 
         ``is_idle``: no step runs in this process during the copy, so all threads may help.
         """
@@ -132,14 +139,15 @@ class ExpertBank:
             kernel.clear(slot)
 
     def native(self, exchange: int) -> NativeSlots | None:
-        """Return the current slots for native code, or None if torch computes."""
+        """Return the slots of an exchange for the compiled CPU kernels, or None if other kernels
+        compute it."""
         kernel = self._kernels[exchange]
         return kernel.slots if isinstance(kernel, NativeExperts) else None
 
     def compute(
         self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
     ) -> Tensor:
-        """Run (input row, expert slot) pairs; slots without pairs are not touched.
+        """Return the expert output of each pair (input row, expert slot).
 
         inputs [N, in_width] model dtype; pair_input [P] int64: row of ``inputs`` of each pair;
         pair_slot [P] int64: expert slot. Returns [P, out_width] model dtype, not weighted.
@@ -154,9 +162,10 @@ class ExpertBank:
         """Return the weighted sum of the expert outputs of each row: [T, out_width] ``dtype``.
 
         slots [T, k] int64, -1 for none, with at least one other value in each row; weights [T, k]
-        float32. inputs [T, in_width] model dtype, or with ``per_slot_input`` [T * k, in_width] or
-        only its rows for slots that are not -1. ``dtype`` is the model's or float32. Sums are
-        float32, in the order of slots; ``BankSpec.float32_weights`` sets the dtype of products.
+        float32. inputs [T, in_width] model dtype; with ``per_slot_input`` they have one row for
+        each slot, [T * k, in_width], or only the rows of slots that are not -1. ``dtype`` is the
+        model's or float32. Sums are float32, in the order of slots; ``BankSpec.float32_weights``
+        sets the dtype of the products of outputs and weights.
         """
         kernel, spec = self._kernels[exchange], self.spec.exchanges[exchange]
         if isinstance(kernel, NativeExperts | CudaExperts):

@@ -1,7 +1,8 @@
-"""Expert kernels on the CPU; one is selected per bank by the size of its experts.
+"""Expert kernels in torch on the CPU; the size of an exchange's experts selects one of them.
 
-Milliseconds for one layer of 64 experts, top-8, one thread of an AMD EPYC (avx512_bf16), torch
-2.13, bfloat16, at 1 / 8 / 32 rows (pairs are rows * 8):
+A loop calls one product per expert; bmm is one batched product, over all experts or over gathered
+weights. Milliseconds for one layer of 64 experts, top-8, one thread of an AMD EPYC (avx512_bf16),
+torch 2.13, bfloat16, at 1 / 8 / 32 rows (pairs are rows * 8):
 
     hidden x inner    loop plain         loop packed        padded bmm, all    bmm, gathered
     512 x 256         1.1 / 5.8 / 9.7    0.7 / 3.9 / 5.6    5.8 / 6.4 / 7.7    1.5 / 9.4 / 23.0
@@ -34,22 +35,28 @@ from workers.model.torch_private import pack, unpack
 from workers.quantization.matrix import Weight, plain
 
 PACKED_MIN_ELEMENTS = 64 * 1024
-"""Minimum elements of an exchange's first matrix for which one call per expert is faster."""
+"""Minimum number of elements of an exchange's first matrix for which one call per expert is faster
+than one batched product of all experts."""
 _WIDE_ROWS = 16
-"""Minimum mean rows per used expert for which the loop finishes one expert before the next."""
+"""Minimum mean number of rows per used expert for which the loop computes all products of one
+expert before it starts with the next expert."""
 _CALL_ROWS = 16
-"""Number of rows whose products take as long as a call and reading an expert's weights."""
+"""Cost of a call that reads one expert's weights, as a number of rows whose products take as
+long."""
 _FEW_PAIRS = 16
-"""Maximum pairs for which to check whether each slot has only one pair, so that no sort is
-needed."""
+"""Maximum number of pairs for which the kernel checks whether each slot has only one pair. If so,
+the pairs are computed without a sort."""
 _FEW_SLOTS = 4
-"""Minimum slots per used slot (or pair) for which only the weights in use are multiplied."""
+"""Minimum number of slots per used slot (or per pair) for which only copies of the used weights are
+multiplied, instead of the weights of all slots."""
 _MAX_PADDING = 4
-"""Padded rows per pair above which a loop replaces the padded product."""
+"""Maximum number of padded rows per pair (or per slot, if there are more slots than pairs). Above
+it, a loop over the experts replaces the padded product."""
 
 
 class PackedExperts:
-    """Kernel with one call per expert that has rows. Weights use oneDNN's layout if it has one."""
+    """Expert kernel with one call per expert that has rows; weights have oneDNN's packed layout
+    where oneDNN offers one."""
 
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads
@@ -63,7 +70,8 @@ class PackedExperts:
         self._is_packed = can_pack(torch.empty(shapes[0], dtype=dtype, device="cpu"))
 
     def resize(self, num_slots: int) -> None:
-        """See ``ExpertKernel``; new slots are empty and take no memory."""
+        """Change the number of slots; remaining slots keep their contents, and new slots take no
+        memory."""
         empty = torch.empty(0, dtype=self._dtype)
         self._weights = [
             old[:num_slots] + [empty] * (num_slots - len(old)) for old in self._weights
@@ -96,7 +104,8 @@ class PackedExperts:
 
 
 class PaddedExperts(StackedWeights):
-    """Kernel with one batched product over all experts, padded to the rows of the busiest one."""
+    """Expert kernel with one batched product over all experts. The rows of each expert are padded
+    to the number of rows of the busiest expert."""
 
     def __init__(
         self, exchange: ExchangeSpec, dtype: torch.dtype, compute_threads: ComputeThreads
@@ -126,7 +135,8 @@ class PaddedExperts(StackedWeights):
         return torch.empty_like(rows).index_copy_(0, order, rows)
 
     def _gathered(self, weights: Sequence[Tensor], rows: Tensor, slots: Tensor) -> Tensor:
-        """Multiply rows [P, in] by copies of the weights of each pair's slot, without sorting."""
+        """Multiply rows [P, in] by copies of the weights of each pair's slot, without sorting:
+        [P, out]."""
         gathered = (weight.index_select(0, slots) for weight in weights)
         blocks = batched_products(rows.unsqueeze(1), gathered, self._num_products, self._activate)
         return blocks.squeeze(1)
@@ -140,7 +150,11 @@ class PaddedExperts(StackedWeights):
         used: Tensor,
         height: int,
     ) -> Tensor:
-        """Multiply rows [P, in], sorted by slot, in blocks of ``height`` padded rows per slot."""
+        """Multiply rows [P, in] in blocks of ``height`` padded rows, one block per slot: [P, out].
+
+        ``slots`` [P] is the slot of each row, ascending; ``counts`` [slots] is the number of rows
+        of each slot, and ``used`` lists the slots with rows.
+        """
         starts = counts.cumsum(0) - counts
         place = torch.arange(len(rows)) - starts[slots]
         if len(used) * _FEW_SLOTS <= len(counts):
@@ -156,14 +170,15 @@ class PaddedExperts(StackedWeights):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Products:
-    """Computes products slot by slot and divides them between the compute threads."""
+    """Matrix products of many experts, computed slot by slot and divided between the compute
+    threads."""
 
     weights: Sequence[Sequence[Tensor] | Tensor]
-    """Weight by [product][slot]."""
+    """Weight matrix of each expert, by [product][slot]."""
     biases: Sequence[Sequence[Tensor] | Tensor]
-    """Bias by [product][slot]; empty if there are none."""
+    """Bias of each expert, by [product][slot]; empty if the experts have no biases."""
     activate: GatedActivation
-    """Activation between the first and the second product."""
+    """Activation of experts between their first and their second product."""
     is_packed: bool
     compute_threads: ComputeThreads
 
@@ -201,7 +216,8 @@ class _Products:
         return output
 
     def _multiply(self, rows: Tensor, slots: list[int], sizes: list[int]) -> Tensor:
-        """Multiply the first ``sizes[0]`` of rows [R, in] by ``slots[0]``, and so on: [R, out]."""
+        """Run the first ``sizes[0]`` of rows [R, in] through expert slot ``slots[0]``, and so on:
+        [R, out]."""
         for i, weights in enumerate(self.weights):
             own = [weights[slot] for slot in slots]
             biases = [self.biases[i][slot] for slot in slots] if self.biases else []

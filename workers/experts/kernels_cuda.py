@@ -23,7 +23,8 @@ class CudaExperts(StackedWeights):
         float32_weights: bool,
         dtype: torch.dtype,
     ) -> Tensor:
-        """See ``ExpertBank.compute_rows``; a row may also have no slot, which gives zeros."""
+        """Return the weighted sum of the expert outputs of each row; see
+        ``ExpertBank.compute_rows``. The sum of a row without a slot is 0."""
         from workers.cuda.row_sums import sum_rows
 
         sources, per_slot = None, self._exchange.per_slot_input

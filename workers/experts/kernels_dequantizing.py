@@ -1,4 +1,5 @@
-"""Quantized experts with torch: the reference, and the kernel of CPUs without compiled ones."""
+"""Torch kernel for quantized experts: the reference, and the kernel of CPUs without compiled
+kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from workers.quantization.matrix import QuantizedMatrix, Weight
 
 
 class DequantizingExperts:
-    """``ExpertKernel`` that dequantizes the matrices of a slot to float32 for each product.
+    """Expert kernel that dequantizes the matrices of a slot to float32 for each product.
 
     Rows are multiplied one by one, so that no row's bits depend on other rows. The input of the
     second product is rounded to the model dtype.
@@ -26,7 +27,8 @@ class DequantizingExperts:
         self._weights: list[list[Weight | None]] = [[] for _ in exchange.matrix_shapes]
 
     def resize(self, num_slots: int) -> None:
-        """See ``ExpertKernel``; empty slots take no memory."""
+        """Change the number of slots; remaining slots keep their contents, and empty slots take no
+        memory."""
         self._weights = [
             [*slots[:num_slots], *([None] * (num_slots - len(slots)))] for slots in self._weights
         ]
@@ -41,7 +43,8 @@ class DequantizingExperts:
         self._weights[matrix][slot] = copy
 
     def read(self, slot: int, matrix: int) -> Weight:
-        """See ``ExpertKernel``. Stored weights are never modified. Raises ``IndexError``."""
+        """Return a stored matrix itself, not a copy, because stored weights are never modified.
+        Raises ``IndexError`` if the slot is empty."""
         weight = self._weights[matrix][slot]
         if weight is None:
             raise IndexError(f"slot {slot} is empty")

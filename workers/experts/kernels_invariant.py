@@ -1,7 +1,9 @@
-"""Batch-invariant expert kernels, for ``--deterministic``.
+"""Batch-invariant expert kernels, for ``--deterministic``: a row's bits do not depend on other
+rows.
 
-The kernel depends on the size of experts only, not on the number of rows in a step. Each new kernel
-is tested (``row_invariance``); if a row's result depends on other rows, the next kernel is tried.
+The choice of a kernel depends on the size of experts only, not on the number of rows in a step.
+Each new kernel is tested (``row_invariance``); if a row's result depends on other rows, the next
+kernel is tried.
 """
 
 from __future__ import annotations
@@ -30,18 +32,21 @@ from workers.model.layers import gated_activation
 from workers.quantization.matrix import Weight, plain
 
 Agree = Callable[[MakeKernel, ExchangeSpec, torch.dtype, torch.device], bool]
-"""Returns whether a kernel is batch-invariant; see ``pairs_agree``."""
+"""Function that returns whether an expert kernel is batch-invariant; see ``pairs_agree``."""
 _GROUPS = ((0, 1), (5, 6), (0, 2), (7, 10), (1, 8), (3, 12), (11, 41), (0, NUM_TRIED_ROWS))
-"""Ranges of inputs, without the last index, whose outputs are compared in a test."""
+"""Ranges [first, end) of the test inputs. The outputs of each range, computed in a call of its own,
+must equal the outputs of these inputs in a call with all inputs."""
 _MAX_HEIGHT = 64
-"""Maximum rows of a block; a slot with more rows has several blocks."""
+"""Maximum number of rows of a block in a batched product; a slot with more rows has several
+blocks."""
 _TRIED_SLOTS = 6
 
 
 class BlockExperts(StackedWeights):
-    """Kernel with one batched product over blocks of rows; each block belongs to one slot.
+    """Expert kernel with one batched product over blocks of rows; each block belongs to one slot.
 
-    All blocks of a call have the same height: the rows of the busiest slot, within limits.
+    All blocks of a call have the same height: the number of rows of the busiest slot, but at least
+    ``MIN_ROWS`` and at most ``_MAX_HEIGHT``.
     """
 
     def compute(self, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor) -> Tensor:
@@ -64,7 +69,8 @@ class BlockExperts(StackedWeights):
 
 
 class LoopExperts:
-    """Kernel with one product for each slot that has rows."""
+    """Expert kernel with one matrix product (of the variant ``form``) for each slot that has
+    rows."""
 
     def __init__(
         self,
@@ -83,7 +89,8 @@ class LoopExperts:
         self._biases: list[list[Tensor | None]] = [[] for _ in shapes if exchange.has_bias]
 
     def resize(self, num_slots: int) -> None:
-        """See ``ExpertKernel``; empty slots take no memory."""
+        """Add empty slots until there are ``num_slots``; empty slots take no memory. Slots are
+        never removed."""
         for products in self._products:
             products += [None] * (num_slots - len(products))
         for biases in self._biases:
@@ -127,7 +134,8 @@ class LoopExperts:
 
 
 class InvariantKernels:
-    """Makes batch-invariant kernels; tests each shape once and caches the result."""
+    """Factory of batch-invariant expert kernels; tests each shape of experts once and caches the
+    result."""
 
     def __init__(self, agree: Agree | None = None) -> None:
         """``agree`` tests a kernel; the default is ``pairs_agree``."""
@@ -137,7 +145,11 @@ class InvariantKernels:
     def make(
         self, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
     ) -> ExpertKernel:
-        """Return an empty kernel of the first row-invariant class. Raises ``ConfigError``."""
+        """Return a batch-invariant expert kernel, without slots, of the fastest kind that passes
+        the test.
+
+        Raises ``ConfigError`` if the device is not a CPU or no kind passes.
+        """
         check_device(device)
         key = (exchange.matrix_shapes, exchange.activation, dtype)
         if key not in self._chosen:
@@ -150,7 +162,8 @@ class InvariantKernels:
 
 
 def forms(exchange: ExchangeSpec) -> tuple[MakeKernel, ...]:
-    """Kernels for experts of this size, fastest first."""
+    """Return functions that make the expert kernels to test for experts of this size, fastest
+    first."""
     loops = tuple(partial(LoopExperts, form=form) for form in LINEAR_FORMS)
     out, width = exchange.matrix_shapes[0]
     return loops if out * width >= PACKED_MIN_ELEMENTS else (BlockExperts, *loops)
@@ -159,7 +172,8 @@ def forms(exchange: ExchangeSpec) -> tuple[MakeKernel, ...]:
 def pairs_agree(
     make: MakeKernel, exchange: ExchangeSpec, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether a pair's output has the same bits in all batches and positions."""
+    """Return whether a pair (input row, slot) has an output of the same bits in all tested
+    batches."""
     inputs = random_rows(NUM_TRIED_ROWS, exchange.in_width, dtype=dtype)
     found = []
     for num_slots, first in ((_TRIED_SLOTS, _TRIED_SLOTS - 2), (2, 0)):
@@ -190,7 +204,7 @@ class _Trial:
     first: int
 
     def together(self) -> Tensor:
-        """Compute both experts in one call: outputs [2, inputs, out]."""
+        """Compute both experts for all inputs in one call: outputs [2, inputs, out]."""
         count = len(self.inputs)
         sources = torch.arange(count).repeat(2)
         slots = self.first + torch.arange(2).repeat_interleave(count)

@@ -1,7 +1,7 @@
 """Experts on the compiled kernels of ``workers.native``: the default on CPUs.
 
-Weights are packed when they are stored, without a second copy. The bits of a row do not depend on
-other rows, on the load of a slot or on the number of threads.
+Weights are packed when they are stored; no unpacked copy remains. The bits of a row do not depend
+on other rows, on the load of a slot or on the number of threads.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from workers.quantization.matrix import Weight
 
 
 def unsupported_feature(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
-    """Name a feature of the exchange that the kernels lack, for which torch must compute it; empty
-    if there is none.
+    """Return the name of a feature of an exchange that the compiled CPU kernels lack, so that torch
+    must compute the experts; ``""`` if no feature is missing.
 
     Every width is supported, and every even width of quantized weights.
     """
@@ -41,7 +41,8 @@ def unsupported_feature(exchange: ExchangeSpec, dtype: torch.dtype) -> str:
 
 
 class NativeExperts:
-    """``ExpertKernel`` with packed weights; each matrix is a separate allocation."""
+    """Expert kernel that calls the compiled CPU kernels; each packed matrix is a separate
+    allocation."""
 
     def __init__(self, exchange: ExchangeSpec, dtype: torch.dtype, team: ThreadTeam) -> None:
         inner = exchange.expert_width if exchange.expert_kind == "gated" else 0
@@ -62,15 +63,17 @@ class NativeExperts:
 
     @property
     def slots(self) -> NativeSlots:
-        """The current slots, for native code."""
+        """The expert slots in the form that the compiled kernels take; a resize replaces them."""
         return NativeSlots(self._team, self._slots)
 
     def resize(self, num_slots: int) -> None:
-        """See ``ExpertKernel``; new slots are empty and take no memory."""
+        """Change the number of slots; remaining slots keep their contents, and new slots take no
+        memory."""
         self._slots = SlotTable(self._shape, num_slots, self._slots)
 
     def store(self, slot: int, matrix: int, weight: Weight, is_idle: bool = False) -> None:
-        """See ``ExpertKernel``. ``is_idle``: no step runs, so all threads of the team help."""
+        """Pack one matrix of an expert into a slot. ``is_idle``: no step runs, so all threads of
+        the team help."""
         team = self._team if is_idle else None
         if isinstance(weight, Tensor):
             weight = weight.to(self._shape.stored_as(matrix))
@@ -100,7 +103,8 @@ class NativeExperts:
         float32_weights: bool,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Compute the weighted sums of rows; see ``ExpertBank.compute_rows``."""
+        """Return the weighted sum of the expert outputs of each row; see
+        ``ExpertBank.compute_rows``."""
         by_slot: InputsBy = "place" if inputs.shape[0] == slots.numel() else "pair"
         return expert_rows(
             self._team,

@@ -36,10 +36,10 @@ def _scripted(function: F) -> F:
 def expert_products(
     rows: Tensor, sizes: list[int], weights: list[Tensor], biases: list[Tensor], is_packed: bool
 ) -> Tensor:
-    """Multiply the first ``sizes[0]`` of rows [R, in] by the first weight, and so on: [R, out].
+    """Multiply the first ``sizes[0]`` of rows [R, in] by ``weights[0]``, and so on: [R, out].
 
-    The weights are [out, in], or in oneDNN's layout (see ``torch_private.pack``); biases are [out,
-    1], or the list is empty.
+    The weights are [out, in], or in oneDNN's layout if ``is_packed`` (see ``torch_private.pack``);
+    biases are [out, 1], or the list is empty.
     """
     products: list[Tensor] = []
     for i, part in enumerate(torch.split(rows, sizes)):

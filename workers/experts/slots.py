@@ -25,13 +25,15 @@ from workers.quantization.matrix import Weight
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedExpert:
-    """Identity of one load of an expert into a slot; each load gets a new object."""
+    """Record of one load of a logical expert into an expert slot. Each load makes a new object, so
+    a reader can detect that the slot was overwritten."""
 
     expert: int
 
 
 def torch_reason(banks: Sequence[BankSpec], dtype: torch.dtype) -> str:
-    """Return the reason, for logs, why torch computes experts instead of kernels, or ``""``."""
+    """Return, for logs, why torch computes experts instead of the compiled CPU kernels; ``""`` if
+    it does not."""
     missing = {
         unsupported_feature(exchange, dtype) for bank in banks for exchange in bank.exchanges
     }
@@ -55,7 +57,8 @@ class ExpertSlots:
         """Create ``num_slots`` empty expert slots in every bank.
 
         ``team`` runs the experts that its compiled kernels support; torch with ``compute_threads``
-        runs the others. Raises ``ConfigError`` if this machine cannot be deterministic.
+        runs all other experts. Raises ``ConfigError`` if ``deterministic`` is set and this machine
+        has no batch-invariant kernel.
         """
         threads = compute_threads or ComputeThreads()
         other = InvariantKernels().make if deterministic else None
@@ -74,7 +77,8 @@ class ExpertSlots:
         return {slot: held.expert for slot, held in self._contents[bank].copy().items()}
 
     def rows(self) -> tuple[tuple[int, ...], ...]:
-        """``[bank][slot]``: the logical expert with complete weights there, or ``FREE_SLOT``."""
+        """Return the logical expert in each slot, as [bank][slot]; ``FREE_SLOT`` for a slot without
+        complete weights."""
         found = []
         for bank in range(len(self.banks)):
             held = self.contents(bank)
@@ -102,7 +106,8 @@ class ExpertSlots:
         return matrices if self._contents[bank].get(slot) is held else None
 
     def follow_steps(self) -> None:
-        """Let later writes to freed slots wait for the steps (on a GPU) that read the slots."""
+        """Make later writes to freed slots wait until all GPU work queued by steps so far, which
+        may read these slots, has finished. On a CPU, do nothing."""
         self._side.follow()
 
     def load_expert(
@@ -110,8 +115,8 @@ class ExpertSlots:
     ) -> Iterator[None]:
         """Read one logical expert into a slot: each iteration reads one matrix.
 
-        ``is_idle`` as in ``ExpertBank.store``. Raises the errors of the source; the slot is then
-        empty.
+        ``is_idle``: no step runs in this process, so all threads may help. Raises the errors of the
+        source; the slot is then empty.
         """
         target = self.banks[bank]
         self.forget(bank, slot)
@@ -121,7 +126,8 @@ class ExpertSlots:
         self._contents[bank][slot] = LoadedExpert(expert)
 
     def forget(self, bank: int, slot: int) -> LoadedExpert | None:
-        """Mark a slot as empty, without freeing its weights. Returns the expert it held.
+        """Mark a slot as empty, without freeing its weights. Returns the record of the expert that
+        the slot held, or None.
 
         Call it before checking for the last time that the slot is unused, so that ``contents`` does
         not list an expert that is about to be overwritten.
@@ -129,12 +135,12 @@ class ExpertSlots:
         return self._contents[bank].pop(slot, None)
 
     def restore(self, bank: int, slot: int, held: LoadedExpert | None) -> None:
-        """Undo ``forget``."""
+        """Undo ``forget``, given the record that it returned; None changes nothing."""
         if held is not None:
             self._contents[bank][slot] = held
 
     def clear(self, bank: int, slot: int) -> None:
-        """Empty a slot. The caller must know that no step uses it."""
+        """Remove the expert in a slot. The caller must know that no step uses the slot."""
         self.forget(bank, slot)
         self.banks[bank].clear(slot)
 
@@ -148,7 +154,8 @@ class ExpertSlots:
         expert.
 
         ``used[bank][slot]``: an expert, or -1 if the slot is unused. ``is_needed(bank, slot)``:
-        whether to keep such an unused slot. ``min_slots``: capacity that each bank keeps.
+        whether to keep a slot that is unused in ``used``. ``min_slots``: number of slots that each
+        bank keeps at least.
         """
         num_freed = 0
         for bank, slots in enumerate(used):
@@ -180,7 +187,7 @@ class ExpertSlots:
     ) -> None:
         """Load the experts that a placement assigns to one device, from the checkpoint by default.
 
-        Closes the source. Raises ``CheckpointError``.
+        Closes ``source``. Raises ``CheckpointError``.
         """
         rows = [bank.physical_to_logical[device] for bank in placement.banks]
         source = source or self.checkpoint_source(checkpoint, is_idle=True)
@@ -192,10 +199,11 @@ class ExpertSlots:
         take: Callable[[int], None] = lambda num_bytes: None,
         is_idle: bool = False,
     ) -> CheckpointSource:
-        """Return a source on disk, see ``CheckpointSource``; ``is_idle`` as in
-        ``ExpertBank.store``.
+        """Return a source that reads experts from the checkpoint's files.
 
-        Experts of compiled kernels or GPUs are quantized by compiled kernels, others by torch.
+        ``take``: see ``CheckpointSource``. ``is_idle``: no step runs in this process, so all
+        threads may quantize. Experts of compiled kernels or GPUs are quantized by compiled kernels,
+        others by torch.
         """
         team = self._team
         library = None if team is None else team.library
@@ -207,7 +215,7 @@ class ExpertSlots:
     def _load(
         self, by_bank: Sequence[Sequence[int]], checkpoint: Checkpoint, source: ExpertSource
     ) -> None:
-        """Load ``by_bank[bank][slot]``, a logical expert, into each slot."""
+        """Load ``by_bank[bank][slot]``, a logical expert, into each slot; close ``source``."""
         work = [
             (bank, slot, expert)
             for bank, slots in enumerate(by_bank)

@@ -22,24 +22,26 @@ class ExpertWeight(NamedTuple):
     """One matrix of one expert."""
 
     exchange: int
-    """Exchange of the bank that uses the matrix."""
+    """Index of the bank's exchange that uses the matrix."""
     matrix: int
     """Index in ``ExchangeSpec.matrix_shapes``."""
     weight: Weight
-    """[out, in] on the CPU, in ``ExchangeSpec.form_of``; valid until the next matrix is read."""
+    """Matrix [out, in] in CPU memory, in the format that ``ExchangeSpec.form_of`` returns; valid
+    until the source reads the next matrix."""
 
 
 class ExpertSource(Protocol):
-    """Yields experts, one matrix at a time. Used by one thread."""
+    """Source of expert weights, such as the checkpoint; yields one matrix at a time. Used by one
+    thread."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes read so far."""
+        """Number of bytes that the source has read so far."""
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
         """Yield all matrices of a logical expert; matrices that are not quantized are in ``dtype``.
 
-        The iterator raises an ``ExpertMeshError`` that names the missing item.
+        The iterator raises an ``ExpertMeshError`` that names what it cannot read.
         """
 
     def close(self) -> None:
@@ -47,7 +49,8 @@ class ExpertSource(Protocol):
 
 
 class CheckpointSource:
-    """Reads the checkpoint's files. Raises ``CheckpointError`` with the name of the file."""
+    """Expert source that reads the checkpoint's files. A ``CheckpointError`` names the damaged
+    file."""
 
     def __init__(
         self,
@@ -55,10 +58,11 @@ class CheckpointSource:
         take: Callable[[int], None] = lambda num_bytes: None,
         round_weight: Round = quantize,
     ) -> None:
-        """``checkpoint``: used only by this thread (``Checkpoint.another``).
+        """Make a source over ``checkpoint``, which no other thread may use
+        (``Checkpoint.another``).
 
-        ``take`` is called with the size of each matrix that was read; it may wait or raise.
-        ``round_weight`` quantizes experts during loading.
+        ``take`` is called with the size in bytes of each matrix that was read; it may wait or
+        raise. ``round_weight`` quantizes experts during loading.
         """
         self._checkpoint = checkpoint
         self._take = take

@@ -21,7 +21,8 @@ from workers.quantization.matrix import empty_weight, parts_of
 
 _RUNS = 9
 _GRAIN = 1.1
-"""Factor whose powers are the possible results."""
+"""Factor between neighbouring results: every measured speed is rounded to a power of this
+factor."""
 
 
 def slots_per_second(
@@ -32,9 +33,9 @@ def slots_per_second(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Return the expert slots that a device computes per second; ``filled`` slots hold an expert.
+    """Return the number of expert slots that a device computes per second.
 
-    ``compute`` is ``ExpertBank.compute``.
+    ``compute`` is ``ExpertBank.compute``; ``filled`` lists the slots that hold an expert.
     """
     slots = torch.tensor(list(filled), dtype=torch.int64, device=device)
     pairs = torch.arange(len(filled), device=device)
@@ -64,5 +65,5 @@ def blank_bank(like: ExpertBank) -> ExpertBank:
 
 
 def rounded(speed: float) -> float:
-    """Return the nearest power of 1.1, so that identical devices get the same number."""
+    """Return the power of 1.1 nearest to a speed, so that identical devices get the same number."""
     return _GRAIN ** round(math.log(speed) / math.log(_GRAIN))

@@ -14,7 +14,8 @@ from workers.quantization.matrix import QuantizedMatrix, Weight, empty_weight, p
 
 
 class StackedWeights:
-    """Base class of expert kernels: stores the weights, with which subclasses compute."""
+    """Base class of expert kernels that stores each matrix of all slots as one tensor
+    [slots, out, in]."""
 
     def __init__(
         self,
@@ -23,7 +24,8 @@ class StackedWeights:
         device: torch.device,
         side: SideStream | None = None,
     ) -> None:
-        """``side``: stream of the threads that store and read; by default a new one."""
+        """Make storage without slots. ``side``: CUDA stream on which the threads that load experts
+        store and read weights; by default a new one."""
         self._side = side or SideStream(device)
         shapes = exchange.matrix_shapes
         self._exchange = exchange
@@ -35,16 +37,17 @@ class StackedWeights:
             [torch.zeros((0, *p.shape), dtype=p.dtype, device=device) for p in parts_of(like)]
             for like in likes
         ]
-        """For each matrix: the matrix itself, or quantized values, scales and zero points; all
-        [slots, ..]."""
+        """Tensors of each matrix: the matrix itself, or its quantized values, scales and zero
+        points; each is [slots, ..]."""
 
     @property
     def _weights(self) -> list[Tensor]:
-        """The matrices, or their quantized values."""
+        """For each matrix, the tensor [slots, ..] of its elements or quantized values."""
         return [parts[0] for parts in self._parts]
 
     def resize(self, num_slots: int) -> None:
-        """See ``ExpertKernel``; new slots are zeros, which take no memory until written."""
+        """Change the number of slots; remaining slots keep their contents. New slots are zeros,
+        which on a CPU take no memory until written."""
         self._parts = [[_resized(old, num_slots) for old in parts] for parts in self._parts]
         self._side.follow()
 
@@ -81,7 +84,7 @@ def batched_products(
 
 
 def _resized(weights: Tensor, num_slots: int) -> Tensor:
-    """Resize [slots, ..] to [num_slots, ..]: the existing slots, then zeros."""
+    """Return weights [slots, ..] as [num_slots, ..]: the existing slots, then zeros."""
     new = weights.new_zeros((num_slots, *weights.shape[1:]))
     kept = min(len(weights), num_slots)
     new[:kept] = weights[:kept]

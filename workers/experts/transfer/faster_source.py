@@ -27,10 +27,10 @@ from workers.model.config import BankSpec
 logger = logging.getLogger(__name__)
 
 NUM_TRIALS = 2
-"""Number of experts that each source loads before rates are compared. The first one also opens
-files and connections, so its time does not count."""
+"""Number of experts that each source loads before rates are compared. The first expert does not
+count, because its time includes opening files and connections."""
 _NUM_LAST = 4
-"""Number of experts over which a rate is measured."""
+"""Number of most recent experts over which the rate of a source is measured."""
 _RETRY_AFTER = 8
 """Multiple of a slower source's time per expert after which the source is measured again."""
 
@@ -45,12 +45,13 @@ class FasterSource:
     def __init__(
         self, sources: Mapping[str, ExpertSource], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``sources``: by name. If all fail for an expert, the error of the first one is raised."""
+        """``sources``: by name. If all fail for an expert, ``weights`` raises the error of the
+        first source."""
         self._sources = dict(sources)
         self._clock = clock
         self._num_tried = dict.fromkeys(sources, 0)
         self._last = {name: deque[tuple[int, float]](maxlen=_NUM_LAST) for name in sources}
-        """Bytes and seconds of the most recent experts."""
+        """Size in bytes and loading time in seconds of the most recent experts of each source."""
         self._gave_at = dict.fromkeys(sources, 0.0)
         self._failed: set[str] = set()
 
@@ -61,11 +62,16 @@ class FasterSource:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Bytes per second of each source over its most recent experts; 0 if none counts."""
+        """Bytes per second of each source over its most recent experts; 0 before the first
+        measurement."""
         return {name: _rate(last) for name, last in self._last.items()}
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        """See ``ExpertSource``. If a source fails, the next one yields all matrices again."""
+        """Yield all matrices of an expert from one source. If it fails, the next source yields all
+        matrices again.
+
+        Raises the error of the first source in ``sources`` if all sources fail.
+        """
         errors = []
         for name in self._in_order():
             try:
@@ -101,7 +107,7 @@ class FasterSource:
             self._last[name].append((bank.num_bytes(dtype.itemsize), took_s))
 
     def _in_order(self) -> list[str]:
-        """Return the sources in the order to try for the next expert."""
+        """Return the names of the sources in the order in which to try them for the next expert."""
         rates, now = self.rates, self._clock()
 
         def rank(name: str) -> tuple[bool, int, bool, float]:
@@ -111,13 +117,14 @@ class FasterSource:
         return sorted(self._sources, key=rank)
 
     def _is_due(self, name: str, now: float) -> bool:
-        """Whether a source has loaded nothing for so long that it must be measured again."""
+        """Whether a source has loaded no expert for so long that its rate must be measured
+        again."""
         took = [took_s for _, took_s in self._last[name]]
         return bool(took) and now - self._gave_at[name] > _RETRY_AFTER * max(took)
 
 
 class HoldersSource:
-    """``ExpertSource`` over workers that hold experts. A worker that failed is not used again."""
+    """Expert source over all workers that hold experts. A worker that failed is not used again."""
 
     def __init__(
         self,
@@ -138,11 +145,11 @@ class HoldersSource:
         return sum(source.num_bytes for source in self._open.values())
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        """See ``ExpertSource``.
+        """Yield all matrices of an expert from a worker that holds it. If this worker fails,
+        another one yields all matrices again.
 
-        Raises:
-            NotHeldError: no usable worker holds the expert.
-            ProtocolError: all workers that hold it failed.
+        Raises: NotHeldError: no usable worker holds the expert. ProtocolError: all workers that
+        hold the expert failed.
         """
         what = f"expert {expert} of bank {bank.bank} layer {bank.layer}"
         reason = ""

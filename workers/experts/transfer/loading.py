@@ -13,11 +13,11 @@ and is refused. An expert that is already in its slot is not read again. On a CP
 the slots of a command; on a GPU, its capacity is fixed (``--recovery-slots``). Commands run in
 order, and each gets one reply. The slots of a failed command have undefined contents.
 
-When a generation starts to run, slots outside its maps are freed (``keep_only``). This is queued
-behind earlier commands, which were for this generation or for one that will never run. Slots that a
-later generation already uses stay. A slot is marked empty before the last check of the current
-maps, and a worker reports its slots only after it has received new maps. So it never reports a slot
-that is about to be written or freed.
+When a generation starts to run, slots that its placement does not use are freed (``keep_only``).
+The release is queued behind earlier commands, which were for this generation or for one that will
+never run. Slots that a later generation already uses stay. A slot is marked empty before the last
+check against the current placement, and a worker reports its slots only after it has received a new
+placement. So the worker never reports a slot that is about to be written or freed.
 """
 
 from __future__ import annotations
@@ -44,28 +44,32 @@ from workers.experts.sources import ExpertSource
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"
-"""Value of ``kind`` of the source that reads from disk; it has no parameters."""
+"""Value of ``kind`` in ``LoadExperts.source`` for the source that reads from disk; this kind has no
+parameters."""
 OpenSource = Callable[[Mapping[str, Any]], ExpertSource]
-"""Opens a source, given ``LoadExperts.source``."""
+"""Function that opens a source of experts, given ``LoadExperts.source``."""
 SlotOrder = tuple[int, int, int]
-"""(bank, expert slot, logical expert or ``FREE_SLOT``) of a command."""
+"""Entry of a load command: (bank, expert slot, logical expert, or ``FREE_SLOT`` to empty the
+slot)."""
 Item = TypeVar("Item")
 _WAIT_LIMIT_S = 30.0  # longer than a generation waits for this worker
 _CHECK_INTERVAL_S = 0.02
-"""Interval between checks of an obstacle, in seconds."""
+"""Interval, in seconds, between checks whether a temporary obstacle has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Reason why slots must not be written now."""
+    """Reason why the slots of a load command must not be written at present."""
 
     reason: str
     passes: bool
-    """Whether the obstacle is temporary: the command's epoch has not reached this worker yet."""
+    """Whether the obstacle is temporary: the epoch of the load command has not reached this worker
+    yet."""
 
 
 class ExpertLoader:
-    """Carries out the load commands of one worker."""
+    """Carries out the load commands that the controller sends to one worker, on a thread of its
+    own."""
 
     def __init__(
         self,
@@ -79,11 +83,11 @@ class ExpertLoader:
     ) -> None:
         """``sources``: by kind. ``answer`` is called with each reply, on the loader's thread.
 
-        ``obstacle``: returns why slots must not be written, given the slots and the epoch of their
+        ``obstacle`` returns why slots must not be written, given the slots and the epoch of their
         command. The loader waits up to ``_WAIT_LIMIT_S`` for a temporary obstacle to end.
 
-        ``max_slots``: capacity of a bank with fixed size; ``min_slots``: capacity that a growing
-        bank keeps.
+        ``max_slots``: fixed number of slots of each bank; None: banks grow. ``min_slots``: number
+        of slots that a growing bank keeps at least.
         """
         self._slots = slots
         self._sources = sources
@@ -96,19 +100,21 @@ class ExpertLoader:
         self._executor = ThreadPoolExecutor(1, "expert-loader", use_one_core)
 
     def order(self, order: LoadExperts) -> None:
-        """Queue a command and return immediately. Any thread."""
+        """Queue a load command and return immediately. Any thread may call it."""
         self._submit(self._run_command, order)
 
     def keep_only(self, used: Sequence[Sequence[int]]) -> None:
-        """Queue the release of slots outside ``used`` (see ``ExpertSlots.keep_only``). Any thread.
+        """Queue the release of slots outside ``used`` (see ``ExpertSlots.keep_only``). Any thread
+        may call it.
 
-        Banks of a fixed capacity keep their memory, so nothing is freed there.
+        If the banks have a fixed number of slots, do nothing, because these banks keep their
+        memory.
         """
         if self._max_slots is None:
             self._submit(self._free, used)
 
     def close(self) -> None:
-        """Stop after the current matrix; remaining commands get no reply."""
+        """Stop after the current matrix. Unfinished load commands get no reply."""
         self._closing = True
         self._executor.shutdown(cancel_futures=True)
 
@@ -126,7 +132,7 @@ class ExpertLoader:
             logger.exception("could not free unused experts")
 
     def _is_needed(self, bank: int, slot: int) -> bool:
-        """Whether a step may read the slot, in the current epoch or a later one."""
+        """Whether a step may read the expert slot, in the current epoch or a later one."""
         return self._obstacle([(bank, slot, FREE_SLOT)], sys.maxsize) is not None
 
     def _run_command(self, order: LoadExperts) -> None:

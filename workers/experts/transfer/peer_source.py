@@ -23,11 +23,12 @@ from workers.quantization.matrix import empty_weight, parts_of
 from workers.transport.peer_link import PeerClient, view_bytes
 
 PEER = "peer"
-"""Value of ``kind`` of this source. Its parameters: ``peer`` (worker name) and ``address``."""
+"""Value of ``kind`` in ``LoadExperts.source`` for ``PeerSource``. Parameters: ``peer`` (worker
+name) and ``address``."""
 GIVE_UP = "give up"
-"""Value of ``kind`` in a command that loads nothing and cancels unfinished transfers."""
+"""Value of ``kind`` in a load command that loads nothing and cancels unfinished transfers."""
 KEY: Final = struct.Struct("!HH")
-"""Key: bank and expert."""
+"""Format of the key that names an expert in a transfer: index of its bank, and logical expert."""
 
 
 class ExpertProvider:
@@ -41,7 +42,11 @@ class ExpertProvider:
         self._slots = slots
 
     def acquire(self, keys: Sequence[bytes]) -> list[list[Tensor]]:
-        """See ``ItemProvider``. Copies one expert at a time, because each copy takes memory."""
+        """Copy the expert of the first key, or return ``[]`` if no slot holds it; see
+        ``ItemProvider``.
+
+        A call never copies more than one expert, because each copy takes memory.
+        """
         found = [self._slots.read_expert(*KEY.unpack(key)) for key in keys[:1]]
         return [
             [part for matrix in matrices for part in parts_of(matrix)]
@@ -57,17 +62,19 @@ class ExpertProvider:
 
 
 class PeerSource:
-    """``ExpertSource`` over one connection, which is opened for the first expert."""
+    """Expert source that copies experts from another worker, over one connection that it opens for
+    the first expert."""
 
     def __init__(self, connect: Callable[[], PeerClient], rate: RateLimit) -> None:
-        """``rate``: limits the bytes per second; its time limit starts before connecting."""
+        """Connect later, by calling ``connect``. ``rate`` limits the bytes per second and the total
+        time, which includes connecting."""
         self._connect = connect
         self._rate = rate
         self._client: PeerClient | None = None
         self.num_bytes = 0
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        """See ``ExpertSource``. An expert is yielded after all its bytes have arrived and are
+        """Yield all matrices of an expert, after all bytes of the expert have arrived and are
         checked.
 
         Raises the errors of ``PeerClient``, ``TransferAbortedError``, and ``ProtocolError`` if the

@@ -1,4 +1,4 @@
-"""Rate limit of a weight transfer, and its time limit."""
+"""Limits of a weight transfer: its rate in bytes per second, and its duration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _BURST_S = 0.02
 
 
 class RateLimit:
-    """Token bucket of bytes for one thread."""
+    """Token bucket that limits the rate of a weight transfer, and the time limit of the transfer.
+    Used by one thread."""
 
     def __init__(
         self,
@@ -23,7 +24,8 @@ class RateLimit:
         cancelled: threading.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``bytes_per_s``, ``limit_s``: None for no limit. Set ``cancelled`` to abort."""
+        """``bytes_per_s``: rate; ``limit_s``: seconds from now to the end; None: no limit. If
+        ``cancelled`` is set, ``take`` raises."""
         self._rate = bytes_per_s
         self._clock = clock
         self._cancelled = cancelled or threading.Event()
@@ -40,7 +42,11 @@ class RateLimit:
         return max(self._free_at - now, 0.0)
 
     def take(self, num_bytes: int) -> None:
-        """Take bytes and wait until they may be transferred. Raises ``TransferAbortedError``."""
+        """Take bytes from the bucket and wait until they may be transferred.
+
+        Raises ``TransferAbortedError`` if the transfer was cancelled or would exceed its time
+        limit.
+        """
         delay_s = self.delay_s(num_bytes)
         left_s = self._ends_at - self._clock()
         if self._cancelled.wait(max(min(delay_s, left_s), 0.0)):
