@@ -31,40 +31,55 @@ from cluster.core.release import RELEASE, check_release
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_LIMIT_S = 5.0
-"""Time in which a peer must prove that it knows the token, in seconds."""
+"""Seconds within which a connecting worker must prove that it knows the cluster token."""
 MAX_UNPROVED = 32
-"""Maximum number of connections whose handshake is pending; one more closes the oldest."""
+"""Maximum number of connections in the handshake; a further connection closes the oldest."""
 MAX_BACKLOG_BYTES = 2 * MAX_FRAME_BYTES
-"""Unsent bytes after which the server closes the connection of a worker that does not read."""
+"""Number of unsent bytes above which the server closes a worker's connection."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PREFIX_BYTES = 4
 
 
 class ControlEvents(Protocol):
-    """Receives events of the control sockets. Called on the event loop; must not block."""
+    """Receiver of workers' frames and disconnections. Called on the event loop; must not block."""
 
     def on_frame(self, worker: str, frame: ControlFrame) -> None:
-        """Handle a worker's frame. After a ``ProtocolError`` the server closes the connection."""
+        """Handle a frame of a worker.
+
+        If this raises ``ProtocolError``, the server disconnects the worker.
+        """
 
     def on_closed(self, worker: str, reason: str, is_invalid: bool) -> None:
-        """Handle a closed connection, unless by ``drop``; ``is_invalid``: by an invalid frame."""
+        """Handle a disconnected worker; not called after ``ControlServer.drop``.
+
+        ``is_invalid``: whether the worker was disconnected because it sent an invalid frame.
+        """
 
 
 @dataclass(eq=False, slots=True)
 class _Connection:
-    """One TCP connection. ``worker`` is its name, empty before the end of the handshake."""
+    """TCP connection of a worker.
+
+    ``worker``: name of the worker, empty until the handshake succeeds.
+    """
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     worker: str = ""
 
     async def read(self, limit: int) -> bytes:
-        """Read the next frame. Raises ``ProtocolError``, ``IncompleteReadError``, ``OSError``."""
+        """Read the next frame, at most ``limit`` bytes.
+
+        Raises ``ProtocolError``, ``IncompleteReadError``, ``OSError``.
+        """
         length = frame_length(await self.reader.readexactly(_PREFIX_BYTES), limit)
         return await self.reader.readexactly(length)
 
     def send(self, data: bytes) -> None:
-        """Queue an encoded frame. Closes the connection if the peer does not read."""
+        """Queue an encoded frame.
+
+        Above ``MAX_BACKLOG_BYTES`` unsent bytes, the connection is closed.
+        """
         if self.writer.is_closing():
             return
         self.writer.write(data)
@@ -74,7 +89,7 @@ class _Connection:
 
 
 class ControlServer:
-    """Listens for workers, runs the handshake, and passes their frames to ``events``."""
+    """TCP server of the controller; accepts workers and passes their frames to ``events``."""
 
     def __init__(
         self,
@@ -91,13 +106,13 @@ class ControlServer:
         self._handshake_limit_s = handshake_limit_s
         self._server: asyncio.Server | None = None
         self.address = ""
-        """``host:port`` once the server listens; empty before."""
+        """Address ``host:port`` on which the server listens; empty before ``start``."""
         self._unproved: dict[_Connection, None] = {}  # the oldest first
         self._workers: dict[str, _Connection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str) -> str:
-        """Listen on a free port of interface ``host``; returns ``address``."""
+        """Listen on a free port of IP address ``host``; return ``host:port``."""
         self._server = await asyncio.start_server(self._serve, host, 0)
         self.address = f"{host}:{self._server.sockets[0].getsockname()[1]}"
         return self.address
@@ -127,7 +142,7 @@ class ControlServer:
             connection.send(data)
 
     def drop(self, worker: str) -> None:
-        """Close a worker's connection after its queued frames are sent, without ``on_closed``."""
+        """Close a worker's connection once its queued frames are sent; skip ``on_closed``."""
         connection = self._workers.pop(worker, None)
         if connection is not None:
             connection.writer.close()
@@ -163,7 +178,10 @@ class ControlServer:
             logger.exception("could not handle %s of %s", type(frame).__name__, worker)
 
     async def _admit(self, connection: _Connection) -> None:
-        """Run the handshake within its time limit, then assign the connection to the worker."""
+        """Run the handshake within its time limit, then register the connection by worker name.
+
+        If the worker has an older connection, the server closes it.
+        """
         if self._server is None or not self._server.is_serving():
             raise HandshakeError("the server has closed")
         self._unproved[connection] = None
@@ -180,7 +198,7 @@ class ControlServer:
         self._workers[worker] = connection
 
     async def _handshake(self, connection: _Connection) -> str:
-        """Exchange proofs of the token and compare the releases; returns the name of the worker.
+        """Exchange proofs of the cluster token and compare releases; return the worker's name.
 
         Raises ``HandshakeError``.
         """
@@ -199,7 +217,7 @@ class ControlServer:
         return hello.worker
 
     def _forget(self, connection: _Connection, reason: str, is_invalid: bool) -> None:
-        """Remove a connection that has ended, and report it unless the server closed it."""
+        """Remove an ended connection; call ``on_closed`` if the worker has no newer connection."""
         self._unproved.pop(connection, None)
         with contextlib.suppress(OSError):
             connection.writer.close()

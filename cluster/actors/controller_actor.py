@@ -1,7 +1,8 @@
 """The controller as a Ray actor, with the methods that launchers, gateways and commands call.
 
-``ControllerRunner`` runs the controller. If Ray has restarted the actor, the workers of the
-previous controller keep serving. The actor first collects their state; calls wait for that.
+``ControllerRunner`` runs the controller. If Ray restarts the actor, the workers of the previous
+controller keep serving. The restarted actor first collects the state of the workers, and calls to
+the actor wait until it has tried once.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATUS_LIMIT_S = 1.0
-"""Longest wait for the current stats of the workers."""
+"""Longest wait for the current stats of the workers, in seconds."""
 _STOP_LIMIT_S = 20.0
 _KEEP_LIMIT_S = 5.0
-"""Longest wait until a worker has stored the state that a command has changed."""
+"""Longest wait, in seconds, until a worker has stored the controller state after a command."""
 
 
 class ControllerActor:
@@ -54,8 +55,10 @@ class ControllerActor:
         *,
         has_process: bool = False,
     ) -> None:
-        """``has_process``: the actor runs in a process of its own. It sets up logging there, and a
-        watchdog kills the process if its event loop hangs.
+        """``status_limit_s``: longest wait for current stats of the workers, in seconds.
+
+        ``has_process``: whether the actor has a process of its own. If so, the actor sets up
+        logging there, and a watchdog kills the process when the event loop hangs.
         """
         self._group = group
         self._status_limit_s = status_limit_s
@@ -77,10 +80,11 @@ class ControllerActor:
     ) -> None:
         """Begin to start all workers. Wait for the result with ``wait_snapshot``.
 
-        ``banks``: dicts with ``bank``, ``layer`` and ``num_experts``. ``profile``: load profile for
-        predictions. ``asked``: data that ``origin`` returns. ``free_cpus``: number of CPUs that
-        other users of Ray left free before this start, None without other users. A second call does
-        nothing. If the start cannot begin, everything is released, and ``ConfigError`` or
+        ``banks``: a dict with ``bank``, ``layer`` and ``num_experts`` for each bank (set of routed
+        experts of a layer). ``profile``: load profile (token counts of experts) for predictions.
+        ``asked``: data that ``origin`` returns. ``free_cpus``: number of CPUs that other users of
+        Ray left free before this start; None if there are no other users. A second call does
+        nothing. If the start cannot begin, reserved resources are released, and ``ConfigError`` or
         ``StartError`` is raised.
         """
         await self.restore()
@@ -97,10 +101,11 @@ class ControllerActor:
                 await self.runner.start(plan, notes)
 
     async def restore(self) -> None:
-        """Continue the cluster of an earlier controller, if there was one.
+        """Restore the cluster of an earlier controller process, if Ray has restarted this actor.
 
-        Returns after success, or after the first failure, while retries continue. A restarted actor
-        calls this method itself, and all other calls wait for it.
+        Returns after success or after the first failed attempt; further attempts run in the
+        background. A restarted actor calls this method itself, and calls that need the cluster wait
+        for it.
         """
         if self._wants_watchdog:
             self._wants_watchdog = False
@@ -108,9 +113,9 @@ class ControllerActor:
         await self._handoff.settle()
 
     async def origin(self) -> dict[str, Any]:
-        """Return ``asked`` and ``config`` (with the token) with which the cluster was started.
+        """Return ``asked`` and ``config`` (with the cluster token) as ``start`` received them.
 
-        Both are None before a start. Raises ``NotReadyError`` while the workers of an earlier
+        Both are None before ``start``. Raises ``NotReadyError`` while the workers of an earlier
         controller cannot be reached.
         """
         await self.restore()
@@ -123,7 +128,7 @@ class ControllerActor:
         return {"asked": controller.cluster.notes.get("asked"), "config": plan.config.to_dict()}
 
     async def snapshot(self, fresh: bool = False) -> dict[str, Any]:
-        """Return the state of the cluster. ``fresh``: request current stats of workers first."""
+        """Return the cluster's state. ``fresh``: first request current stats from all workers."""
         await (self._fresh_cluster() if fresh else self.restore())
         return self._snapshot()
 
@@ -136,11 +141,12 @@ class ControllerActor:
         low_disks: tuple[LowDisk, ...] = (),
         adapters: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """Return the state once its version differs from ``known_version``, or after ``timeout_s``.
+        """Return the cluster state once its version differs from ``known_version``.
 
-        ``gateway``: name of the caller if it is a gateway, which then calls again immediately.
-        ``low_disks``: folders on nearly full disks of its host. ``adapters``: keys of the adapters
-        that its requests use.
+        ``timeout_s``: seconds after which the state is returned even if unchanged. ``gateway``:
+        name of the calling gateway, which calls again after every reply; empty for other callers.
+        ``low_disks``: folders on nearly full disks of the gateway's ``host``. ``adapters``: keys of
+        the LoRA adapters that the gateway's requests use.
         """
         await self.restore()
         if gateway:
@@ -158,25 +164,28 @@ class ControllerActor:
     async def exchange_counts(
         self, records: dict[str, GatewayRecord], times: dict[str, float]
     ) -> dict[str, Any]:
-        """Store a gateway's counts, and return other gateways' counts; see ``GatewayCounts``."""
+        """Store gateways' ``records`` (counters, samples); return records newer than ``times``.
+
+        See ``GatewayCounts.exchange``.
+        """
         return self._gateways.counts.exchange(records, times)
 
     async def streams_paused(self, generation: int, pause_s: float) -> None:
-        """Record a gateway's report of how long its streams paused while a generation formed."""
+        """Record for how long a gateway's token streams paused while ``generation`` formed."""
         if self.runner.controller is not None:
             self.runner.controller.cluster.paused(generation, pause_s)
             self._background.notify()
 
     async def placement(self) -> dict[str, Any]:
-        """Return the maps, current load and balancedness of all banks (``placement --json``)."""
+        """Return placement, current load and balancedness of all banks (``placement --json``)."""
         return placement_document(await self._fresh_cluster())
 
     async def load(self) -> dict[str, Any]:
-        """Return the tokens of each expert and copy, and the balancedness (``load --json``)."""
+        """Return token counts of experts and expert copies, and balancedness (``load --json``)."""
         return load_document(await self._fresh_cluster())
 
     async def numbers(self) -> dict[str, Any]:
-        """Return ``snapshot`` and ``load`` with the current stats of every worker."""
+        """Return the ``snapshot`` and ``load`` documents, with current stats of every worker."""
         cluster = await self._fresh_cluster()
         return {"snapshot": self._snapshot(), "load": load_document(cluster)}
 
@@ -192,9 +201,10 @@ class ControllerActor:
         return begun.answer()
 
     async def log(self, process: str, after: int) -> dict[str, Any]:
-        """Return the newest log ``lines`` of a worker or ``controller``, and the ``number`` of all.
+        """Return the log ``lines`` of a process after line ``after``, and the ``number`` of all.
 
-        Raises ``UnknownNameError`` and ``NotReadyError``.
+        ``process``: name of a worker, or ``controller``. Only the newest lines are stored. Raises
+        ``UnknownNameError`` and ``NotReadyError``.
         """
         await self.restore()
         if process == "controller":
@@ -204,12 +214,12 @@ class ControllerActor:
         return {"number": number, "lines": lines}
 
     async def operation(self, operation_id: str) -> dict[str, Any]:
-        """Return one operation. Raises ``UnknownNameError``."""
+        """Return an operation (such as a drain) by its id. Raises ``UnknownNameError``."""
         controller = await self._serving_controller()
         return controller.cluster.operations.find(operation_id).to_dict()
 
     async def operations(self) -> list[dict[str, Any]]:
-        """Return the recorded operations, newest last."""
+        """Return the recorded operations (drains, scalings, rebalancings), newest last."""
         await self.restore()
         controller = self.runner.controller
         return controller.cluster.operations.to_list() if controller is not None else []
@@ -235,7 +245,7 @@ class ControllerActor:
             logs.set_up("controller", form)
 
     async def _fresh_cluster(self) -> Cluster | None:
-        """Return the cluster with the current stats of every worker; None before the start."""
+        """Return the cluster with the current stats of every worker; None before ``start``."""
         await self.restore()
         if (controller := self.runner.controller) is None:
             return None
@@ -245,17 +255,18 @@ class ControllerActor:
         return controller.cluster
 
     async def _serving_controller(self) -> Controller:
-        """Return the running controller. Raises ``ConflictError`` before the start."""
+        """Return the running controller. Raises ``ConflictError`` if there is none."""
         await self.restore()
         if self.runner.controller is None:
             raise ConflictError(self.runner.failure or "the cluster has not been started")
         return self.runner.controller
 
     async def _kept(self, controller: Controller) -> None:
-        """Wait until a worker has stored the current state, so that it survives a restart.
+        """Wait until a worker has stored the controller state, which then survives a restart.
 
-        Raises ``NotReadyError`` if that takes too long or another controller takes over. The
-        command may have begun; a retry with the same ``request_id`` does not begin another.
+        Raises ``NotReadyError`` if no worker has stored the state in time, or another controller
+        takes over. The command may still take effect, and a retry with the same ``request_id``
+        starts no second one.
         """
         cluster = controller.cluster
         version = cluster.sent_version
@@ -283,7 +294,10 @@ class ControllerActor:
 
 
 async def _beat() -> None:
-    """Write to the watchdog as long as the event loop runs. The watchdog ends with this task."""
+    """Write to the watchdog process at fixed intervals, which shows that the event loop runs.
+
+    The watchdog ends with this task.
+    """
     watchdog = start_watchdog(log=logs.OUTPUT.error_file)
     beats = watchdog.stdin
     assert beats is not None

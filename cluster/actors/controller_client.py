@@ -1,4 +1,4 @@
-"""Creates the controller actor in Ray and calls it. Imports Ray only when it is called."""
+"""Creates the controller actor in Ray and calls its methods. Imports Ray only inside functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cluster.actors.worker_group import WorkerGroup  # imports Ray
 
 CONTROLLER_NAME = "expertmesh-controller"
-"""Name of the actor in the Ray namespace of expertmesh."""
+"""Name of the controller actor in expertmesh's Ray namespace."""
 _HEAD_SHARE = 0.001
 _RETRY_S = 2.0
 
@@ -23,8 +23,8 @@ def create_controller(
 ) -> Any:
     """Create the detached controller actor, or find the existing one; returns its handle.
 
-    ``selector``: labels of the nodes that may run it. By default it runs on the Ray head node,
-    without which the cluster cannot run anyway.
+    ``selector``: labels of the nodes on which the actor may run. By default, the actor runs on the
+    Ray head node, without which the cluster cannot run anyway.
     """
     import ray
 
@@ -50,7 +50,8 @@ def create_controller(
 def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:
     """Call a method of ``ControllerActor`` and return its result.
 
-    Raises the errors of the method, and ``NotReadyError`` if there is no controller or no reply.
+    Raises the errors of the method, and ``NotReadyError`` if there is no controller or no reply
+    within ``limit_s`` seconds.
     """
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError

@@ -1,7 +1,7 @@
 """Runs a controller: passes events to it and carries out its effects.
 
 ``Controller`` decides, ``ControlServer`` transports frames, ``WorkerGroup`` starts and ends
-processes. All three run on the actor's event loop.
+processes. All three run on the event loop of the controller actor.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class ControllerRunner:
         self.group = group
         self.background = background
         self.identity = secrets.token_hex(8)
-        """Random id that distinguishes controllers of the same term."""
+        """Random id of this controller process; distinguishes controllers of the same term."""
         self.controller: Controller | None = None
         """The controller; None before the start, and after another controller has taken over."""
         self.failure = ""
-        """Why there is no controller; empty before the start."""
+        """Reason why there is no controller; empty before the start and while a controller runs."""
         self.collector: ReportCollector | None = None
-        """Receives the workers' frames while a restarted actor collects reports; else None."""
+        """Receiver of workers' frames while a restarted actor collects reports; else None."""
         self.server: ControlServer | None = None
         self.plan: StartPlan | None = None
         """Start plan with the configuration; None before the start."""
@@ -87,7 +87,7 @@ class ControllerRunner:
     # ---- begin and end --------------------------------------------------------------------
 
     async def open_server(self, token: str) -> ControlServer:
-        """Open a control server, after closing an earlier one."""
+        """Close an earlier control server, and open one for workers that know ``token``."""
         if self.server is not None:
             await self.server.close()
         self.server = ControlServer(token, self)
@@ -95,7 +95,10 @@ class ControllerRunner:
         return self.server
 
     async def start(self, plan: StartPlan, notes: Mapping[str, Any]) -> None:
-        """Begin to start a cluster. After an error, release everything and raise it again."""
+        """Begin to start a cluster.
+
+        After an error, release all resources and raise the error again.
+        """
         try:
             await self.open_server(plan.config.cluster_token)
             workers = plan.config.workers
@@ -111,7 +114,11 @@ class ControllerRunner:
         self.background.spawn(self._bring_up(members, plan))
 
     def resume(self, plan: StartPlan, collected: CollectedState, term: int) -> None:
-        """Continue with the workers of an earlier controller."""
+        """Continue the cluster of an earlier controller with the state that its workers reported.
+
+        ``term``: term of this controller. Workers that the reported state does not contain are
+        ended.
+        """
         controller = self._make(plan, collected.members, collected.memory.notes, term)
         controller.restore(collected, time.monotonic())
         alive = {r.name for r in controller.cluster.workers.alive()}
@@ -122,7 +129,7 @@ class ControllerRunner:
         logger.info("term %d: %d workers found", term, len(collected.frames_by_worker))
 
     async def stop(self) -> None:
-        """Close the server and the tasks after the workers have ended."""
+        """Close the control server and cancel background tasks, once the workers have ended."""
         if self.server is not None:
             await self.server.close()
         if self.traces is not None:
@@ -158,7 +165,7 @@ class ControllerRunner:
         self._carry_out_all()
 
     def retire(self, reason: str) -> None:
-        """End this process. Ray restarts the actor, unless another process has replaced it."""
+        """End the actor's process. Ray restarts the actor unless another process replaced it."""
         logger.warning("this controller ends: %s", reason)
         self.controller, self.failure = None, reason
         self.background.notify()
@@ -270,7 +277,7 @@ class ControllerRunner:
         order: Callable[[], Awaitable[None]],
         event: Callable[[float], None] = lambda now: None,
     ) -> None:
-        """Repeat a call to Ray until it succeeds, then pass ``event`` to the controller."""
+        """Repeat Ray call ``order`` until it succeeds, then pass ``event`` to the controller."""
         while self.controller is not None:
             try:
                 await order()
@@ -297,7 +304,7 @@ class ControllerRunner:
             self.gateways.drop_silent()
 
     def _watch_starvation(self, controller: Controller) -> None:
-        """Report to the controller how long late workers of this host waited for a processor."""
+        """Report how long workers of this host with late signs of life waited for a processor."""
         suspects = controller.detection.suspects(time.monotonic())
         waits = self._waits.take(suspects.values())
         found = {name: waits[pid] for name, pid in suspects.items() if waits[pid]}
@@ -305,7 +312,7 @@ class ControllerRunner:
             self.handle_event(partial(controller.detection.starved, found))
 
     async def _watch_nodes(self, controller: Controller) -> None:
-        """Drain the workers of nodes that Ray drains, then follow the nodes or refill places."""
+        """Repeatedly drain workers on nodes that Ray drains, and adapt worker counts to nodes."""
         while self._is_active(controller):
             await asyncio.sleep(_NODES_S)
             try:

@@ -1,4 +1,4 @@
-"""Handles the polls of gateways, with the reports that they contain."""
+"""Handles the polls of gateways (calls of ``ControllerActor.wait_snapshot``) and their reports."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from cluster.tracing.gateway_counts import GatewayCounts
 
 
 class Gateways:
-    """Tracks the gateways that poll the controller. Event loop of the actor only."""
+    """Tracks the gateways that poll the controller.
+
+    For the event loop of the controller actor only.
+    """
 
     def __init__(
         self, controller: Callable[[], Controller | None], notify: Callable[[], None]
     ) -> None:
-        """``controller`` returns the current controller, or None before it exists. ``notify`` wakes
-        calls that wait for a change.
+        """``controller`` returns the current controller, or None before it exists.
+
+        ``notify`` wakes calls that wait for a change of the cluster's state.
         """
         self._controller = controller
         self._notify = notify
@@ -36,7 +40,8 @@ class Gateways:
         """Handle the start of a gateway's poll.
 
         ``known_version``: version of the gateway's snapshot. ``low_disks``: folders on nearly full
-        disks of its ``host``. ``adapters``: keys of the adapters that its requests use.
+        disks of the gateway's ``host``. ``adapters``: keys of the LoRA adapters that its requests
+        use.
         """
         is_back = self._polls.begin(gateway)
         if (controller := self._controller()) is None:
@@ -48,7 +53,7 @@ class Gateways:
         self._notify()
 
     def answered(self, gateway: str) -> None:
-        """Record the end of a poll. A live gateway soon polls again."""
+        """Record the end of a gateway's poll. A live gateway soon polls again."""
         self._polls.end(gateway, time.monotonic())
 
     def leaves(self, gateway: str) -> None:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 FIND_LIMIT_S = 10.0
-"""Time within which a worker must reply to be found, in seconds."""
+"""Seconds within which a worker must reply to a restarted controller that looks for workers."""
 _REDIRECT_S = 0.2
 _RESTORE_LIMIT_S = 60.0
 _RESTORE_PAUSE_S = 1.0
@@ -53,14 +53,14 @@ class Handoff:
             self._is_settled.set()
 
     async def settle(self) -> None:
-        """Return once calls can be handled. The first call begins to restore the cluster."""
+        """Return once the actor can handle calls. The first call begins to restore the cluster."""
         if self.is_pending and not self._has_begun:
             self._has_begun = True
             self._runner.background.spawn(self._repeat())
         await self._is_settled.wait()
 
     async def _repeat(self) -> None:
-        """Try to restore the cluster until that succeeds. The workers keep serving."""
+        """Try to restore the cluster until an attempt succeeds. The workers keep serving."""
         runner, began_at, pause_s = self._runner, 0.0, _RESTORE_PAUSE_S
         term = 0  # claim only one term: a superseded controller must not supersede its successor
         while self.is_pending:
@@ -88,8 +88,9 @@ class Handoff:
 async def _hand_off(runner: ControllerRunner, term: int, began_at: float) -> None:
     """Continue with the workers of an earlier controller; end them if they have never served.
 
-    ``term`` is already claimed. Raises errors of Ray, ``SupersededError``, and ``NotReadyError``
-    while a worker that may have newer state does not connect, or most other hosts are silent.
+    ``term``: term that this controller has claimed. ``began_at``: monotonic time of the first
+    attempt. Raises errors of Ray, ``SupersededError``, and ``NotReadyError`` while a worker that
+    may have newer state does not connect, or most other hosts are silent.
     """
     group = runner.group
     try:
@@ -113,7 +114,10 @@ async def _hand_off(runner: ControllerRunner, term: int, began_at: float) -> Non
 async def _call_workers(
     runner: ControllerRunner, found: Sequence[ExistingWorker]
 ) -> CollectedState | None:
-    """Make these workers connect and report; return None if none ever had a generation."""
+    """Make the ``found`` workers connect and report; return the collected state.
+
+    Returns None if no worker ever was in a generation (a numbered membership of the cluster).
+    """
     limits = ControllerSettings.of(found[0].config)
     server = await runner.open_server(found[0].config.cluster_token)
     collector = runner.collector = ReportCollector(
@@ -136,7 +140,7 @@ async def _call_workers(
 
 
 async def _redirect(runner: ControllerRunner, name: str, server: ControlServer) -> None:
-    """Send a worker the address until it connects or reports are no longer collected."""
+    """Send a worker the server's address until it connects or reports are no longer collected."""
     while runner.collector is not None and not server.is_connected(name):
         try:
             await runner.group.redirect(name, server.address)

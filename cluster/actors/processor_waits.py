@@ -3,7 +3,7 @@
 A thread that is ready to run, but gets no processor, waits in a run queue. The kernel counts this
 time in ``/proc/PID/task/TID/schedstat`` (Linux, Documentation/scheduler/sched-stats.rst, second
 field, nanoseconds), but not time in which a thread is stopped or waits for anything else. Time that
-the host of a virtual machine took from it is in ``/proc/stat`` (``steal``).
+the host of a virtual machine took from a processor is in ``/proc/stat`` (``steal``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NS_PER_S = 1e9
 
 
 class ProcessorWaits:
-    """Measures the waits of processes between two calls; 0 if the kernel has no counts."""
+    """Measures how long processes waited for a processor between two calls of ``take``."""
 
     def __init__(self, proc: Path = Path("/proc")) -> None:
         self._proc = proc
@@ -27,9 +27,11 @@ class ProcessorWaits:
         self._stolen: dict[str, int] = {}
 
     def take(self, pids: Collection[int]) -> dict[int, float]:
-        """Return process id -> seconds for which it waited for a processor since the last call.
+        """Return, by process id, for how many seconds the process waited since the previous call.
 
-        This is the longest wait of a thread or the steal; 0 if the last call did not have the id.
+        The wait of a process is the longest wait of one of its threads, or the time that the host
+        of the virtual machine took, if longer. It is 0 if the previous call did not contain the
+        process id or the kernel has no counts.
         """
         waited = {pid: self._waits(pid) for pid in pids}
         stolen = self._steal() if pids else {}
@@ -43,7 +45,7 @@ class ProcessorWaits:
         return found
 
     def _waits(self, pid: int) -> dict[str, int]:
-        """Return the waits in nanoseconds by thread; empty for a process that has ended."""
+        """Return each thread's wait in nanoseconds by thread id; empty if the process has ended."""
         found = {}
         with contextlib.suppress(OSError):
             for thread in (self._proc / str(pid) / "task").iterdir():
@@ -52,7 +54,7 @@ class ProcessorWaits:
         return found
 
     def _steal(self) -> dict[str, int]:
-        """Return stolen clock ticks by processor."""
+        """Return, by processor, the clock ticks that the host of the virtual machine took."""
         found = {}
         with contextlib.suppress(OSError, ValueError, IndexError):
             for line in (self._proc / "stat").read_text().splitlines():

@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "expertmesh"
 """Ray namespace of all actors of expertmesh."""
 HEAD_NODE = "node:__internal_head__"
-"""Ray's own resource of the head node."""
+"""Name of the Ray resource that only the head node has."""
 WORKERS_GROUP = "expertmesh-workers"
-"""Name of the placement group that reserves resources for the first workers of a cluster."""
+"""Name of the placement group that reserves resources for a cluster's initial workers."""
 _ADDED = f"{WORKERS_GROUP}-"
-"""Prefix of the name of a placement group for a place that scaling has added."""
+"""Prefix of the placement group's name for a worker place that scaling has added."""
 _TERM = "term-"
 _NUM_TRIES = 20
 _PAUSE_S = 0.2
@@ -87,7 +87,7 @@ def draining_nodes() -> frozenset[str]:
 
 
 def free_resources() -> dict[str, float]:
-    """Return the free resources by name."""
+    """Return the free amount of each resource of the Ray cluster, by resource name."""
     return dict(ray.available_resources())  # type: ignore[no-untyped-call]
 
 
@@ -115,9 +115,10 @@ def this_actor_was_restarted() -> bool:
 
 
 def call_this_actor(method: str) -> None:
-    """Make Ray call a method of this actor after its constructor has returned.
+    """Make Ray call a method of this actor once the actor's constructor has returned.
 
-    While an actor restarts, Ray rejects calls to it, so the call is retried.
+    Returns immediately; a thread makes the call. While an actor restarts, Ray rejects calls to it,
+    so the call is retried.
     """
     actor = ray.get_runtime_context().current_actor
 
@@ -142,10 +143,10 @@ def live_actor_names() -> list[str]:
 
 
 def with_process(actors: Mapping[str, Any]) -> list[str]:
-    """Return the names of those ``actors`` (handles by name) that have a process.
+    """Return the names of the ``actors`` (handle by name) that have a process.
 
-    Their constructors may still run, which Ray's actor state does not show. Blocks on a remote
-    call; use a thread.
+    The constructor may still run, which Ray's actor state does not show. Blocks on a remote call;
+    use a thread.
     """
     return [n for n, actor in actors.items() if state.actor_table(actor._actor_id.hex()).get("Pid")]
 
@@ -196,12 +197,15 @@ def remove_placement_groups() -> None:
 
 
 def name_of_added(place: str) -> str:
-    """Return the name of the placement group of a place that scaling has added."""
+    """Return the placement group's name for a worker place that scaling has added."""
     return f"{_ADDED}{place}"
 
 
 def added_placement_groups() -> dict[str, PlacementGroup]:
-    """Return the placement groups of places that scaling has added. Blocks; use a thread."""
+    """Return the placement groups of worker places that scaling has added, by place.
+
+    Blocks on a remote call; use a thread.
+    """
     return {
         entry["name"].removeprefix(_ADDED): ray.util.get_placement_group(entry["name"])
         for entry in placement_group_table().values()

@@ -1,6 +1,7 @@
 """Reserves resources for workers: a Ray placement group with one bundle for each worker.
 
-A place that scaling adds has a placement group of its own as long as the place exists.
+A place (position for a worker) that scaling adds has a placement group of its own as long as the
+place exists.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from cluster.policy.places import place_name
 
 ANY_BUNDLE = -1
 _FREE_SHARE_S = 2.0
-"""Time in which Ray reserves a share of the CPUs if one is free, in seconds."""
+"""Seconds to wait for Ray to reserve a CPU share for a worker that scaling adds."""
 
 
 @dataclass(slots=True)
 class ResourceReservation:
-    """The reserved resources of one cluster's workers. Methods that find or change them block."""
+    """Ray resources reserved for one cluster's workers. Methods that query or change them block."""
 
     nodes: dict[str, str] = field(default_factory=dict)
-    """Node id by worker name, as ``reserve`` has placed the workers. Without the workers that a
-    restarted controller has found, as their names may be used again.
+    """Ray's node id by worker name, for the workers that ``reserve`` has placed. Workers that a
+    restarted controller has found are absent, as their names may be used again.
     """
     _group: PlacementGroup | None = None
     _added: dict[str, PlacementGroup] = field(default_factory=dict)
-    """Placement group by place, for places that scaling has added."""
+    """Placement group by place name, for worker places that scaling has added."""
     _bundles: dict[str, int] = field(default_factory=dict)
-    """Bundle by worker name, for the first workers of the cluster."""
+    """Placement group bundle index by worker name, for the initial workers of the cluster."""
     _roles: list[Role] = field(default_factory=list)
-    """Role of each bundle, if nodes have labels for roles; else empty."""
+    """Worker role of each bundle, by bundle index; empty if no node is labelled for a role."""
 
     def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
-        """Reserve resources for all workers, spread over the nodes.
+        """Reserve resources for all workers, spread over the nodes; return the workers.
 
         Ranks are in the order of nodes. Raises ``StartError`` if the resources are not available
         within ``limit_s`` seconds.
@@ -84,11 +85,11 @@ class ResourceReservation:
         self._added = ray_tools.added_placement_groups()
 
     def add(self, place: str, role: Role, workers: WorkersSection) -> WorkerShare:
-        """Reserve resources for a place that scaling adds; return the share of its workers.
+        """Reserve resources for a worker place that scaling adds; return the worker's resources.
 
-        If no resources are free, Ray reserves them when they become free. But equal CPU shares (the
-        default) leave no CPU free on the first nodes. Then the worker reserves no CPU, unless the
-        cluster follows its nodes: in that case it waits for a further node.
+        If no resources are free, Ray reserves them when they become free. Equal CPU shares (the
+        default) leave no CPU free on the initial nodes: a worker then reserves no CPU, unless the
+        cluster follows its nodes, in which case the worker waits for a further node.
         """
         share = resolved_share(workers)
         group = self._added.get(place)
@@ -114,14 +115,21 @@ class ResourceReservation:
         return set(self._added)
 
     def bundle_for(self, name: str, role: Role, taken: Collection[int]) -> int:
-        """Return the reserved bundle of a worker, or else a free bundle of its role, or
-        ``ANY_BUNDLE`` if roles do not matter or a restarted controller does not know the bundles.
+        """Return the index of the placement group bundle in which a worker is to run.
+
+        This is the worker's own bundle, or else a bundle of its role that is not in ``taken``.
+        ``ANY_BUNDLE`` means that Ray may choose: roles do not matter, or the bundles are unknown
+        after a restart of the controller.
         """
         free = [b for b, r in enumerate(self._roles) if r == role and b not in taken]
         return self._bundles.get(name, free[0] if free else ANY_BUNDLE)
 
     def strategy(self, place: str, bundle: int) -> PlacementGroupSchedulingStrategy:
-        """Return Ray's strategy to place an actor in the group of ``place`` or in ``bundle``."""
+        """Return Ray's scheduling strategy for the actor of a worker.
+
+        An added ``place`` has its own placement group; other workers use ``bundle`` of the common
+        one.
+        """
         group = self._added.get(place, self._group)
         assert group is not None, "resources are reserved before a worker starts"
         return PlacementGroupSchedulingStrategy(

@@ -12,14 +12,14 @@ logger = logging.getLogger(__name__)
 
 
 class Background:
-    """Background tasks, and waits for changes that they make. One event loop only."""
+    """Runs background tasks and wakes callers that wait for changes. For one event loop only."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Start a task. If it fails, the error is logged."""
+        """Start a background task. If the task fails, the error is logged."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -29,12 +29,15 @@ class Background:
             task.cancel()
 
     def notify(self) -> None:
-        """Wake every task that waits for a change."""
+        """Wake every caller of ``wait``, which then checks its condition again."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def wait(self, is_true: Callable[[], bool], timeout_s: float) -> None:
-        """Return once ``is_true()``, or after ``timeout_s``. Checks it after every change."""
+        """Return once ``is_true()`` returns True, or after ``timeout_s`` seconds.
+
+        The condition is checked at once and after every ``notify``.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not is_true():

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 CALL_LIMIT_S = 5.0
-"""Longest wait for a reply of Ray or of a worker."""
+"""Longest wait for a reply of Ray or of a worker, in seconds."""
 
 
 @dataclass(slots=True)
@@ -33,14 +33,14 @@ class ActorCalls:
     name: str
     handle: Any
     node_id: str
-    """Id of the worker's node; empty before ``introduce``."""
+    """Ray's id of the worker's node; empty while unknown."""
     bundle: int = ANY_BUNDLE
-    """The reserved bundle in which the worker runs."""
+    """Index of the placement group bundle in which the worker runs; ``ANY_BUNDLE`` if unknown."""
     process: ProcessIdentity | None = None
-    """Process of the actor; None before ``introduce``."""
+    """Process of the worker; None before ``introduce``."""
 
     async def introduce(self) -> dict[str, Any]:
-        """Record process and node; return the constructor arguments. Raises Ray's errors."""
+        """Record the worker's process and node; return its ``describe()``. Raises Ray's errors."""
         call: Any = self.handle.__ray_call__.remote
         arguments: dict[str, Any]
         arguments, self.process, self.node_id = await call(_describe_worker)
@@ -102,7 +102,10 @@ class ActorCalls:
         return True
 
     async def kill(self, is_stopped: bool) -> None:
-        """Kill the actor through Ray, and its process by process id, unless that has ended."""
+        """Kill the actor through Ray, and its process by process id unless the process has ended.
+
+        ``is_stopped``: whether ``stop`` has succeeded; if not, the process is killed first.
+        """
         if not is_stopped:
             await self._kill_process()
         with contextlib.suppress(RayError, ValueError, TimeoutError):
@@ -111,13 +114,13 @@ class ActorCalls:
             await self._kill_process()
 
     async def _is_gone(self) -> bool:
-        """Return whether the process has ended, or runs on a remote node and ``stop`` succeeded."""
+        """Return whether a stopped worker's process has ended; True if it cannot be checked."""
         if self.process is None or self.node_id != ray_tools.this_node_id():
             return True
         return await asyncio.to_thread(wait_gone, self.process, 1.0)
 
     async def _kill_process(self) -> None:
-        """Send SIGKILL on the process's node, as Ray keeps a stopped process alive for seconds."""
+        """Send SIGKILL to the worker's process, because Ray itself ends it seconds later."""
         if self.process is None:
             return
         if self.node_id == ray_tools.this_node_id():
@@ -132,16 +135,16 @@ class ActorCalls:
 
 
 async def in_time(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run a blocking call of Ray in a thread, with a time limit. Raises ``TimeoutError``."""
+    """Run a blocking call of Ray in a thread. Raises ``TimeoutError`` after ``CALL_LIMIT_S``."""
     return await asyncio.wait_for(asyncio.to_thread(call, *args, **kwargs), CALL_LIMIT_S)
 
 
 def _describe_worker(actor: Any) -> tuple[dict[str, Any], ProcessIdentity, str]:
-    """Return arguments, process and node id of the worker in which this function runs."""
+    """Return the worker's ``describe()``, process and Ray node id. Runs in the worker's process."""
     return actor.describe(), describe_self(), ray_tools.this_node_id()
 
 
 def _raise_superseded(err: Exception) -> None:
-    """Raise ``SupersededError`` if ``err`` is a Ray error that it has caused."""
+    """Raise the ``SupersededError`` that caused the Ray error ``err``; otherwise return."""
     if isinstance(err, RayTaskError) and isinstance(err.cause, SupersededError):
         raise err.cause from err

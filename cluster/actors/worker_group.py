@@ -2,7 +2,8 @@
 
 The actor classes are arguments, as this package never imports the engine. A worker actor is created
 as ``Cls(config: dict, member: dict, control_address: str, extra: dict)`` and has ``start()``,
-``ping()`` and ``stop()``. All other communication uses the control socket.
+``ping()``, ``describe()``, ``log()``, ``redirect()`` and ``stop()``. All other communication uses
+the control socket.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ class WorkerGroup:
     _placing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Lock that is held while an actor's bundle is chosen and the actor is created."""
     _remote_classes: dict[Role, Any] = field(default_factory=dict)
-    """Ray's remote class of each role. Created once, as Ray's GCS stores every created class."""
+    """Remote class (``ray.remote``) of each role, created once: Ray's GCS keeps every one."""
     _withdrawn: set[str] = field(default_factory=set)
-    """Names of workers that were ended before they were created."""
+    """Names of workers that were ended before their actors were created."""
 
     # called by the controller actor, which tests run without Ray
     address = staticmethod(ray_tools.node_address)
@@ -65,22 +66,24 @@ class WorkerGroup:
     draining_nodes = staticmethod(ray_tools.draining_nodes)
 
     def node_ids_by_worker(self) -> dict[str, str]:
-        """Return the node id of each worker by name; empty while unknown."""
+        """Return Ray's node id of each worker by worker name; an empty id is unknown."""
         return {name: actor.node_id for name, actor in list(self._actors.items())}
 
     def resources(self) -> tuple[NodeResources, ...]:
-        """Return the live nodes. Blocks on a remote call; use a thread."""
+        """Return the live nodes of the Ray cluster. Blocks on a remote call; use a thread."""
         return ray_tools.cluster_nodes()
 
     def added_places(self) -> set[str]:
-        """Return the places that scaling has added, for which resources are reserved."""
+        """Return the worker places that scaling has added, for which resources are reserved."""
         return self.room.added_places()
 
     def end_this_process(self) -> None:
         os._exit(1)
 
     async def claim(self, identity: str) -> int:
-        """Claim the next term for this controller, which later calls to workers contain.
+        """Claim and return the next term for the controller ``identity``.
+
+        Later calls to workers contain the term.
 
         Raises ``TimeoutError`` if Ray does not reply.
         """
@@ -102,11 +105,12 @@ class WorkerGroup:
         return self.room.reserve(workers, limit_s)
 
     async def start(self, members: Sequence[Member], plan: StartPlan, address: str) -> None:
-        """Create actors and call their ``start``. After a failure the caller must end the workers.
+        """Create the worker actors and call their ``start``.
 
-        A place that scaling adds gets a placement group of its own. A replacement worker uses the
-        bundle of a lost worker once it is free. Raises ``StartError`` with the error text of the
-        first worker that fails, and ``SupersededError``.
+        After a failure the caller must end the actors. A place that scaling adds gets a placement
+        group of its own. A replacement worker uses the bundle of a lost worker once that bundle is
+        free. Raises ``StartError`` with the error text of the first worker that fails, and
+        ``SupersededError`` if another controller has a newer term.
         """
         await self.check_term()
         await _free_names([m.name for m in members])
@@ -136,10 +140,10 @@ class WorkerGroup:
         await _all_or_first_error(created)
 
     async def watch_creation(self, names: Sequence[str], on_process: Callable[[str], None]) -> None:
-        """Call ``on_process`` for each worker once it has a process. Cancel this call after
-        ``start``.
+        """Call ``on_process`` for each named worker once the worker has a process.
 
-        The constructor may still run then. A worker that waits for resources has no process.
+        The caller cancels this call after ``start``. The constructor of a reported worker may still
+        run. A worker that waits for resources has no process.
         """
         waiting = list(names)
         while waiting:
@@ -153,7 +157,10 @@ class WorkerGroup:
     async def watch(
         self, is_connected: Callable[[str], bool], on_died: Callable[[str, str], None]
     ) -> None:
-        """Call ``on_died`` for workers that die before they connect; return once none is left."""
+        """Call ``on_died`` for workers that die before they connect.
+
+        Returns once every worker has connected or died.
+        """
         waiting = list(self._actors.values())
         while waiting:
             await asyncio.sleep(_PING_S)
@@ -188,7 +195,7 @@ class WorkerGroup:
         return list(self._actors)
 
     async def log(self, name: str, after: int) -> tuple[int, list[str]]:
-        """Return the newest lines of a worker's log, see ``RecentLines.since``.
+        """Return the number of all log lines of a worker, and the lines after line ``after``.
 
         Raises ``UnknownNameError``, and ``NotReadyError`` if the worker does not reply.
         """
@@ -206,7 +213,8 @@ class WorkerGroup:
     async def end(self, names: Sequence[str]) -> None:
         """End these workers: first by their ``stop``, then through Ray and by process id.
 
-        Raises ``SupersededError``, and ``TimeoutError`` if Ray does not reply to the term check.
+        Raises ``SupersededError`` if another controller has a newer term, and ``TimeoutError`` if
+        Ray does not reply to the check of the term.
         """
         self._withdrawn.update(n for n in names if n not in self._actors)  # may still be created
         actors = [self._actors.pop(n) for n in names if n in self._actors]
@@ -219,14 +227,20 @@ class WorkerGroup:
             raise error
 
     async def end_all(self) -> None:
-        """End every worker and release the reserved resources. Raises ``SupersededError``."""
+        """End every worker and release the reserved resources.
+
+        Raises ``SupersededError`` if another controller has a newer term.
+        """
         await self.check_term()
         await self.end(self.names())
         await asyncio.gather(*self._ending)
         await worker_actor.in_time(ray_tools.remove_placement_groups)
 
     async def release(self, places: Sequence[str]) -> None:
-        """Release resources of places that scaling has removed. Raises ``SupersededError``."""
+        """Release resources of worker places that scaling has removed.
+
+        Raises ``SupersededError`` if another controller has a newer term.
+        """
         await self.check_term()
         async with self._placing:
             await worker_actor.in_time(self.room.release, places)
