@@ -1,4 +1,7 @@
-"""Expert side of captured steps, which are CUDA graphs. The step header gives all sizes."""
+"""Expert side of captured steps: steps that run as CUDA graphs.
+
+The step header gives the sizes of all messages of such a step beforehand.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from workers.transport.transport import DataTransport
 
 @dataclass(slots=True)
 class CapturedServes:
-    """Counters that each replay of a captured step updates on an expert rank."""
+    """Counts that each replay of a captured step (CUDA graph) adds on an expert rank."""
 
     notes: SlotNotes
     num_bytes: dict[str, int]
@@ -36,7 +39,10 @@ class CapturedServing:
     def __init__(
         self, side: ExpertSide, transport: DataTransport, fixed: FixedTables, max_kept_rows: int
     ) -> None:
-        """``fixed``: tables that captured steps read. ``max_kept_rows``: see ``StepGraphCache``."""
+        """``fixed``: tables that captured steps read.
+
+        ``max_kept_rows``: maximum total number of rows of the captured steps in the cache.
+        """
         self._side = side
         self._transport = transport
         self._fixed = fixed
@@ -46,21 +52,28 @@ class CapturedServing:
 
     @property
     def state(self) -> Hashable:
-        """See ``CapturableDispatcher.captured_state``."""
+        """A value that changes when captured steps become invalid: tables or slots have moved."""
         return self._fixed.version, *(bank.version for bank in self._side.slots)
 
     @staticmethod
     def shape(header: StepHeader) -> tuple[tuple[int, ...], ...]:
-        """For each attention rank, the rank and its number of rows in each micro-batch."""
+        """Return the cache key of a captured step: the numbers of rows that the rank receives.
+
+        For each attention rank, the tuple is (rank, rows in each micro-batch...).
+        """
         parts = range(header.num_micro_batches)
         return tuple((r, *(header.edge_rows(r, part) for part in parts)) for r, _ in header.grants)
 
     def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
-        """See ``RowServing``."""
+        """Begin a step. ``places``: all exchanges to serve, in order."""
         self._step, self._places = step, places
 
     def serve(self, first: int) -> int:
-        """See ``RowServing``. Serves all exchanges of a step."""
+        """Serve all exchanges of the step by one replay; return their number.
+
+        ``first`` must be 0. A step whose shape is not in the cache is captured first. Raises
+        ``PeerLostError`` and ``GenerationChangedError``.
+        """
         step = self._step
         assert step is not None, "begin_step was not called"
         assert first == 0, "a captured step is replayed as a whole"
@@ -92,7 +105,10 @@ class CapturedServing:
 
     @contextmanager
     def capturing(self, step: ServedStep, serving: StaticServing) -> Iterator[CapturedServes]:
-        """Within the context, capture the exchanges of ``serving`` instead of counting them."""
+        """Context in which the exchanges that ``serving`` serves are captured, not counted.
+
+        Yields the counts that each replay of the captured step adds.
+        """
         checker, counters = self._side.checker, self._side.counters
         assert isinstance(checker, DeviceSlotChecker)
         num_bytes = dict.fromkeys(counters.num_bytes, 0)
@@ -103,7 +119,10 @@ class CapturedServing:
         yield CapturedServes(checker.notes, num_bytes)
 
     def count(self, captured: CapturedServes) -> DeviceSlotChecker:
-        """Count a replayed step; return the checker that counts its slots when the step ends."""
+        """Count the bytes of a replayed step; return the checker that counts its slots at the end.
+
+        ``captured``: result of ``capturing`` for this step.
+        """
         checker, counters = self._side.checker, self._side.counters
         assert isinstance(checker, DeviceSlotChecker)
         checker.notes = captured.notes

@@ -4,10 +4,10 @@ Every rank runs the operations of a step in the same global order:
 
     for bank, exchange:   dispatch 0, dispatch 1,  expert 0, expert 1,  combine 0, combine 1
 
-After the combine of a micro-batch, its dispatch of the next exchange follows directly. The expert
-part runs at the first combine of an exchange: by then, all ranks have sent their rows or will send
-them without waiting for this rank. A rank without rows runs only the expert part. Rows for a rank's
-own experts stay in the process.
+Numbers are micro-batches. After the combine of a micro-batch, its dispatch of the next exchange
+follows directly. The expert part runs at the first combine of an exchange: by then, all ranks have
+sent their rows or will send them without waiting for this rank. A rank without rows runs only the
+expert part. Rows for a rank's own experts stay in the process.
 """
 
 from __future__ import annotations
@@ -46,12 +46,15 @@ class LoopbackTransport:
         self.sums_are_rounded = inner.sums_are_rounded
 
     def begin_step(self, header: StepHeader) -> None:
-        """See ``DataTransport``. Messages of an abandoned step are dropped."""
+        """Start a step, and drop the messages of an abandoned step."""
         self._own.clear()
         self._inner.begin_step(header)
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
-        """See ``DataTransport``. Own rows are copied, as their sender may reuse them."""
+        """Send messages to other ranks, and keep a message to this rank itself for ``receive``.
+
+        Rows for this rank are copied, as the caller may reuse their tensors.
+        """
         for message in messages:
             if message.rank == self._rank:
                 parts = message.parts
@@ -65,7 +68,7 @@ class LoopbackTransport:
     def receive(
         self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
-        """See ``DataTransport``."""
+        """Receive one message from each expected rank, as ``DataTransport.receive`` does."""
         others = [e for e in expected if e.rank != self._rank]
         found = self._inner.receive(tag, others, sized=sized, must_wait=must_wait) if others else ()
         received = iter(found)
@@ -74,12 +77,15 @@ class LoopbackTransport:
     def recording(
         self, device: torch.device, activity: Activity, graph: StepGraph | None
     ) -> LoopbackTransport:
-        """Return a transport that records messages from and to other ranks for ``graph``."""
+        """Return a transport that records the messages from and to other ranks in ``graph``.
+
+        If ``graph`` is None, the transport records nothing.
+        """
         inner = RecordingTransport(self._inner, device, activity, graph)
         return LoopbackTransport(inner, self._rank)
 
     def direct(self, ranks: Sequence[int]) -> None:
-        """See ``DataTransport``."""
+        """Return None: native code does not send or receive on a colocated worker."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         assert rank != self._rank, f"invalid data from this rank itself: {reason}"
@@ -89,7 +95,7 @@ class LoopbackTransport:
 class ColocatedDispatcher:
     """``TokenDispatcher`` of a colocated worker: attention side and expert side.
 
-    Both sides must share ``transport``. Data thread only.
+    ``attention`` and ``server`` must share ``transport``. Data thread only.
     """
 
     def __init__(
@@ -106,7 +112,8 @@ class ColocatedDispatcher:
 
     @property
     def edge_share(self) -> int:
-        """See ``StepProposal``."""
+        """Value for ``StepProposal.edge_share``: in thousandths, the largest share of this rank's
+        decode rows that one expert rank needed in recent steps; 0 if unknown."""
         return self._attention.edge_share
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
@@ -122,13 +129,16 @@ class ColocatedDispatcher:
         self._served = (-1, -1)
 
     def run_empty_step(self, header: StepHeader) -> None:
-        """Serve the rows of the other ranks."""
+        """Run a step in which this rank has no rows: only serve the rows of the other ranks."""
         self._is_replayed = False
         self._attention.run_empty_step(header)
         self._server.run_step(header)
 
     def combine(self, handle: DispatchHandle) -> Tensor:
-        """See ``TokenDispatcher``. The first combine of an exchange serves all micro-batches."""
+        """Wait for the outputs of a dispatch and return them.
+
+        The first combine of an exchange first serves this rank's experts for all micro-batches.
+        """
         timer = self._attention.timer
         timer.mark()
         place = (handle.bank.index, handle.exchange)
@@ -140,11 +150,14 @@ class ColocatedDispatcher:
         return outputs
 
     def finish_step(self) -> None:
-        """See ``TokenDispatcher``."""
+        """Wait for the outputs of all combined dispatches. Raises the errors of waits."""
         self._attention.finish_step()
 
     def end_step(self) -> bool:
-        """See ``TokenDispatcher``. Raises deferred errors of the server after a replayed step."""
+        """Return whether every expert rank got all rows it needed; if not, the step runs again.
+
+        After a replayed step, raises ``PeerLostError`` if a rank sent an invalid expert slot.
+        """
         if self._is_replayed:
             self._is_replayed = False
             self._server.end_replay()
@@ -153,18 +166,21 @@ class ColocatedDispatcher:
     # ``CapturableDispatcher``
 
     def can_capture(self, header: StepHeader) -> bool:
-        """See ``CapturableDispatcher``. Times within a captured step are not measured."""
+        """Return whether a decode step can be captured as a CUDA graph."""
         if self._is_only_member:  # no rows are exchanged whose padding could be measured
             return not self._attention.picks_rows(header)
         return self._attention.can_capture(header)
 
     @property
     def captured_state(self) -> Hashable:
-        """See ``CapturableDispatcher``."""
+        """A value that changes when captured steps become invalid, on either side."""
         return self._attention.captured_state, self._server.captured.state
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """See ``CapturableDispatcher``. Includes the numbers of rows of the other ranks."""
+        """Return the cache key of a captured step, except the number of this rank's rows.
+
+        The key includes the numbers of rows of the other ranks, whose rows this rank serves.
+        """
         own = self._attention.rank
         served = self._server.captured.shape(header)
         others = tuple(grant for grant in served if grant[0] != own)
@@ -172,7 +188,10 @@ class ColocatedDispatcher:
 
     @contextmanager
     def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
-        """See ``CapturableDispatcher``."""
+        """Context in which the caller computes a decode step to capture.
+
+        See ``CapturableDispatcher.capture``.
+        """
         under_way, attention = self._header, self._attention
         assert under_way is not None, "begin_step was not called"
         header = attention.captured_header(under_way, len(is_row))
@@ -186,14 +205,17 @@ class ColocatedDispatcher:
         self.begin_step(under_way, ())
 
     def replayed(self, served: CapturedServes) -> None:
-        """Count a replayed step of this rank's expert side."""
+        """Count the work of this rank's expert side in a replayed step.
+
+        ``served``: the counts that each replay of the step adds.
+        """
         self._is_replayed = True
         self._server.captured.count(served).copy()
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """``CapturedExchanges`` of both sides."""
+    """``CapturedExchanges`` of a colocated worker: of its attention side and its expert side."""
 
     dispatcher: ColocatedDispatcher
     served: CapturedServes

@@ -1,4 +1,4 @@
-"""Combine: sum of the outputs that the expert ranks return."""
+"""Combine: sums the outputs that the expert ranks return for the rows of an attention rank."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ class SentRows:
 
     rank: int
     places: Tensor | None
-    """Indices of the outputs: rows [n] in ``sum`` mode, else (row, slot) pairs [P] in row-major
-    order of [T, k]. None if the rank returns all of them in order."""
+    """Indices of the rows or pairs to which the returned outputs belong: rows [n] in combine mode
+    ``sum``, else (row, slot) pairs [P] in row-major order of [T, k]. None if the rank returns
+    outputs of all rows or pairs in order."""
     count: int
     """Number of outputs that the rank returns."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteHandle(DispatchHandle):
-    """A dispatch to expert ranks, which return the outputs."""
+    """Handle of a dispatch to expert ranks, which return the outputs of the rows."""
 
     topk_weights: Tensor
-    """[T, k] routing weights, as dispatched."""
+    """[T, k] routing weights of the dispatched rows."""
     sent: tuple[SentRows, ...] = ()
-    """One entry for each expert rank that returns outputs."""
+    """Rows sent to each expert rank that returns outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,9 @@ class OutputCombiner:
     device: torch.device
 
     def combine(self, handle: RemoteHandle, received: Sequence[Tensor], by_pair: bool) -> Tensor:
-        """Return the outputs of ``TokenDispatcher.combine``.
+        """Return the outputs of a dispatch in the model dtype, [T, width].
 
+        Without routing weights (``ExchangeSpec.weighted`` is False) the shape is [T, k, width].
         received: one tensor [count, width] for each entry of ``handle.sent``, with a partial sum
         for each row or, if ``by_pair``, with the output of each (row, slot) pair.
         """
@@ -59,7 +61,8 @@ class OutputCombiner:
     def _add_partial_sums(
         self, handle: RemoteHandle, received: Sequence[Tensor], width: int
     ) -> Tensor:
-        """Add partial sums in float32, in rank order, and round once."""
+        """Add the partial sums of each row in float32, in rank order; return them in the model
+        dtype, [T, width]."""
         total: Tensor | None = None
         for sent, part in zip(handle.sent, received, strict=True):
             if sent.places is None:  # padding rows (without a request) are last
@@ -74,7 +77,7 @@ class OutputCombiner:
         return total.to(self.dtype)
 
     def _gather_pairs(self, handle: RemoteHandle, received: Sequence[Tensor], width: int) -> Tensor:
-        """Return the outputs of all pairs in row-major order, [T * k, width]."""
+        """Return the outputs of all (row, slot) pairs in row-major order, [T * k, width]."""
         if len(received) == 1 and handle.sent[0].places is None:
             return received[0]
         shape = (handle.num_rows * handle.bank.top_k, width)
@@ -85,7 +88,8 @@ class OutputCombiner:
         return pairs
 
     def _weigh(self, handle: RemoteHandle, pairs: Tensor) -> Tensor:
-        """Return the weighted sums, over the same pairs and in the same order as locally."""
+        """Return the weighted sum of each row's pairs, [T, width], with the bits that
+        ``LocalDispatcher`` computes. pairs [T * k, width]."""
         weights = handle.topk_weights.float().flatten()
         rows = torch.arange(len(pairs), device=pairs.device) // handle.bank.top_k
         float32_weights = handle.bank.float32_weights

@@ -1,8 +1,9 @@
 """Chooses the copy of an expert that serves a row, by lookup tables of the placement.
 
-The epoch's decode table names one copy of each expert for the decode rows of a rank. Prefill rows
-are distributed over all copies in proportion to the plan's split weights: a fixed integer hash of
-(row, expert) selects the copy, so that a row has the same copy after a retry and on every platform.
+The decode table of a placement epoch names one copy of each expert, which serves all decode rows.
+Prefill rows are distributed over all copies in proportion to the placement's split weights: a fixed
+integer hash of (row, expert) selects the copy, so that a row has the same copy after a retry and on
+every platform.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from workers.requests.step_header import StepHeader
 Tables = TypeVar("Tables")
 
 _SCALE = 1 << 32
-"""Number of values of the 32 hash bits that are compared with the split weights."""
+"""Number of values of a 32-bit hash; a split weight of 1.0 corresponds to this number."""
 
 
 _MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)  # int64 with the same bits as the uint64 constant
@@ -30,7 +31,7 @@ _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def mix64(values: Tensor) -> Tensor:
-    """Bijective hash of int64 values, with the same results on every device (arithmetic wraps).
+    """Hash int64 values bijectively, with equal results on every device (arithmetic wraps).
 
     Source: the finaliser of splitmix64 (Steele, Lea, Flood 2014).
     """
@@ -45,26 +46,29 @@ def _shift_right(values: Tensor, bits: int) -> Tensor:
 
 
 class ChosenCopies(NamedTuple):
-    """The copies that serve the pairs of prompt rows."""
+    """The expert copies that serve the (row, expert) pairs of prompt rows."""
 
     places: Tensor
-    """[T, k] int64: index of the copy among the copies of its expert."""
+    """[T, k] int64: index of the chosen copy among the copies of the pair's expert."""
     num_copies: int
-    """Upper bound of the indices, which are less than it."""
+    """Maximum number of copies of one expert in the bank; all of ``places`` are less."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyTables:
-    """The copies of one bank's experts."""
+    """Lookup tables of the copies of one bank's experts, in one placement epoch."""
 
     decode_slots: Tensor
-    """[ranks, experts] int32: slot that serves decode rows on a rank, -1 for none."""
+    """[ranks, experts] int32: slot of the expert's copy that serves decode rows, in the line of the
+    copy's expert rank; -1 for all other ranks."""
     copy_rank: Tensor
-    """[experts, copies] int32: index of the copy's rank in the list of ranks, -1 for none."""
+    """[experts, copies] int32: index of the copy's rank in the list of expert ranks; -1 where an
+    expert has fewer copies."""
     copy_slot: Tensor
-    """[experts, copies] int32: expert slot of the copy."""
+    """[experts, copies] int32: expert slot of the copy; -1 where an expert has fewer copies."""
     thresholds: Tensor
-    """[experts, copies] int64: upper ends of the ranges of the 32-bit hash that select a copy."""
+    """[experts, copies] int64: exclusive upper ends of the ranges of a 32-bit hash; the range that
+    contains the hash of a prefill row selects the copy."""
     has_choice: bool
     """Whether any expert has several copies, so that prefill rows must choose one."""
 
@@ -72,7 +76,9 @@ class CopyTables:
     def build(
         cls, bank: BankPlacement, device_index: Mapping[int, int], device: torch.device
     ) -> CopyTables:
-        """Build the tables of ``bank``. ``device_index``: index of the rank by placement device.
+        """Build the tables of ``bank`` on ``device``.
+
+        ``device_index``: index in the list of expert ranks by device number of the placement.
 
         Raises ``ProtocolError`` if a device that holds a copy is not among the ranks.
         """
@@ -110,11 +116,13 @@ class CopyTables:
     def choose(
         self, topk_ids: Tensor, is_prefill: Tensor, row_key: Tensor
     ) -> tuple[Tensor, ChosenCopies]:
-        """Choose the copies that serve a batch's pairs; return their slots and the choices.
+        """Choose the copies that serve a batch's (row, expert) pairs; return their slots and the
+        choices.
 
-        topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64. The slots are [ranks, T, k]
-        int32, -1 if another rank serves the pair. The choices are valid for prefill rows only.
-        Without a choice or prefill rows, simply use ``decode_slots[:, topk_ids]``.
+        topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64 (hash of each row's identity).
+        The slots are [ranks, T, k] int32, -1 if another rank serves the pair. The choices are valid
+        for prefill rows only. If no expert has several copies, or no row is a prefill row,
+        ``decode_slots[:, topk_ids]`` gives the same slots faster.
         """
         fixed = self.decode_slots[:, topk_ids]
         share = mix64(row_key.unsqueeze(1) + topk_ids * _STEP) & (_SCALE - 1)
@@ -128,7 +136,7 @@ class CopyTables:
 
 
 class EpochTables(Generic[Tables]):
-    """Lookup tables of one generation by placement epoch."""
+    """Lookup tables of one generation, by placement epoch (version of the expert placement)."""
 
     def __init__(self) -> None:
         self._generation: int | None = None
@@ -142,9 +150,9 @@ class EpochTables(Generic[Tables]):
         self._by_epoch[epoch] = tables
 
     def begin_step(self, header: StepHeader) -> Tables:
-        """Return the tables of a step's epoch; drop epochs before ``header.oldest_epoch``.
+        """Return the tables of a step's epoch; drop tables of epochs before ``oldest_epoch``.
 
-        Raises ``ProtocolError`` for an unknown epoch.
+        Raises ``ProtocolError`` if no tables were added for the step's epoch.
         """
         tables = self._by_epoch.get(header.epoch)
         if tables is None:
@@ -156,6 +164,6 @@ class EpochTables(Generic[Tables]):
         return tables
 
     def forget(self, oldest_epoch: int) -> None:
-        """Drop the epochs before ``oldest_epoch``."""
+        """Drop the tables of epochs before ``oldest_epoch``."""
         for epoch in [e for e in self._by_epoch if e < oldest_epoch]:
             del self._by_epoch[epoch]

@@ -47,7 +47,10 @@ class BatchRows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DispatchHandle:
-    """Result of ``dispatch``, which the caller passes to ``combine``. Dispatchers subclass it."""
+    """Handle that ``TokenDispatcher.dispatch`` returns and the caller passes to ``combine``.
+
+    Dispatchers subclass it.
+    """
 
     bank: BankSpec
     exchange: int
@@ -55,62 +58,68 @@ class DispatchHandle:
     num_rows: int
     """Number of dispatched rows, T."""
     copies: ChosenCopies | None
-    """The copies that serve prefill rows; None if each expert has one copy."""
+    """The expert copies that serve prefill rows; None if no copies were chosen (each expert has one
+    copy, or all rows use the decode copies)."""
 
 
 class TokenDispatcher(Protocol):
     """Sends rows to the experts that the router chose, and returns their outputs.
 
-    ``dispatch`` sends without waiting; ``combine`` waits. Call both in the global order (layer,
-    bank and exchange, micro-batch), for every micro-batch of the header, even if this rank runs
-    fewer rows than the header grants, or none.
+    ``dispatch`` sends without waiting for outputs; ``combine`` waits. Call both in the global order
+    (layer, bank and exchange, micro-batch), for every micro-batch of the step header, even if this
+    rank runs fewer rows than the header grants, or none.
 
-    Waits raise ``PeerLostError`` if an edge breaks or times out, and ``GenerationChangedError`` if
-    the controller announced a new generation.
+    Waits raise ``PeerLostError`` if an edge (connection to another worker) breaks or times out, and
+    ``GenerationChangedError`` if the controller announced a new generation.
     """
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
-        """Start a step, with the rows of each micro-batch that this rank runs."""
+        """Start a step. ``micro_batches``: this rank's rows, one entry for each micro-batch."""
 
     def run_empty_step(self, header: StepHeader) -> None:
         """Run a step in which the header grants this rank no rows.
 
-        Call it instead of all other methods of a step. Raises the errors of waits.
+        Call this method instead of all other methods of a step. Raises ``PeerLostError`` and
+        ``GenerationChangedError``.
         """
 
     def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
-        """Send rows to their experts."""
+        """Send the rows of ``sent`` to their experts; pass the result to ``combine``."""
 
     def combine(self, handle: DispatchHandle) -> Tensor:
         """Return the outputs of a dispatch in the model dtype.
 
-        [T, out_width], or [T, k, out_width] if not weighted.
+        The shape is [T, out_width], weighted and summed over the k experts of each row, or
+        [T, k, out_width] if the exchange is not weighted (``ExchangeSpec.weighted``).
         """
 
     def finish_step(self) -> None:
-        """Wait for the outputs of all combined dispatches. Raises the errors of waits.
+        """Wait for the outputs of all combined dispatches.
 
-        Call it before the host reads a value that depends on these outputs.
+        Call it before the host reads a value that depends on these outputs. Raises
+        ``PeerLostError`` and ``GenerationChangedError``.
         """
 
     def end_step(self) -> bool:
-        """Return whether every expert rank got all rows it needed (``StepHeader.edge_limit``).
+        """Return whether every expert rank got all of this rank's rows that it needed.
 
-        If not, the outputs are invalid and the step must run again; this rank's next proposal
-        then requests that all rows are sent. Call it after ``finish_step``, once the host has
-        read a value that depends on the outputs.
+        An expert rank gets fewer if it needs more rows than ``StepHeader.edge_limit``. Then the
+        outputs are invalid and the step must run again; this rank's next proposal requests that all
+        rows are sent. Call it after ``finish_step``, once the host has read a value that depends on
+        the outputs.
         """
 
     @property
     def edge_share(self) -> int:
-        """See ``StepProposal``."""
+        """Value for ``StepProposal.edge_share``: in thousandths, the largest share of this rank's
+        decode rows that one expert rank needed in recent steps; 0 if all rows must be sent."""
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Add the placement of an epoch of ``generation``."""
+        """Add an expert placement, which steps of ``generation`` use by its epoch."""
 
 
 class CapturedExchanges(Protocol):
-    """Exchanges of a captured step, which its replays repeat."""
+    """The exchanges with the experts in a captured step, which each replay repeats."""
 
     def replayed(self) -> None:
         """Record that the step was replayed. Call ``finish_step`` next."""
@@ -121,63 +130,78 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
     """A ``TokenDispatcher`` that supports capturing decode steps."""
 
     def can_capture(self, header: StepHeader) -> bool:
-        """Whether a decode step can be captured: sizes are known beforehand, and the host reads
-        nothing between layers."""
+        """Whether a decode step can be captured as a CUDA graph: the step header gives all sizes
+        beforehand, and the host reads nothing between layers."""
 
     @property
     def captured_state(self) -> Hashable:
-        """A value that changes when captured steps become invalid: tables or slots have moved."""
+        """A value that changes when captured steps become invalid: tables or slots have moved in
+        memory."""
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """Return the cache key of the begun step, except the number of this rank's rows."""
+        """Return the cache key of a step's captured form, except the number of this rank's rows."""
 
     def capture(
         self, is_row: Tensor, graph: StepGraph | None
     ) -> AbstractContextManager[CapturedExchanges]:
-        """Context in which the caller computes a decode step, whose messages go into ``graph``.
+        """Context in which the caller computes a decode step that is captured in ``graph``.
 
-        Without a graph nothing is sent: the run only compiles kernels and allocates memory. is_row
-        [T] int64, read by each replay: 0 for a row without a request. Micro-batches have equal
-        numbers of rows and are as many as in the begun step, which continues after the context.
+        The messages to and from experts become part of the graph. Without a graph nothing is sent:
+        the run only compiles kernels and allocates memory. is_row [T] int64, read by each replay: 0
+        for a row without a request. Enter the context during a step: the captured step has equally
+        many micro-batches, of equal numbers of rows, and the step itself continues afterwards.
         """
 
 
 def picks_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether the host, on both sides, reads which expert rank each row or pair needs."""
+    """Whether the host must read which expert rank each row or (row, slot) pair of a step needs.
+
+    True for exact steps and if expert ranks return one output for each pair. Captured steps exclude
+    such reads.
+    """
     return header.exact or returns_pairs(banks, combine_mode)
 
 
 def reads_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether the host reads rows during a step, for the exchange or to measure padding."""
+    """Whether the host reads the routing of rows during a step, to send them or to count padding.
+
+    See ``picks_rows`` and ``is_measured``.
+    """
     return picks_rows(header, banks, combine_mode) or is_measured(header)
 
 
 def has_known_sizes(
     header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode
 ) -> bool:
-    """Whether a step with experts on other workers can be captured."""
+    """Whether a step with experts on other workers can be captured: all sizes are known beforehand.
+
+    True if the header has a bucket (a padded number of rows) and the host reads no rows.
+    """
     return header.bucket > 0 and not reads_rows(header, banks, combine_mode)
 
 
 def must_wait(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
     """Whether the host waits for received messages in a step that is not captured.
 
-    If the header has a bucket, transports permit many pending receives, which only captured steps
-    may use; so a step that is not captured waits.
+    If the header has a bucket (a padded number of rows), transports permit many pending receives,
+    which only captured steps may use; so a step that is not captured waits.
     """
     return header.bucket > 0 or reads_rows(header, banks, combine_mode)
 
 
 class TimedDispatcher(ABC):
-    """Base class of the dispatchers of an attention rank. Measures the times of their calls."""
+    """Base class of the dispatchers of an attention rank. Measures the times of its own calls."""
 
     def __init__(self, banks: Sequence[BankSpec], timer: StepTimer | None) -> None:
         self.timer = timer or StepTimer()
-        """Times attention, dispatch and combine."""
+        """Timer of the laps ``attention``, ``dispatch`` and ``combine``."""
         self._banks = tuple(banks)
 
     def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
-        """See ``TokenDispatcher``. Sends without waiting."""
+        """Send rows to their experts without waiting for outputs; pass the result to ``combine``.
+
+        The time since the previous lap counts as ``attention``.
+        """
         bank = self._banks[sent.bank]
         self.timer.lap("attention", bank, sent.exchange, micro_batch)
         handle = self._dispatch(bank, sent, micro_batch)
@@ -185,23 +209,27 @@ class TimedDispatcher(ABC):
         return handle
 
     def combine(self, handle: DispatchHandle) -> Tensor:
-        """See ``TokenDispatcher``. Waits for the outputs."""
+        """Wait for the outputs of a dispatch and return them; see ``TokenDispatcher.combine``."""
         self.timer.mark()
         outputs = self.gather(handle)
         self.timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
         return outputs
 
     def end_step(self) -> bool:
-        """See ``TokenDispatcher``. True: all needed rows were sent."""
+        """Return whether every expert rank got all rows it needed; always True by default."""
         return True
 
     @property
     def edge_share(self) -> int:
-        """See ``StepProposal``. The default sends all rows to all ranks."""
+        """Value for ``StepProposal.edge_share``; the default 0 requests that all rows are sent to
+        all expert ranks."""
         return 0
 
     def note_layers(self, ends: Sequence[Iterable[LayerEnds]]) -> None:
-        """Record the times of native layers. ``ends``: end times by micro-batch and bank."""
+        """Record the laps of layers that native code has run.
+
+        ``ends``: for each micro-batch, the end times in each bank's layer (``time.monotonic_ns``).
+        """
         if not self.timer.is_recording:
             return
         parts = [
@@ -219,11 +247,11 @@ class TimedDispatcher(ABC):
 
     @abstractmethod
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> DispatchHandle:
-        """``dispatch`` without its timing."""
+        """Send rows to their experts: ``dispatch`` without the timing."""
 
     @abstractmethod
     def gather(self, handle: DispatchHandle) -> Tensor:
-        """``combine`` without its timing."""
+        """Wait for the outputs of a dispatch and return them: ``combine`` without the timing."""
 
 
 class SlotBank(Protocol):
@@ -231,10 +259,10 @@ class SlotBank(Protocol):
 
     @property
     def version(self) -> int:
-        """A number that changes when the slots are reallocated."""
+        """A number that changes when the memory of the slots is reallocated."""
 
     def native(self, exchange: int) -> NativeSlots | None:
-        """Return the current slots for native code, or None if torch computes them."""
+        """Return the slots of one exchange for native code, or None if torch must compute them."""
 
     def compute(
         self, exchange: int, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
@@ -248,10 +276,10 @@ class SlotBank(Protocol):
     def compute_rows(
         self, exchange: int, inputs: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Return the weighted sum over each row's slots, [T, out_width] ``dtype``.
+        """Return the weighted sum of the expert outputs of each row, [T, out_width] ``dtype``.
 
-        inputs [T, in_width] model dtype; if every slot has its own input, [T * k, in_width], or
-        only the inputs of slots that are not -1. slots [T, k] int64, -1 for none; weights [T, k]
-        float32. ``dtype``: model dtype or float32. Sums are computed as in
-        ``workers.model.weighting``.
+        inputs [T, in_width] model dtype; if every (row, slot) pair has its own input, [T * k,
+        in_width], or only the inputs of slots that are not -1. slots [T, k] int64, -1 for a pair to
+        leave out; weights [T, k] float32. ``dtype``: model dtype or float32. Sums are computed as
+        in ``workers.model.weighting``.
         """

@@ -2,9 +2,9 @@
 
 With more expert ranks than experts per row, most rows need only some of the ranks. But both sides
 must know the size of a message beforehand, and the host would have to wait for the device to learn
-which rows a rank needs. So each step fixes the number of rows on an edge, from the recent need, and
-sends the needed rows first. If they do not fit, the step is discarded before its commit and runs
-again with all rows of this rank.
+which rows a rank needs. So the header of each step fixes the number of rows on an edge (connection
+to an expert rank), from the need in recent steps, and the needed rows are sent first. If they do
+not fit, the step is discarded before its commit and runs again with all rows of this rank.
 """
 
 from __future__ import annotations
@@ -20,73 +20,81 @@ from workers.model.host_copies import to_host_later
 from workers.requests.step_header import ALL_ROWS
 
 _DECAY = 1 / 128
-"""Fraction by which the share decreases in each step: a peak has an effect for some seconds."""
+"""Fraction by which ``EdgeRows.share`` decreases in each step: a peak has an effect for some
+seconds."""
 _MIN_ROWS = 16
-"""Minimum number of rows for a limit. Smaller dispatches send all rows and are not measured."""
+"""Minimum rows of a dispatch whose edges may be limited. Smaller dispatches are not measured."""
 
 
 class _Noted(NamedTuple):
-    """Row counts of one dispatch."""
+    """Row counts of one dispatch: needed, present and sent rows."""
 
     needed: Tensor
-    """[] int64: number of rows needed by the expert rank that needed most."""
+    """Number of rows that the busiest expert rank needed, [] int64 on the device."""
     num_rows: int
     num_sent: int
 
 
 NeededRows = Sequence[_Noted]
-"""Noted row counts of a captured step. Each replay refills the tensors."""
+"""Row counts of the dispatches of a captured step. Each replay refills their tensors."""
 
 
 class EdgeRows:
-    """Measures the rows that the edges of one attention rank need. Data thread only."""
+    """Measures how many of one attention rank's rows its expert ranks need. Data thread only."""
 
     def __init__(self) -> None:
         self.can_limit = False
-        """Whether edges of this generation may carry fewer rows than the rank has."""
+        """Whether edges of the current generation may carry only a part of this rank's rows."""
         self._share = 0.0
         self._noted: list[_Noted] = []
         self._found: Tensor | None = None
 
     @property
     def share(self) -> int:
-        """Value for ``StepProposal.edge_share`` if edges can be limited."""
+        """Value for ``StepProposal.edge_share`` if ``can_limit``: in thousandths, the largest share
+        of this rank's rows that one expert rank needed in recent steps; 0 if unknown."""
         return math.ceil(self._share * ALL_ROWS)
 
     def forget(self) -> None:
-        """Reset the share after experts have moved or a step did not fit."""
+        """Reset ``share`` to unknown, after experts have moved or needed rows did not fit."""
         self._share = 0.0
 
     def begin_step(self) -> None:
-        """Drop the notes of a failed step."""
+        """Begin a step: drop the noted row counts of a failed earlier step."""
         self._noted, self._found = [], None
 
     def note(self, is_needed: Tensor, num_rows: int, num_sent: int) -> None:
         """Note the row counts of a dispatch.
 
-        is_needed [ranks, T] bool: whether the rank has an expert of the row. num_rows: T, or the
-        bucket to which the rows are padded. num_sent: number of rows sent on each edge.
+        is_needed [ranks, T] bool: whether the expert rank has an expert of the row. num_rows: T, or
+        the bucket (number of rows after padding). num_sent: number of rows sent to each rank.
         """
         if num_rows >= _MIN_ROWS or num_sent < num_rows:
             self._noted.append(_Noted(is_needed.sum(1).max(), num_rows, num_sent))
 
     def take_noted(self) -> NeededRows:
-        """Remove and return the notes of a captured step."""
+        """Remove and return the noted row counts of a captured step."""
         found = tuple(self._noted)
         self.begin_step()
         return found
 
     def put_noted(self, needed: NeededRows) -> None:
-        """Set the notes of a replayed step."""
+        """Set the row counts of a replayed step, which ``take_noted`` returned at its capture."""
         self._noted = list(needed)
 
     def finish_step(self) -> None:
-        """Start to copy the notes to the host for ``end_step``. Call it again after dispatches."""
+        """Start to copy the noted row counts to the host for ``end_step``.
+
+        Call it again if further dispatches follow.
+        """
         if self._noted and (self._found is None or len(self._found) < len(self._noted)):
             self._found = to_host_later(torch.stack([noted.needed for noted in self._noted]))
 
     def end_step(self) -> bool:
-        """Return whether all needed rows were sent. The host must have waited for the device."""
+        """Return whether all needed rows were sent, and update ``share``.
+
+        Call it after ``finish_step``, once the host has waited for the device.
+        """
         if self._found is None:
             return True
         is_complete, share = True, self._share * (1 - _DECAY)

@@ -1,4 +1,4 @@
-"""Counters of one expert rank."""
+"""Counters of the rows, bytes and times of one expert rank, for metrics."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from workers.model.config import ExchangeSpec
 
 
 class UsedRows(NamedTuple):
-    """Row counts of an exchange: rows that were transferred, and rows that this rank used."""
+    """Counts of one exchange on one expert rank: received rows, and the part that it used."""
 
     num_inputs: int
     num_rows: int
     num_rows_here: int
-    """Rows with an expert on this rank."""
+    """Number of received rows that have an expert on this rank."""
     num_pairs: int
 
 
@@ -28,16 +28,18 @@ class ExpertCounters:
 
     def __init__(self) -> None:
         self.num_bytes = {"dispatch": 0, "combine": 0}
-        """Total bytes of received rows and of sent outputs."""
+        """Total bytes of received rows (``dispatch``) and of sent outputs (``combine``)."""
         self.slot_seconds = 0.0
-        """Total seconds of computing activated expert slots; not measured on a GPU."""
+        """Total seconds in which expert outputs were computed; meaningless on a GPU, whose kernels
+        run asynchronously."""
         self.padding = PaddingRatio()
         """Padding in the rows from and to the attention ranks, counted in measured steps only."""
         self.token_counts: list[Tensor] = []
-        """For each bank, [slots] int64 on the CPU: number of pairs that each slot has computed."""
+        """Number of (row, expert) pairs that each expert slot has computed: for each bank, [slots]
+        int64 on the CPU."""
 
     def resize(self, num_slots: Sequence[int]) -> None:
-        """Add counters until each bank has ``num_slots``. Existing counters are kept."""
+        """Add slot counters until each bank has as many as ``num_slots`` states. None is reset."""
         for bank, wanted in enumerate(num_slots):
             if bank == len(self.token_counts):
                 self.token_counts.append(torch.zeros(0, dtype=torch.int64))
@@ -46,7 +48,11 @@ class ExpertCounters:
                 self.token_counts[bank] = F.pad(self.token_counts[bank], (0, missing))
 
     def add_padding(self, exchange: ExchangeSpec, used: UsedRows, by_pair: bool) -> None:
-        """Count transferred and used rows. If outputs are sent ``by_pair``, all are used."""
+        """Count the padding of one exchange: transferred rows that were not used.
+
+        ``by_pair``: whether one output for each (row, expert) pair was returned, without padding,
+        instead of one sum for each row.
+        """
         num_used = used.num_pairs if exchange.per_slot_input else used.num_rows_here
         self.padding.add("dispatch", used.num_inputs, num_used)
         if by_pair:
@@ -55,9 +61,10 @@ class ExpertCounters:
             self.padding.add("combine", used.num_rows, used.num_rows_here)
 
     def stats(self, *, has_slot_seconds: bool) -> dict[str, float]:
-        """Return counters by metric name without prefix.
+        """Return the counters by metric name without prefix.
 
-        The token counters count pairs of a row and an expert.
+        ``expert_worker_tokens_total`` counts (row, expert) pairs. ``has_slot_seconds``: whether
+        ``slot_seconds`` was measured and is included.
         """
         num_tokens = sum(int(counts.sum()) for counts in self.token_counts)
         slot_seconds = {"expert_worker_slot_seconds_total": self.slot_seconds}

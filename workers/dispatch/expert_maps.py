@@ -25,14 +25,17 @@ class ExpertMaps:
     def __init__(
         self, combine_mode: CombineMode, device: torch.device, library: Library | None
     ) -> None:
-        """``library``: compiled code that replaces torch in steps without a choice of copies."""
+        """``library``: compiled code that replaces torch if no row has a choice of expert copies.
+
+        None: always use torch.
+        """
         self._configured_mode = combine_mode
         self._device = device
         self._library = library
         self.combine_mode = combine_mode
-        """Combine mode of this generation."""
+        """Combine mode of the current generation: ``per_slot`` or ``sum``."""
         self.ranks: tuple[int, ...] = ()
-        """The expert ranks of this generation, in order."""
+        """The expert ranks of the current generation, in ascending order."""
         self._epochs = EpochTables[list[CopyTables]]()
         self._built: dict[int, tuple[BankPlacement, Mapping[int, int], CopyTables]] = {}
         self._tables: list[CopyTables] = []
@@ -43,9 +46,10 @@ class ExpertMaps:
         self._is_row: Tensor | None = None
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Add the maps of an epoch, and drop the maps of earlier generations.
+        """Add the maps of a placement's epoch, and drop the maps of earlier generations.
 
-        Raises ``ProtocolError`` if the maps use a device that no member has.
+        Raises ``ProtocolError`` if the placement uses a device that no expert worker of the
+        generation has.
         """
         device_index = {m.device: i for i, m in enumerate(generation.experts)}
         tables = [self._table(i, b, device_index) for i, b in enumerate(placement.banks)]
@@ -56,7 +60,7 @@ class ExpertMaps:
     def _table(
         self, index: int, bank: BankPlacement, device_index: Mapping[int, int]
     ) -> CopyTables:
-        """Return the tables of a bank; those of the last epoch if its maps are unchanged."""
+        """Return the tables of a bank; reuse the tables of the previous placement if equal."""
         known = self._built.get(index)
         if known is None or known[:2] != (bank, device_index):
             tables = CopyTables.build(bank, device_index, self._device)
@@ -69,10 +73,11 @@ class ExpertMaps:
         micro_batches: Sequence[BatchRows],
         is_row: Tensor | None = None,
     ) -> None:
-        """Use the maps of a step's epoch. Raises ``ProtocolError`` for an unknown epoch.
+        """Begin a step: use the maps of its epoch. Raises ``ProtocolError`` for an unknown epoch.
 
-        is_row [micro-batches, T] int64, in a captured step only: 0 for a row without a request,
-        which gets no slots.
+        micro_batches: the rows of each micro-batch; may be empty in a captured step. is_row
+        [micro-batches, T] int64, in a captured step only: 0 for a row without a request, which gets
+        no slots.
         """
         self._tables = self._epochs.begin_step(header)
         self._micro_batches, self._is_exact, self._is_row = micro_batches, header.exact, is_row
@@ -81,17 +86,18 @@ class ExpertMaps:
             self._decode_slots = self._fixed.copy_in(self._decode_slots)
 
     def forget(self, oldest_epoch: int) -> None:
-        """Drop the maps of earlier epochs."""
+        """Drop the maps of epochs before ``oldest_epoch``."""
         self._epochs.forget(oldest_epoch)
 
     @property
     def version(self) -> int:
-        """A number that changes when ``decode_slots`` are reallocated."""
+        """A number that changes when the memory of ``decode_slots`` is reallocated on a GPU."""
         return self._fixed.version
 
     @property
     def decode_slots(self) -> Sequence[Tensor]:
-        """``CopyTables.decode_slots`` of each bank in the step's epoch."""
+        """Slots that serve decode rows in the current step's epoch: for each bank, [ranks, experts]
+        int32, -1 if another rank serves the expert."""
         return self._decode_slots
 
     def choose(
@@ -99,8 +105,9 @@ class ExpertMaps:
     ) -> tuple[Tensor, ChosenCopies | None]:
         """Return the slots of a micro-batch's experts, [ranks, T, k] int32, and the chosen copies.
 
-        With ``with_weights``, the first result is [ranks, T, 2k]: the bits of the float32 weights
-        follow the slots. The copies are None if there is no choice. See ``CopyTables.choose``.
+        A slot is -1 if another rank serves the expert. With ``with_weights``, the first result is
+        [ranks, T, 2k]: the bits of the float32 routing weights follow the slots. The chosen copies
+        are None if all rows use the decode copies, as in every step that is not exact.
         """
         tables, decode_slots = self._tables[sent.bank], self._decode_slots[sent.bank]
         weights = sent.topk_weights if with_weights else None

@@ -51,13 +51,15 @@ class ExpertServer:
         timer: StepTimer | None = None,
         max_kept_rows: int = 0,
     ) -> None:
-        """``slots``: by ``BankSpec.index``. ``device_index``: this worker's ``Member.device``.
+        """``slots``: expert slots by ``BankSpec.index``. ``device_index``: this worker's device
+        number in placements (``Member.device``).
 
-        Steps are captured on a GPU if their header has a bucket. ``max_kept_rows``: captured steps
-        are kept up to this total number of rows; with 0, one step is kept.
+        Steps are captured as CUDA graphs on a GPU if their header has a bucket (a padded number of
+        rows). ``max_kept_rows``: captured steps are kept up to this total number of rows; with 0,
+        one step is kept.
         """
         self.timer = timer or StepTimer()
-        """See ``ServedStep``."""
+        """Timer of the laps ``receive``, ``experts`` and ``send`` of each exchange."""
         self.counters = ExpertCounters()
         self._transport = transport
         self._activity = activity or Activity()
@@ -82,15 +84,15 @@ class ExpertServer:
         self._exact = ExactServing(side, transport)
         self._native = NativeServing(side, transport, self._static)
         self.captured = CapturedServing(side, transport, self._fixed, max_kept_rows)
-        """Serves captured steps on a GPU."""
+        """Serves steps on a GPU by CUDA graphs that it captures."""
         self._called = self._static
         self._step: ServedStep | None = None
         self._is_captured = False
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Add the filled slots of an epoch, and drop the tables of older generations.
+        """Add the table of filled slots of a placement's epoch; drop tables of older generations.
 
-        The counters of the slots continue.
+        The counters of the slots are not reset.
         """
         experts = [bank.physical_to_logical[self._device_index] for bank in placement.banks]
         tables = [FilledSlots.of(i, slots, self._device) for i, slots in enumerate(experts)]
@@ -99,7 +101,10 @@ class ExpertServer:
         self.counters.resize([len(slots) for slots in experts])
 
     def stats(self) -> dict[str, float]:
-        """See ``ExpertCounters.stats``. On a GPU without times, as kernels run asynchronously."""
+        """Return the counters of this expert rank by metric name without prefix.
+
+        On a GPU without slot seconds, as kernels run asynchronously.
+        """
         return self.counters.stats(has_slot_seconds=not self._has_graphs)
 
     @torch.inference_mode()
@@ -147,9 +152,9 @@ class ExpertServer:
 
     @contextmanager
     def as_captured(self, header: StepHeader, transport: DataTransport) -> Iterator[CapturedServes]:
-        """Context that captures the step served within it, on a GPU, without counting the step.
+        """Context that captures the step which ``serve`` runs within it, on a GPU, uncounted.
 
-        ``transport`` records the step's messages. Call ``begin_step`` within the context.
+        ``transport`` records the step's messages. Yields the counts that each replay adds.
         """
         self._step, self._is_captured = self._step_of(header, is_measured=False), True
         self._called = StaticServing(self._side, transport)
@@ -160,7 +165,11 @@ class ExpertServer:
             self._is_captured = False
 
     def end_replay(self) -> None:
-        """Count a replayed step and raise deferred errors, after the host has waited for it."""
+        """End a replayed step: count its slots, and reject a rank that sent an invalid slot.
+
+        Raises ``PeerLostError`` if it rejects a rank. Call it after the host has waited for the
+        step.
+        """
         self._slot_checker.end(self.counters.token_counts, self._transport.reject)
 
     def _begin(self, header: StepHeader) -> ServedStep:
@@ -193,7 +202,8 @@ class ExpertServer:
         )
 
     def _end_step(self) -> None:
-        """Count the slots of a served step, and raise deferred errors."""
+        """Wait for the step's messages, count its slots, and reject a rank that sent an invalid
+        slot. Raises ``PeerLostError`` and ``GenerationChangedError``."""
         with self._activity:
             self._transport.finish_step()
         self._slot_checker.end(self.counters.token_counts, self._transport.reject)

@@ -1,4 +1,4 @@
-"""Dispatcher of a single process (EP = 1) without a network: the reference for all others."""
+"""Dispatcher of a single process (EP = 1) without a network: the reference for all dispatchers."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ from workers.requests.step_header import StepHeader
 
 @dataclass(frozen=True, slots=True)
 class LocalHandle(DispatchHandle):
-    """Handle of outputs that ``dispatch`` has already computed."""
+    """Handle of a dispatch whose outputs ``dispatch`` has already computed."""
 
     result: Tensor
-    """Result of ``combine``."""
+    """Outputs of the experts, which ``combine`` returns."""
 
 
 class LocalDispatcher(TimedDispatcher):
-    """Computes every pair on this device's own expert slots.
+    """``TokenDispatcher`` that computes every expert on this device, without a network.
 
-    The weighted sum adds in slot order in float32 and rounds once. ``RemoteDispatcher`` computes
-    the same bits in ``per_slot`` mode, and in ``sum`` mode if there is one expert rank.
+    The weighted sum of a row adds its top-k outputs in order in float32 and rounds once.
+    ``RemoteDispatcher`` computes the same bits in combine mode ``per_slot``, and in mode ``sum`` if
+    there is one expert rank.
     """
 
     def __init__(
@@ -50,37 +51,40 @@ class LocalDispatcher(TimedDispatcher):
         activity: Activity | None = None,
         timer: StepTimer | None = None,
     ) -> None:
-        """``slots`` by ``BankSpec.index``. Before ``set_placement``, expert e is in slot e."""
+        """``slots``: expert slots by ``BankSpec.index``.
+
+        Before ``set_placement``, each expert e is in slot e.
+        """
         super().__init__(banks, timer)
         self._slots = slots
         self.activity = activity or Activity()
-        """Advances with each exchange."""
+        """Progress counter of the data thread, which advances with each exchange."""
         self._slot_of: list[Tensor | None] = [None] * len(self._banks)
         self._num_placements = 0
         self._experts: LocalExperts | None = None
         self._experts_state: Hashable = None
-        """``captured_state`` when ``_experts`` was set."""
+        """Value of ``captured_state`` when ``_experts`` was set."""
 
     @property
     def captured_state(self) -> Hashable:
-        """See ``CapturableDispatcher``."""
+        """A value that changes when captured steps become invalid: experts or slots have moved."""
         return self._num_placements, *(bank.version for bank in self._slots)
 
     def can_capture(self, header: StepHeader) -> bool:
-        """See ``CapturableDispatcher``."""
+        """Return True: without a network, every decode step can be captured as a CUDA graph."""
         return True
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """See ``CapturableDispatcher``."""
+        """Return None: captured steps differ only in their own number of rows."""
         return None
 
     @contextmanager
     def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
-        """See ``CapturableDispatcher``."""
+        """Context in which the caller captures a decode step; no messages need recording."""
         yield self
 
     def replayed(self) -> None:
-        """See ``CapturedExchanges``."""
+        """Record that a captured step was replayed."""
         self.activity.advance()
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
@@ -102,9 +106,9 @@ class LocalDispatcher(TimedDispatcher):
         """Do nothing, as ``dispatch`` has computed the outputs."""
 
     def experts(self) -> LocalExperts | None:
-        """Return the experts of all banks, for native layers.
+        """Return the experts of all banks, for layers that native code runs.
 
-        None if a bank has several exchanges, or if torch computes it.
+        None if a bank has several exchanges, or if torch must compute a bank.
         """
         if (state := self.captured_state) != self._experts_state:
             parts = zip(self._banks, self._slots, self._slot_of, strict=True)

@@ -1,8 +1,8 @@
-"""Attention side of an exchange in two native calls, to send and to receive.
+"""Attention side of an exchange in two calls of native (compiled C) code, to send and to receive.
 
 Native code runs a step if every expert rank gets every row, the transport is sockets and the
-kernels support the model's dtype. In every unexpected case it stops, and ``StaticExchange``, the
-reference, continues.
+kernels support the model's dtype. In every unexpected case native code stops, and
+``StaticExchange``, the reference in Python, continues.
 """
 
 from __future__ import annotations
@@ -34,26 +34,27 @@ from workers.transport.transport import DataTransport
 
 @dataclass(frozen=True, slots=True)
 class NativeRows:
-    """Rows that native code has sent to all ranks."""
+    """Rows that native code has sent to all expert ranks, in one dispatch."""
 
     fields: AttentionSideFields
     slots_and_weights: Tensor
-    """[ranks, T, k or 2k] int32: slots on each rank (-1 for another rank), then weights. The
-    next dispatch of the micro-batch overwrites it."""
+    """Expert slots of each row on each rank, then the bits of the weights if the rank computes
+    weighted sums: [ranks, T, k or 2k] int32. A slot is -1 if another rank computes the expert. The
+    next dispatch of the same micro-batch overwrites the memory."""
     weights: Tensor
-    """[T, k] routing weights; ``fields`` points to this memory."""
+    """Routing weights, [T, k]; ``fields`` points to this memory."""
     shape: tuple[int, ...]
-    """Shape of the outputs."""
+    """Shape of the combined outputs: [T, out_width] or [T, k, out_width]."""
 
     @property
     def slots(self) -> Tensor:
-        """[ranks, T, k] slots without the weights."""
+        """Expert slots of each row on each rank, [ranks, T, k] int32; -1 for another rank."""
         return self.slots_and_weights[:, :, : self.weights.shape[1]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeHandle(RemoteHandle):
-    """A dispatch by native code."""
+    """Handle of a dispatch whose rows native code has sent."""
 
     native: NativeRows
 
@@ -74,7 +75,7 @@ class NativeExchange:
         self._received = GrowingBuffer()
 
     def begin_step(self, header: StepHeader) -> None:
-        """See ``RowExchange``."""
+        """Begin a step, after ``AttentionSide.maps`` has begun it."""
         self._static.begin_step(header)
         self._header = header
         direct = self._transport.direct(self._side.maps.ranks)
@@ -83,7 +84,7 @@ class NativeExchange:
         self._direct = direct
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
-        """See ``RowExchange``."""
+        """Send a micro-batch's rows to the expert ranks, by native code or else by Python."""
         num_rows = sent.topk_ids.shape[0]
         if num_rows and num_rows == self._granted(micro_batch):
             with self._side.activity:
@@ -95,7 +96,7 @@ class NativeExchange:
         return self._static.dispatch(bank, sent, micro_batch)
 
     def gather(self, handle: RemoteHandle) -> Tensor:
-        """See ``RowExchange``."""
+        """Wait for the outputs of a dispatch and return them, by native code or else by Python."""
         if isinstance(handle, NativeHandle):
             with self._side.activity:
                 outputs = self.receive_outputs(handle.native)
@@ -107,9 +108,10 @@ class NativeExchange:
     # Single dispatches.
 
     def send_rows(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> NativeRows | None:
-        """Send all granted rows of a micro-batch; return None if native code cannot.
+        """Send all granted rows of a micro-batch; return None if native code cannot send now.
 
-        Raises the errors of ``DataTransport.post``.
+        ``sent`` must have as many rows as the step header grants. Raises the errors of
+        ``DataTransport.post``.
         """
         direct = self._direct
         if direct is None or not direct.are_clear():
@@ -157,7 +159,7 @@ class NativeExchange:
         return out
 
     def _sent_rows(self, native: NativeRows) -> tuple[SentRows, ...]:
-        """Return the rows that native code has sent to each rank."""
+        """Return what Python needs to receive outputs: the rows or pairs that each rank returns."""
         if native.fields.exchange.by_pair:
             return self._static.pairs_of(native.slots)
         num_rows = native.slots.shape[1]
@@ -166,10 +168,11 @@ class NativeExchange:
     # Native layers, which run all exchanges of a step in one call.
 
     def prepare(self, num_rows: Sequence[int]) -> list[list[AttentionSideFields]] | None:
-        """Return the fields of a step's exchanges by micro-batch and bank, for native layers.
+        """Return the parameters of a step's exchanges for native layers, by micro-batch and bank.
 
-        ``num_rows``: by micro-batch. None if Python must dispatch the rows layer by layer. All
-        banks must have the same top-k. Raises the errors of ``DataTransport.post``.
+        Native layers run all layers of a step in one call. ``num_rows``: number of rows of each
+        micro-batch. Returns None if Python must dispatch the rows layer by layer. All banks must
+        have the same top-k. Raises the errors of ``DataTransport.post``.
         """
         banks, slots, direct = self._side.banks, self._side.maps.decode_slots, self._direct
         assert self._header is not None, "begin_step was not called"
@@ -198,8 +201,9 @@ class NativeExchange:
         return by_micro_batch
 
     def stopped(self, result: int) -> None:
-        """Let Python continue after native layers have stopped with ``result``.
+        """Let Python continue the exchange in which native layers have stopped.
 
+        ``result``: ``UNSENT`` if bytes are left to send, ``UNEXPECTED`` if Python must receive.
         Raises ``PeerLostError``.
         """
         assert self._direct is not None
@@ -209,7 +213,10 @@ class NativeExchange:
             self._direct.give_back()
 
     def pending(self, bank: int, micro_batch: int, weights: Tensor) -> RemoteHandle:
-        """Return a handle for rows that native layers sent before they stopped. weights [T, k]."""
+        """Return a handle for rows that native layers sent before they stopped.
+
+        ``weights``: routing weights of the rows, [T, k]. Pass the result to ``gather``.
+        """
         spec, num_rows = self._side.banks[bank], len(weights)
         fields, sent = self._fields[bank, 0, micro_batch], self._sent[micro_batch]
         native = NativeRows(fields, sent, weights, (num_rows, spec.exchanges[0].out_width))
@@ -236,7 +243,7 @@ class NativeExchange:
     def _num_received(
         self, fields: AttentionSideFields, num_ranks: int, num_rows: int, top_k: int
     ) -> int:
-        """Return the size of the outputs of all ranks in bytes."""
+        """Return the size in bytes of the messages with outputs of all expert ranks."""
         exchange = fields.exchange
         row_bytes = top_k * self._dtype.itemsize if exchange.by_pair else num_ranks * 4
         return int(num_rows * exchange.out_width * row_bytes)
@@ -244,7 +251,8 @@ class NativeExchange:
     def _slots_and_weights(
         self, num_ranks: int, num_rows: int, width: int, micro_batch: int
     ) -> Tensor:
-        """Return a buffer for the slots of a micro-batch's rows, [ranks, T, width] int32."""
+        """Return a buffer for the slots and weights of a micro-batch's rows, [ranks, T, width]
+        int32; each call for the micro-batch may return the same buffer."""
         sent = self._sent.get(micro_batch)
         if sent is None or sent.shape != (num_ranks, num_rows, width):
             sent = torch.empty(num_ranks, num_rows, width, dtype=torch.int32)

@@ -1,7 +1,7 @@
-"""Expert side of a step in one native call.
+"""Expert side of a step in one call of native (compiled C) code.
 
 Native code serves a step over sockets if it can compute all banks. It stops before an exchange with
-an unexpected message, and ``StaticServing``, the reference, serves that exchange.
+an unexpected message, and ``StaticServing``, the reference in Python, serves that exchange.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class NativeServing:
         self._slots: list[NativeSlots] = []
         self._memory = GrowingBuffer()
         self.fields: list[ServerFields] = []
-        """Fields of each exchange of the step; native code writes results into them."""
+        """Parameters and results of each exchange of the current step, shared with native code;
+        empty if native code cannot run the step."""
 
     def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
-        """See ``RowServing``."""
+        """Begin a step. ``places``: all exchanges to serve, in order."""
         self._static.begin_step(step, places)
         self._step, self._places = step, places
         self._slots = slots = []
@@ -68,7 +69,11 @@ class NativeServing:
             fields.memory = memory
 
     def serve(self, first: int) -> int:
-        """See ``RowServing``."""
+        """Serve exchanges from index ``first`` on; return the index of the first unserved one.
+
+        Native code serves as many as it can, then Python serves one. Raises ``PeerLostError`` and
+        ``GenerationChangedError``.
+        """
         served = self.serve_natively(first)
         for place, fields in zip(self._places[first:served], self.fields[first:], strict=False):
             self._note(place, fields)
@@ -77,7 +82,8 @@ class NativeServing:
     def serve_natively(self, first: int) -> int:
         """Serve exchanges from index ``first`` on; return the index that Python must serve next.
 
-        Raises the errors of ``DataTransport.receive`` and ``post``.
+        The index is the number of exchanges if native code has served all. Raises the errors of
+        ``DataTransport.receive`` and ``DataTransport.post``.
         """
         direct = self._direct
         if direct is None or not direct.are_clear():
@@ -93,7 +99,7 @@ class NativeServing:
         return first + count
 
     def _note(self, place: ServedPlace, served: ServerFields) -> None:
-        """Count an exchange that native code has served."""
+        """Add an exchange that native code has served to the counters and the timer."""
         step, counters = self._step, self._side.counters
         assert step is not None
         step.num_bytes["dispatch"] += served.received_bytes

@@ -15,7 +15,10 @@ from workers.transport.direct import DirectEdges
 def exchange_fields(
     direct: DirectEdges, bank: BankSpec, exchange: int, micro_batch: int, dtype: torch.dtype
 ) -> ExchangeFields:
-    """Make a ``struct exchange`` without ``by_pair``. ``direct`` must outlive the result."""
+    """Create the C ``struct exchange`` with the parameters of one exchange.
+
+    The caller must set the field ``by_pair``. ``direct`` must outlive the result.
+    """
     spec = bank.exchanges[exchange]
     num_inputs = bank.top_k if spec.per_slot_input else 1
     fields = ExchangeFields(
@@ -42,7 +45,8 @@ class GrowingBuffer:
         self._num_bytes = self._address = 0
 
     def of(self, num_bytes: int) -> int:
-        """Address of at least ``num_bytes`` bytes, valid until a later call needs more."""
+        """Return the address of at least ``num_bytes`` bytes, valid until a later call needs more
+        bytes."""
         if num_bytes > self._num_bytes:
             self._num_bytes = num_bytes
             self._bytes = torch.empty(num_bytes, dtype=torch.uint8)

@@ -20,12 +20,15 @@ from workers.transport.transport import DataTransport, ExpectedMessage, RowMessa
 
 
 class RecordingTransport:
-    """``DataTransport`` that records a step. It sends nothing and receives zeros."""
+    """``DataTransport`` that records a step's messages for replays of a captured step.
+
+    It sends nothing itself, and its receives return zeros.
+    """
 
     def __init__(
         self, live: DataTransport, device: torch.device, activity: Activity, graph: StepGraph | None
     ) -> None:
-        """Replays of ``graph`` use the ``live`` transport. Without a graph, nothing is recorded."""
+        """``live``: the transport that replays of ``graph`` use. ``graph`` None: record nothing."""
         self.sums_are_rounded = live.sums_are_rounded
         self.apply_generation = live.apply_generation
         self.close = live.close
@@ -38,7 +41,7 @@ class RecordingTransport:
         """Do nothing: the live transport begins the step before each replay."""
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
-        """See ``DataTransport``."""
+        """Record that each replay sends ``messages`` over the live transport at this point."""
         assert not sized, "captured messages have known sizes"
         live, activity = self._live, self._activity
 
@@ -52,7 +55,10 @@ class RecordingTransport:
     def receive(
         self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
-        """See ``DataTransport``."""
+        """Record that each replay receives the ``expected`` messages; return zero tensors.
+
+        Each replay receives into these tensors.
+        """
         assert not sized, "captured messages have known sizes"
         assert not must_wait, "the host reads nothing within a captured step"
         live, activity = self._live, self._activity
@@ -76,18 +82,18 @@ class RecordingTransport:
         return places
 
     def finish_step(self) -> None:
-        """Do nothing, as no message is pending."""
+        """Do nothing: while a step is recorded, no message is pending."""
 
     def direct(self, ranks: Sequence[int]) -> None:
         """Return None, as native code does not run captured steps."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
-        """See ``DataTransport``."""
+        """Close the edge to a rank that sent invalid data. Raises ``PeerLostError``."""
         self._live.reject(rank, reason)
 
 
 class FixedTables:
-    """Tables at fixed addresses, from which captured steps read the current epoch's tables."""
+    """Copies of an epoch's lookup tables at fixed addresses, from which captured steps read."""
 
     def __init__(self) -> None:
         self.version = 0

@@ -44,20 +44,23 @@ from workers.transport.transport import DataTransport
 
 
 class CapturedRows:
-    """Captured exchanges of one attention rank."""
+    """``CapturedExchanges`` of one attention rank."""
 
     def __init__(self, side: AttentionSide) -> None:
         self.needed: NeededRows = ()
         self._side = side
 
     def replayed(self) -> None:
-        """See ``CapturedExchanges``."""
+        """Record that the captured step was replayed. Call ``finish_step`` next."""
         self._side.edge_rows.put_noted(self.needed)
         self._side.activity.advance()
 
 
 class RemoteDispatcher(TimedDispatcher):
-    """Selects the exchange for the rows of each step of one attention rank. Data thread only."""
+    """``TokenDispatcher`` of one attention rank whose experts are on other ranks.
+
+    For each step it selects the ``RowExchange`` that moves the rows. Data thread only.
+    """
 
     def __init__(
         self,
@@ -72,12 +75,13 @@ class RemoteDispatcher(TimedDispatcher):
         timer: StepTimer | None = None,
         team: ThreadTeam | None = None,
     ) -> None:
-        """``team``: compiled kernels for CPUs, used instead of torch."""
+        """``team``: threads of compiled CPU kernels, used instead of torch if they support the
+        dtype."""
         super().__init__(banks, timer)
         team = team if dtype in DTYPES else None
         self._transport = transport
         self.activity = activity or Activity()
-        """Advances with each exchange."""
+        """Progress counter of the data thread, which advances with each exchange."""
         self.rank = rank
         """Rank of the attention worker."""
         self._device = device
@@ -100,7 +104,10 @@ class RemoteDispatcher(TimedDispatcher):
         """Generation and epoch of the latest step."""
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """See ``TokenDispatcher``. Raises the errors of ``ExpertMaps.set_placement``."""
+        """Add an expert placement, which steps of ``generation`` use by its epoch.
+
+        Raises ``ProtocolError`` if the placement uses a device that no expert worker has.
+        """
         self._maps.set_placement(placement, generation)
         if generation.number != self._placement_seen[0]:
             self._edge_rows.forget()
@@ -112,7 +119,10 @@ class RemoteDispatcher(TimedDispatcher):
         )
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
-        """See ``TokenDispatcher``. Raises ``ProtocolError`` for an unknown epoch."""
+        """Start a step. ``micro_batches``: this rank's rows, one entry for each micro-batch.
+
+        Raises ``ProtocolError`` for an unknown epoch.
+        """
         self._maps.begin_step(header, micro_batches)
         self._header = header
         self.timer.begin_step(header)
@@ -134,14 +144,17 @@ class RemoteDispatcher(TimedDispatcher):
         return self._native
 
     def run_empty_step(self, header: StepHeader) -> None:
-        """Drop old maps. An attention rank without rows takes no part in the exchanges."""
+        """Run a step in which this rank has no rows: it takes no part in the exchanges.
+
+        Maps of old epochs are dropped.
+        """
         self.timer.begin_step(header)
         self._edge_rows.begin_step()
         self._maps.forget(header.oldest_epoch)
 
     @property
     def native(self) -> NativeExchange | None:
-        """The exchange of the current step if native code may run it, else None."""
+        """The ``RowExchange`` of the current step if native code may run it, else None."""
         return self._exchange if isinstance(self._exchange, NativeExchange) else None
 
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
@@ -152,42 +165,47 @@ class RemoteDispatcher(TimedDispatcher):
         return self._exchange.gather(handle)
 
     def finish_step(self) -> None:
-        """See ``TokenDispatcher``."""
+        """Wait for the outputs of all combined dispatches. Raises the errors of waits."""
         with self.activity:
             self._transport.finish_step()
         self._edge_rows.finish_step()
 
     def end_step(self) -> bool:
-        """See ``TokenDispatcher``."""
+        """Return whether every expert rank got all rows it needed; if not, the step runs again."""
         return self._edge_rows.end_step()
 
     @property
     def edge_share(self) -> int:
-        """See ``StepProposal``."""
+        """Value for ``StepProposal.edge_share``: in thousandths, the largest share of this rank's
+        decode rows that one expert rank needed in recent steps; 0 if all rows must be sent."""
         return self._edge_rows.share if self._edge_rows.can_limit else 0
 
     # ``CapturableDispatcher``
 
     def can_capture(self, header: StepHeader) -> bool:
-        """See ``CapturableDispatcher``."""
+        """Return whether a decode step can be captured as a CUDA graph."""
         return has_known_sizes(header, self._banks, self._maps.combine_mode)
 
     def picks_rows(self, header: StepHeader) -> bool:
-        """Whether the host reads which expert rank each row or pair of a step needs."""
+        """Whether the host must read which expert rank each row or (row, slot) pair of a step
+        needs, which captured steps exclude."""
         return picks_rows(header, self._banks, self._maps.combine_mode)
 
     @property
     def captured_state(self) -> Hashable:
-        """See ``CapturableDispatcher``."""
+        """A value that changes when captured steps become invalid: ranks or tables have changed."""
         return self._maps.ranks, self._maps.combine_mode, self._maps.version
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """See ``CapturableDispatcher``."""
+        """Return the cache key of a captured step, except the number of this rank's rows."""
         return header.edge_limit
 
     @contextmanager
     def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
-        """See ``CapturableDispatcher``."""
+        """Context in which the caller computes a decode step to capture.
+
+        See ``CapturableDispatcher.capture``.
+        """
         current = self._header
         assert current is not None, "begin_step was not called"
         header = self.captured_header(current, len(is_row))
@@ -206,7 +224,11 @@ class RemoteDispatcher(TimedDispatcher):
     def as_captured(
         self, header: StepHeader, is_row: Tensor, transport: DataTransport
     ) -> Iterator[CapturedRows]:
-        """Context to capture a step in; call ``begin_step`` there. ``transport`` records it."""
+        """Context in which the exchanges of a decode step are captured; it begins the step.
+
+        ``transport`` records the messages. is_row [T] int64, read by each replay: 0 for a row
+        without a request. The yielded object is complete after the context.
+        """
         self._maps.begin_step(header, (), is_row.view(header.num_micro_batches, -1))
         self._edge_rows.begin_step()
         self.timer.pause()

@@ -4,7 +4,7 @@ Parts of a message to an expert rank, by kind of exchange:
 
     static    slots [n, k] of all n granted rows (-1 for another rank) and the rows, padded to the
               header's bucket; with an edge limit fewer rows, sorted so that the rows with an
-              expert on the rank are first
+              expert on the receiving rank are first
     exact     slots and data of only the rows with an expert on the rank, preceded by their counts
 
 In ``sum`` mode the weights follow the slots, as the bits of float32 in the same int32 part. The
@@ -53,36 +53,39 @@ class RowExchange(Protocol):
         """Begin a step, after ``AttentionSide.maps`` has begun it."""
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
-        """See ``TokenDispatcher``."""
+        """Send a micro-batch's rows to the expert ranks, without waiting for outputs."""
 
     def gather(self, handle: RemoteHandle) -> Tensor:
-        """See ``TokenDispatcher.combine``."""
+        """Wait for the outputs of a dispatch and return them, as ``TokenDispatcher.combine``."""
 
 
 @dataclass(frozen=True, slots=True)
 class _RoutedRows:
-    """Rows with the slots of their experts."""
+    """The rows of a dispatch with the expert slots that compute them."""
 
     inputs: Tensor
-    """[T, width], or [T, k, width] if ``per_slot``: each slot has its own input."""
+    """Inputs of the experts: [T, width], or [T, k, width] if ``per_slot`` (each of a row's k
+    experts has its own input)."""
     per_slot: bool
     meta: Tensor
-    """[ranks, T, k or 2k] int32: slots, then the bits of weights."""
+    """Slots of each row on each expert rank, then the bits of the weights if the rank computes
+    weighted sums: [ranks, T, k or 2k] int32."""
     slots: Tensor
-    """[ranks, T, k]: the slots in ``meta``."""
+    """Slots of each row on each expert rank, [ranks, T, k] int32; -1 for another rank."""
     pairs: Sequence[SentRows]
-    """Pairs of each rank, if messages have an output or an input for each pair."""
+    """(Row, slot) pairs of each expert rank; empty if neither outputs return by pair nor an exact
+    exchange sends inputs by pair."""
 
 
 _Split = tuple[list[RowMessage], tuple[SentRows, ...]]
-"""Messages of a dispatch, and the rows sent to each rank."""
+"""Messages of a dispatch to the expert ranks, and the rows sent to each of these ranks."""
 
 
 class SplitExchange(ABC):
-    """Exchange over a transport. A subclass selects the rows for each expert rank."""
+    """``RowExchange`` over a transport. A subclass selects the rows for each expert rank."""
 
     is_sized: ClassVar[bool]
-    """Whether row counts are sent, because the expert ranks do not know them."""
+    """Whether messages carry their row counts, because the expert ranks do not know them."""
 
     def __init__(self, side: AttentionSide, transport: DataTransport) -> None:
         self._side = side
@@ -93,12 +96,12 @@ class SplitExchange(ABC):
         self._must_wait = False
 
     def begin_step(self, header: StepHeader) -> None:
-        """See ``RowExchange``."""
+        """Begin a step, after ``AttentionSide.maps`` has begun it."""
         self._header = header
         self._must_wait = must_wait(header, self._side.banks, self._side.maps.combine_mode)
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
-        """See ``RowExchange``."""
+        """Send a micro-batch's rows to the expert ranks; wait only if buffers are full."""
         assert self._header is not None, "begin_step was not called"
         side, num_rows = self._side, sent.topk_ids.shape[0]
         granted = self._header.rows(side.rank, micro_batch)
@@ -122,7 +125,7 @@ class SplitExchange(ABC):
         )
 
     def gather(self, handle: RemoteHandle) -> Tensor:
-        """See ``RowExchange``."""
+        """Wait for the outputs of a dispatch and return them, as ``TokenDispatcher.combine``."""
         side = self._side
         exchange = handle.bank.exchanges[handle.exchange]
         by_pair = exchange.returns_pairs(side.maps.combine_mode)
@@ -135,10 +138,13 @@ class SplitExchange(ABC):
 
     @abstractmethod
     def _split(self, rows: _RoutedRows, header: StepHeader, micro_batch: int) -> _Split:
-        """Select the rows for each rank and create the messages."""
+        """Select the rows for each expert rank and create the messages with them."""
 
     def pairs_of(self, slots: Tensor) -> tuple[SentRows, ...]:
-        """Return the pairs [T * k] that each rank computes; ranks without pairs are left out."""
+        """Return the (row, slot) pairs of each expert rank, without ranks that have none.
+
+        slots [ranks, T, k], -1 for another rank. Pairs are numbered in row-major order of [T, k].
+        """
         sent = []
         for rank, own in zip(self._side.maps.ranks, slots, strict=True):
             places = (own.flatten() >= 0).nonzero().squeeze(1)  # device-to-host sync
@@ -149,7 +155,10 @@ class SplitExchange(ABC):
 
 
 class StaticExchange(SplitExchange):
-    """Sends each rank as many rows as the header states: all, or the needed ones first."""
+    """Exchange that sends each expert rank as many rows as the step header states.
+
+    Without an edge limit it sends all rows, padded to the bucket; with one, needed rows come first.
+    """
 
     is_sized = False
 
@@ -174,7 +183,10 @@ class StaticExchange(SplitExchange):
     def _split_needed(
         self, is_needed: Tensor, meta: Tensor, inputs: Tensor, num_sent: int
     ) -> _Split:
-        """Send ``num_sent`` rows to each rank, needed rows first. is_needed [ranks, T] bool."""
+        """Create messages of ``num_sent`` rows to each rank, with the rows that it needs first.
+
+        is_needed [ranks, T] bool: whether the rank has an expert of the row.
+        """
         order = is_needed.byte().argsort(dim=1, descending=True, stable=True)
         places = order[:, :num_sent]
         chosen = meta.gather(1, places.unsqueeze(2).expand(-1, -1, meta.shape[2]))
@@ -185,9 +197,9 @@ class StaticExchange(SplitExchange):
 
 
 class ExactExchange(SplitExchange):
-    """Sends each rank only the rows with an expert on that rank, each row once.
+    """Exchange that sends each expert rank only the rows with an expert on that rank, each once.
 
-    If each slot has its own input, the inputs of the rank's pairs are sent.
+    If each of a row's k experts has its own input, the inputs of the rank's experts are sent.
     """
 
     is_sized = True
@@ -218,7 +230,7 @@ class CapturedExchange(StaticExchange):
     """Static exchange of a captured step, in which the host reads nothing."""
 
     def begin_step(self, header: StepHeader) -> None:
-        """See ``RowExchange``."""
+        """Begin a captured step, in which receives do not make the host wait."""
         super().begin_step(header)
         self._must_wait = False
 
@@ -228,8 +240,8 @@ def _with_empty_rows(
 ) -> tuple[Tensor, Tensor]:
     """Append ``count`` rows without a request, with ``num_inputs`` inputs each.
 
-    They pad a bucket, or replace the rows of a request that ended between proposal and header.
-    meta [ranks, n, m] gets the slot -1 in the new rows; rows [.., n * inputs, width].
+    Such rows pad a bucket, or replace rows of a request that ended between proposal and header.
+    meta [ranks, n, m] gets the slot -1 in the new rows; rows [.., n * num_inputs, width] get zeros.
     """
     if not count:
         return meta, rows

@@ -40,7 +40,7 @@ class ExpertSide:
 
 
 class ServedPlace(NamedTuple):
-    """Position of a micro-batch's exchange in a step."""
+    """One exchange of one micro-batch in a step, which an expert rank serves."""
 
     bank: BankSpec
     exchange: int
@@ -49,23 +49,25 @@ class ServedPlace(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServedStep:
-    """A step of one expert rank."""
+    """A step as one expert rank serves it."""
 
     header: StepHeader
     combine_mode: CombineMode
     filled: Sequence[FilledSlots]
-    """Filled slots of each bank in the step's epoch."""
+    """For each bank, the slots that hold an expert in the step's epoch."""
     granted: Sequence[dict[int, int]]
-    """For each micro-batch, the number of rows by attention rank, for ranks that have any."""
+    """For each micro-batch, the number of rows that each attention rank sends (if exact, at most);
+    ranks without rows are left out."""
     num_bytes: dict[str, int]
-    """Byte counters that the step updates."""
+    """Counters of the bytes of ``dispatch`` and ``combine``, to which the step adds."""
     timer: StepTimer
-    """Measures the times of receive, experts and send."""
+    """Timer of the laps ``receive``, ``experts`` and ``send``."""
     must_wait: bool
     is_measured: bool
 
     def places(self, banks: Sequence[BankSpec]) -> list[ServedPlace]:
-        """Return all exchanges of the step, in the global order."""
+        """Return all exchanges of the step that have rows, in the global order (bank, exchange,
+        micro-batch)."""
         return [
             ServedPlace(bank, exchange.index, micro_batch)
             for bank in banks
@@ -82,9 +84,10 @@ class RowServing(Protocol):
         """Begin a step. ``places``: the exchanges to serve, in order."""
 
     def serve(self, first: int) -> int:
-        """Serve one or more exchanges from index ``first`` on; return the next index.
+        """Serve one or more exchanges from index ``first`` of ``places`` on.
 
-        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        Returns the index of the first unserved exchange. Raises ``PeerLostError`` and
+        ``GenerationChangedError``.
         """
 
 
@@ -95,19 +98,19 @@ class _Batch:
     ranks: tuple[int, ...]
     counts: tuple[int, ...]
     inputs: Tensor
-    """[inputs, in_width] model dtype."""
+    """Inputs of the experts, [inputs, in_width] in the model dtype."""
     used: UsedSlots
-    """Slots of all rows."""
+    """Validated expert slots of all rows."""
     weights: Tensor | None
-    """[rows, k] float32 if the expert side computes the weighted sums, else None."""
+    """Routing weights, [rows, k] float32, if the expert side computes weighted sums, else None."""
 
     @property
     def slots(self) -> Tensor:
-        """[rows, k] int64, -1 for another rank."""
+        """Expert slots of each row on this rank, [rows, k] int64; -1 for another rank."""
         return self.used.slots
 
     def pairs_by_rank(self) -> tuple[int, ...]:
-        """Return how many pairs of each attention rank this rank computes."""
+        """Return for each attention rank how many of its (row, expert) pairs this rank computes."""
         if self.used.all_here:
             return tuple(n * self.slots.shape[1] for n in self.counts)
         here = self.slots >= 0
@@ -118,7 +121,7 @@ class StaticServing:
     """Serves exchanges in which attention ranks send as many rows as the header states."""
 
     is_sized: ClassVar[bool] = False
-    """See ``SplitExchange``."""
+    """Whether received messages carry their row counts, because the header does not give them."""
 
     def __init__(self, side: ExpertSide, transport: DataTransport) -> None:
         self._side = side
@@ -129,16 +132,22 @@ class StaticServing:
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
-        """See ``RowServing``."""
+        """Begin a step. ``places``: all exchanges to serve with ``serve``, in order."""
         self._step, self._places = step, places
 
     def serve(self, first: int) -> int:
-        """See ``RowServing``. Serves one exchange."""
+        """Serve the exchange with index ``first``; return the next index.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        """
         self.serve_place(self._places[first])
         return first + 1
 
     def serve_place(self, place: ServedPlace) -> None:
-        """Serve one exchange. Raises the errors of ``serve``."""
+        """Serve one exchange: receive rows, compute them, return the outputs.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        """
         step, side = self._step, self._side
         assert step is not None, "begin_step was not called"
         bank, index, micro_batch = place
@@ -187,7 +196,7 @@ class StaticServing:
         ranks: tuple[int, ...],
         received: Sequence[tuple[Tensor, ...]],
     ) -> _Batch:
-        """Concatenate and check the received rows."""
+        """Concatenate the received rows of all attention ranks, and reject invalid ones."""
         metas = [meta for meta, _ in received]
         rows = [inputs for _, inputs in received]
         slots = [meta[:, :top_k].long() for meta in metas]
@@ -209,9 +218,10 @@ class StaticServing:
         self._side.checker.count(filled, batch.slots)
 
     def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
-        """Return ascending indices of this rank's pairs in flattened ``slots``, and their rows.
+        """Return the indices of this rank's (row, slot) pairs, and the row of each pair.
 
-        If all pairs belong to this rank, the result is cached.
+        Indices are in flattened ``slots`` [rows, k], ascending. If all pairs belong to this rank
+        (``all_here``), the result is cached.
         """
         top_k = slots.shape[1]
         if not all_here:
@@ -225,7 +235,7 @@ class StaticServing:
         return known[0][:num_pairs], known[1][:num_pairs]
 
     def _compute(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
-        """Return the outputs of this rank's pairs, [P, out_width]."""
+        """Return the expert outputs of this rank's (row, slot) pairs, [P, out_width]."""
         side = self._side
         if not batch.used.any_here:
             return torch.empty(0, exchange.out_width, dtype=side.dtype, device=side.device)
@@ -241,7 +251,7 @@ class StaticServing:
         return pairs
 
     def _sum(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:
-        """Return the weighted partial sums, [rows, out_width]."""
+        """Return for each row the weighted sum over this rank's experts, [rows, out_width]."""
         assert batch.weights is not None
         if not batch.used.any_here:
             shape = batch.slots.shape[0], exchange.out_width

@@ -1,8 +1,8 @@
 """Validates the expert slots in received rows, and counts the pairs of each slot.
 
-On a CPU both happen in the exchange. On a GPU the host would have to wait in every exchange. So the
-device replaces an invalid slot by -1, and one copy at the end of the step brings the validity and
-the counts to the host, which then rejects the rank that sent the slot.
+On a CPU, slots are validated in the exchange. On a GPU the host would have to wait in every
+exchange. So the device replaces an invalid slot by -1, and one copy at the end of the step brings
+the validity and the counts to the host, which then rejects the rank that sent the slot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from cluster.core.placement import FREE_SLOT
 from workers.model.host_copies import to_host, to_host_later
 
 Reject = Callable[[int, str], NoReturn]
-"""Type of ``DataTransport.reject``."""
+"""Function that closes the edge to a rank which sent invalid data: (rank, reason). It always raises
+``PeerLostError``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +28,25 @@ class FilledSlots:
     """Slots of one bank that hold an expert in an epoch."""
 
     bank: int
-    """``BankSpec.index``."""
+    """Index of the bank, ``BankSpec.index``."""
     table: Tensor
-    """[slots + 1] bool. The last entry, for slot -1 (a pair of another rank), is True."""
+    """Whether each slot holds an expert, [slots + 1] bool. The last entry, for slot -1 (a pair of
+    another rank), is True."""
     has_free: bool
 
     @classmethod
     def of(cls, bank: int, experts: Sequence[int], device: torch.device) -> FilledSlots:
-        """Create it from ``experts``: the expert in each slot, or ``FREE_SLOT``."""
+        """Create the table of a bank. ``experts``: the expert in each slot, or ``FREE_SLOT``."""
         filled = [expert != FREE_SLOT for expert in experts]
         return cls(bank, torch.tensor([*filled, True], device=device), FREE_SLOT in experts)
 
     def reject_invalid_slots(
         self, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject
     ) -> None:
-        """Reject a rank that sent an unknown or empty slot. slots: [rows, k] of each rank."""
+        """Call ``reject`` for a rank that sent an unknown or empty slot.
+
+        slots: for each of ``ranks``, the sent slots [rows, k]; -1 for another rank.
+        """
         filled = self.table.tolist()[:-1]
         for rank, mine in zip(ranks, slots, strict=True):
             for slot in mine.flatten().tolist():
@@ -51,42 +56,49 @@ class FilledSlots:
 
 @dataclass(frozen=True, slots=True)
 class UsedSlots:
-    """Validated slots of one exchange's rows."""
+    """Validated expert slots of the rows of one exchange."""
 
     slots: Tensor
-    """[rows, k] int64, -1 for another rank."""
+    """Expert slots of each row on this rank, [rows, k] int64; -1 for another rank."""
     all_here: bool
-    """True only if certainly all pairs belong to this rank."""
+    """True only if certainly all (row, slot) pairs belong to this rank."""
     any_here: bool
-    """False only if certainly no pair belongs to this rank."""
+    """False only if certainly no (row, slot) pair belongs to this rank."""
 
 
 class SlotChecker(Protocol):
-    """Validates and counts slots on the device of the experts."""
+    """Validates the expert slots of received rows, and counts the pairs of each slot."""
 
     def begin(self, counts: Sequence[Tensor]) -> None:
-        """Begin a step, also after a failed one."""
+        """Begin a step, also after a failed step.
+
+        ``counts``: counters of the pairs of each slot, by bank [slots] int64 on the CPU.
+        """
 
     def check(
         self, filled: FilledSlots, ranks: Sequence[int], slots: Sequence[Tensor], reject: Reject
     ) -> UsedSlots:
-        """Validate the slots [rows, k] int64 of each rank.
+        """Validate the slots [rows, k] int64 that each of ``ranks`` sent, and concatenate them.
 
-        ``reject`` is called for an invalid slot, either here or in ``end``.
+        ``reject`` is called for an invalid slot, either by this method or by ``end``.
         """
 
     def count(self, filled: FilledSlots, slots: Tensor) -> None:
-        """Count the pairs of validated slots [rows, k], now or at the end of the step."""
+        """Count the pairs of each slot in validated ``slots`` [rows, k], now or in ``flush``."""
 
     def flush(self, counts: Sequence[Tensor]) -> None:
-        """Add counted pairs to ``counts``, by bank [slots] int64 on the CPU. Frees rows' memory."""
+        """Add pairs that ``count`` has deferred to ``counts``, and free the memory of their rows.
+
+        ``counts``: by bank, [slots] int64 on the CPU.
+        """
 
     def end(self, counts: Sequence[Tensor], reject: Reject) -> None:
-        """Flush, and call ``reject`` for invalid slots that ``check`` has deferred."""
+        """End a step: add all counted pairs to ``counts``, and call ``reject`` for invalid slots
+        that ``check`` has deferred."""
 
 
 class HostSlotChecker:
-    """``SlotChecker`` on a CPU."""
+    """``SlotChecker`` for experts on a CPU."""
 
     def __init__(self) -> None:
         self._uncounted: list[tuple[int, Tensor]] = []
@@ -108,7 +120,10 @@ class HostSlotChecker:
         self._uncounted.append((filled.bank, slots))
 
     def flush(self, counts: Sequence[Tensor]) -> None:
-        """Count all slots in one loop. No attention rank waits now, and caches are warm."""
+        """Add the pairs of all slots that ``count`` has deferred to ``counts``, in one loop.
+
+        Call it after outputs are sent, when no attention rank waits for this rank.
+        """
         for bank, slots in self._uncounted:
             bins = torch.bincount(slots.flatten() + 1, minlength=counts[bank].shape[0] + 1)
             counts[bank].add_(bins[1:])  # the first bin is for slot -1
@@ -120,38 +135,40 @@ class HostSlotChecker:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The received slots of an exchange."""
+    """The received slots of an exchange, with the device's result of their validation."""
 
     filled: FilledSlots
     ranks: tuple[int, ...]
     slots: tuple[Tensor, ...]
     is_wrong: Tensor
-    """[] bool: whether any slot has no expert."""
+    """Whether any received slot has no expert, [] bool on the device."""
 
 
 @dataclass(slots=True)
 class SlotNotes:
-    """Validity and counts of a step's slots, on the device."""
+    """Validity and pair counts of the slots received in one step, on the device."""
 
     seen: list[_Seen] = field(default_factory=list)
     bins: dict[int, Tensor] = field(default_factory=dict)
-    """For each bank, [slots + 1] int64: number of pairs of slot -1, then of each slot."""
+    """For each bank, the number of pairs of slot -1 (another rank), then of each slot: [slots + 1]
+    int64."""
 
     def packed(self) -> Tensor:
-        """Concatenate ``is_wrong`` of each of ``seen`` and all bins, int64."""
+        """Return ``is_wrong`` of each entry of ``seen``, then all ``bins``, as one int64 tensor."""
         return torch.cat([torch.stack([s.is_wrong for s in self.seen]).long(), *self.bins.values()])
 
 
 class DeviceSlotChecker:
-    """``SlotChecker`` on a GPU."""
+    """``SlotChecker`` for experts on a GPU."""
 
     def __init__(self) -> None:
         self.notes = SlotNotes()
-        """Notes of the current step. Each replay of a captured step refills its notes."""
+        """Validity and counts of the current step. Each replay of a captured step refills the notes
+        that were made at its capture."""
         self._copied: Tensor | None = None
 
     def begin(self, counts: Sequence[Tensor]) -> None:
-        """Drop the counts of a failed step."""
+        """Begin a step: drop the notes of an earlier step that failed. ``counts`` stay as is."""
         self.notes, self._copied = SlotNotes(), None
 
     def copy(self) -> None:
@@ -196,7 +213,7 @@ class DeviceSlotChecker:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate the parts of all ranks."""
+    """Concatenate the tensors of all ranks; a single tensor is returned as is."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
