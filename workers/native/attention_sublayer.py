@@ -12,25 +12,26 @@ from workers.native.structs import c_struct
 from workers.native.thread_team import ThreadTeam, check
 
 SCORINGS = ("softmax", "softmax_of_best", "sigmoid", "float32_softmax")
-"""Names of ``enum scoring``, by value."""
+"""Router scorings, in the order of the values of ``enum scoring`` in C."""
 NO_NORM, NORM_HEADS, NORM_WIDTH = range(3)
-"""Values of ``enum qk_norm``."""
+"""Values of ``enum qk_norm`` in C: no norm of queries and keys, one per head, or one over all
+heads."""
 E4M3 = 2
-"""Value of ``enum dtype`` for 8-bit caches."""
+"""Value of ``enum dtype`` in C for KV caches of 8-bit floats (e4m3)."""
 ENTER, ATTEND, LEAVE = 1, 2, 4
-"""Values of ``enum stage``."""
+"""Bits of ``enum stage`` in C: before attention, attention, and after attention."""
 NO_WINDOW = 1 << 40
 """Window size of layers without a sliding window."""
 
 
 @c_struct("routing.h", "routing")
 class RoutingFields(ctypes.Structure):
-    """``struct routing``: parameters of a router's choice."""
+    """C ``struct routing``: parameters with which a router chooses experts."""
 
 
 @c_struct("attention_sublayer.h", "router", matrix=MatrixFields, routing=RoutingFields)
 class RouterFields(ctypes.Structure):
-    """``struct router``: a router."""
+    """C ``struct router``: weight matrix and routing parameters of a router."""
 
 
 @c_struct(
@@ -42,22 +43,27 @@ class RouterFields(ctypes.Structure):
     router=RouterFields,
 )
 class SublayerFields(ctypes.Structure):
-    """``struct sublayer``: weights and parameters of a layer's sublayer."""
+    """C ``struct sublayer``: weights and parameters of a layer's attention sublayer."""
 
 
 @c_struct("attention_sublayer.h", "sublayer_batch")
 class BatchFields(ctypes.Structure):
-    """``struct sublayer_batch``: rows of a micro-batch, for all layers."""
+    """C ``struct sublayer_batch``: rows of a micro-batch, for the attention sublayers of all
+    layers."""
 
 
 @c_struct("attention_sublayer.h", "sublayer_rows")
 class RowsFields(ctypes.Structure):
-    """``struct sublayer_rows``: inputs and outputs of a layer."""
+    """C ``struct sublayer_rows``: inputs and outputs of the attention sublayer of one layer."""
 
 
 def run_sublayer(
     team: ThreadTeam, sublayer: SublayerFields, batch: BatchFields, rows: RowsFields, stages: int
 ) -> None:
-    """Compute the given stages. Raises ``RuntimeError`` if memory is exhausted."""
+    """Compute stages of an attention sublayer. ``stages``: sum of ``ENTER``, ``ATTEND`` and
+    ``LEAVE``.
+
+    Raises ``RuntimeError`` if memory is exhausted or another thread uses the team.
+    """
     run = team.library.functions.sublayer_run
     check(run(team.pointer, *map(ctypes.byref, (sublayer, batch, rows)), stages))

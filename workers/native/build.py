@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "c"
 SHIPPED = Path(__file__).parent / "lib"
-"""Libraries of the installed package; a checkout has none."""
+"""Folder of the kernel libraries in an installed package; a checkout of the sources has none."""
 BUILD_LIMIT_S = 600.0
 """Time limit of one compiler run in seconds. A run takes about a minute, longer on a busy host."""
 _FLAGS = (
@@ -50,7 +50,7 @@ _ERROR_CHARACTERS = 400
 
 
 class BuildError(Exception):
-    """No compiler could build the library. The message has the error of each compiler."""
+    """No compiler could build the kernel library. The message has the error of each compiler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def has_kernels() -> bool:
-    """Whether kernels exist for this platform (x86-64 Linux)."""
+    """Whether CPU kernels exist for this platform (x86-64 Linux)."""
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
@@ -112,7 +112,8 @@ def library_path(
     environ: Mapping[str, str] = os.environ,
     sources: Path = SOURCES,
 ) -> Path:
-    """Return the path of a library. Its name has a digest of the sources, the flags and ``$CC``."""
+    """Return the path of an instruction set's kernel library. The file name has a digest of the
+    sources, the flags and ``$CC``."""
     digest = hashlib.sha256()
     for part in (*_FLAGS, *wanted.compiler_flags, environ.get("CC", "")):
         digest.update(part.encode() + b"\0")
@@ -128,7 +129,8 @@ def build(
     commands: Iterable[tuple[str, ...]] | None = None,
     sources: Path = SOURCES,
 ) -> Path:
-    """Return the library of an instruction set, from the cache or built by a working compiler.
+    """Return the kernel library of an instruction set, from the cache or built by a working
+    compiler.
 
     ``commands``: compilers to try, by default ``compilers(environ)``. ``sources``: folder with the
     C files. Raises ``BuildError``, or ``OSError`` if ``folder`` cannot be written.

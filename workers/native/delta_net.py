@@ -14,28 +14,28 @@ from workers.native.thread_team import ThreadTeam, check
 
 @c_struct("delta_net.h", "delta_net")
 class DeltaNetFields(ctypes.Structure):
-    """``struct delta_net``: weights of one layer."""
+    """C ``struct delta_net``: weights of one Gated DeltaNet layer."""
 
     @property
     def conv_width(self) -> int:
-        """Number of channels of the convolution."""
+        """Number of channels of the layer's convolution."""
         return int(2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim)
 
     @property
     def row_width(self) -> int:
-        """Number of elements of a projected row."""
+        """Number of elements of a row after the layer's input projections."""
         return self.conv_width + int(self.num_value_heads * (self.value_dim + 2))
 
     @property
     def state_width(self) -> int:
-        """Number of values of a state."""
+        """Number of float32 values in the recurrent state of one sequence, in this layer."""
         matrices = self.num_value_heads * self.key_dim * self.value_dim
         return int((self.kernel - 1) * self.conv_width + matrices)
 
 
 @c_struct("delta_net.h", "delta_rows")
 class DeltaRowsFields(ctypes.Structure):
-    """``struct delta_rows``: inputs and outputs of a call."""
+    """C ``struct delta_rows``: inputs and outputs of one call of a Gated DeltaNet layer."""
 
 
 def run_delta_net(
@@ -47,9 +47,12 @@ def run_delta_net(
     runs: Tensor,
     chains: Tensor,
 ) -> None:
-    """Compute ``out`` [T, V * D] from contiguous rows [T, row_width]; updates ``states`` in place.
+    """Run a Gated DeltaNet layer: ``out`` [T, V * D] from rows [T, row_width]; updates ``states``
+    in place.
 
-    ``runs`` and ``chains``: see ``StateRows``.
+    V is the number of value heads, D their width. ``runs`` [runs, 4] and ``chains``
+    [sequences + 1], int64, state which rows of which sequence read and write which state (see
+    ``StateRows``).
     """
     dtype = DTYPES[net.dtype]
     _check(rows, dtype, net.row_width)

@@ -23,7 +23,7 @@ DRAW_ROW = np.dtype(
         ("top_k", np.int64),
     ]
 )
-"""``struct draw_row``: sampling parameters of a row."""
+"""Numpy dtype of C ``struct draw_row``: the sampling parameters of one row."""
 
 
 def can_draw(logits: Tensor) -> bool:
@@ -34,8 +34,9 @@ def can_draw(logits: Tensor) -> bool:
 def draw_rows(team: ThreadTeam, logits: Tensor, rows: NDArray[Any], is_masked: bool) -> Tensor:
     """Sample a token for each row of logits [rows, V]; returns [rows] int64.
 
-    ``rows``: sampling parameters by row, of dtype ``DRAW_ROW``. If sampling fails, the result of a
-    row is a negative ``enum failure``. ``is_masked``: logits of minus infinity forbid their tokens.
+    ``rows``: sampling parameters by row, of dtype ``DRAW_ROW``. ``is_masked``: logits of minus
+    infinity forbid their tokens. The result of a row is -1 if its logits are not finite, and -2 if
+    all its tokens are forbidden.
     """
     assert can_draw(logits), f"{logits.dtype} logits"
     assert rows.dtype == DRAW_ROW, f"{rows.dtype} rows"

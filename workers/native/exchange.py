@@ -18,26 +18,29 @@ from workers.native.structs import c_struct
 from workers.native.thread_team import check
 
 UNEXPECTED, UNSENT = 5, 6
-"""Values of ``enum result`` if native code stopped in an exchange, which the caller continues."""
+"""Values of ``enum result`` in C if native code stopped in an exchange, which Python then
+continues: after an unexpected message or a time-out, or with outputs that are not sent."""
 
 
 @c_struct("exchange.h", "exchange", place=PlaceFields, frames=ctypes.POINTER(FrameFields))
 class ExchangeFields(ctypes.Structure):
-    """``struct exchange``: parameters of an exchange on both sides."""
+    """C ``struct exchange``: parameters that both sides of an exchange need."""
 
 
 @c_struct("exchange.h", "exchange_attention", exchange=ExchangeFields)
 class AttentionSideFields(ctypes.Structure):
-    """``struct exchange_attention``: attention side of an exchange."""
+    """C ``struct exchange_attention``: an exchange on an attention rank, with the rows that it
+    sends."""
 
 
 @c_struct("exchange.h", "exchange_server", exchange=ExchangeFields, experts=CallFields)
 class ServerFields(ctypes.Structure):
-    """``struct exchange_server``: expert side of an exchange."""
+    """C ``struct exchange_server``: an exchange on an expert rank, with its experts."""
 
 
 def dispatch_rows(library: Library, side: AttentionSideFields) -> int:
-    """Send rows and their slots to all peers; return 0 or ``UNSENT``.
+    """Send rows and their expert slots to all expert ranks; return 0, or ``UNSENT`` if Python must
+    continue.
 
     Raises ``IndexError`` for an invalid expert id.
     """
@@ -45,7 +48,8 @@ def dispatch_rows(library: Library, side: AttentionSideFields) -> int:
 
 
 def gather_outputs(library: Library, side: AttentionSideFields) -> int:
-    """Receive the outputs of dispatched rows and sum them; return 0 or ``UNEXPECTED``.
+    """Receive the expert outputs of dispatched rows and sum them; return 0, or ``UNEXPECTED`` if
+    Python must continue.
 
     Raises ``IndexError`` for a row with an expert that no peer has.
     """
@@ -62,9 +66,10 @@ def serve_exchanges(
 ) -> tuple[int, int]:
     """Serve exchanges from ``first`` on: receive rows, run their experts, send the outputs back.
 
-    servers: addresses of ``ServerFields``. Returns the number of served exchanges and a result:
-    0 after all; ``UNEXPECTED`` if the next one was not computed; ``UNSENT`` if outputs are left to
-    send. Raises ``IndexError`` for an empty slot, and ``RuntimeError`` if memory is exhausted.
+    servers: addresses of ``ServerFields``, one for each exchange. Returns the number of served
+    exchanges and a result: 0 if all were served; ``UNEXPECTED`` if the next exchange was not
+    computed; ``UNSENT`` if outputs are left to send. Raises ``IndexError`` for an empty slot, and
+    ``RuntimeError`` if memory is exhausted.
     """
     num_served = ctypes.c_int64()
     start = ctypes.addressof(servers) + first * ctypes.sizeof(ctypes.c_void_p)
@@ -80,11 +85,12 @@ def _checked(result: int) -> int:
 
 
 def sent_slots(library: Library, slots: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the values to send to each rank for a row: slots of its experts, then weight bits.
+    """Return the values to send to each expert rank for a row: slots of its experts, then weight
+    bits.
 
-    slots [ranks, experts] int32, -1 if not on that rank; ids [T, k] int64; weights [T, k] of one of
-    ``panels.DTYPES``. Returns [ranks, T, 2k] int32, or [ranks, T, k] without weights. Raises
-    ``IndexError`` for an invalid expert id.
+    slots [ranks, experts] int32, -1 for an expert that is not on the rank; ids [T, k] int64;
+    weights [T, k] of one of ``panels.DTYPES``. Returns [ranks, T, 2k] int32, or [ranks, T, k]
+    without weights. Raises ``IndexError`` for an invalid expert id.
     """
     assert slots.dtype == torch.int32
     assert slots.is_contiguous()

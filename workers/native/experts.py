@@ -1,7 +1,7 @@
 """Routed experts of one layer on a CPU (``c/experts.c``).
 
-Reference: ``workers.experts.kernels_cpu``, and ``workers.model.weighting`` for the sums. The
-outputs of experts are rounded before the sum, as there.
+Reference: ``workers.experts.kernels_cpu``, and ``workers.model.weighting`` for the sums. As in the
+reference, the outputs of experts are rounded before the sum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from workers.native.thread_team import ThreadTeam, check
 from workers.quantization.formats import WeightFormat
 
 InputsBy = Literal["row", "place", "pair"]
-"""What has its own input: a row, a place (row, index in top-k), or a pair (place with a slot)."""
+"""What each input row belongs to: a row of the batch, a place (row and index in top-k), or a pair
+(place with a slot)."""
 _INPUTS_BY: tuple[InputsBy, ...] = ("row", "place", "pair")
 
 
@@ -31,15 +32,18 @@ class ExpertShape:
 
     in_width: int
     inner: int
-    """Width between the matrices; the first one has twice as many rows."""
+    """Width between the two matrices of a gated expert (the first has twice this number of rows); 0
+    for experts of one matrix."""
     out_width: int
     dtype: torch.dtype
     has_bias: bool = False
-    """Whether biases, [out, 1] each, follow the matrices."""
+    """Whether each matrix of a product has a bias, [out, 1]; biases follow all matrices of
+    products."""
     clamped: tuple[float, float] | None = None
     """Alpha and limit of the clamped SwiGLU; None for silu(gate) * up."""
     form: WeightFormat | None = None
-    """Format of quantized matrices, without the biases; their widths are even."""
+    """Format of quantized matrices, which have even widths; None: not quantized. Biases never
+    are."""
 
     @property
     def num_products(self) -> int:
@@ -47,7 +51,7 @@ class ExpertShape:
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
-        """Shape [out, in] of each matrix."""
+        """Shape [out, in] of each matrix of an expert, first those of products, then biases."""
         products = [(2 * self.inner, self.in_width), (self.out_width, self.inner)]
         if not self.inner:
             products = [(self.out_width, self.in_width)]
@@ -55,15 +59,17 @@ class ExpertShape:
         return (*products, *biases)
 
     def is_gated(self, matrix: int) -> bool:
-        """Whether a matrix has gate rows followed by up rows."""
+        """Whether a matrix (given by its index in ``matrices``) has gate rows followed by up
+        rows."""
         return self.inner > 0 and matrix % self.num_products == 0
 
     def stored_as(self, matrix: int) -> torch.dtype:
-        """Return the dtype of a packed matrix that is not quantized. Biases are float32."""
+        """Return the dtype in which a matrix is packed if it is not quantized; biases are
+        float32."""
         return self.dtype if matrix < self.num_products else torch.float32
 
     def form_of(self, matrix: int) -> WeightFormat | None:
-        """Return the format of a quantized matrix, else None."""
+        """Return the quantized format of a matrix, or None if it is not quantized."""
         return self.form if matrix < self.num_products else None
 
     def num_bytes(self, matrix: int) -> int:
@@ -74,14 +80,16 @@ class ExpertShape:
 
 @c_struct("experts.h", "experts_call", form=FormFields)
 class CallFields(ctypes.Structure):
-    """``struct experts_call``: parameters of a call."""
+    """C ``struct experts_call``: expert slots, inputs and outputs of one call of the experts'
+    kernel."""
 
 
 class SlotTable:
     """Packed matrices of expert slots. A slot is usable only with all its matrices."""
 
     def __init__(self, shape: ExpertShape, num_slots: int, old: SlotTable | None = None) -> None:
-        """Create slots with the matrices of ``old``; all further slots are empty."""
+        """Create empty slots, or with ``old``, slots that share the matrices of ``old`` as far as
+        both reach."""
         self.shape = shape
         self._packed: list[list[Tensor | None]] = []
         self._addresses = torch.zeros(len(shape.matrices), num_slots, dtype=torch.int64)
@@ -105,7 +113,8 @@ class SlotTable:
             alpha=alpha,
             limit=limit,
         )
-        """C fields that all calls with these slots share. They point into this table."""
+        """C struct with the fields that all calls with these slots share. Its pointers point into
+        this table."""
         for matrix in range(len(shape.matrices)):
             kept = old._packed[matrix][:num_slots] if old is not None else []
             self._packed.append([None] * num_slots)
@@ -117,14 +126,14 @@ class SlotTable:
         return self._num_slots
 
     def get(self, slot: int, matrix: int) -> Tensor:
-        """Return a packed matrix. Raises ``IndexError`` if the slot is empty."""
+        """Return a packed matrix of a slot. Raises ``IndexError`` if the slot is empty."""
         packed = self._packed[matrix][slot]
         if packed is None:
             raise IndexError(f"slot {slot} is empty")
         return packed
 
     def put(self, slot: int, matrix: int, packed: Tensor) -> None:
-        """Store a packed matrix; see ``quantized.pack_weight``."""
+        """Store a packed matrix, made by ``quantized.pack_weight``, in a slot."""
         expected = self.shape.num_bytes(matrix)
         assert packed.nbytes == expected, f"{packed.nbytes} bytes: must be {expected}"
         assert packed.is_contiguous()
@@ -139,28 +148,29 @@ class SlotTable:
 
 
 class NativeSlots(NamedTuple):
-    """Expert slots, and the team that computes them."""
+    """Expert slots of one exchange, and the thread team that computes them."""
 
     team: ThreadTeam
     table: SlotTable
 
 
 class BankExperts(NamedTuple):
-    """The experts of a bank in this process."""
+    """Experts of one bank that are in this process."""
 
     table: SlotTable
     slot_of: Tensor | None
-    """[experts] int64: slot of each expert; None if each expert e is in slot e."""
+    """[experts] int64: slot of each expert; None if every expert e is in slot e."""
     float32_weights: bool
-    """See ``BankSpec.float32_weights``."""
+    """Whether router weights stay float32 when outputs are multiplied by them; otherwise they are
+    first cast to the model dtype."""
 
 
 class LocalExperts:
-    """The experts of all banks in this process, for native layers."""
+    """Experts of all banks, all in this process, for ``layers.run_layers``."""
 
     def __init__(self, banks: Sequence[BankExperts]) -> None:
         self.calls = (CallFields * len(banks))()
-        """Call parameters by ``BankSpec.index``, except those of the rows."""
+        """C structs by ``BankSpec.index``, with all parameters of a call except the rows."""
         self._banks = banks  # keeps the memory of ``calls`` alive
         for i, (table, slot_of, float32_weights) in enumerate(banks):
             self.calls[i] = table.fields
@@ -174,10 +184,10 @@ class LocalExperts:
 def expert_pairs(
     team: ThreadTeam, table: SlotTable, inputs: Tensor, pair_input: Tensor, pair_slot: Tensor
 ) -> Tensor:
-    """Run (input row, expert slot) pairs.
+    """Return the expert output of each pair (input row, expert slot).
 
-    inputs [N, in_width] of the shape's dtype; pair_input, pair_slot [P] int64. Returns [P,
-    out_width]. Raises ``IndexError`` for an empty or missing slot or input.
+    inputs [N, in_width] of the shape's dtype; pair_input, pair_slot [P] int64. Returns
+    [P, out_width]. Raises ``IndexError`` for an empty or missing slot or input.
     """
     out = inputs.new_empty(pair_slot.shape[0], table.shape.out_width)
     if pair_slot.shape[0]:
@@ -200,11 +210,12 @@ def expert_rows(
     rounds_products: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the weighted sum over each row's expert slots, in order, in float32.
+    """Return the weighted sum of the outputs of each row's expert slots, in slot order, in float32.
 
     inputs [N, in_width] of the shape's dtype; slots [T, k] int64, -1 for none; weights [T, k]
     float32. Returns [T, out_width] ``dtype``. ``rounds_products``: round weights, then products of
-    weight and output, to the shape's dtype. Raises the errors of ``expert_pairs``.
+    weight and output, to the shape's dtype. Raises ``IndexError`` for an empty or missing slot or
+    input.
     """
     out = inputs.new_empty(slots.shape[0], table.shape.out_width, dtype=dtype)
     if slots.shape[0]:

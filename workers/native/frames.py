@@ -16,25 +16,25 @@ END_OF_STREAM = -1
 
 @c_struct("frames.h", "step")
 class StepFields(ctypes.Structure):
-    """``struct step``: generation and number of a frame."""
+    """C ``struct step``: the generation and the step number in a frame's header."""
 
 
 @c_struct("frames.h", "place")
 class PlaceFields(ctypes.Structure):
-    """``struct place``: header fields that all frames of an exchange share."""
+    """C ``struct place``: header fields that all frames of an exchange share."""
 
 
 @c_struct("frames.h", "waiting")
 class WaitingFields(ctypes.Structure):
-    """``struct waiting``: parameters of waits."""
+    """C ``struct waiting``: sockets to watch and time limit of waits for frames."""
 
 
 @c_struct("frames.h", "frame")
 class FrameFields(ctypes.Structure):
-    """``struct frame``: a frame to or from one peer."""
+    """C ``struct frame``: a frame to or from one peer, possibly sent or received only in part."""
 
     def received(self) -> bytes:
-        """Return the bytes of the frame that were received."""
+        """Return the bytes of this frame that have been received so far."""
         left = int(self.done)
         taken = []
         for piece in self._pieces():
@@ -43,7 +43,7 @@ class FrameFields(ctypes.Structure):
         return b"".join(taken)
 
     def unsent(self) -> bytes:
-        """Return the bytes of the frame that were not sent."""
+        """Return the bytes of this frame that have not been sent yet."""
         if not any(self.counts):
             return b""
         return b"".join(map(bytes, self._pieces()))[self.done :]

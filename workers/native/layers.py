@@ -1,4 +1,4 @@
-"""All layers of a step, with embedding, final norm and head, in one call (``c/layers.c``).
+"""All layers of a step, with embedding, final norm and head, in one native call (``c/layers.c``).
 
 Reference: the same layers by ``attention_sublayer.run_sublayer`` and ``experts.expert_rows``, then
 ``norm.norm_rows`` and ``matrix.Matrix.multiply``.
@@ -17,27 +17,28 @@ from workers.native.structs import c_struct
 from workers.native.thread_team import ThreadTeam, check
 
 NO_BANK = -1
-"""Bank of a layer without routed experts."""
+"""Value of a layer's bank index if the layer has no routed experts."""
 
 
 @c_struct("layers.c", "layer", sublayer=SublayerFields, mlp=CallFields)
 class LayerFields(ctypes.Structure):
-    """``struct layer``: one layer."""
+    """C ``struct layer``: attention sublayer and MLP of one layer."""
 
 
 @c_struct("layers.c", "stack", layers=ctypes.POINTER(LayerFields), head=MatrixFields)
 class StackFields(ctypes.Structure):
-    """``struct stack``: all layers of a model, with embedding, final norm and head."""
+    """C ``struct stack``: all layers of a model, with embedding, final norm and head."""
 
 
 @c_struct("layers.c", "layer_ends")
 class LayerEnds(ctypes.Structure):
-    """``struct layer_ends``: end times of a layer's parts in monotonic nanoseconds, 0 before."""
+    """C ``struct layer_ends``: monotonic time in nanoseconds at which each part of a layer ended; 0
+    for a part that has not ended."""
 
 
 @c_struct("layers.c", "flow")
 class FlowFields(ctypes.Structure):
-    """``struct flow``: a micro-batch and its progress through the layers."""
+    """C ``struct flow``: a micro-batch and its progress through the layers."""
 
 
 def run_layers(
@@ -47,13 +48,13 @@ def run_layers(
     advance: Callable[[], None],
     advance_s: float,
 ) -> tuple[int, int]:
-    """Run all layers, with embedding, final norm and head, of all flows (micro-batches).
+    """Run all layers, with embedding, final norm and head, for all flows (micro-batches).
 
-    ``advance`` is called after a layer whenever ``advance_s`` have elapsed. Returns a result and
-    the index of the flow to continue. The result is 0 at the end, or ``UNSENT`` or ``UNEXPECTED``
-    if native code stopped in an exchange with other ranks (``workers.native.exchange``). Raises
-    ``IndexError`` for an empty expert slot or a token without an embedding, and ``RuntimeError`` if
-    memory is exhausted.
+    ``advance`` is called after a layer whenever ``advance_s`` have elapsed, and before the return.
+    Returns a result and the index of a flow. The result is 0 if all flows are done; it is
+    ``UNSENT`` or ``UNEXPECTED`` if native code stopped in an exchange with other ranks
+    (``workers.native.exchange``), and Python must continue this flow. Raises ``IndexError`` for an
+    empty expert slot or a token without an embedding, and ``RuntimeError`` if memory is exhausted.
     """
     run, turn = team.library.functions.layers_run, ctypes.c_int64()
     arguments = (ctypes.byref(stack), flows, len(flows), advance_s, ctypes.byref(turn))

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 CPU_INFO = Path("/proc/cpuinfo")
 MAX_VARIABLE = "EXPERTMESH_MAX_INSTRUCTIONS"
-"""Environment variable with the best instruction set to use, for example ``avx2``."""
+"""Name of the environment variable that limits the instruction set of the CPU kernels, for example
+to ``avx2``."""
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 _INT64 = ctypes.c_int64
 _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
@@ -61,19 +62,19 @@ _SIGNATURES: Mapping[str, tuple[type | None, Sequence[type]]] = {
     "quantized_to_halves": (None, (_POINTER, _LONG)),
     "quantized_from_halves": (None, (_POINTER, _LONG)),
 }
-"""Result and argument types of the functions in ``c/``. Calls release Python's GIL."""
+"""Result and argument types of the C functions by name. A call releases Python's GIL."""
 
 
 class InstructionsError(ValueError):
-    """The value of ``MAX_VARIABLE`` is not an instruction set."""
+    """The environment variable ``EXPERTMESH_MAX_INSTRUCTIONS`` does not name an instruction set."""
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A loaded library."""
+    """Kernel library for one instruction set, loaded into this process."""
 
     name: str
-    """Name of its instruction set."""
+    """Name of the instruction set for which the library was built."""
     path: Path
     functions: ctypes.CDLL
 
@@ -83,9 +84,10 @@ class LibraryChoice:
     """The kernel library chosen for this machine."""
 
     library: Library | None
-    """None if torch computes."""
+    """The loaded library, or None if torch computes instead of kernels."""
     reason: str
-    """Reason why no better library is used, as text; empty if this is the best one."""
+    """Reason why no library for a better instruction set is used; ``""`` if there is no better
+    one."""
 
     @property
     def description(self) -> str:
@@ -100,10 +102,10 @@ def find_library(
     environ: Mapping[str, str] = os.environ,
     cpu_info: Path = CPU_INFO,
 ) -> LibraryChoice:
-    """Load the best library that this processor supports, and build it if necessary.
+    """Load the best kernel library that this processor supports, and build it if necessary.
 
     If the library for one instruction set cannot be built, the next one is tried. Raises
-    ``InstructionsError``.
+    ``InstructionsError`` if ``EXPERTMESH_MAX_INSTRUCTIONS`` is invalid.
     """
     reasons: list[str] = []
     for wanted in runnable(cpu_info, environ):
@@ -120,7 +122,7 @@ def find_library(
 def is_built(
     environ: Mapping[str, str] = os.environ, cpu_info: Path = CPU_INFO, shipped: Path = SHIPPED
 ) -> bool:
-    """Whether ``find_library`` needs no build."""
+    """Whether the best kernel library exists, so that ``find_library`` need not build it."""
     return all(
         _shipped_path(wanted, shipped).exists()
         or library_path(wanted, cache_folder(environ), environ).exists()
@@ -134,9 +136,10 @@ def load_library(
     environ: Mapping[str, str] = os.environ,
     shipped: Path = SHIPPED,
 ) -> Library:
-    """Load the library of the package or of the cache, and rebuild it if missing or broken.
+    """Load the kernel library of an instruction set; build it if it is missing or broken.
 
-    ``folder``: the cache, by default ``cache_folder``. Raises ``BuildError`` and ``OSError``.
+    The library of the package is tried first, then the one in ``folder`` (the cache, by default
+    ``cache_folder``). Raises ``BuildError`` and ``OSError``.
     """
     try:
         return _load(wanted.name, _shipped_path(wanted, shipped))
@@ -159,13 +162,15 @@ def _shipped_path(wanted: InstructionSet, shipped: Path) -> Path:
 def runnable(
     cpu_info: Path = CPU_INFO, environ: Mapping[str, str] = os.environ
 ) -> list[InstructionSet]:
-    """Return this processor's instruction sets, best first, up to the one in ``MAX_VARIABLE``.
+    """Return the instruction sets to try on this processor, best first.
 
-    Raises ``InstructionsError`` for an invalid ``MAX_VARIABLE``.
+    The environment variable ``MAX_VARIABLE`` excludes better ones than it names. Raises
+    ``InstructionsError`` if it is invalid.
 
     On Intel processors, the set with bfloat16 products is second: a ``vdpbf16ps`` of 32 products
     takes two cycles, in which fused float32 operations compute 64. With 8 or more rows, a thread of
-    an Emerald Rapids computes 44 products a nanosecond with it, 76 with float32; one row is equal.
+    an Emerald Rapids computes 44 products a nanosecond with ``vdpbf16ps`` and 76 with float32; with
+    one row, both take the same time.
     """
     if not has_kernels():
         return []
@@ -179,7 +184,7 @@ def runnable(
 
 
 def _allowed(environ: Mapping[str, str]) -> Sequence[InstructionSet]:
-    """Return all instruction sets up to the one in ``MAX_VARIABLE``, best first."""
+    """Return the instruction sets that ``MAX_VARIABLE`` permits, best first."""
     best, names = environ.get(MAX_VARIABLE), [known.name for known in INSTRUCTION_SETS]
     if not best:
         return INSTRUCTION_SETS

@@ -17,11 +17,12 @@ from workers.quantization.matrix import QuantizedMatrix, Weight
 
 @c_struct("matrix.h", "matrix", form=FormFields)
 class MatrixFields(ctypes.Structure):
-    """``struct matrix``: a packed matrix."""
+    """C ``struct matrix``: a packed weight matrix and its bias."""
 
 
 class Matrix:
-    """Linear product x @ weight.T + bias. The bits of a row do not depend on other rows."""
+    """Linear product x @ weight.T + bias on a CPU. The bits of a row do not depend on other
+    rows."""
 
     def __init__(
         self,
@@ -65,11 +66,11 @@ class Matrix:
     ) -> None:
         self._team, self._packed = team, packed
         self.shape = shape
-        """[out, in]."""
+        """Shape of the weight, [out, in]."""
         self.dtype = dtype
-        """Dtype of the rows that it multiplies."""
+        """Dtype of the rows that the matrix multiplies, and of the results."""
         self.form = form
-        """Format of a quantized weight, else None."""
+        """Format of a quantized weight; None if the weight is not quantized."""
         self._bias = None if bias is None else bias.to(torch.float32, copy=True)
         self.fields = MatrixFields(
             panels=packed.data_ptr(),
@@ -79,10 +80,11 @@ class Matrix:
             dtype=DTYPES.index(dtype),
             form=form_fields(form),
         )
-        """C struct of this matrix, valid as long as this object."""
+        """C struct of this matrix; its pointers are valid as long as this object."""
 
     def weight(self) -> Tensor:
-        """Return a copy of the weight [out, in], dequantized and rounded if it is quantized."""
+        """Return a copy of the weight [out, in]; a quantized weight is dequantized and rounded to
+        ``dtype``."""
         library = self._team.library
         if self.form is None:
             return unpack(library, self._packed, self.shape, self.dtype)
@@ -96,7 +98,8 @@ class Matrix:
         return found.contiguous().view(self.dtype)[:, : self.shape[1]]
 
     def multiply(self, x: Tensor) -> Tensor:
-        """Multiply x [rows, in] -> [rows, out], both of the matrix's dtype."""
+        """Return x @ weight.T + bias for x [rows, in]: [rows, out], in the matrix's dtype like
+        x."""
         assert x.dtype == self.dtype, f"{x.dtype}: must be {self.dtype}"
         assert x.shape[1:] == self.shape[1:], f"rows of shape {tuple(x.shape)}"
         x = x.contiguous()

@@ -9,7 +9,8 @@ from workers.native.thread_team import ThreadTeam
 
 
 def norm_rows(team: ThreadTeam, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Apply RMS norm to contiguous rows x [rows, H] in place; weight [H] of the same dtype.
+    """Apply RMS norm to contiguous rows x [rows, H] in place, and return x; weight [H] of the same
+    dtype.
 
     The bits of a row do not depend on other rows or on the instruction set.
     """

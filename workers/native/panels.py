@@ -13,9 +13,9 @@ from workers.native.library import Library
 from workers.native.thread_team import ThreadTeam, check
 
 PANEL = 32
-"""Number of outputs of a panel. The last panel is padded with zeros."""
+"""Number of outputs (matrix rows) in a panel. The last panel is padded with zeros."""
 DTYPES = (torch.float32, torch.bfloat16)
-"""Dtypes of the kernels; the index of each is its number in C."""
+"""Dtypes that the kernels support; the index of a dtype is its number in C."""
 
 
 def packed_bytes(shape: tuple[int, int], dtype: torch.dtype, is_gated: bool = False) -> int:
@@ -63,7 +63,8 @@ def unpack(
 
 
 class Runs(NamedTuple):
-    """Layout of a panel: runs of ``units`` units, with gaps of ``gap`` words between runs."""
+    """Placement of a panel's units (4-byte parts of 32 rows): runs of ``units`` units, with gaps of
+    ``gap`` words between runs."""
 
     units: int
     gap: int = 0
@@ -78,7 +79,7 @@ def pack_rows(
     team: ThreadTeam | None = None,
     runs: Runs | None = None,
 ) -> None:
-    """Pack rows of ``units`` times 4 bytes into panels.
+    """Pack matrix rows of ``units`` times 4 bytes into panels.
 
     rows [rows, ..]; packed [panels, words] int32 or [panels, units, 32], filled from the first word
     of each panel on. ``runs``: placement of the units, by default in one run.
@@ -98,7 +99,7 @@ def unpack_rows(
     is_gated: bool,
     runs: Runs | None = None,
 ) -> None:
-    """Inverse of ``pack_rows``."""
+    """Copy panels back into matrix rows: the inverse of ``pack_rows``."""
     run = library.functions.panels_unpack
     addresses = rows.data_ptr(), packed.data_ptr()
     places = packed.stride(0), *(runs or Runs(units))
@@ -106,7 +107,7 @@ def unpack_rows(
 
 
 def num_panels(rows: int, is_gated: bool) -> int:
-    """Number of panels of a matrix with ``rows`` rows."""
+    """Number of panels of a matrix with ``rows`` rows; ``is_gated``: half of them are gate rows."""
     return -(-rows // 2 // (PANEL // 2)) if is_gated else -(-rows // PANEL)
 
 

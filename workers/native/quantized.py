@@ -29,16 +29,16 @@ _CODES = ("int8", "e4m3", "int4", "e2m1")
 _SCALES = ("float32", "bfloat16", "float16", "e8m0")
 _LINE_BYTES, _WORD_BYTES = 64, 4
 _WHOLE_ROW = 1 << 40
-"""Group size that is larger than every row, for scales of complete rows."""
+"""Group size for formats with one scale per row; it exceeds the width of every row."""
 
 
 @c_struct("layout.h", "form")
 class FormFields(ctypes.Structure):
-    """``struct form``: format of weights."""
+    """C ``struct form``: format of a matrix's weights; all zeros if they are not quantized."""
 
 
 def form_fields(form: WeightFormat | None) -> FormFields:
-    """Return the fields of a format, or empty fields if weights are not quantized."""
+    """Return the C struct of a weight format; all fields are 0 if weights are not quantized."""
     if form is None:
         return FormFields()
     return FormFields(
@@ -53,7 +53,7 @@ def form_fields(form: WeightFormat | None) -> FormFields:
 def weight_bytes(
     shape: tuple[int, int], dtype: torch.dtype, form: WeightFormat | None, is_gated: bool = False
 ) -> int:
-    """Return the size of a packed matrix [out, in] in bytes."""
+    """Return the size in bytes of a packed matrix [out, in]; ``form`` None: not quantized."""
     if form is None:
         return packed_bytes(shape, dtype, is_gated)
     return num_panels(shape[0], is_gated) * _Sections.of(form, shape[1]).panel_words * _WORD_BYTES
@@ -62,9 +62,12 @@ def weight_bytes(
 def pack_weight(
     library: Library, weight: Weight, is_gated: bool = False, team: ThreadTeam | None = None
 ) -> Tensor:
-    """Pack a matrix; see ``panels.pack``.
+    """Pack a CPU matrix [out, in] into panels, quantized or not.
 
-    A quantized matrix must have an even width; the result is int32 [panels, words].
+    ``is_gated``: the matrix has gate rows followed by up rows, which alternate in panels, 16 of
+    each. ``team``: an idle team that helps the calling thread. For a tensor, the result is int32
+    [panels, units, 32]. A quantized matrix must have an even width; the result is int32
+    [panels, words].
     """
     if isinstance(weight, Tensor):
         return pack(library, weight, is_gated, team)
@@ -120,7 +123,7 @@ def unpack_quantized(
 
 
 class _Sections(NamedTuple):
-    """Sections of a panel (``struct layout``).
+    """Sections of a panel of quantized weights (C ``struct layout``).
 
     A section has the scales and zero points of one or two groups, which fill cache lines, then the
     codes (quantized values) of these groups. The last section may have fewer codes.
@@ -130,11 +133,11 @@ class _Sections(NamedTuple):
     num_groups: int
     """Number of groups in a section."""
     header_words: int
-    """Words of the scales and zero points of a section."""
+    """Number of 4-byte words with the scales and zero points of a section."""
     row_words: int
-    """Words of the codes of a row."""
+    """Number of 4-byte words with the codes (quantized values) of a row."""
     group_words: int
-    """Words of the codes of a group in a row."""
+    """Number of 4-byte words with the codes (quantized values) of a group in a row."""
 
     @classmethod
     def of(cls, form: WeightFormat, width: int) -> _Sections:
@@ -151,12 +154,12 @@ class _Sections(NamedTuple):
 
     @property
     def panel_words(self) -> int:
-        """Words of a panel."""
+        """Number of 4-byte words of a panel."""
         return self.num_sections * self.header_words + self.row_words * PANEL
 
     @property
     def runs(self) -> Runs:
-        """Placement of the codes."""
+        """Placement of the codes (quantized values) in a panel, between the section headers."""
         return Runs(self.num_groups * self.group_words, self.header_words)
 
     def lanes(self, packed: Tensor, dtype: torch.dtype, first: int) -> Tensor:

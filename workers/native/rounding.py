@@ -19,7 +19,8 @@ def round_weight(
 ) -> QuantizedMatrix:
     """Quantize a weight [out, in] on the CPU to a format that ``rounding.quantize`` supports.
 
-    ``library`` None: torch computes. ``team``: an idle team that helps the calling thread.
+    ``library``: compiled kernels; None: torch computes. ``team``: an idle team that helps the
+    calling thread.
     """
     if library is None or not form.has_zeros:
         return quantize(weight, form)
@@ -41,6 +42,10 @@ def round_product(
     forms: Sequence[WeightFormat],
     team: ThreadTeam | None = None,
 ) -> QuantizedMatrix:
-    """Quantize a weight [out, in] on the CPU to the format of ``forms`` with the least error."""
+    """Quantize a weight [out, in] on the CPU to the one of ``forms`` with the least squared error.
+
+    ``library``: compiled kernels; None: torch computes. ``team``: an idle team that helps the
+    calling thread.
+    """
     found = [round_weight(library, weight, form, team) for form in forms]
     return found[0] if len(found) == 1 else min(found, key=lambda m: squared_error(m, weight))

@@ -24,7 +24,8 @@ _DECLARATOR = re.compile(r"([* ]|const )*(\w+)(?:\[(\w+)\])?")
 
 
 def c_struct(file: str, name: str, **types: Any) -> Callable[[type[Fields]], type[Fields]]:
-    """Return a class decorator that sets ``_fields_`` to those of ``struct name`` in ``c/file``.
+    """Return a class decorator that sets ``_fields_`` to the fields of C ``struct name`` in
+    ``c/file``.
 
     ``types``: ctypes of fields that are structs, and of pointers other than ``c_void_p``.
     """
@@ -38,12 +39,13 @@ def c_struct(file: str, name: str, **types: Any) -> Callable[[type[Fields]], typ
 
 @cache
 def _source(file: str) -> str:
-    """Return a file without comments, with single spaces between words."""
+    """Return the text of a C file without comments, with single spaces between words."""
     return " ".join(re.sub(r"//.*", "", (SOURCES / file).read_text()).split())
 
 
 def _fields_of(source: str, name: str, types: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield names and types of a struct's fields. Raises ``LookupError`` for unknown ones."""
+    """Yield name and ctype of each field of a C struct. Raises ``LookupError`` if a type is
+    unknown."""
     body = re.search(rf"struct {name} {{ ([^}}]*)}};", source)
     if body is None:
         raise LookupError(f"there is no struct {name}")
@@ -62,7 +64,7 @@ def _fields_of(source: str, name: str, types: dict[str, Any]) -> Iterator[tuple[
 
 
 def _constant(source: str, name: str) -> int:
-    """Return the value of a number or of an enum constant."""
+    """Return the value of a C array size: a number, or the name of an enum constant."""
     if name.isdigit():
         return int(name)
     found = re.search(rf"\b{name} = (\d+)", source)

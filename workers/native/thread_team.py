@@ -1,4 +1,4 @@
-"""Thread team for the kernels of one worker."""
+"""Team of threads that run the compiled CPU kernels of one worker."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ _ERRORS = (
     "a row names an expert slot that is missing or empty",
     "a row has no input, or its token has no embedding",
 )
-"""Error texts by ``enum result``."""
+"""Error texts, in the order of the values of ``enum result`` in C."""
 
 
 def check(result: int) -> None:
-    """Raise ``IndexError`` or ``RuntimeError`` if ``result`` of a kernel is an error."""
+    """Raise ``IndexError`` or ``RuntimeError`` if a kernel's result is an error; 0 is success."""
     if result:
         raise (IndexError if result >= 3 else RuntimeError)(_ERRORS[result])
 
 
 class ThreadTeam:
-    """The calling thread and ``count`` - 1 other threads. One thread at a time may use it."""
+    """Threads that run CPU kernels: the calling thread and ``count`` - 1 others. One thread at a
+    time may use the team."""
 
     def __init__(self, library: Library, count: int) -> None:
-        """Start the threads. Raises ``RuntimeError`` if the system cannot create them."""
+        """Start ``count`` - 1 threads. Raises ``RuntimeError`` if the system cannot create them."""
         self.count = count
         self._start(library)
 
     def use(self, library: Library) -> None:
-        """Switch to another library. Call it on the thread that computes.
+        """Switch to another kernel library. Call it on the thread that computes.
 
         Packed weights stay valid: all libraries use the same layout. Raises ``RuntimeError`` if the
         system cannot create threads.
@@ -67,15 +68,16 @@ class ThreadTeam:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Kernels of a worker."""
+    """Compiled CPU kernels that a worker uses, if any."""
 
     team: ThreadTeam | None
-    """None if torch computes."""
+    """Threads that run the kernels; None if torch computes."""
     description: str
-    """Text for logs: the instruction set and why no better one is used, or why torch is used."""
+    """Text for logs: the instruction set and why no better one is used, or why torch computes."""
 
     def with_exception(self, exception: str) -> Kernels:
-        """Log an exception (a part that torch computes), and return kernels that describe it."""
+        """Log ``exception``, a part that torch computes instead, and return kernels that describe
+        it; ``""``: no change."""
         if self.team is None or not exception:
             return self
         logger.warning("kernels: %s", exception)
@@ -83,7 +85,10 @@ class Kernels:
 
 
 def start_kernels(num_threads: int, why_torch: str = "") -> Kernels:
-    """Start a team with the best kernels of this machine, unless ``why_torch`` has a reason."""
+    """Start a team with the best compiled kernels of this machine; no team if there are none.
+
+    ``why_torch``: a reason to use no kernels, for the description; ``""``: use them.
+    """
     found = LibraryChoice(None, why_torch) if why_torch else find_library()
     is_surprise = found.library is None and not why_torch
     logger.log(logging.WARNING if is_surprise else logging.INFO, "kernels: %s", found.description)

@@ -148,8 +148,9 @@ class HoldersSource:
         """Yield all matrices of an expert from a worker that holds it. If this worker fails,
         another one yields all matrices again.
 
-        Raises: NotHeldError: no usable worker holds the expert. ProtocolError: all workers that
-        hold the expert failed.
+        Raises:
+            NotHeldError: no usable worker holds the expert.
+            ProtocolError: all workers that hold the expert failed.
         """
         what = f"expert {expert} of bank {bank.bank} layer {bank.layer}"
         reason = ""
