@@ -1,4 +1,4 @@
-"""The gateway's only calls through Ray: to the controller's actor and to the other replicas."""
+"""The gateway's only calls through Ray: to the controller's actor and to other gateway replicas."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ logger = logging.getLogger(__name__)
 CONTROLLER_NAME = "expertmesh-controller"
 RAY_NAMESPACE = "expertmesh"
 REPLICA_LIMIT_S = 1.0
-"""Time limit in seconds for the replies of the other replicas."""
+"""Time limit in seconds for the replies of the other gateway replicas."""
 
 
 class RayController:
-    """``ControllerCalls`` through the handle of the controller's actor."""
+    """Calls the controller through the Ray handle of its actor; implements ``ControllerCalls``."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
     async def call(self, call: ControllerCall, *details: Any) -> Any:
-        """Call a method and return its result. Raises expertmesh errors without Ray's wrapper."""
+        """Call a method of the controller and return its result.
+
+        Raises the method's expertmesh errors without Ray's wrapper, and other errors as they are.
+        """
         try:
             return await getattr(self._handle, call).remote(*details)
         except RayTaskError as err:
@@ -45,7 +48,10 @@ async def find_controller() -> RayController:
 
 
 class RayServeReplicas:
-    """``ServeReplicas`` through a Serve handle. Must be made in a replica."""
+    """Calls all gateway replicas through a Ray Serve handle; implements ``ServeReplicas``.
+
+    Must be made in a Serve replica.
+    """
 
     def __init__(self, answers: ReplicaHandlers) -> None:
         self._answers = answers

@@ -1,8 +1,8 @@
-"""The part of the cluster's state that clients with a key may see. Pure.
+"""The part of the cluster's state that clients with an API key may see. Pure.
 
-Stats by expert and layer are omitted: with the counts of a single request's routes, another
-tenant could reconstruct its text (source: arXiv 2602.04105). Addresses, processes and paths of
-hosts are omitted, too.
+Stats by expert and layer are omitted: from the number of tokens that a single request sent to each
+expert, another tenant could reconstruct the request's text (source: arXiv 2602.04105). Addresses,
+processes and paths of hosts are omitted, too.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ _SAMPLE = (
     *("time", "seconds", "prompt", "output", "moved", "again", "ttft", "itl", "waiting", "kv"),
 )
 _PORTS = {"grpc": "grpc_port", "admin_http": "admin_port"}
-"""Maps the name of a gateway's address to the name of the field that replaces it by the port."""
+"""Maps each address field of a gateway to the field with only its port, which clients see."""
 _PREFIXES = ("expert_", "experts_", "dispatch_")
-"""Prefixes of metrics that reveal routes of tokens, as an expert worker holds few experts."""
+"""Name prefixes of metrics that reveal which experts tokens use, as a worker holds few experts."""
 _OPEN_METRICS = frozenset({"expert_worker_up", "expert_worker_slots", "dispatch_seconds"})
-"""Metrics with one of ``_PREFIXES`` that do not reveal routes."""
+"""Metrics that do not reveal which experts tokens use, although their names suggest it."""
 _LABELS = frozenset({"layer", "expert", "bank"})
 
 
 def client_status(status: Mapping[str, Any], opens_admin_ports: bool) -> dict[str, Any]:
-    """Return the status of a cluster for a client, with ``is_partial`` set.
+    """Return the part of a cluster's status that a client with an API key may see.
+
+    ``is_partial`` is True in the result.
 
     Args:
         status: the whole status.
-        opens_admin_ports: whether this key opens the admin ports, as there is no admin key.
+        opens_admin_ports: whether API keys open the admin ports, as there is no admin key.
     """
     ports = _PORTS if opens_admin_ports else {"grpc": "grpc_port"}
     model = {n: v for n, v in (status.get("model") or {}).items() if n != "path"}
@@ -52,7 +54,7 @@ def client_status(status: Mapping[str, Any], opens_admin_ports: bool) -> dict[st
 
 
 def client_workers(status: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the workers without hosts and processes, with only the stats of ``/metrics``."""
+    """Return the workers of a cluster status without hosts, processes and most stats."""
     return [
         {**_picked(worker, _WORKER), "stats": _picked(worker.get("stats") or {}, _STATS)}
         for worker in status.get("workers") or ()
@@ -60,12 +62,12 @@ def client_workers(status: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def client_samples(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return samples for the dashboard without hosts and the balance of experts."""
+    """Return dashboard samples without fields about hosts and the balance of experts."""
     return [_picked(sample, _SAMPLE) for sample in samples]
 
 
 def client_families(families: Iterable[PlainFamily]) -> Iterator[PlainFamily]:
-    """Yield metrics without series by expert or layer, and without addresses of nodes."""
+    """Yield metric families except families by expert or layer, and with empty ``node`` labels."""
     for family in families:
         name, samples = family["name"], family["samples"]
         follows_routes = name.startswith(_PREFIXES) and name not in _OPEN_METRICS
@@ -79,7 +81,7 @@ def client_families(families: Iterable[PlainFamily]) -> Iterator[PlainFamily]:
 
 
 def _gateway(found: Mapping[str, Any], ports: Mapping[str, str]) -> dict[str, Any]:
-    """Describe a gateway with ports in place of addresses."""
+    """Return the name and the ports of a gateway, without its addresses."""
     shown = {
         name: int(str(found[address]).rpartition(":")[2])
         for address, name in ports.items()

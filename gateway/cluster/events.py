@@ -1,4 +1,4 @@
-"""Changes of the cluster for the traces of requests: as events, or as linked traces. Pure."""
+"""Changes of the cluster that request traces show, as span events or as linked traces. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEPT = 256
 
 class Event(NamedTuple):
     when_s: float
-    """Time by ``time.monotonic``; for a change of the cluster, when the snapshot arrived here."""
+    """Time by ``time.monotonic``; for a change of the cluster, when its snapshot arrived."""
     name: str
     """Name of the event, from ``cluster.tracing.names``."""
     attributes: Mapping[str, str | int] | None = None
@@ -34,7 +34,7 @@ class TracedChange:
 
 
 class ClusterEvents:
-    """The latest events and changes, from the controller's snapshots."""
+    """Keeps the latest events and traced changes of the cluster, found in controller snapshots."""
 
     def __init__(self) -> None:
         self._events: deque[Event] = deque(maxlen=_KEPT)
@@ -55,7 +55,10 @@ class ClusterEvents:
         self._take_changes(snapshot.get("changes", ()), now_s)
 
     def _take_changes(self, told: Iterable[Mapping[str, Any]], now_s: float) -> None:
-        """Update the changes. One ends when its duration is known or its controller is replaced."""
+        """Update the traced changes from a snapshot.
+
+        A change ends when the snapshot has its duration, or no longer has the change.
+        """
         going_on = {
             span_id for span_id, change in self._changes.items() if change.ended_s == math.inf
         }
@@ -75,12 +78,15 @@ class ClusterEvents:
             del self._changes[next(iter(self._changes))]
 
     def epoch_at(self, when_s: float) -> int:
-        """Epoch of the placement that was active at ``when_s``, by the received snapshots."""
+        """Return the placement epoch that was active at the monotonic time ``when_s``.
+
+        The epoch is from the received snapshots; the oldest known epoch if ``when_s`` is earlier.
+        """
         known = (epoch for since_s, epoch in reversed(self._epochs) if since_s <= when_s)
         return next(known, self._epochs[0][1])
 
     def changes(self, began_s: float, ended_s: float) -> Iterator[TracedChange]:
-        """Traced changes that overlap this time span."""
+        """Return the traced changes that overlap the time from ``began_s`` to ``ended_s``."""
         return (
             change
             for change in self._changes.values()

@@ -10,21 +10,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 ReplicaCall = Literal["describe", "metrics", "summary", "samples", "abort", "adapters"]
-"""Kinds of calls to a replica. ``summary`` returns the result of ``describe`` with start time and
-totals; ``samples`` returns the samples of its ``SampleRing`` after a time; ``adapters`` returns
-the keys of the adapters that requests may name.
+"""Kinds of calls to a gateway replica. ``summary`` returns the result of ``describe`` with start
+time and totals; ``samples`` returns the dashboard samples after a time; ``adapters`` returns the
+keys of the adapters that requests may name.
 """
 
 
 class ServeReplicas(Protocol):
-    """Sends a call to all replicas."""
+    """Interface that sends a call to all gateway replicas."""
 
     async def call(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
-        """Return replies by replica, own reply first. Replies that arrive too late are omitted."""
+        """Return the replies by replica name, the own reply first. Late replies are omitted."""
 
 
 class ReplicaHandlers:
-    """Replies of one replica; also the ``ServeReplicas`` of a gateway with a single replica.
+    """Makes the replies of one gateway replica; replaces ``ServeReplicas`` if there is one replica.
 
     Args:
         name: name of the replica.
@@ -43,5 +43,5 @@ class ReplicaHandlers:
 
 
 def own_first(own: tuple[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Return replies by replica with ``own`` first. ``others`` may contain ``own``, too."""
+    """Return replies by replica name with ``own`` first. ``others`` may contain ``own``, too."""
     return {own[0]: own[1], **{name: found for name, found in others.items() if name != own[0]}}

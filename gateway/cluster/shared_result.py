@@ -30,7 +30,9 @@ class SharedResult(Generic[Result]):
         self._pending: asyncio.Future[Result] | None = None
 
     async def get(self) -> Result:
-        """Return the result. Raises the exceptions of ``make``, which are not cached."""
+        """Return the fresh or pending result, or call ``make``. Raises the exceptions of ``make``,
+        which are not cached.
+        """
         now_s, pending = self._clock(), self._pending
         if pending is None or (pending.done() and not self._is_fresh(pending, now_s)):
             pending = self._pending = asyncio.ensure_future(self._make())

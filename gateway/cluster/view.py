@@ -1,6 +1,6 @@
 """The gateway's view of the cluster: the controller's latest snapshot, updated by long-polling.
 
-Independent of Ray: ``gateway.cluster.client`` implements ``ControllerCalls`` with the actor.
+Independent of Ray: ``gateway.cluster.client`` implements ``ControllerCalls`` with Ray.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from cluster.core.topology import runs_attention
 logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 10.0
-"""Longest time in seconds that the controller holds one long-poll."""
+"""Longest time in seconds for which the controller holds one long-poll of a gateway."""
 CALL_TIMEOUT_S = 2.0
-"""Time limit in seconds for a fresh snapshot. After it, the last known snapshot is used."""
+"""Default time limit in seconds for a call to the controller."""
 _REPORTS_S = (1.0, 2.0, 5.0, 20.0, 60.0)
-"""Waiting times in seconds before each report of stream pauses after a new generation."""
+"""Waiting times in seconds before the successive reports of stream pauses of a new generation."""
 _LEAVE_LIMIT_S = 0.5
 _RETRY_S = 0.2
 
@@ -54,21 +54,22 @@ class ControllerCalls(Protocol):
     """Calls the controller on behalf of a gateway."""
 
     async def call(self, call: ControllerCall, *details: Any) -> Any:
-        """Call a method and return its plain data. Raises its errors (``ConflictError``,
-        ``UnknownNameError`` and others), or any error if the controller cannot be reached."""
+        """Call a method of the controller and return its plain data. Raises the method's errors
+        (``ConflictError``, ``UnknownNameError`` and others), or any error if the controller cannot
+        be reached."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionEndpoint:
-    """Address of one attention worker, and its state."""
+    """Address and state of one attention worker."""
 
     name: str
     address: str
-    """``host:port`` of its engine stream."""
+    """``host:port`` of the worker's engine stream."""
     pid: int
-    """Process id. An endpoint with another pid is another worker."""
+    """Process id of the worker. An endpoint with another pid is another worker."""
     engine: str = ""
-    """Index among the attention workers, the ``engine`` label of metrics."""
+    """Rank among the attention workers, as text for the ``engine`` label of metrics."""
     is_leaving: bool = field(default=False, compare=False)
     """Whether the worker is being drained; its requests then move to other workers."""
     lacks: frozenset[str] = field(default=frozenset(), compare=False)
@@ -79,14 +80,16 @@ class AttentionEndpoint:
 
 @dataclass(slots=True)
 class SnapshotFollower:
-    """Keeps ``snapshot`` up to date with the controller.
+    """Keeps ``snapshot``, the state of the cluster, up to date by long-polling the controller.
 
     Args:
-        find: finds the controller. Called again after each loss; raises if there is none.
-        name: name of this gateway, with which the controller records when it stops polling.
-            Empty: the controller does not record it.
+        find: finds the controller; raises if there is none. Called again after each lost
+            connection.
+        name: name of this gateway, with which the controller records when the gateway stops
+            polling. Empty: the controller does not record this.
         release: release of this gateway. Snapshots of a controller of another release are rejected.
-        host: host of this gateway. Each poll sends it with its nearly full disks, ``low_disks``.
+        host: host of this gateway. Each poll sends the host and its nearly full disks,
+            ``low_disks``.
     """
 
     find: Callable[[], Awaitable[ControllerCalls]]
@@ -95,12 +98,12 @@ class SnapshotFollower:
     host: str = ""
     low_disks: Callable[[], tuple[LowDisk, ...]] = tuple
     adapters: Callable[[], tuple[str, ...]] = tuple
-    """Returns the keys of the adapters that requests here use. Set it before ``start``."""
+    """Returns the keys of the adapters that this gateway's requests use. Set before ``start``."""
     snapshot: Snapshot | None = None
-    """The latest known state; None before the first snapshot."""
+    """The latest known state of the cluster; None before the first snapshot."""
     known_load: Mapping[str, Any] | None = None
     refusal: str = ""
-    """Reason why the latest snapshot was rejected; empty if it was not."""
+    """Reason why the latest snapshot was rejected; empty if it was accepted."""
     _controller: ControllerCalls | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
@@ -109,7 +112,7 @@ class SnapshotFollower:
     _listeners: list[Callable[[Snapshot], None]] = field(default_factory=list)
 
     def listen(self, listener: Callable[[Snapshot], None]) -> None:
-        """Call ``listener`` with every new snapshot, on the event loop."""
+        """Register ``listener``, which is called with every new snapshot on the event loop."""
         self._listeners.append(listener)
 
     def start(self) -> None:
@@ -121,13 +124,13 @@ class SnapshotFollower:
                 task.cancel()
 
     async def leave(self) -> None:
-        """Stop polling, and notify the controller."""
+        """Stop polling the controller, and notify it that this gateway leaves."""
         self.stop()
         with contextlib.suppress(ExpertMeshError):
             await self.call("gateway_leaves", self.name, limit_s=_LEAVE_LIMIT_S)
 
     async def report_pauses(self, take: Callable[[], tuple[int, float] | None]) -> None:
-        """Report pauses of engine streams to the controller, after the streams have resumed.
+        """Report pauses of client streams after a new generation to the controller, a few times.
 
         ``take`` returns a generation and its pause in seconds, or None without a new pause.
         """
@@ -138,17 +141,19 @@ class SnapshotFollower:
                     await self.call("streams_paused", *pause)
 
     async def wait_change(self, timeout_s: float) -> None:
-        """Wait for the next new snapshot, at most ``timeout_s``."""
+        """Wait for the next new snapshot, at most ``timeout_s`` seconds."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     async def fresh(self) -> Snapshot | None:
-        """Return the current state, or the last known state if the controller does not respond."""
+        """Return the current state of the cluster, or the last known state if the controller does
+        not respond; None if no state is known.
+        """
         self._accept_fresh(await self._call_or_log("snapshot", True))
         return self.snapshot
 
     async def refresh(self) -> None:
-        """Update ``snapshot`` and ``known_load``, unless the controller does not respond.
+        """Update ``snapshot`` and ``known_load``; no effect if the controller does not respond.
 
         One call to the controller, which collects the stats of all workers, returns both.
         """
@@ -166,7 +171,11 @@ class SnapshotFollower:
     async def call(
         self, call: ControllerCall, *details: Any, limit_s: float = CALL_TIMEOUT_S
     ) -> Any:
-        """Call the controller. Raises its errors, and ``NotReadyError`` if it does not respond."""
+        """Call a method of the controller and return its result.
+
+        Raises the method's errors, and ``NotReadyError`` if the controller does not respond within
+        ``limit_s`` seconds.
+        """
         if self._controller is None or self.refusal:
             reason = self.refusal or "the controller does not answer"
             raise NotReadyError(reason, "not_ready", 2.0)
@@ -185,7 +194,7 @@ class SnapshotFollower:
             return None
 
     def _log_level(self) -> int:
-        """Log level of a failed call; low while no controller is expected."""
+        """Log level of a failed call to the controller; DEBUG while no controller is known."""
         return logging.DEBUG if self._controller is None else logging.WARNING
 
     async def _follow(self) -> None:
@@ -208,8 +217,8 @@ class SnapshotFollower:
                 await asyncio.sleep(_RETRY_S)
 
     async def _find(self) -> ControllerCalls:
-        """Find the controller. At most one search runs, as Ray may block its thread for minutes.
-        Raises ``TimeoutError``."""
+        """Find the controller. At most one search runs, as Ray may block the search's thread for
+        minutes. Raises ``TimeoutError`` if the search takes longer than ``CALL_TIMEOUT_S``."""
         if self._search is None:
             self._search = asyncio.ensure_future(self.find())
         done, _ = await asyncio.wait({self._search}, timeout=CALL_TIMEOUT_S)
@@ -219,7 +228,7 @@ class SnapshotFollower:
         return search.result()
 
     def _check_release(self, snapshot: Snapshot) -> None:
-        """Raise ``NotReadyError`` for a controller of another release, and log it once."""
+        """Raise ``NotReadyError`` if a snapshot is of another expertmesh release; log this once."""
         theirs, me = str(snapshot.get("release", "")), self.name or "the gateway"
         try:
             check_release(theirs, "the controller", self.release, me)
@@ -247,13 +256,13 @@ class SnapshotFollower:
 
 
 def live_workers(snapshot: Snapshot) -> frozenset[str]:
-    """Workers that are not lost, including drained and draining ones."""
+    """Return the names of workers that are not lost, including drained and draining workers."""
     workers = snapshot.get("workers", ())
     return frozenset(worker["name"] for worker in workers if worker["state"] != "LOST")
 
 
 def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
-    """Workers of the current generation that run attention, even if they are being drained."""
+    """Return the running attention workers of a snapshot, including workers being drained."""
     return [
         AttentionEndpoint(
             name=worker["name"],

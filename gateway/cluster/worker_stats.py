@@ -9,11 +9,11 @@ from gateway.cluster.view import Snapshot, SnapshotFollower
 
 
 class WorkerStats:
-    """Fetches the stats of the workers, and shares them among callers.
+    """Fetches the stats of all workers from the controller, and shares them among callers.
 
     Args:
         cluster: calls the controller.
-        age_s: seconds for which callers share one result. This hides the effect of single steps
+        age_s: seconds for which callers share one result. Sharing hides the effect of single steps
             and limits the cost of many callers. 0: each call collects new stats.
     """
 
@@ -26,22 +26,30 @@ class WorkerStats:
         self._placement = SharedResult(lambda: cluster.call("placement"), age_s)
 
     async def snapshot(self) -> Snapshot | None:
-        """Return the current state, or the last known state if the controller does not respond."""
+        """Return the state of the cluster with stats that are at most ``age_s`` seconds old, or the
+        last known state if the controller does not respond; None if no state is known.
+        """
         if not self.age_s:
             return await self._cluster.fresh()
         await self._snapshot.get()
         return self._cluster.snapshot  # may be newer than the stats
 
     async def refresh(self) -> None:
-        """Update the snapshot and the known load, unless the controller does not respond."""
+        """Update the follower's ``snapshot`` and ``known_load`` if older than ``age_s`` seconds."""
         await (self._refresh.get() if self.age_s else self._cluster.refresh())
 
     async def load(self) -> Any:
-        """Return the number of tokens by expert and by copy. Raises ``NotReadyError``."""
+        """Return the number of tokens that each expert and each of its copies has computed.
+
+        Raises ``NotReadyError`` if the controller does not respond.
+        """
         return await (self._load.get() if self.age_s else self._cluster.call("load"))
 
     async def placement(self) -> Any:
-        """Return the map of expert copies to workers. Raises ``NotReadyError``."""
+        """Return the map of expert copies to workers.
+
+        Raises ``NotReadyError`` if the controller does not respond.
+        """
         if self.age_s:
             return await self._placement.get()
         return await self._cluster.call("placement")

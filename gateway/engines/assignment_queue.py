@@ -1,4 +1,4 @@
-"""Queue of requests that wait for a worker."""
+"""Queue of requests that the gateway has not yet sent to an attention worker."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from gateway.engines.worker_registry import WorkerRegistry
 logger = logging.getLogger(__name__)
 
 _REFUSED_RETRY_S = 0.1
-"""Seconds until a request may return to the worker that handed it back."""
+"""Delay in seconds before a request may return to the worker that handed it back unfinished."""
 
 
 class AssignmentQueue:
-    """Sends each request to a worker as soon as one can take it. Event loop only.
+    """Sends each request to an attention worker as soon as a worker can take the request.
+
+    All methods run on the event loop.
 
     Args:
         workers: the connected workers.
         router: chooses the worker of a request.
         disconnects: tracks workers that may be alive although their connection was lost.
-        on_resubmit: called when a request continues at another worker.
+        on_resubmit: called with each request that is sent to a worker again.
     """
 
     def __init__(
@@ -44,18 +46,18 @@ class AssignmentQueue:
         self._disconnects = disconnects
         self._on_resubmit = on_resubmit
         self.waiting: list[Submission] = []
-        """Requests without a worker."""
+        """Requests that wait for a worker."""
         self._is_scheduled = False
 
     def add(self, entry: Submission) -> None:
-        """Assign a new request, together with all that arrive in this event loop iteration."""
+        """Queue a new request. Requests of the same event loop iteration are assigned together."""
         self.waiting.append(entry)
         if not self._is_scheduled:
             self._is_scheduled = True
             self.schedule()
 
     def schedule(self, delay_s: float = 0.0) -> None:
-        """Assign the waiting requests after ``delay_s``."""
+        """Assign the waiting requests on the event loop after ``delay_s`` seconds."""
         loop = asyncio.get_running_loop()
         if delay_s:
             loop.call_later(delay_s, self.assign_waiting)
@@ -68,15 +70,15 @@ class AssignmentQueue:
         self.assign_waiting()
 
     def requeue(self, entry: Submission) -> None:
-        """Assign a request that its worker has handed back."""
+        """Assign a request again that its worker has handed back unfinished."""
         entry.replay_cause = ReplayCause.HANDED_BACK
         self.waiting.append(entry)
         has_other = entry.num_returns == 1 and len(self._workers.ready) > 1
         self.schedule(0.0 if has_other else _REFUSED_RETRY_S)
 
     def move(self, entry: Submission, target: EngineClient | None, num_new: int) -> None:
-        """Move a request from its worker to ``target``, or to any worker if ``target`` is None. The
-        new worker must compute the last ``num_new`` tokens.
+        """Move a request from its worker to ``target``, or to any worker if ``target`` is None or
+        is being drained. ``target`` must compute the last ``num_new`` tokens of the request.
         """
         source = entry.stream
         assert isinstance(source, EngineClient), "a request can move only from a worker"
@@ -90,7 +92,7 @@ class AssignmentQueue:
             self._submit(entry, target, time.monotonic())
 
     def assign_waiting(self) -> None:
-        """Send all waiting requests that a worker can take now, cheapest first."""
+        """Send all waiting requests that a worker can take now, fewest tokens to compute first."""
         self._is_scheduled = False
         waiting, self.waiting = self.waiting, []
         now_s, ready = time.monotonic(), self._workers.ready
@@ -126,7 +128,7 @@ class AssignmentQueue:
 
     @contextlib.contextmanager
     def _isolate(self, entry: Submission) -> Iterator[None]:
-        """On an error, fail only ``entry``, so that the other requests are still assigned."""
+        """Context manager that fails only ``entry`` on an error, so that other requests proceed."""
         try:
             yield
         except Exception as err:

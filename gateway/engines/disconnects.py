@@ -1,4 +1,4 @@
-"""Requests of lost connections, after which it is not known at once whether the worker died."""
+"""Handles requests of lost connections, before it is known whether the worker is alive or dead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.engines.submission import Submission
 logger = logging.getLogger(__name__)
 
 _RESOLVE_LIMIT_S = 10.0
-"""Longest time in seconds that a request waits until a worker is known to be alive or dead."""
+"""Longest time in seconds for which a request waits until a worker is known to be alive or dead."""
 
 
 class DisconnectResolver:
@@ -22,10 +22,10 @@ class DisconnectResolver:
 
     def __init__(self) -> None:
         self.suspects: list[tuple[Submission, str]] = []
-        """Requests that may have killed their last worker, each with the reason. Once the worker is
-        known to be dead they fail; if only the connection was lost, they continue."""
+        """Requests that may have killed their last worker, each with the error text. They fail once
+        the worker is known to be dead, and continue if only the connection was lost."""
         self._unresolved: dict[str, float] = {}
-        """By worker that may be alive: the monotonic time at which its connection was lost."""
+        """Monotonic time of the loss of the connection, for each worker that may be alive."""
         self._is_stopping = False
 
     def stop(self) -> None:
@@ -37,13 +37,19 @@ class DisconnectResolver:
         self._unresolved.setdefault(worker, time.monotonic())
 
     def unresolved(self, now_s: float) -> list[str]:
-        """Workers that may be alive and whose requests still wait for the result."""
+        """Return the workers with a lost connection that are not yet known to be alive or dead.
+
+        Workers whose connection was lost more than ``_RESOLVE_LIMIT_S`` ago are omitted.
+        """
         return [w for w, at_s in self._unresolved.items() if now_s - at_s < _RESOLVE_LIMIT_S]
 
     def handle_lost_stream(
         self, worker: str, lost: Iterable[Submission], end: StreamEnd
     ) -> list[Submission]:
-        """Handle the requests of a stream that ended; return the requests that continue."""
+        """Decide about the requests of an ended stream; return the requests to assign again.
+
+        A request that may have killed the worker becomes a suspect. During shutdown, all fail.
+        """
         lost, continuing = list(lost), []
         has_suspect = any(entry.may_kill_on_receipt for entry in lost)
         for entry in lost:
@@ -62,9 +68,9 @@ class DisconnectResolver:
         return continuing
 
     def resolve(self, worker: str, has_died: bool) -> list[Submission]:
-        """Resolve a lost connection: the worker is now known to be alive or dead.
+        """Decide about the suspects of a worker that is now known to be alive or dead.
 
-        Returns the suspects that continue because the worker is alive.
+        If the worker is alive, its suspects are returned and continue. If it is dead, they fail.
         """
         self._unresolved.pop(worker, None)
         suspects, self.suspects, continuing = self.suspects, [], []

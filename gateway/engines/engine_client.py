@@ -29,11 +29,11 @@ from workers.requests.wire import Abort, EngineHello, FromEngine, KvPressure, Pa
 logger = logging.getLogger(__name__)
 
 _SHORT_OF_KV = 0.125
-"""Fraction of free KV blocks below which the blocks, not the seats, limit the running requests."""
+"""Fraction of free KV blocks below which the blocks, not the seats, limit a worker's requests."""
 
 
 class EngineClient:
-    """Client of one worker: sends it requests, and tracks the load that they cause there.
+    """Client of one attention worker: sends requests to the worker, and tracks their load.
 
     Args:
         stream: the stream to the worker.
@@ -45,27 +45,31 @@ class EngineClient:
         self.node = stream.endpoint.node
         self.stream = stream
         self.load = WorkerLoad(name=self.worker)
-        """Work of this gateway at the worker; ``outstanding_tokens`` is not maintained here."""
+        """Load of this gateway's requests at the worker. ``RequestRouter`` sets the field
+        ``outstanding_tokens``."""
         self._events = events
         self._submissions: dict[str, Submission] = {}
 
     @property
     def hello(self) -> EngineHello | None:
-        """The worker's hello; None before it arrives and after the end of the stream."""
+        """Facts about the worker from the handshake; None before it and after the stream's end."""
         return self.stream.hello
 
     @property
     def outstanding_tokens(self) -> int:
-        """Number of tokens that this worker's requests may still need."""
+        """Number of tokens that this gateway's requests at the worker may still need."""
         return sum(entry.outstanding_tokens for entry in self._submissions.values())
 
     @property
     def submissions(self) -> list[Submission]:
-        """All requests of this worker."""
+        """Unfinished requests of this gateway at the worker."""
         return list(self._submissions.values())
 
     async def run(self) -> StreamEnd:
-        """Handle the worker's messages until the stream ends; cancel it to end the stream."""
+        """Handle the worker's messages until the stream ends; return the reason of the end.
+
+        Cancelling this call ends the stream.
+        """
         return await self.stream.run(self._receive)
 
     async def _receive(self, message: FromEngine) -> None:
@@ -87,7 +91,10 @@ class EngineClient:
         self._release(entry)
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        """End a request, or some of its choices, without waiting. Unknown ids are ignored."""
+        """Abort a request, or some of its choices, without waiting for the worker.
+
+        Empty ``choices`` means all choices. Unknown ids are ignored.
+        """
         entry = self._submissions.get(request_id)
         if entry is None:
             return
@@ -107,7 +114,7 @@ class EngineClient:
         return min(load.num_decoding, max_num_seqs) if is_short else max_num_seqs
 
     def take_submissions(self) -> list[Submission]:
-        """Remove and return the unfinished requests."""
+        """Remove and return the unfinished requests of this worker."""
         taken = self.submissions
         for entry in taken:
             self._release(entry)
@@ -139,7 +146,7 @@ class EngineClient:
         self._report(RequestChange.RELEASED, entry)
 
     def take(self, message: FromEngine) -> None:
-        """Apply a message of the worker."""
+        """Handle one message of the worker."""
         match message:
             case StepOutput():
                 self._deliver_step(message)
@@ -160,9 +167,10 @@ class EngineClient:
                 self._events.put(MessageReceived(self, message))
 
     def _note_solo_step(self, solo_step: SoloStep) -> None:
-        """Record a stage of a request's solo step, and acknowledge it.
+        """Record a stage of a solo step (with rows of only one request), and acknowledge the stage.
 
-        If the worker dies between ``CERTAIN`` and ``OVER``, the request counts as the cause.
+        If the worker dies between the stages ``CERTAIN`` and ``OVER``, the request counts as the
+        cause.
         """
         entry = self._submissions.get(solo_step.request_id)
         is_here = entry is not None and entry.attempt == solo_step.attempt
@@ -183,7 +191,7 @@ class EngineClient:
             self._report(RequestChange.QUEUED_ALONE, entry)
 
     def _deliver_step(self, step: StepOutput) -> None:
-        """Pass the outputs of a step to their sinks, first tokens of requests before all others."""
+        """Pass the outputs of a step to their sinks, first tokens of choices before the others."""
         now_s = time.monotonic()
         entries = []
         for output in sorted(step.outputs, key=lambda output: output.index > 0):
@@ -194,7 +202,7 @@ class EngineClient:
             self._events.put(TokensReceived(entries, now_s))
 
     def _deliver_output(self, entry: Submission, output: TokenOutput) -> bool:
-        """Deliver the new tokens of an output; return whether there are any."""
+        """Deliver the new tokens of an output; return whether the output has new tokens."""
         if output.attempt != entry.attempt or output.choice not in entry.open_choices:
             return False  # from an older attempt, or for an ended choice
         repeated = len(entry.outputs[output.choice]) - output.index

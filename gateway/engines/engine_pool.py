@@ -1,8 +1,8 @@
-"""All engine streams of this replica: one to each attention worker of the current generation.
+"""All engine streams of a gateway replica: one to each attention worker of the current generation.
 
 If a stream ends, its requests continue at another worker, with their output so far. If a worker is
 drained, its requests move to other workers with their KV blocks (``moves``). If no worker is
-connected, requests wait here until their ``RunningCall`` ends them at their deadline.
+connected, requests wait in this process until their ``RunningCall`` ends them at their deadline.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _RETRY_S = 0.2
 
 
 class EnginePool:
-    """Keeps one stream to each worker, and assigns requests to the workers.
+    """Keeps one gRPC stream to each attention worker, and assigns requests to the workers.
 
     Args:
         token: the cluster token.
-        gateway: name of this replica.
-        policy: routing policy.
-        silence_limit_s: see ``EngineStream``.
-        ping_s: see ``EngineStream``.
+        gateway: name of this gateway replica.
+        policy: routing policy, which chooses the worker of a request.
+        silence_limit_s: seconds without a message from a worker after which its stream ends.
+        ping_s: interval in seconds between two pings to a worker.
         connect: makes the stream to a worker; None makes gRPC streams.
     """
 
@@ -79,34 +79,34 @@ class EnginePool:
         """The connected workers and the requests that each can run."""
         self._router = RequestRouter(self.workers, policy)
         self.disconnects = DisconnectResolver()
-        """Resolves the requests of lost connections."""
+        """Decides which requests of lost connections continue and which fail."""
         self.on_resubmit: Callable[[Submission], None] = lambda entry: None
-        """Called when a request continues at another worker."""
+        """Callback for a request that is sent to a worker again with its output so far."""
         self.assignments = AssignmentQueue(
             self.workers, self._router, self.disconnects, lambda entry: self.on_resubmit(entry)
         )
-        """Requests without a worker."""
+        """Queue of the requests that wait for a worker."""
         self._copies = SessionCopier(self.workers, self.kv)
         self.pauses = PauseTracker()
-        """Measures pauses of client streams at changes of the generation."""
+        """Measures gaps between the tokens of client streams when the generation changes."""
         self.moves = RequestMover(self.workers, self._router, self.assignments)
-        """Moves decoding requests to other workers."""
+        """Moves decoding requests with their KV blocks to other workers."""
 
     @property
     def clients(self) -> list[EngineClient]:
-        """Clients of connected workers that accept requests, sorted by worker name."""
+        """Clients of the connected workers that accept requests, sorted by worker name."""
         return self.workers.ready
 
     @property
     def kv(self) -> KvIndex:
-        """Index of the KV blocks of all workers."""
+        """Index of the KV blocks that each worker has cached."""
         return self._router.kv
 
     def update(self, endpoints: Sequence[AttentionEndpoint], living: Collection[str] = ()) -> None:
         """Open streams to new workers, and end the streams of workers not in ``endpoints``.
 
-        Workers in ``living`` did not die, although their streams end. Requests of workers that are
-        leaving move to other workers.
+        Workers whose names are in ``living`` count as alive although their streams end. Requests of
+        workers that are being drained move to other workers.
         """
         workers = self.workers
         before, known = workers.leaving, workers.lacking
@@ -138,11 +138,11 @@ class EnginePool:
         deadline_s: float,
         hashes: Sequence[BlockHash] = (),
     ) -> Submission | None:
-        """Assign a request to a worker; return None if no stream is open.
+        """Queue a request for a worker; return None if no connected worker accepts requests.
 
-        ``hashes`` are the hashes of the request's KV blocks, if known. ``deadline_s`` is by
-        ``time.monotonic``. Requests that arrive together are routed together, the request with
-        the fewest tokens to compute first.
+        ``hashes`` are the hashes of the KV blocks of the request's prompt; empty if unknown.
+        ``deadline_s`` is by ``time.monotonic``. Requests that arrive together are routed
+        together, the request with the fewest tokens to compute first.
         """
         if not self.clients:
             return None
@@ -153,19 +153,19 @@ class EnginePool:
         return entry
 
     async def wait_change(self, timeout_s: float) -> None:
-        """Wait until a stream opens or ends, at most ``timeout_s``."""
+        """Wait until a stream to a worker opens or ends, at most ``timeout_s`` seconds."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     async def stop(self) -> None:
-        """End all streams; their requests fail."""
+        """End all streams and fail their requests."""
         self.disconnects.stop()
         connectors = list(self._connectors.values())
         self.update([])
         await asyncio.gather(*connectors, return_exceptions=True)
 
     async def _keep_connected(self, endpoint: AttentionEndpoint) -> None:
-        """Keep a stream to a worker open: reconnect whenever it ends, until cancelled."""
+        """Keep a stream to a worker open until cancelled: reconnect after each of its ends."""
         clients = self.workers.clients
         while True:
             client = clients[endpoint.name] = EngineClient(self._connect(endpoint), self._events)
@@ -192,7 +192,7 @@ class EnginePool:
         self._changed = asyncio.Event()
 
     def _handle_lost_stream(self, client: EngineClient, end: StreamEnd) -> None:
-        """Assign the requests of an ended stream to other workers."""
+        """Assign the requests of an ended stream to other workers, or fail them."""
         self.kv.drop(client.worker)
         self.moves.end(client.worker)
         lost = client.take_submissions()
@@ -200,7 +200,7 @@ class EnginePool:
         self._notify()
 
     def _resolve_disconnect(self, worker: str, has_died: bool) -> None:
-        """Resolve a lost connection: the worker is now known to be alive or dead."""
+        """Handle the requests of a lost connection once the worker is known to be alive or dead."""
         continuing = self.disconnects.resolve(worker, has_died)
         if not has_died:
             for entry in (*continuing, *self.assignments.waiting, *self.workers.submissions):

@@ -1,4 +1,4 @@
-"""The gRPC stream to one attention worker: handshake, messages, pings and end."""
+"""The gRPC stream from a gateway to one attention worker: handshake, messages, pings and end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from workers.requests.wire import (
 )
 
 PING_S = 1.0
-"""Interval in seconds between two pings."""
+"""Interval in seconds between two pings of a gateway to a worker."""
 SILENCE_LIMIT_S = 5.0
 """Seconds without a message or ping reply from a worker after which its stream is ended."""
 _CHANNEL_OPTIONS = (
@@ -46,12 +46,13 @@ _LIVE_END_CODES = frozenset(
         grpc.StatusCode.UNAUTHENTICATED,
     }
 )
-"""Status codes of a living worker that ends a stream, as it cannot serve or drops this gateway."""
+"""gRPC status codes with which a living worker ends a stream, as it cannot serve or drops this
+gateway."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamEnd:
-    """Why a stream ended."""
+    """Reason why a stream to a worker ended."""
 
     reason: str
     has_died: bool
@@ -59,15 +60,15 @@ class StreamEnd:
 
 
 class EngineStream:
-    """One gRPC stream to a worker, which ends when the worker is silent for too long.
+    """One gRPC stream to an attention worker, which ends if the worker is silent for too long.
 
     Args:
         endpoint: the worker.
         token: the cluster token.
-        gateway: name of this replica.
-        silence_limit_s: see ``SILENCE_LIMIT_S``.
-        ping_s: see ``PING_S``.
-        release: version of this replica. A worker of another version is refused.
+        gateway: name of this gateway replica.
+        silence_limit_s: seconds without a message from the worker after which the stream ends.
+        ping_s: interval in seconds between two pings.
+        release: expertmesh version of this replica. A worker of another version is refused.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class EngineStream:
     ) -> None:
         self.endpoint = endpoint
         self.hello: EngineHello | None = None
-        """The worker's hello; None before it arrives and after the end of the stream."""
+        """Facts about the worker from the handshake; None before it and after the stream's end."""
         self.connected = asyncio.Event()
-        """Set when the hello has arrived."""
+        """Event that is set when the handshake with the worker has succeeded."""
         self._handshake = GatewayHandshake(token, gateway, release)
         self._proof: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._silence_limit_s = silence_limit_s
@@ -94,11 +95,14 @@ class EngineStream:
         self._is_silent = False
 
     def send(self, message: ToEngine) -> None:
-        """Queue a message to the worker, without waiting."""
+        """Queue a message for the worker, without waiting."""
         self._outgoing.put_nowait(message)
 
     async def run(self, take: Callable[[FromEngine], Awaitable[None]]) -> StreamEnd:
-        """Pass each message to ``take`` until the stream ends. Cancelling it ends the stream."""
+        """Pass each message of the worker to ``take`` until the stream ends; return why it ended.
+
+        Cancelling this call ends the stream.
+        """
         end = await self._run(take)
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # gRPC loses it if the call ends now
@@ -144,11 +148,14 @@ class EngineStream:
             await take(FROM_ENGINE.decode(data))
 
     def take_challenge(self, challenge: bytes) -> None:
-        """Queue the proof of the token. Raises ``HandshakeError``."""
+        """Queue the proof that this gateway knows the cluster token, as the reply to a worker.
+
+        ``challenge`` is the worker's first message. Raises ``HandshakeError`` if it is invalid.
+        """
         self._proof.put_nowait(self._handshake.prove(challenge))
 
     async def messages(self) -> AsyncGenerator[bytes]:
-        """Yield the encoded messages to the worker."""
+        """Yield the encoded messages for the worker: the handshake, then the queued messages."""
         yield self._handshake.start()
         if (proof := await self._proof.get()) is not None:
             yield proof

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from workers.requests.block_hash import KvEvents
 
 _SKIP_BLOCKS = 16
-"""Number of blocks that a search skips if all workers with the first of them have the last."""
+"""Number of blocks that a search skips if all workers with the blocks before have the last one."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class _Worker:
 
 
 class KvIndex:
-    """The KV blocks of all workers, by the short hashes of ``block_hash``."""
+    """Index of the KV blocks that each worker has, by the short hash of a block."""
 
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}
@@ -39,9 +39,9 @@ class KvIndex:
         self._names: dict[int, str] = {}
 
     def apply(self, worker: str, events: KvEvents) -> bool:
-        """Apply a message; return False if earlier messages are missing.
+        """Apply a worker's message about its blocks; return False if earlier messages are missing.
 
-        The entries of the worker then remain until it sends its complete list of blocks.
+        In this case the known blocks of the worker remain until it sends its complete list.
         """
         known = self._workers.get(worker)
         if events.is_whole:
@@ -62,7 +62,7 @@ class KvIndex:
             self._hold(known, hashes)
 
     def end_expectation(self, worker: str, hashes: Sequence[bytes]) -> None:
-        """Undo ``expect`` when the worker has reported the blocks, or will not compute them."""
+        """Undo one ``expect`` call: the worker has reported the blocks or will not compute them."""
         if (known := self._workers.get(worker)) is None:
             return
         for name in hashes:
@@ -74,14 +74,16 @@ class KvIndex:
                 known.expected[name] -= 1
 
     def drop(self, worker: str) -> None:
-        """Remove a worker with its blocks."""
+        """Remove a worker and its blocks from the index."""
         if (known := self._workers.pop(worker, None)) is not None:
             self._all_bits &= ~known.bit
             for name in known.reported | known.expected.keys():
                 self._clear(name, known.bit)
 
     def matches(self, hashes: Sequence[bytes]) -> dict[str, int]:
-        """Return how many leading blocks of ``hashes`` each worker has, fewest first, without 0.
+        """Return for each worker the number of leading blocks of ``hashes`` that it has.
+
+        Workers with fewer blocks come first; workers without the first block are omitted.
 
         Example: a has blocks 1 to 3, b has block 1. Hashes of blocks 1, 2, 9 give b: 1, a: 2.
         """
@@ -110,7 +112,7 @@ class KvIndex:
         """Return the worker with the longest prefix that can be fetched, and its length in blocks.
 
         Only reported blocks count, not expected blocks. ``matches`` is the unchanged result of
-        ``matches(hashes)``. Returns ("", 0) if no worker has blocks.
+        ``matches(hashes)``. Returns ("", 0) if no worker has reported the first block.
 
         Example: a has reported 2 of 3 blocks and will compute the third; b has reported 1 block.
         The result is ("a", 2).
@@ -126,7 +128,7 @@ class KvIndex:
         return best, most
 
     def _note(self, workers: int, depth: int, found: dict[str, int]) -> None:
-        """Record ``depth`` for each worker of a bit set."""
+        """Set ``found`` to ``depth`` for each worker in the bit set ``workers``."""
         names = self._names
         while workers:
             bit = workers & -workers

@@ -7,12 +7,15 @@ from collections import deque
 MIN_GAP_S = 0.02
 """Shortest time in seconds between two tokens of a stream that counts as a gap."""
 MAX_SNAPSHOT_DELAY_S = 1.0
-"""Longest assumed delay of a snapshot in seconds. Gaps that ended this recently count, too."""
+"""Longest assumed delay in seconds between a change of the generation and its snapshot. Gaps that
+ended in this time before the snapshot arrives count, too."""
 _KEPT = 1024
 
 
 class PauseTracker:
-    """Finds the longest gap around the newest change of the generation. Times are monotonic."""
+    """Finds the longest gap between two tokens of a stream around the newest change of the
+    generation. Times are by ``time.monotonic``.
+    """
 
     def __init__(self) -> None:
         self._generation = 0
@@ -21,7 +24,10 @@ class PauseTracker:
         self._longest_s = self._reported_s = 0.0
 
     def change(self, generation: int, now_s: float) -> bool:
-        """Record the generation of a snapshot; return whether a pause to report may follow."""
+        """Record a snapshot's generation; return whether it is new, so that a pause may follow.
+
+        The first generation returns False.
+        """
         if generation <= self._generation:
             return False
         is_first = not self._generation
@@ -32,7 +38,7 @@ class PauseTracker:
         return not is_first
 
     def token(self, last_s: float, now_s: float) -> None:
-        """Record the times of two consecutive tokens of a stream."""
+        """Record the arrival times of two consecutive tokens of a client stream."""
         length = now_s - last_s
         if length < MIN_GAP_S:
             return
@@ -41,7 +47,9 @@ class PauseTracker:
             self._longest_s = max(self._longest_s, length)
 
     def take(self) -> tuple[int, float] | None:
-        """Return generation and longest pause; None unless the pause grew since the last call."""
+        """Return the newest generation and its longest pause in seconds; None if the pause has not
+        grown since the last call.
+        """
         if self._longest_s <= self._reported_s:
             return None
         self._reported_s = self._longest_s

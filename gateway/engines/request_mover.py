@@ -40,24 +40,26 @@ from workers.requests.wire import Pause, Paused, Prefetch, Prefetched
 logger = logging.getLogger(__name__)
 
 MAX_CONCURRENT_MOVES = 4
-"""Maximum number of concurrent moves from one worker. Each move adds rows to a step of its target,
-so that requests that arrive together delay each other."""
+"""Maximum number of concurrent moves from one worker. Each move adds rows to a step of its target
+worker, so that requests that arrive together delay each other."""
 MAX_REMAINING_TOKENS = 32
-"""Maximum number of tokens since the last ``Prefetch`` at which a move fetches its last block."""
+"""Maximum number of tokens generated since a move's last ``Prefetch`` message with which the move
+fetches only its last block. With more tokens, it fetches all new blocks again before."""
 MAX_ROUNDS = 4
-"""Maximum number of ``Prefetch`` messages of one move."""
+"""Maximum number of ``Prefetch`` messages of one move before the fetch of its last block."""
 _ANSWER_LIMIT_S = 5.0
-"""Longest wait for ``Prefetched`` in seconds."""
+"""Longest time in seconds for which a move waits for the target's reply ``Prefetched``."""
 _BLOCK_LIMIT_S = 2.0
-"""Longest wait for a full block in seconds."""
+"""Longest time in seconds for which a move waits until the request's newest KV block is full."""
 _PAUSE_LIMIT_S = 2.0
-"""Longest wait in seconds for ``Paused``, after which the request moves without it."""
+"""Longest time in seconds for which a move waits for the source's reply ``Paused``. After this time
+the request moves without the reply."""
 _RETRY_S = 0.2
-"""Retry interval in seconds while no other worker can run a request."""
+"""Retry interval in seconds while no other worker can run a request of a drained worker."""
 
 
 class _Stage(Enum):
-    """The event that a move waits for."""
+    """Stage of a request's move to another worker: the event that the move waits for."""
 
     BLOCKS = "the fetch of the full blocks"
     FULL_BLOCK = "the token that completes a block, which the current step computes"
@@ -67,26 +69,26 @@ class _Stage(Enum):
 
 @dataclass(slots=True, eq=False)
 class _Move:
-    """A running move of one request."""
+    """A running move of one request from a source worker to a target worker."""
 
     entry: Submission
     source: EngineClient
     target: EngineClient
     lengths: tuple[int, ...] = ()
-    """Output length of each choice at the last ``Prefetch``."""
+    """Output length of each choice in tokens when the last ``Prefetch`` message was sent."""
     num_rounds: int = 0
     stage: _Stage = _Stage.BLOCKS
     timer: asyncio.TimerHandle | None = None
 
     @property
     def num_new(self) -> int:
-        """Number of tokens since the last ``Prefetch``, which the target must compute."""
+        """Number of tokens since the last ``Prefetch`` message, which the target must compute."""
         entry = self.entry
         return sum(len(entry.outputs[c]) - self.lengths[c] for c in entry.open_choices)
 
 
 class RequestMover:
-    """All moves of a gateway. Event loop only.
+    """Moves decoding requests of a gateway between workers. All methods run on the event loop.
 
     Args:
         workers: the connected workers and the requests that each can run.
@@ -103,7 +105,7 @@ class RequestMover:
         self._waiting: dict[EngineClient, deque[Submission]] = {}
         """For each drained worker, its requests that have not begun to move."""
         self._moves: dict[str, _Move] = {}
-        """Running moves by request id."""
+        """Running moves of requests by request id."""
         self._retrying: set[EngineClient] = set()
         """Drained workers with requests that no other worker can run."""
 
@@ -115,14 +117,20 @@ class RequestMover:
         self._start_next(source)
 
     def on_kv_pressure(self, entry: Submission, source: EngineClient) -> None:
-        """Move a request of a worker that runs out of KV blocks, if none of its requests moves."""
+        """Move a request away from ``source``, which runs out of KV blocks.
+
+        No effect if another request of ``source`` moves or no other worker has enough free blocks.
+        """
         if not _can_move(entry) or source in self._waiting or self._num_moving(source):
             return
         if (target := self._router.pick_with_free_kv(entry, source)) is not None:
             self._begin_move(entry, source, target)
 
     def end(self, worker: str) -> None:
-        """End the moves of a worker that is no longer drained or is lost; restart those to it."""
+        """End all moves from a worker that is no longer drained or was lost.
+
+        Moves to this worker begin again with another target if their source is drained.
+        """
         for source in [s for s in self._waiting if s.worker == worker]:
             del self._waiting[source]
         for move in [m for m in self._moves.values() if m.source.worker == worker]:
@@ -131,8 +139,8 @@ class RequestMover:
             self._restart(move)
 
     def take(self, client: EngineClient, message: Prefetched | Paused) -> None:
-        """Advance a move: its target has fetched the blocks, or its source has paused the request
-        after delivering all its outputs.
+        """Advance a move after a message of ``client``: the target has fetched the blocks
+        (``Prefetched``), or the source has paused the request after its last output (``Paused``).
         """
         move = self._moves.get(message.request_id)
         if isinstance(message, Prefetched):
@@ -160,7 +168,7 @@ class RequestMover:
             self._pause(move)
 
     def note_token(self, entry: Submission) -> None:
-        """Check whether the token that is about to be delivered completes a block."""
+        """Schedule a check whether the request's new token completes the block of its move."""
         move = self._moves.get(entry.request.request_id)
         if move is not None and move.stage is _Stage.FULL_BLOCK:
             asyncio.get_running_loop().call_soon(self._look_for_block, move)
@@ -172,7 +180,7 @@ class RequestMover:
             self._start_next(move.source)
 
     def _start_next(self, source: EngineClient) -> None:
-        """Begin moves of a worker's requests, up to ``MAX_CONCURRENT_MOVES`` concurrent moves."""
+        """Begin moves of a drained worker's waiting requests, up to ``MAX_CONCURRENT_MOVES``."""
         waiting = self._waiting.get(source)
         staying: list[Submission] = []
         while waiting and self._num_moving(source) < MAX_CONCURRENT_MOVES:
@@ -211,7 +219,7 @@ class RequestMover:
         self._set_timer(move, _ANSWER_LIMIT_S, self._finish)
 
     def _look_for_block(self, move: _Move) -> None:
-        """Begin the fetch of the last block if the newest token completes it."""
+        """Begin the fetch of a move's last block if the newest token completes the block."""
         if move.stage is _Stage.FULL_BLOCK and not self._is_over(move):
             size, length = _block_size(move.target), _length(move.entry)
             if size and length % size == 0:
@@ -235,7 +243,7 @@ class RequestMover:
             move.source.stream.send(Pause(request_id=name, is_cancelled=True))
 
     def _restart(self, move: _Move) -> None:
-        """Cancel a move whose target was lost; begin another one if the source is drained."""
+        """Cancel a move whose target was lost; begin another move if the source is drained."""
         self._cancel(move)
         waiting = self._waiting.get(move.source)
         if waiting is not None:
@@ -243,7 +251,11 @@ class RequestMover:
             self._start_next(move.source)
 
     def _finish(self, move: _Move) -> None:
-        """Send the request to the target; if the target may lack its blocks, to any worker."""
+        """End a move: send the request to the target.
+
+        If the target may lack the request's blocks, any worker gets the request if the source is
+        drained; otherwise the request stays at the source.
+        """
         if self._is_over(move):
             return
         are_there = move.stage is not _Stage.BLOCKS and move.target.hello is not None
@@ -256,11 +268,11 @@ class RequestMover:
         self._start_next(move.source)
 
     def _must_leave(self, move: _Move) -> bool:
-        """Whether the source is drained. If not, the request stays there when the move fails."""
+        """Whether the source is drained. If not, a request whose move fails stays at the source."""
         return move.source in self._waiting
 
     def _is_over(self, move: _Move) -> bool:
-        """Whether the move was cancelled, the request has ended, or its worker was lost."""
+        """Whether the move was cancelled, or the request has ended or left its source worker."""
         if self._moves.get(move.entry.request.request_id) is not move:
             return True
         is_over = move.entry.stream is not move.source
@@ -283,21 +295,21 @@ class RequestMover:
 
 
 def _can_move(entry: Submission) -> bool:
-    """Whether a request has computed blocks and no prompt embeddings, which must be sent again."""
+    """Whether a request can move with its KV blocks: it has output and no prompt embeddings."""
     return any(entry.outputs) and entry.request.prompt_embeds is None
 
 
 def _are_idle(move: _Move) -> bool:
-    """Whether neither worker has another request of this gateway, hence no other steps."""
+    """Whether the two workers of a move have no other request of this gateway."""
     return len(move.source.submissions) + len(move.target.submissions) == 1
 
 
 def _length(entry: Submission) -> int:
-    """Number of tokens of the prompt and the shortest open choice."""
+    """Number of tokens of a request's prompt and of its shortest unfinished choice."""
     shortest = min((len(entry.outputs[c]) for c in entry.open_choices), default=0)
     return len(entry.request.prompt) + shortest
 
 
 def _block_size(client: EngineClient) -> int:
-    """Number of tokens per KV block; 0 without a prefix cache, or before the hello."""
+    """Number of tokens per KV block; 0 without a prefix cache, or before the handshake."""
     return client.hello.kv_block_size if client.hello is not None else 0

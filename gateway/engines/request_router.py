@@ -13,16 +13,16 @@ from gateway.engines.worker_registry import WorkerRegistry
 from workers.requests.block_hash import block_hashes
 
 FREE_KV_FACTOR = 4
-"""Free KV tokens that the target of a move needs, as a multiple of the request's tokens. Other
-requests may take blocks before the request arrives, and it must not soon move again."""
+"""Free KV tokens that the target of a move needs, as a multiple of the moving request's tokens.
+Other requests may take blocks before it arrives, and it must not soon move again."""
 
 
 class RequestRouter:
-    """Decides which worker runs a request.
+    """Chooses the attention worker that runs a request.
 
     Args:
         workers: the workers to choose from.
-        policy: routing policy.
+        policy: routing policy: by cached KV blocks and load, by load only, or round-robin.
     """
 
     def __init__(self, workers: WorkerRegistry, policy: RoutingPolicy) -> None:
@@ -30,11 +30,14 @@ class RequestRouter:
         self._policy = policy
         self._num_routed = 0
         self.kv = KvIndex()
-        """Index of the KV blocks of all workers."""
+        """Index of the KV blocks that each worker has cached."""
         self._affinity = SessionAffinity()
 
     def pick(self, entry: Submission, ready: Sequence[EngineClient]) -> EngineClient | None:
-        """Choose a worker that can run a request; its last worker only if there is no other."""
+        """Choose one of the ``ready`` workers for a request; return None if none can run it.
+
+        The last worker of the request is chosen only if no other worker can run the request.
+        """
         clients = {c.worker: c for c in ready if self._workers.can_run(entry, c)}
         if len(clients) > 1:
             clients.pop(entry.last_worker, None)
@@ -70,7 +73,10 @@ class RequestRouter:
         return max(others, key=lambda client: client.load.free_tokens, default=None)
 
     def num_missing(self, entry: Submission, ready: Sequence[EngineClient]) -> int:
-        """Number of the request's tokens that no worker has cached. Sets its block hashes."""
+        """Number of tokens of a request that the worker with its longest cached prefix lacks.
+
+        Without the ``kv`` policy, all tokens. Sets the block hashes of the request.
+        """
         tokens = entry.num_known_tokens
         if self._policy is not RoutingPolicy.KV or not ready:
             return tokens

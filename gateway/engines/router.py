@@ -12,48 +12,51 @@ from gateway.engines.kv_index import KvIndex
 
 class RoutingPolicy(Enum):
     KV = "kv"
-    """The worker that will have computed the prompt first, given the cached prefixes."""
+    """Pick the worker that will have computed the prompt first, given its cached prefixes."""
     LEAST_LOADED = "least-loaded"
-    """The worker with the fewest outstanding tokens."""
+    """Pick the worker whose requests may still need the fewest prompt and output tokens."""
     ROUND_ROBIN = "round-robin"
-    """The workers in turn."""
+    """Pick the workers in turn."""
 
 
 MISSING_WEIGHT = 1.25
 """Cost of computing a prompt token, relative to waiting for one. Above 1, as computing also delays
-all later requests and stores one more copy of the block in the caches. On the Mooncake trace
+all later requests and stores one more copy of the KV block in the caches. On the Mooncake trace
 (``benchmarks/simulated/routing.py``) the mean time to the first token is flat from 1 to 3; larger
 values make bursts with a common prefix wait longer.
 """
 DECODE_TOKENS = 64
-"""Delay that a decoding sequence adds to a prompt, in prompt tokens."""
+"""Delay that each decoding sequence of a worker adds to a new prompt there, in units of the time to
+compute one prompt token."""
 SESSION_TOKENS = 64
-"""Preference, in prompt tokens, for the worker that served the last request of a session. It caches
-more of the session than the full blocks of this prompt."""
+"""Preference, in prompt tokens, for the worker that served the last request of a session. This
+worker caches more of the session than the full blocks of the new prompt."""
 FETCH_TOKENS = 32
-"""Fixed cost of fetching blocks from a peer, in prompt tokens."""
+"""Fixed cost of fetching KV blocks from another worker, in units of the time to compute one prompt
+token."""
 
 
 @dataclass(kw_only=True, slots=True)
 class WorkerLoad:
-    """Work of this gateway at one worker."""
+    """Load that the requests of this gateway cause at one worker."""
 
     name: str
     outstanding_tokens: int = 0
-    """Number of prompt and output tokens that its requests may still need."""
+    """Number of tokens (prompt and output) that requests at the worker may still need."""
     queued_tokens: float = 0
-    """Number of prompt tokens that the worker has not computed yet."""
+    """Number of prompt tokens of this gateway's requests that the worker has not computed yet."""
     num_decoding: int = 0
-    """Number of decoding sequences."""
+    """Number of this gateway's sequences that decode at the worker."""
     fetch_cost: float = math.inf
-    """Time to fetch one token from a peer, in prompt tokens that are computed in that time."""
+    """Time to fetch the KV of one token from another worker, divided by the time to compute one
+    prompt token; infinite if the worker fetches none."""
     free_tokens: int = 0
     """Number of tokens that fit in the worker's free KV blocks, by its last message."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvPeer:
-    """Worker with the longest cached prefix of a prompt."""
+    """Worker with the longest cached prefix of a prompt, from which another worker can fetch it."""
 
     name: str
     tokens: int
@@ -62,13 +65,13 @@ class KvPeer:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Chosen worker of a request, with its cached tokens."""
+    """Worker chosen for a request, with the number of prompt tokens that it need not compute."""
 
     load: WorkerLoad
     cached_tokens: int = 0
     """Number of prompt tokens that the worker need not compute, including fetched tokens."""
     peer: str = ""
-    """Worker from which the chosen worker fetches tokens; empty if it fetches none."""
+    """Worker from which the chosen worker fetches KV blocks; empty if it fetches none."""
 
 
 def pick_worker(
@@ -126,7 +129,10 @@ def route_by_kv(
     block_size: int,
     session_worker: str = "",
 ) -> Route:
-    """Pick a worker by the ``kv`` policy; ``hashes``: short hashes of the prompt's full blocks."""
+    """Pick a request's worker by the ``kv`` policy, with the cached prefixes that ``index`` lists.
+
+    ``hashes`` are the short hashes of the prompt's full KV blocks of ``block_size`` tokens.
+    """
     matches = index.matches(hashes)
     cached = {worker: count * block_size for worker, count in matches.items()}
     peer = None
@@ -148,7 +154,10 @@ def _prefer_session(session_worker: str, loads: Sequence[WorkerLoad], costs: lis
 def _fetch_costs(
     loads: Sequence[WorkerLoad], waits: Sequence[float], missing: Sequence[int], rest: int
 ) -> list[float]:
-    """Cost by worker of fetching all except ``rest`` tokens; infinite if it lacks no more."""
+    """Return each worker's cost if it fetches all missing tokens except the last ``rest`` tokens.
+
+    The cost is infinite for a worker that lacks at most ``rest`` tokens.
+    """
     costs = []
     for load, wait, lacks in zip(loads, waits, missing, strict=True):
         took = FETCH_TOKENS + (lacks - rest) * load.fetch_cost

@@ -1,4 +1,4 @@
-"""Remembers the last worker of each session. Pure."""
+"""Remembers the attention worker of each session's last request. Pure."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ MAX_SESSIONS = 8192
 
 
 class SessionAffinity:
-    """The last worker by tenant and session."""
+    """Maps each session of a tenant to the worker of its last request."""
 
     def __init__(self) -> None:
         self._workers: dict[str, OrderedDict[str, str]] = {}
 
     def get(self, request: Request) -> str:
-        """Worker of the session's last request; empty without a session or for a new session."""
+        """Return the worker of the last request of ``request``'s session; empty without a session
+        or for a new session."""
         workers = self._workers.get(request.tenant)
         return "" if workers is None else workers.get(request.session, "")
 
     def put(self, request: Request, worker: str) -> None:
-        """Record the worker of a request."""
+        """Record the worker of a request as the last worker of its session."""
         if not request.session:
             return
         workers = self._workers.setdefault(request.tenant, OrderedDict())

@@ -28,27 +28,29 @@ from workers.requests.request import Request
 from workers.requests.wire import EngineHello, KeepCopy
 
 MIN_EARLY_COPY_BLOCKS = 64
-"""Number of missing prompt blocks from which they are copied before the request ends. Fewer blocks
-are soon computed again, and copying in two parts costs more."""
+"""Minimum number of prompt blocks missing at the second worker for which the gateway requests a
+copy before the request ends. Fewer blocks are soon computed again, and copying in two parts costs
+more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyTarget:
-    """A worker that can keep copies of a sequence."""
+    """A worker that can keep copies of the KV blocks of a sequence."""
 
     name: str
     is_on_other_host: bool
-    """Whether the worker is on another host than the worker that has the blocks."""
+    """Whether this worker is on another host than the worker that has computed the blocks."""
     num_known: int
-    """Number of leading blocks of the sequence that the worker has."""
+    """Number of leading KV blocks of the sequence that this worker has."""
 
 
 def pick_copy_target(keepers: Sequence[CopyTarget], num_prompt: int, key: str) -> CopyTarget | None:
-    """Pick the worker for copies of a sequence with ``num_prompt`` prompt blocks; None if none can.
+    """Pick the worker for copies of a sequence with ``num_prompt`` prompt blocks.
 
-    Workers on another host are preferred, then workers that have half of the prompt, since they
-    keep the earlier turns. Rendezvous hashing resolves ties: the keys of a lost worker spread over
-    the remaining workers, and all other keys keep their worker.
+    Returns None if ``keepers`` is empty. Workers on another host are preferred, then workers that
+    have half of the prompt, since they keep the earlier turns. Rendezvous hashing of ``key``
+    resolves ties: the keys of a lost worker spread over the remaining workers, and all other keys
+    keep their worker.
 
     Example: b has 0 of 8 blocks and c has 7, both on other hosts: c keeps the copies.
     """
@@ -61,11 +63,13 @@ def pick_copy_target(keepers: Sequence[CopyTarget], num_prompt: int, key: str) -
 
 
 class SessionCopier:
-    """Requests copies of the blocks of sessions. Event loop only.
+    """Requests copies of the KV blocks of sessions on a second worker, in case the first is lost.
+
+    All methods run on the event loop.
 
     Args:
         workers: the connected workers.
-        index: the KV blocks of all workers.
+        index: index of the KV blocks that each worker has.
     """
 
     def __init__(self, workers: WorkerRegistry, index: KvIndex) -> None:
@@ -73,12 +77,12 @@ class SessionCopier:
         self._index = index
 
     def note_prompt(self, entry: Submission, source: EngineClient) -> None:
-        """Copy the blocks of a long prompt that ``source`` has computed."""
+        """Request copies of the blocks of a long prompt that ``source`` has computed."""
         if entry.block_hashes:
             self._copy(entry, source, entry.block_hashes, at_least=MIN_EARLY_COPY_BLOCKS)
 
     def note_end(self, entry: Submission, source: EngineClient) -> None:
-        """Copy the blocks of a request that has ended at ``source``."""
+        """Request copies of the blocks of a request that has ended at ``source``."""
         if entry.block_hashes is not None and source.hello is not None:
             for hashes in _computed(entry, entry.block_hashes, source.hello):
                 self._copy(entry, source, hashes)
@@ -90,7 +94,7 @@ class SessionCopier:
         hashes: Sequence[BlockHash],
         at_least: int = 0,
     ) -> None:
-        """Request a copy if the chosen worker lacks ``at_least`` blocks."""
+        """Request a copy of blocks of ``source`` if the chosen worker lacks ``at_least`` blocks."""
         others = {
             c.worker: c for c in self._workers.ready if c is not source and _can_store_copies(c)
         }
@@ -129,7 +133,7 @@ def _computed(
 
 
 def _key(request: Request, hashes: Sequence[BlockHash]) -> str:
-    """Key of a request's session: its id, or the last block hash without an id."""
+    """Return the key of a request's session: tenant and session id, or the last hash without id."""
     return f"{request.tenant}\0{request.session or hashes[-1].hex()}"
 
 

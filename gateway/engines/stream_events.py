@@ -1,4 +1,4 @@
-"""Events of the engine streams, which ``EnginePool`` handles."""
+"""Events of the gRPC streams to attention workers, which ``EnginePool`` handles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RequestChange(Enum):
-    """Change of a request at its worker."""
+    """Change of a request's state at its attention worker."""
 
     QUEUED_ALONE = "the engine has received a request that was sent alone"
     PROMPT_SETTLED = "its prompt is computed, or the worker will not compute it"
@@ -29,7 +29,7 @@ class RequestChange(Enum):
 
 @dataclass(slots=True)
 class RequestEvent:
-    """A change of one request."""
+    """A change of one request's state at its worker."""
 
     change: RequestChange
     client: EngineClient
@@ -56,8 +56,9 @@ StreamEvent = RequestEvent | TokensReceived | MessageReceived
 
 
 class StreamEvents:
-    """Queue of the events of all streams. An event that arrives while another one is handled is
-    handled after it.
+    """Queue of the events of all engine streams, handled one at a time in order of arrival.
+
+    An event that the handler itself puts is handled after the current event.
     """
 
     def __init__(self, handle: Callable[[StreamEvent], None]) -> None:

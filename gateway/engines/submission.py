@@ -21,48 +21,49 @@ from workers.requests.request import MAX_DEATHS, FinishReason, Request, TokenOut
 _HANDED_BACK = frozenset({"not_ready", "draining"})
 """Error codes with which a worker hands back a request that another worker can serve."""
 MAX_RETURNS_WITHOUT_ADAPTER = 3
-"""Number of times that workers without its adapter may hand back a request before it fails."""
+"""Number of times that workers without a request's adapter may hand it back before it fails."""
 MAX_UNACKNOWLEDGED_DEATHS = 2
-"""Number of workers that died before acknowledging a request, after which it is sent alone."""
+"""Number of workers that died before they acknowledged a request, after which the gateway sends
+only one such request at a time."""
 MAX_TOTAL_UNACKNOWLEDGED_DEATHS = 5
-"""Number of such deaths after which a request fails."""
+"""Number of workers that died before they acknowledged a request, after which the request fails."""
 
 
 class RequestStage(Enum):
     """Progress of a request at its worker."""
 
     SENT = "sent"
-    """Sent, but not acknowledged: in transit, or waiting for its grammar or KV blocks."""
+    """The request is not acknowledged: in transit, or waiting for its grammar or KV blocks."""
     QUEUED = "queued"
     """The engine has queued the request."""
     ALONE = "alone"
-    """The request runs in a solo step."""
+    """The request runs in a solo step, which has rows of no other request."""
 
 
 class OutputSink(Protocol):
     """Receives the outputs of one request."""
 
     def put(self, output: TokenOutput) -> None:
-        """Receive an output of a choice."""
+        """Receive an output of one choice of the request."""
 
     def fail(self, error: ExpertMeshError) -> None:
-        """Receive the error of a failed request."""
+        """Receive the error with which the request failed."""
 
 
 class AssignedStream(Protocol):
-    """Stream to the worker that has a request."""
+    """Stream to the worker to which a request is assigned."""
 
     @property
     def worker(self) -> str:
         """The worker's name."""
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        """Abort the request at the worker, or some of its choices."""
+        """Abort a request at the worker, or only ``choices`` if not empty."""
 
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """One request and its mutable state, from its first assignment to its end.
+    """One request and its mutable state in the gateway, from its first assignment to its end.
 
     ``message`` combines request and state into the message for a worker.
     """
@@ -72,24 +73,24 @@ class Submission:
     sink: OutputSink
     """Receives the outputs of the request."""
     deadline_s: float
-    """Deadline by ``time.monotonic``."""
+    """Deadline of the request by ``time.monotonic``."""
     attempt: int = field(init=False)
-    """Number of the current attempt, which outputs also contain."""
+    """Number of the current attempt (assignment to a worker); outputs have it, too."""
     open_choices: set[int] = field(init=False)
-    """Choices that have not ended."""
+    """Indices of the choices that have not ended."""
     outputs: list[list[int]] = field(init=False)
-    """Delivered tokens by choice, with which the next attempt starts."""
+    """Delivered token ids of each choice, with which the next attempt starts."""
     stream: AssignedStream | None = None
     """Stream to the worker that has the request; None while the request waits for a worker."""
     last_worker: str = ""
-    """The last worker that handed back the request or was lost."""
+    """Name of the last worker that the request has left; empty if none."""
     engine: str = ""
-    """Index of the last attention worker."""
+    """Rank of the last attention worker, as text for the ``engine`` label of metrics."""
     stage: RequestStage = RequestStage.SENT
-    """Progress at the worker, as reported by the worker."""
+    """Progress of the request at its worker, as reported by the worker."""
     deaths: dict[str, bool] = field(default_factory=dict)
     """Workers that died with the request since its last token; after two deaths it runs alone. The
-    value is True if neither that worker nor a later one has acknowledged the request."""
+    value is True if neither the dead worker nor a later worker has acknowledged the request."""
     num_returns: int = 0
     """Number of times that workers handed back the request since its last token."""
     replay_cause: ReplayCause = ReplayCause.LOST
@@ -97,21 +98,21 @@ class Submission:
     was_sent: bool = False
     """Whether the request was sent to a worker, so that sending it again is a new attempt."""
     replays_s: list[float] = field(default_factory=list)
-    """Time of each attempt after the first, by ``time.monotonic``."""
+    """Start time of each attempt after the first, by ``time.monotonic``."""
     last_token_s: float = 0.0
     """Time of the last token by ``time.monotonic``; 0 before the first token."""
     prompt_hashes: Sequence[bytes] = ()
     """Short hashes of the prompt's full KV blocks, for routing."""
     block_hashes: Sequence[BlockHash] | None = None
-    """Full hashes of the same blocks; None if the blocks are not copied to a second worker."""
+    """Complete hashes of the prompt's full KV blocks, if copied to a second worker; else None."""
     missing_tokens: int = 0
-    """Number of prompt tokens that the worker must compute, according to the KV index."""
+    """Number of tokens that the worker must compute before it decodes, by the KV index."""
     kv_peer: str = ""
     """Worker from which the request's worker may fetch prompt blocks; empty if none."""
     is_computing: bool = False
-    """Whether the worker has yet to send an output."""
+    """Whether the request is at a worker that has not sent an output for it."""
     counted_load: tuple[int, int] = (0, 0)
-    """The request's part of the worker's load: prompt tokens to compute, decoding sequences."""
+    """The request's part of its worker's load: (tokens to compute, decoding sequences)."""
 
     def __post_init__(self) -> None:
         choices = self.request.n
@@ -136,7 +137,8 @@ class Submission:
 
     @property
     def outstanding_tokens(self) -> int:
-        """Number of tokens that the request may still need: its prompt and its remaining output."""
+        """Number of tokens that the request may still need: its remaining output, and its prompt if
+        it has no output yet."""
         missing = self.request.params.max_tokens * len(self.open_choices)
         done = sum(len(self.outputs[choice]) for choice in self.open_choices)
         is_started = any(self.outputs)
@@ -150,11 +152,11 @@ class Submission:
 
     @property
     def worker(self) -> str:
-        """Name of the current or last worker; empty if none."""
+        """Name of the request's current or last worker; empty if none."""
         return self.last_worker if self.stream is None else self.stream.worker
 
     def abort(self, choices: Sequence[int] = ()) -> None:
-        """Abort the request or some of its choices, without waiting. No effect after its end."""
+        """Abort the request or, if not empty, only ``choices``. Does not wait for the worker."""
         if self.stream is not None:
             self.stream.abort(self.request.request_id, choices)
         else:
@@ -165,7 +167,7 @@ class Submission:
         self.open_choices.difference_update(choices or tuple(self.open_choices))
 
     def deliver(self, output: TokenOutput) -> None:
-        """Record an output and pass it to the sink."""
+        """Record an output of the request and pass it to the sink."""
         self.outputs[output.choice].extend(output.token_ids)
         self.num_returns = 0
         if output.token_ids:
@@ -187,32 +189,33 @@ class Submission:
 
     @property
     def may_kill_on_receipt(self) -> bool:
-        """Whether, if the worker dies now, this request is a likelier cause than queued ones."""
+        """Whether this request is a likelier cause than queued ones if the worker dies now."""
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
     def needs_confirmation(self, unresolved: Collection[str]) -> bool:
-        """Whether the request is to run alone but one of its dead workers may still be alive."""
+        """Whether the request must run alone but a worker counted as dead is in ``unresolved``."""
         return self.num_deaths >= MAX_DEATHS and not self.deaths.keys().isdisjoint(unresolved)
 
     def set_stage(self, stage: RequestStage) -> None:
-        """Record an acknowledged stage; ``clear`` ends a solo step."""
+        """Record the stage that the worker reports, which acknowledges the request."""
         self.stage = stage
         self.deaths = dict.fromkeys(self.deaths, False)
 
     def clear(self) -> None:
-        """Forget earlier deaths, since a step with the request has completed."""
+        """Forget the deaths of earlier workers, since a step with the request has completed."""
         self.stage = RequestStage.QUEUED
         self.deaths.clear()
 
     def retract_death(self, worker: str) -> None:
-        """Retract a recorded death: only the connection to the worker was lost."""
+        """Retract a worker's recorded death, since only the connection to the worker was lost."""
         self.deaths.pop(worker, None)
 
     def record_death(self) -> str | None:
-        """Record the death of the last worker; return why this request is its cause, or None.
+        """Record the death of the last worker; return why this request caused it, or None.
 
-        Workers do not report which requests run, so a request that only waited counts the death,
-        too. Only a death in a solo step, or repeated deaths on receipt, make it the cause.
+        None means that the cause is unknown. Workers do not report which requests run, so a request
+        that only waited counts the death, too. A request is the cause only after a death in its
+        solo step, or repeated deaths on receipt.
         """
         self.deaths[self.last_worker] = self.stage is RequestStage.SENT
         if self.stage is RequestStage.ALONE:
@@ -222,7 +225,7 @@ class Submission:
         return f"{self.num_unacknowledged_deaths} workers in a row were lost when they received it"
 
     def is_handed_back(self, output: TokenOutput) -> bool:
-        """Whether an output means that its worker cannot run the request but another one may."""
+        """Whether an output means that its worker cannot run the request but another worker may."""
         if output.finish_reason is FinishReason.ABORT:
             return True
         is_full = output.error_code == "queue_full" and self.attempt > 0
@@ -245,7 +248,7 @@ class Submission:
         )
 
     def next_attempt(self, now_s: float) -> None:
-        """Begin another attempt."""
+        """Begin another attempt (assignment of the request) at the monotonic time ``now_s``."""
         self.replays_s.append(now_s)
         self.stage = RequestStage.SENT
         self.attempt += 1

@@ -1,4 +1,4 @@
-"""The engine clients of a gateway by worker, and which requests each worker can run. Pure."""
+"""Registry of the gateway's engine clients, and of the requests that each worker can run. Pure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class WorkerRegistry:
 
     def __init__(self) -> None:
         self.clients: dict[str, EngineClient] = {}
-        """All clients, including those of drained workers and of workers without a hello."""
+        """All clients by worker name, including clients of drained or unconnected workers."""
         self.leaving: frozenset[str] = frozenset()
-        """Workers that are being drained and get no further requests."""
+        """Names of workers that are being drained and get no further requests."""
         self.lacking: dict[str, frozenset[str]] = {}
-        """For each worker, the adapters that it could not load."""
+        """For each worker that lacks adapters, the keys of the adapters that it could not load."""
 
     def set_endpoints(self, endpoints: Sequence[AttentionEndpoint]) -> None:
-        """Apply the worker states of a snapshot."""
+        """Apply the worker states of a controller snapshot."""
         self.leaving = frozenset(e.name for e in endpoints if e.is_leaving)
         self.lacking = {e.name: e.lacks for e in endpoints if e.lacks}
 
@@ -34,11 +34,11 @@ class WorkerRegistry:
 
     @property
     def submissions(self) -> list[Submission]:
-        """All requests at workers."""
+        """All requests that are assigned to a worker."""
         return [entry for client in self.clients.values() for entry in client.submissions]
 
     def can_run(self, entry: Submission, client: EngineClient) -> bool:
-        """Whether a worker has the adapter of a request."""
+        """Whether a worker has the adapter of a request, or the request needs none."""
         return entry.request.adapter not in self.lacking.get(client.worker, ())
 
     def can_any_run(self, entry: Submission) -> bool:
@@ -46,14 +46,14 @@ class WorkerRegistry:
         return any(self.can_run(entry, client) for client in self.ready)
 
     def has_adapter(self, key: str) -> bool:
-        """Whether a worker can run requests with an adapter, or with the base model if ``key`` is
-        empty. True if no worker is connected.
+        """Whether any worker can run requests with the adapter ``key``, or with the base model if
+        ``key`` is empty. True if no connected worker accepts requests.
         """
         ready = self.ready
         return not ready or any(key not in self.lacking.get(c.worker, ()) for c in ready)
 
     def num_seats(self, max_num_seqs: int) -> int:
         """Number of sequences that all workers together can run: ``max_num_seqs`` per worker, or
-        the number of its decoding sequences if it is short of KV blocks.
+        the number of decoding sequences for a worker that is short of KV blocks.
         """
         return sum(client.num_seats(max_num_seqs) for client in self.ready)
