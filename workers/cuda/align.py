@@ -17,24 +17,27 @@ from torch import Tensor
 from workers.cuda.triton_common import jit, power_of_two
 
 _TILE_ELEMENTS = 4096
-"""Number of comparisons (pairs x slots) that one program keeps in registers."""
+"""Number of comparisons (pairs x slots) that one program of the sorting kernel keeps in
+registers."""
 _MAX_TILE, _MIN_TILE = 64, 16
 _SUMMED_TILES = 256
-"""Number of tile counts that a program adds up at a time."""
+"""Number of tiles whose pair counts a program adds up at a time."""
 _COUNTED_PAIRS = 1024
-"""Maximum pairs for which each program counts all pairs itself, which is faster than two more
-launches. On an H100, 2,048 pairs of 64 slots took 25 us this way, and 32,768 pairs took 850 us."""
+"""Maximum number of pairs for which every program of the sorting kernel counts all pairs itself,
+which is faster than two more launches. On an H100, 2,048 pairs of 64 slots took 25 us this way, and
+32,768 pairs took 850 us."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Pairs in blocks of at most ``height`` pairs of one slot each. Unused blocks are last."""
+    """(row, expert slot) pairs in blocks of at most ``height`` pairs, which have the same slot.
+    Unused blocks are last."""
 
     order: Tensor
     """[P] int32: the pairs that have a slot, sorted by slot and then by pair number."""
     table: Tensor
-    """[3, num_blocks] int32: slot of each block, or -1; index of its first pair in ``order``;
-    number of its pairs."""
+    """[3, num_blocks] int32: slot of each block, or -1 if the block is unused; index of the block's
+    first pair in ``order``; number of the block's pairs."""
     height: int
 
     @property
@@ -44,13 +47,14 @@ class Blocks:
 
 
 def align(slots: Tensor, num_slots: int, height: int) -> Blocks:
-    """Sort the pairs of slots [T, k] (integers, -1 for none) into blocks; pair p is
-    ``slots.flatten()[p]``.
+    """Sort (row, expert slot) pairs by slot into blocks of at most ``height`` pairs of one slot.
 
-    Rows must be contiguous. A slot of ``num_slots`` or more counts as none.
+    slots [T, k]: expert slots of each row as integers, -1 for none; pair p is
+    ``slots.flatten()[p]``. Each row must be contiguous. A slot of ``num_slots`` or more counts as
+    none.
 
-    Example: slots [[2, 0], [2, -1], [2, 0]], height 2 -> order [1, 5, 0, 2, 4, ..],
-    table [[0, 2, 2, -1, ..], [0, 2, 4, ..], [2, 2, 1, ..]].
+    Example: slots [[2, 0], [2, -1], [2, 0]], height 2 -> order [1, 5, 0, 2, 4, ..], table
+    [[0, 2, 2, -1, ..], [0, 2, 4, ..], [2, 2, 1, ..]].
     """
     num_pairs, top_k = slots.numel(), slots.shape[1]
     num_blocks = min(num_pairs, num_pairs // height + num_slots)
@@ -113,9 +117,13 @@ def _align(
     TILE: tl.constexpr,
     IS_COUNTED: tl.constexpr,
 ) -> None:
-    """Each program writes the positions of the pairs of one tile. Program i also writes the i-th
-    block of each slot. Programs run in any order. ``IS_COUNTED``: ``tile_counts`` and ``tile_sums``
-    have the pairs of each slot in and up to each tile; otherwise each program counts all pairs."""
+    """Write the position of each pair in the order by slot, and the table of blocks.
+
+    Each program handles the pairs of one tile; program i also writes the i-th block of each slot.
+    Programs run in any order. ``IS_COUNTED``: ``tile_counts`` and ``tile_sums`` have the number of
+    pairs of each slot in each tile and up to the end of each tile; otherwise each program counts
+    all pairs.
+    """
     begin = tl.program_id(0) * TILE
     own = begin + tl.arange(0, TILE)
     mine = _slots_of(slots, own, num_pairs, num_slots, slots_stride, TOP_K)
@@ -165,7 +173,7 @@ def _count(
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One program counts the pairs of each slot in a tile."""
+    """Count the pairs of each slot in each tile; one program counts one tile."""
     pairs = tl.program_id(0) * TILE + tl.arange(0, TILE)
     found = _slots_of(slots, pairs, num_pairs, num_slots, slots_stride, TOP_K)
     known = tl.arange(0, SLOTS)
@@ -181,7 +189,8 @@ def _sum_tiles(
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One program takes the inclusive prefix sums of a slot's counts over tiles."""
+    """Compute inclusive prefix sums, over tiles, of each slot's pair counts; one program sums one
+    slot."""
     total = 0
     for first in range(0, num_tiles, TILE):
         tiles = first + tl.arange(0, TILE)
@@ -200,7 +209,7 @@ def _slots_of(
     slots_stride: tl.tensor,
     TOP_K: tl.constexpr,
 ) -> tl.tensor:
-    """Return the slots of the pairs, -1 for none."""
+    """Return the expert slots of pairs (given by number), -1 for none or beyond the last pair."""
     places = (pairs // TOP_K) * slots_stride + pairs % TOP_K
     found = tl.load(slots + places, mask=pairs < num_pairs, other=-1).to(tl.int32)
     return tl.where(found < num_slots, found, -1)

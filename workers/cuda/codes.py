@@ -33,7 +33,8 @@ INT4 = tl.constexpr("""{
     fma.rn.bf16x2 $2, $2, one, minus;
     fma.rn.bf16x2 $3, $3, one, minus;
 }""")
-"""Puts (value & 15) ^ 8 into the low bits of 128.0, giving the number + 136; subtracts 136."""
+"""PTX that converts signed 4-bit values to bfloat16: it puts (value & 15) ^ 8 into the low bits of
+128.0, which gives the value + 136, and subtracts 136."""
 E2M1 = tl.constexpr("""{
     .reg .b32 first, second, sign, whole, zero;
     prmt.b32 first, $4, 0, 0x4140;
@@ -61,15 +62,16 @@ E2M1 = tl.constexpr("""{
     fma.rn.bf16x2 $2, $2, whole, zero;
     fma.rn.bf16x2 $3, $3, whole, zero;
 }""")
-"""Moves sign, exponent and mantissa to their positions in bfloat16, and multiplies by 2**126."""
+"""PTX that converts e2m1 values to bfloat16: it moves sign, exponent and mantissa to their
+positions in bfloat16, and multiplies by 2**126."""
 
 
 @jit
 def decode_8bit(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr) -> tl.tensor:
-    """Dequantize 8-bit values (uint8) to float32, without scale.
+    """Convert 8-bit quantized values (uint8) to float32, without scale.
 
-    ``HAS_FLOAT8``: the device converts float8. Otherwise float8 values lack a power of two, by
-    which ``decode_scale`` multiplies the scale.
+    ``HAS_FLOAT8``: the device converts float8 in hardware. If it does not, the result for e4m3
+    lacks a power of two, by which ``decode_scale`` multiplies the scale.
     """
     if CODES == "int8":
         found = codes.to(tl.int8, bitcast=True).to(tl.float32)
@@ -85,8 +87,8 @@ def decode_8bit(codes: tl.tensor, CODES: tl.constexpr, HAS_FLOAT8: tl.constexpr)
 
 @jit
 def decode_4bit(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Dequantize the lower and the upper halves of bytes (uint8) to float32. The values lack a
-    power of two, by which ``decode_scale`` multiplies the scale."""
+    """Convert the lower and the upper 4-bit values of bytes (uint8) to two float32 tiles, without
+    scale. The results lack a power of two, by which ``decode_scale`` multiplies the scale."""
     if CODES == "int4":
         low = (codes << 4).to(tl.int8, bitcast=True).to(tl.float32)
         high = (codes & 0xF0).to(tl.int8, bitcast=True).to(tl.float32)
@@ -101,7 +103,7 @@ def decode_4bit(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.te
 @jit
 def decode_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
     """Return a scale in float32, times the power of two that ``decode_8bit`` and ``decode_4bit``
-    omit. So scales of e2m1 must be below 2**114."""
+    omit. To avoid an overflow, scales of e2m1 must be below 2**114."""
     if CODES == "int4":
         scale = scale * 0.0625
     elif CODES == "e2m1":
@@ -113,13 +115,14 @@ def decode_scale(scale: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
 
 @jit
 def decode_zero_point(zero: tl.tensor, CODES: tl.constexpr) -> tl.tensor:
-    """Convert a zero point to the scaling of the values of ``decode_4bit``."""
+    """Convert a zero point to the same power of two as the results of ``decode_4bit``."""
     return zero * 16.0 if CODES == "int4" else zero
 
 
 @jit
 def decode_4bit_bfloat16(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Dequantize 4-bit values to exact bfloat16, four bytes at a time. Not for the interpreter.
+    """Convert the lower and the upper 4-bit values of bytes to two tiles of exact bfloat16, four
+    bytes at a time. Only for GPUs, not for Triton's interpreter.
 
     A small integer in the low bits of 128.0 gives 128 plus the integer. For e2m1 see ``_of_half``.
     """
@@ -137,13 +140,14 @@ def decode_4bit_bfloat16(codes: tl.tensor, CODES: tl.constexpr) -> tuple[tl.tens
 
 @jit
 def bfloat16_products(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """Products of bfloat16 numbers, rounded once, two at a time. Only for GPUs."""
+    """Return x * y for bfloat16 tiles, rounded once, two elements at a time. Only for GPUs, not for
+    Triton's interpreter."""
     return tl.inline_asm_elementwise(PRODUCT, "=r,r,r", [x, y], tl.bfloat16, is_pure=True, pack=2)
 
 
 @jit
 def power_of(scale: tl.tensor) -> tl.tensor:
-    """Return 2**(value - 127) of E8M0 values; 255 is NaN."""
+    """Return E8M0 scales as float32: 2**(value - 127); 255 is NaN."""
     code = scale.to(tl.int32)
     bits = tl.where(code == 0, 0x00400000, code << 23)
     bits = tl.where(code == 255, 0x7FC00000, bits)
@@ -152,7 +156,9 @@ def power_of(scale: tl.tensor) -> tl.tensor:
 
 @jit
 def _of_half(bits: tl.tensor) -> tl.tensor:
-    """Return the float32 of a float16 with these bits. Callers put a smaller float type into the
-    upper bits, exponent next to mantissa. The result is the smaller float, even if subnormal,
-    times a power of two, because the exponent biases differ."""
+    """Return the float32 of a float16 with the given bits.
+
+    Callers put a smaller float type into the upper bits, exponent next to mantissa. The result is
+    the smaller float, even if subnormal, times a power of two, because the exponent biases differ.
+    """
     return bits.to(tl.float16, bitcast=True).to(tl.float32)

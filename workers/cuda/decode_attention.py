@@ -19,13 +19,13 @@ from torch import Tensor
 from workers.cuda.triton_common import LOG2_E, MIN_DOT, cast, dot, jit, power_of_two
 
 _ENOUGH_PROGRAMS = 528
-"""Number of programs that fill a GPU: four for each multiprocessor of an H100."""
+"""Number of kernel programs that fill a GPU: four for each multiprocessor of an H100."""
 _MIN_SPLIT_KEYS, _MAX_SPLITS = 256, 64
 
 
 def num_splits(num_rows: int, num_kv_heads: int, max_length: int) -> int:
-    """Number of programs that share the keys of a row and head. It is a power of two, because the
-    kernel is compiled for each value."""
+    """Return the number of programs that share the keys of one row and head: a power of two,
+    because the kernel is compiled for each number."""
     wanted = triton.cdiv(_ENOUGH_PROGRAMS, num_rows * num_kv_heads)
     useful = triton.cdiv(max_length, _MIN_SPLIT_KEYS)
     return power_of_two(min(wanted, useful, _MAX_SPLITS))
@@ -41,13 +41,15 @@ def decode(
     splits: int | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """Attend with one row per sequence.
+    """Compute attention of one row per sequence over the blocks of the KV cache; write it to
+    ``out``.
 
     queries, out [rows, A, D]; cache [2 * K, num_blocks, block_size, D], keys before values; tables
-    [rows, max_blocks] int32; lengths [rows] int32: number of keys of each row, its own included. A
-    row without keys becomes zeros. ``window``: number of last keys that a row attends to; None:
-    all. ``splits`` None: see ``num_splits``. sinks [A] float32: score of the attention sink of each
-    head. All contiguous, except that a row of ``tables`` may be part of a longer one.
+    [rows, max_blocks] int32: blocks of each row's sequence; lengths [rows] int32: number of keys of
+    each row, including the row's own key. The output of a row without keys is zeros. ``window``:
+    number of last keys that a row attends to; None: all. ``splits`` None: see ``num_splits``. sinks
+    [A] float32: score of the attention sink of each head. All contiguous, except that a row of
+    ``tables`` may be part of a longer one.
     """
     num_rows, num_heads, dim = queries.shape
     num_kv_heads, block_size = cache.shape[0] // 2, cache.shape[2]
@@ -114,8 +116,11 @@ def _decode(
     SPLITS: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
-    """One program computes the query heads of one key head and row over its share of the keys. It
-    writes their output, and with splits also the logarithm (base 2) of the sum of their weights."""
+    """Attend with the query heads of one key head and row over a share of the keys, in one program.
+
+    The program writes the heads' output; if keys are split, also the logarithm (base 2) of the sum
+    of attention weights, with which ``_combine`` combines the shares.
+    """
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     begin = 0
@@ -182,7 +187,7 @@ def _combine(
     DIM_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    """One program combines the splits of one query head and row."""
+    """Combine the outputs of all splits of the keys, for one query head and row in each program."""
     head = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     splits, place = tl.arange(0, SPLITS), tl.arange(0, DIM_TILE)
     is_place = place < DIM

@@ -1,4 +1,4 @@
-"""Tile sizes of the expert kernels, by the height of their blocks."""
+"""Tile sizes of the Triton expert kernels, by the height of their blocks (pairs per block)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from workers.quantization.formats import WeightFormat
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Tile sizes and launch parameters of one program, for blocks of a given height."""
+    """Tile sizes and launch parameters of an expert kernel's program, for blocks of a given
+    height."""
 
     gate_rows: int
-    """Number of weight rows that a program multiplies, of gate and of up each."""
+    """Number of weight rows of the gate, and also of up, that a program multiplies."""
     rows: int
-    """Number of weight rows that a program multiplies, of other matrices."""
+    """Number of weight rows that a program multiplies if the matrix is not gate and up."""
     row_bytes: int
     """Bytes of a weight row that a program reads at a time."""
     warps: int
@@ -35,16 +36,18 @@ _TILES = {
 Products of 32,768 pairs reach 506 and 477 TFLOPS; ``torch.nn.functional.grouped_mm`` (2.11) reaches
 350 to 400, and sorting its pairs and restoring their order takes as long again."""
 _CODED_TILES = dict.fromkeys(_TILES, _TILES[64])
-"""Tiles for quantized weights, the fastest of six variants: more programs hide the cost of
-dequantization."""
+"""Tiles by block height for quantized weights, the fastest of six variants: they start more
+programs, which hide the cost of dequantization."""
 TALLEST_BLOCK = {2: 128, 4: 64}
-"""Height of the highest blocks, by bytes of an input element."""
+"""Maximum height of a block in pairs, by bytes of an input element."""
 _INTERPRETED_SHARED_BYTES = 227 << 10
-"""Shared memory of an H100 in bytes, for the interpreter and for compiling without a device."""
+"""Shared memory of an H100 in bytes, assumed by the interpreter and for compiling without a
+device."""
 
 
 def tile_of(height: int, item_bytes: int, form: WeightFormat | None) -> Tile:
-    """Return the tile for blocks of ``height`` pairs with ``item_bytes`` per input element."""
+    """Return the tile sizes for blocks of ``height`` pairs with ``item_bytes`` per input
+    element."""
     if item_bytes != 2:
         return _LOW
     return (_TILES if form is None else _CODED_TILES).get(height, _LOW)
@@ -68,9 +71,9 @@ def num_stages(
     form: WeightFormat | None,
     device: torch.device,
 ) -> int:
-    """Return how many stages fit in shared memory, each with ``step`` columns of ``height`` input
-    and ``rows_read`` weight rows.
+    """Return how many pipeline stages fit in shared memory.
 
+    Each stage holds ``step`` columns of ``height`` input rows and ``rows_read`` weight rows.
     ``width``: columns of a matrix. Dequantized weights take additional memory.
     """
     room = shared_bytes(device)
@@ -85,7 +88,8 @@ def num_stages(
 
 
 def _groups_read(form: WeightFormat, width: int, step: int) -> int:
-    """Number of scales of a row read with ``step`` quantized values; see ``weight_tiles``."""
+    """Number of scales of one weight row that are read with ``step`` quantized values; see
+    ``weight_tiles``."""
     group = form.group or width
     if group >= width or group % step == 0:
         return 1

@@ -29,9 +29,9 @@ from workers.quantization.formats import WeightFormat
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 
 _UNSORTED_PAIRS = 32
-"""Maximum pairs for which each pair is a separate block. The launch of the sorting kernel costs
-more than it saves, because 32 pairs of 64 slots use 26 different slots on average, and the L2 cache
-holds the weights of the repeated ones."""
+"""Maximum number of pairs for which each pair is a separate block. The launch of the sorting kernel
+costs more than it saves, because 32 pairs of 64 slots use 26 different slots on average, and the L2
+cache holds the weights of slots that several pairs use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Pairs:
     slots: Tensor
     """[T, k] integers, -1 for none; rows are contiguous."""
     blocks: Blocks | None
-    """The sorted pairs; None if each pair is a separate block."""
+    """The pairs sorted by slot, in blocks; None if each pair is a separate block."""
     sources: Tensor | None
-    """[T * k] int64: the input row of each pair. None: see ``per_row``."""
+    """[T * k] int64: the input row of each pair; None: pair p has input row p // ``per_row``."""
     per_row: int
     """Number of consecutive pairs that share an input row, if ``sources`` is None."""
 
@@ -57,14 +57,19 @@ class Pairs:
         return MIN_DOT if self.blocks is None else max(self.blocks.height, MIN_DOT)
 
     def of_outputs(self) -> Pairs:
-        """Return the same pairs for a next product, whose input row p is the output of pair p."""
+        """Return the same pairs for the next product, in which the input row of pair p is row p,
+        the output of pair p."""
         return replace(self, sources=None, per_row=1)
 
 
 def make_pairs(
     slots: Tensor, num_slots: int, sources: Tensor | None, per_row: int, dtype: torch.dtype
 ) -> Pairs:
-    """Make ``Pairs``, sorted if there are many, for products with ``num_slots`` matrices."""
+    """Return ``Pairs`` for products with ``num_slots`` matrices, sorted by slot if there are more
+    than 32.
+
+    ``sources`` [T * k]: the input row of each pair; None: pair p has input row p // ``per_row``.
+    """
     if slots.numel() <= _UNSORTED_PAIRS:
         return Pairs(slots, None, sources, per_row)
     height = MIN_DOT
@@ -80,23 +85,24 @@ class Matrices:
     weights: Tensor
     """[slots, out, in], or quantized values [slots, out, bytes] uint8."""
     width: int
-    """Columns of a matrix (in)."""
+    """Number of columns of a matrix (in)."""
     form: WeightFormat | None = None
-    """Format of quantized weights; None if unquantized."""
+    """Format of quantized weights; None if the weights are not quantized."""
     scales: Tensor | None = None
-    """[slots, out, groups], for quantized weights."""
+    """Scales [slots, out, groups] of quantized weights; None if the weights are not quantized."""
     zeros: Tensor | None = None
-    """[slots, out, groups] int8, for quantized weights with zero points."""
+    """Zero points [slots, out, groups] int8 of quantized weights; None if the format has none."""
 
     @classmethod
     def of(cls, parts: Sequence[Tensor], form: WeightFormat | None, width: int) -> Matrices:
-        """Make matrices of ``parts``: weights, or quantized values, scales and any zeros."""
+        """Make matrices from tensors: weights alone, or quantized values, scales and any zero
+        points."""
         return cls(parts[0], width, form, *parts[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class GateActivation:
-    """Activation that combines gate and up."""
+    """Activation function of an expert that combines gate and up."""
 
     name: Activation | Literal["clamped_swiglu"]
     alpha: float = 1.0
@@ -121,8 +127,10 @@ def gate_up(
 
 
 def multiply(inputs: Tensor, weights: Matrices, biases: Tensor | None, pairs: Pairs) -> Tensor:
-    """Compute the product of each pair: inputs [N, in], weights [slots, out, in], biases [slots,
-    out, 1] -> [P, out]."""
+    """Multiply the input row of each pair by the matrix of the pair's slot.
+
+    inputs [N, in], weights [slots, out, in], biases [slots, out, 1] or None -> [P, out].
+    """
     return _launch(inputs, weights, biases, pairs, None)
 
 
@@ -225,7 +233,7 @@ def _multiply(
     STEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ) -> None:
-    """One program multiplies a block of pairs by ``ROWS`` rows of their matrix, or, with an
+    """Multiply a block of pairs by ``ROWS`` rows of their slot's matrix in each program; with an
     activation, by ``ROWS`` rows of gate and of up."""
     IS_GATED: tl.constexpr = ACTIVATION != ""
     tiles: tl.constexpr = (WIDTH + ROWS - 1) // ROWS
@@ -279,7 +287,7 @@ def _slot_of(
     TOP_K: tl.constexpr,
     IS_SORTED: tl.constexpr,
 ) -> tl.tensor:
-    """Slot of a block; negative if the block is unused."""
+    """Return the expert slot of a block; negative if the block is unused."""
     if IS_SORTED:
         slot = tl.load(table + block)
     else:
@@ -297,7 +305,7 @@ def _pairs_of(
     IS_SORTED: tl.constexpr,
     HEIGHT: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the pairs [HEIGHT] of a block, and a mask of the valid ones."""
+    """Return the pairs [HEIGHT] of a block, and a mask [HEIGHT] that is true for valid pairs."""
     places = tl.arange(0, HEIGHT)
     if IS_SORTED:
         first = tl.load(table + num_blocks + block)
@@ -317,7 +325,7 @@ def _sources_of(
     HAS_SOURCES: tl.constexpr,
     PER_ROW: tl.constexpr,
 ) -> tl.tensor:
-    """Return the input rows of the pairs."""
+    """Return the input rows [HEIGHT] of pairs."""
     rows = pairs // PER_ROW
     if HAS_SOURCES:
         rows = tl.load(sources + pairs, mask=has_pair, other=0)
@@ -333,7 +341,7 @@ def _rows_tile(
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,
 ) -> tl.tensor:
-    """Load columns ``place`` [STEP] of the input rows ``rows`` [HEIGHT]."""
+    """Load columns ``place`` [STEP] of the input rows ``rows`` [HEIGHT]: [HEIGHT, STEP]."""
     address = inputs + rows.to(tl.int64)[:, None] * DEPTH + place[None, :]
     mask = has_row[:, None]
     if DEPTH % STEP != 0:
@@ -343,7 +351,7 @@ def _rows_tile(
 
 @jit
 def _activated(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
-    """Apply an activation in float32."""
+    """Return the activation of x, computed in float32."""
     if ACTIVATION == "silu":
         active = x / (1.0 + tl.exp(-x))
     elif ACTIVATION == "gelu":

@@ -1,9 +1,9 @@
-"""One kernel for the steps between the projections and attention: norms, clip, rotation, and the
-write to the KV cache.
+"""One kernel for the operators between the projections and attention: norms, clip, rotation, and
+the write to the KV cache.
 
 With few rows, the launches of separate kernels for these operators would dominate the time.
-Reference: ``attend_rows`` of ``TorchAttentionSublayer`` in
-``workers.model.attention_sublayer``, with the same roundings.
+Reference: ``attend_rows`` of ``TorchAttentionSublayer`` in ``workers.model.attention_sublayer``,
+with the same roundings.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from workers.cuda.triton_common import jit, power_of_two, rounded
 
 HeadNorm = Literal["none", "head", "width"]
-"""Norm of queries and keys: none, one for each head, or one over all heads of a row."""
+"""Kind of norm of queries and keys: none, one for each head, or one over all heads of a row."""
 _WARPS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The rows of a step, ready for attention. Contiguous."""
+    """Queries, keys and values of the rows of a step, ready for attention. All are contiguous."""
 
     queries: Tensor
     """Rotated queries, [T, A, D]."""
     keys_values: Tensor
-    """[T, 2 * K, D], keys before values."""
+    """Rotated keys, then values, [T, 2 * K, D]."""
 
 
 def prepare_heads(
@@ -109,7 +109,8 @@ def _prepare(
     HAS_CLIP: tl.constexpr,
     IS_WRITTEN: tl.constexpr,
 ) -> None:
-    """Each program processes the queries, the keys or the values of one row."""
+    """Norm, clip, rotate and store the queries, the keys or the values of one row in each
+    program."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype: tl.constexpr = rows.dtype.element_ty
     heads = tl.arange(0, HEAD_TILE)[:, None]
@@ -160,6 +161,6 @@ def _prepare(
 
 @jit
 def _clipped(x: tl.tensor, limit: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Clip to +-``limit``; NaN stays NaN."""
+    """Clip x to the range -``limit`` to ``limit``; NaN stays NaN."""
     x = tl.where(x > limit, limit, x)
     return rounded(tl.where(x < -limit, -limit, x), dtype)

@@ -17,14 +17,14 @@ _WARPS = 8
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return the norm of x [T, H], whose rows must be contiguous; weight [H]."""
+    """Return the RMS norm of x [T, H], whose rows must be contiguous; weight [H]."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, x, weight, x, out, eps, is_sum=False)
     return out
 
 
 def sum_and_norm(x: Tensor, other: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + other, each [T, H] and contiguous, and the norm of the sum; weight [H]."""
+    """Return x + other, each [T, H] and contiguous, and the RMS norm of the sum; weight [H]."""
     assert x.is_contiguous()
     assert other.is_contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
@@ -71,7 +71,7 @@ def _norm(
     TILE: tl.constexpr,
     IS_SUM: tl.constexpr,
 ) -> None:
-    """One program computes a row."""
+    """Compute the norm of one row in each program; with ``IS_SUM``, add ``other`` first."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     is_column = columns < WIDTH

@@ -1,7 +1,7 @@
 """Attention of chunks of prompts over blocks of the KV cache, read in place.
 
-It serves chunks that attend to keys of earlier steps, and sliding windows. The keys of a shared
-prefix are not copied. Reference: ``workers.model.attention``.
+The kernel serves chunks that attend to keys of earlier steps, and sliding windows. The keys of a
+shared prefix are not copied. Reference: ``workers.model.attention``.
 
 Source: "FlashAttention-2" (Dao, 2023); here each tile of keys is read from blocks of the cache.
 """
@@ -32,11 +32,12 @@ def prefill(
     """Attend with the last rows of sequences; each row attends to the keys up to its own.
 
     queries, out [T, A, D], all rows of a batch; cache [2 * K, num_blocks, block_size, D], keys
-    before values; tables [n, max_blocks] int32; lengths [n] int32: number of keys of each sequence,
-    including the keys of its rows; first_rows [n + 1] int32: first row of each sequence;
-    ``max_rows``: maximum number of rows of a sequence. ``window``: number of last keys that a row
-    attends to, its own included; None: all. ``skips_whole``: write nothing for sequences that have
-    only the keys of their rows. sinks [A] float32: score of the attention sink of each head.
+    before values; tables [n, max_blocks] int32: blocks of each sequence; lengths [n] int32: number
+    of keys of each sequence, including the keys of its rows; first_rows [n + 1] int32: first row of
+    each sequence; ``max_rows``: maximum number of rows of a sequence. ``window``: number of last
+    keys that a row attends to, its own included; None: all. ``skips_whole``: write nothing for
+    sequences that have only the keys of their rows. sinks [A] float32: score of the attention sink
+    of each head.
     """
     num_heads, dim = queries.shape[1:]
     num_kv_heads, block_size = cache.shape[0] // 2, cache.shape[2]
@@ -93,8 +94,8 @@ def _prefill(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
-    """One program computes ``ROWS`` rows of a sequence and one query head. The last tiles, which
-    attend to the most keys, run first."""
+    """Compute ``ROWS`` rows of a sequence and one query head in each program. Programs of the last
+    rows, which attend to the most keys, run first."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, entry = tl.program_id(1), tl.program_id(2)
     first_row = tl.load(first_rows + entry)

@@ -1,4 +1,4 @@
-"""Selects the experts of each row, and computes their weights, in one kernel.
+"""Selection of the experts of each row, and of their weights, in one kernel.
 
 Reference: ``workers.model.routing.Router``, with the same roundings. If experts have equal scores,
 the first one is selected.
@@ -18,12 +18,13 @@ from workers.cuda.triton_common import cast, jit, power_of_two
 
 Scoring = Literal["softmax", "softmax_of_best", "sigmoid"]
 _LEAST_CHOICE = tl.constexpr(-3.0e38)
-"""Lowest score of an expert that can be selected. A selected expert gets a lower score."""
+"""Lowest score of an expert that can be selected. An expert that was selected gets a lower score,
+so that it is not selected twice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingParams:
-    """How experts are selected and weighted: fields of ``workers.model.routing.Routing``."""
+    """How a router selects and weights experts: fields of ``workers.model.routing.Routing``."""
 
     top_k: int
     scoring: Scoring
@@ -35,7 +36,8 @@ class RoutingParams:
 def choose(
     logits: Tensor, choice: RoutingParams, correction: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Choose experts by logits [T, E]; return ids [T, k] int64, best first, weights [T, k] dtype.
+    """Choose experts by router logits [T, E]; return ids [T, k] int64, best first, and weights
+    [T, k] ``dtype``.
 
     ``correction`` [E] float32, or None: added to the scores for the selection, not for the weights.
     """
@@ -80,7 +82,7 @@ def _choose(
     TOP_K: tl.constexpr,
     TOP_TILE: tl.constexpr,
 ) -> None:
-    """One program routes a row."""
+    """Choose the experts of one row in each program."""
     row = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, EXPERT_TILE)
     is_expert = experts < NUM_EXPERTS

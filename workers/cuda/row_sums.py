@@ -55,7 +55,7 @@ def _sum_rows(
     ROUNDS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One program sums ``TILE`` elements of a row."""
+    """Sum ``TILE`` elements of one row over the row's pairs, in each program."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE], dtype=tl.float32)

@@ -21,18 +21,19 @@ import torch
 
 Captured = TypeVar("Captured")
 MAX_KEPT = 32
-"""Maximum number of captured steps of one kind."""
+"""Maximum number of captured steps that a ``StepGraphCache`` keeps."""
 warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # a piece may be
 
 
 class StepGraph:
-    """Recorded work of one step, of device and host, which ``replay`` repeats.
+    """Recorded work of one step, on device and host, which ``replay`` repeats.
 
     The memory of the graphs stays allocated as long as the object lives.
     """
 
     def __init__(self, device: torch.device, pool: Any) -> None:
-        """``pool``: memory pool, shared by graphs that never run at the same time."""
+        """Make an empty recording. ``pool``: memory pool, shared by graphs that never run at the
+        same time."""
         self._device = device
         self._pool = pool
         self._parts: list[Callable[[], None]] = []
@@ -54,13 +55,14 @@ class StepGraph:
             self._end()
 
     def between(self, act: Callable[[], None]) -> None:
-        """End a piece of the capture. Each replay calls ``act`` here, before the next piece."""
+        """End a graph of the capture and begin the next one. Each replay calls ``act`` between the
+        two graphs."""
         self._end()
         self._parts.append(act)
         self._begin()
 
     def replay(self) -> None:
-        """Run the step again. Raises the errors of the calls between two pieces."""
+        """Run the step again. Raises the errors of the host calls between two graphs."""
         for part in self._parts:
             part()
 
@@ -86,7 +88,7 @@ class _Kept(NamedTuple, Generic[Captured]):
 
 
 class StepGraphCache(Generic[Captured]):
-    """Captured steps of one kind, by key. It drops the least recently used ones."""
+    """Captured steps of one kind, by key. The cache drops the least recently used steps."""
 
     def __init__(self, max_rows: int) -> None:
         """``max_rows``: limit of the sum of rows of kept steps; a single step may exceed it."""
@@ -99,7 +101,8 @@ class StepGraphCache(Generic[Captured]):
         return len(self._kept)
 
     def keep_only(self, state: Hashable) -> None:
-        """Drop the steps that were captured for another ``state`` of the tensors that they use."""
+        """Drop all steps if the tensors that they use have changed. ``state`` identifies the
+        tensors."""
         if state != self._state:
             self.clear()
             self._state = state
@@ -109,9 +112,10 @@ class StepGraphCache(Generic[Captured]):
         self._pool = None  # torch allocates nothing for a pool whose graphs are deleted
 
     def get(self, key: Hashable, num_rows: int, capture: Callable[[Any], Captured]) -> Captured:
-        """Return the step of a key. If there is none, call ``capture`` with a memory pool.
+        """Return the captured step of a key. If there is none, call ``capture`` with a memory pool.
 
-        If memory does not suffice, the other steps are dropped and the capture is retried.
+        ``num_rows``: rows of the step. If memory does not suffice, all other steps are dropped and
+        the capture is retried.
         """
         found = self._kept.pop(key, None)
         if found is None:

@@ -16,17 +16,17 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether Triton's interpreter runs the kernels; it cannot multiply bfloat16."""
 LOG2_E = tl.constexpr(1.4426950408889634)
-"""Factor for exponentials of base 2, which GPUs compute in hardware."""
+"""log2(e): factor that turns exponentials into powers of 2, which GPUs compute in hardware."""
 MIN_DOT = 16
 """Smallest side of a tile that tensor cores multiply."""
 
 
 def jit(function: Callable[..., Any], any_alignment: Sequence[str] = ()) -> Any:
-    """``triton.jit`` with a type that type checkers accept: a kernel is launched as
+    """Wrap ``triton.jit`` with a type that type checkers accept: a kernel is launched as
     ``kernel[grid](..)``.
 
-    Triton does not specialize the kernel for integers of 1 or multiples of 16, nor for alignments
-    of addresses in ``any_alignment``. Otherwise a step could trigger a compilation.
+    Triton does not specialize the kernel for integers of 1 or multiples of 16, nor for the
+    alignment of addresses in ``any_alignment``. Otherwise a step could trigger a compilation.
     """
     kinds = function.__annotations__  # strings
     numbers = [name for name, kind in kinds.items() if kind == "tl.tensor" and name != "return"]
@@ -51,7 +51,7 @@ def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
 
 @jit
 def cast(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Round float32 x to the nearest value of a dtype."""
+    """Round float32 x to the nearest value of a dtype, and return it in this dtype."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter would truncate
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16

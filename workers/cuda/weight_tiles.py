@@ -24,8 +24,8 @@ from workers.cuda.triton_common import INTERPRETED, cast, dot, jit
 def halves(
     x: tl.tensor, CODES: tl.constexpr, HEIGHT: tl.constexpr, STEP: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the even and the odd columns of input rows for 4-bit weights, otherwise all columns
-    twice."""
+    """Return two tiles of input rows x [HEIGHT, STEP]: for 4-bit weights the even and the odd
+    columns, otherwise all columns twice."""
     if CODES == "int4" or CODES == "e2m1":
         even, odd = tl.split(x.reshape(HEIGHT, STEP // 2, 2))
         found = (even, odd)
@@ -47,10 +47,12 @@ def add_product(
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,
 ) -> tl.tensor:
-    """Return ``total`` plus the product of the ``halves`` of input rows by [STEP, ROWS] weights:
-    rows [ROWS], numbered over all slots, columns from ``start``.
+    """Return ``total`` plus the product of input rows and ``STEP`` columns of expert weights, from
+    column ``start``.
 
-    ``parts``: addresses of the weights or quantized values, of the scales and of the zero points.
+    ``x``: input rows as two tiles (``halves``). ``rows`` [ROWS]: weight rows, numbered over all
+    slots. ``parts``: addresses of the weights or quantized values, of the scales and of the zero
+    points.
     """
     CODES: tl.constexpr = form[0]
     dtype: tl.constexpr = x[0].dtype
@@ -94,7 +96,8 @@ def add_product(
 def _mask(
     place: tl.tensor, is_row: tl.tensor, DEPTH: tl.constexpr, STEP: tl.constexpr
 ) -> tl.tensor:
-    """Mask of the valid columns [STEP] of rows [ROWS]: [STEP, ROWS], or [1, ROWS] for all."""
+    """Return a mask of the valid columns [STEP] of rows [ROWS]: [STEP, ROWS], or [1, ROWS] if all
+    columns are valid."""
     mask = is_row[None, :]
     if DEPTH % STEP != 0:
         mask = mask & (place < DEPTH)[:, None]
@@ -113,9 +116,11 @@ def _scales(
     STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return scales and zero points of ``STEP`` columns, float32: [1, ROWS] if all columns are in
-    one group, [groups, ROWS] if they are whole groups, else [COLUMNS, ROWS] for each column (8
-    bits) or every second column (4 bits)."""
+    """Return the scales and zero points of ``STEP`` columns in float32.
+
+    The shape is [1, ROWS] if all columns are in one group, [groups, ROWS] if they are whole groups,
+    and else [COLUMNS, ROWS], for each column (8 bits) or every second column (4 bits).
+    """
     groups: tl.constexpr = (DEPTH + GROUP - 1) // GROUP
     if groups == 1 or GROUP % STEP == 0:
         at = rows[None, :] * groups + start // GROUP
@@ -140,7 +145,7 @@ def _scales(
 def _scaled(
     numbers: tl.tensor, scale: tl.tensor, zero: tl.tensor, HAS_ZEROS: tl.constexpr
 ) -> tl.tensor:
-    """Return scale * (number - zero point) for numbers [columns, ROWS]."""
+    """Return scale * (number - zero point) for quantized numbers [columns, ROWS]."""
     columns: tl.constexpr = numbers.shape[0]
     rows: tl.constexpr = numbers.shape[1]
     groups: tl.constexpr = scale.shape[0]
@@ -155,7 +160,8 @@ def _scaled(
 
 @jit
 def _short_product(numbers: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """Return scale * number for bfloat16 numbers and scales, without zero points."""
+    """Return scale * number for bfloat16 numbers [columns, ROWS] and bfloat16 scales, without zero
+    points."""
     columns: tl.constexpr = numbers.shape[0]
     rows: tl.constexpr = numbers.shape[1]
     groups: tl.constexpr = scale.shape[0]
