@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Codes = Literal["int8", "e4m3", "int4", "e2m1"]
-"""Type of a quantized value: a two's complement integer, or a float of 8 bits (4 of exponent, 3 of
-mantissa) or 4 bits (2 and 1)."""
+"""Type of quantized values: two's complement integers of 8 or 4 bits, 8-bit floats with 4 bits of
+exponent and 3 of mantissa (e4m3), or 4-bit floats with 2 and 1 (e2m1)."""
 ScaleDType = Literal["float32", "bfloat16", "float16", "e8m0"]
 """Type of the scales. ``e8m0`` is an 8-bit power of two, from 2**-127 up."""
 _SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1}
@@ -30,7 +30,7 @@ class WeightFormat:
     """Number of neighbours in a row that share a scale, a multiple of 8; None: the whole row."""
     scales: ScaleDType = "float32"
     has_zeros: bool = False
-    """Whether each group has a zero point, an int8. Only for integers."""
+    """Whether each group has a zero point, an int8. Only integer formats can have zero points."""
     zero_bits: int = 0
     """Fractional bits of a zero point: its unit is 2**-zero_bits."""
 
@@ -47,11 +47,12 @@ class WeightFormat:
         return 1 if self.group is None else -(-width // self.group)
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of a row's quantized values, without scales. The width must be even for 4 bits."""
+        """Number of bytes of a row's quantized values, without scales. With 4 bits, the width must
+        be even."""
         return -(-width * self.code_bits // 8)
 
     def num_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a matrix [out, in]: quantized values, scales and zero points."""
+        """Number of bytes of a matrix [out, in]: quantized values, scales and zero points."""
         rows, width = shape
         per_group = self.scale_bytes + self.has_zeros
         return rows * (self.row_bytes(width) + self.num_groups(width) * per_group)

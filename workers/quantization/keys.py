@@ -1,4 +1,4 @@
-"""Decides which keys of a ``quantization_config`` are read, ignored or refused.
+"""Decides which keys of a checkpoint's ``quantization_config`` are read, ignored or refused.
 
 Besides the meaning of the quantized values, tools also record how they chose them (calibration,
 tuning, kernels to load with). A key that no reader has requested is ignored, unless its name
@@ -14,7 +14,7 @@ from typing import Any
 from cluster.core.errors import CheckpointError
 
 _NOTHING: tuple[Any, ...] = (None, False, "", "none", [], {})
-"""Values that turn a key off, whatever the key."""
+"""Values with which a key of ``quantization_config`` has no effect, whatever the key."""
 _NUMBERS = """
     bits format formats layout order zero zeros scale scales semantics kv
     activation activations rotation rotations hadamard quarot spinquant transform transforms
@@ -22,22 +22,25 @@ _NUMBERS = """
     residual residuals sparse sparsity pruned pruning
 """
 _NUMBER_WORDS = frozenset(_NUMBERS.split())
-"""Words in key names that indicate a change of the weights."""
+"""Words in the names of ``quantization_config`` keys that indicate a change of the weights."""
 _NUMBER_KEYS = frozenset({"static_attention_dtype", "packing"})
-"""Other keys that change the weights."""
+"""Keys of ``quantization_config`` that change the weights, although no word in their names shows
+it."""
 _HARMLESS_KEYS = frozenset(
     {"scale_dtype", "static_kv_granularity", "static_attention_granularity", "bits_per_weight"}
 )
-"""Keys with such words that can be ignored, as the files show the type of the scales."""
+"""Keys of ``quantization_config`` that can be ignored, although words in their names indicate a
+change of the weights: the files show the type of the scales."""
 WHOLE_BITS = 16
-"""Numbers with at least this many bits are not quantized."""
+"""Minimum number of bits for which numbers count as not quantized."""
 
 
 class QuantizationKeys:
-    """Keys of one JSON object. It records which keys were read, for ``ignored``."""
+    """Keys of one JSON object in ``quantization_config``. Records which keys were read, for
+    ``ignored``."""
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
-        """``name``: prefix of error messages."""
+        """``name``: prefix of error messages; ``settings``: the JSON object."""
         self.name = name
         self._settings, self._rest = settings, set(settings)
 
@@ -64,16 +67,18 @@ class QuantizationKeys:
         return found
 
     def honoured(self, *keys: str) -> None:
-        """Mark keys as read, because the tensors in the files already show their values."""
+        """Mark keys as read without reading their values, which the tensors in the files already
+        show."""
         self._rest.difference_update(keys)
 
     def refused(self, key: str, rule: str = "") -> CheckpointError:
-        """Return the error for a key's value."""
+        """Return, without raising it, the error for a key whose value is not supported. ``rule``:
+        the allowed values."""
         words = f"{self.name}: {key} {self._settings.get(key)!r} is not supported"
         return CheckpointError(f"{words}: must be {rule}" if rule else words)
 
     def ignored(self) -> tuple[str, ...]:
-        """Return the keys that have no effect and were not requested, sorted.
+        """Return the keys that were set but not read, sorted; these keys have no effect.
 
         Raises ``CheckpointError`` for a key that would change the weights.
         """
@@ -91,16 +96,17 @@ def _names_numbers(key: str) -> bool:
 
 
 def is_whole(key: str, value: object) -> bool:
-    """Whether a key says that something is not quantized, as ``act_bits`` 16 does."""
+    """Whether a key's value says that numbers are not quantized, as ``act_bits`` 16 does."""
     return key.endswith("bits") and isinstance(value, int) and value >= WHOLE_BITS
 
 
 def check_overrides(keys: QuantizationKeys, key: str, same: Mapping[str, Any]) -> None:
-    """Check settings of single modules by pattern, as in GPTQModel's ``dynamic`` and AutoRound's
-    ``extra_config``.
+    """Check the settings of single modules by pattern, as in GPTQModel's ``dynamic`` and
+    AutoRound's ``extra_config``.
 
-    An excluded module (``-:``, or at least 16 bits) is stored unquantized and needs no check.
-    Raises ``CheckpointError`` for another module whose settings differ from ``same``.
+    ``key``: name of the object with the patterns. An excluded module (``-:``, or at least 16 bits)
+    is stored unquantized and needs no check. Raises ``CheckpointError`` for any other module whose
+    settings differ from ``same``, the settings of the whole model.
     """
     found = keys.value(key)
     if found is None:

@@ -27,17 +27,18 @@ class QuantizedMatrix:
 
     format: WeightFormat
     shape: tuple[int, int]
-    """[out, in]."""
+    """Shape of the dequantized matrix, [out, in]."""
     codes: Tensor
     """Quantized values, [out, in] uint8; for 4 bits [out, in / 2], lower half of a byte first."""
     scales: Tensor
     """Scales [out, groups] in the format's scale type; uint8 for ``e8m0``."""
     zeros: Tensor | None = None
-    """Zero points [out, groups] int8, see ``WeightFormat.zero_bits``; None without them."""
+    """Zero points [out, groups] int8, see ``WeightFormat.zero_bits``; None if the format has
+    none."""
 
     @classmethod
     def empty(cls, form: WeightFormat, shape: tuple[int, int]) -> QuantizedMatrix:
-        """Return a matrix with undefined contents, to be filled in."""
+        """Return a quantized matrix with undefined contents, to be filled in."""
         rows, width = shape
         groups = form.num_groups(width)
         return cls(
@@ -60,7 +61,7 @@ class QuantizedMatrix:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """All tensors: quantized values, scales, zero points."""
+        """Tensors of the matrix, in this order: quantized values, scales, zero points if any."""
         return (self.codes, self.scales, *(() if self.zeros is None else (self.zeros,)))
 
     @property
@@ -78,7 +79,7 @@ class QuantizedMatrix:
         return numbers * _by_element(self.float_scales(), group, width)
 
     def float_scales(self) -> Tensor:
-        """Scales [out, groups] float32."""
+        """Return the scales [out, groups] in float32."""
         if self.format.scales != "e8m0":
             return self.scales.float()
         exponents = self.scales.int() - _E8M0_BIAS
@@ -96,23 +97,25 @@ def empty_weight(form: WeightFormat | None, shape: tuple[int, int], dtype: torch
 
 
 def plain(weight: Weight) -> Tensor:
-    """Return a matrix that is known to be unquantized."""
+    """Return ``weight`` as a tensor; it must not be quantized."""
     assert isinstance(weight, Tensor), f"{weight.format} weights"
     return weight
 
 
 def parts_of(weight: Weight) -> tuple[Tensor, ...]:
-    """Return all tensors of a matrix."""
+    """Return all tensors of a matrix: the tensor itself, or quantized values, scales and any zero
+    points."""
     return (weight,) if isinstance(weight, Tensor) else weight.parts
 
 
 def scale_dtype(form: WeightFormat) -> torch.dtype:
-    """Return the dtype of the scales."""
+    """Return the torch dtype of a format's scales; uint8 for ``e8m0``."""
     return _SCALE_DTYPES[form.scales]
 
 
 def decode_codes(codes: Tensor, kind: Codes) -> Tensor:
-    """Convert values [.., bytes] uint8 to float32, without scales; 4 bits: two per byte."""
+    """Convert quantized values [.., bytes] uint8 to float32, without scales; with 4 bits, a byte
+    has two values, and the result is [.., 2 * bytes]."""
     if kind == "int8":
         return codes.view(torch.int8).float()
     if kind == "e4m3":
@@ -127,7 +130,8 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def _by_element(of_groups: Tensor, group: int, width: int) -> Tensor:
-    """Repeat group values for each element: [rows, groups] -> [rows, width]."""
+    """Repeat each value of a group for all elements of the group: [rows, groups] ->
+    [rows, width]."""
     return of_groups.repeat_interleave(group, 1)[:, :width]
 
 

@@ -31,30 +31,35 @@ FORMATS: Final[dict[IntegerCodes, WeightFormat]] = {
 }
 """Formats into which matrices are quantized during loading: 8.125 and 4.75 bits per weight."""
 _SHORT_GROUP = 24
-"""Alternative group of 4-bit products outside the experts: 5 bits per weight."""
+"""Alternative group size for 4-bit matrices outside the experts: 5 bits per weight."""
 _MAX = {"int8": 127, "int4": 7}
 _LEAST, _MOST = -8, 7
 _STEPS = (15.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0, 8.0)
-"""Candidate numbers of steps. If two have the same error, the first one is used."""
+"""Candidate numbers of steps into which a 4-bit scale divides a group's range. If two candidates
+have the same error, the first one is used."""
 _NUM_REFINEMENTS = 2
 _CHAINS = 4
-"""Number of interleaved partial sums."""
+"""Number of interleaved partial sums in a sum over a group's numbers."""
 _NAN = 0x7FC0
 _GROUPS_AT_ONCE = 8192
-"""Groups quantized together: their numbers fit in a processor's cache."""
+"""Number of groups that are quantized together: their numbers fit in a processor's cache."""
 _ROWS_AT_ONCE = 256
 
 
 def candidates(form: WeightFormat, width: int) -> list[WeightFormat]:
-    """Return the formats to try for a matrix outside the experts, with rows of ``width``: ``form``,
-    and shorter groups if they divide rows evenly. If errors are equal, the first format is used."""
+    """Return the formats to try for a matrix outside the experts, with rows of ``width``.
+
+    The formats are ``form``, and shorter groups if they divide rows evenly. If errors are equal,
+    the first format is used.
+    """
     if not form.has_zeros or width % _SHORT_GROUP:
         return [form]
     return [form, replace(form, group=_SHORT_GROUP)]
 
 
 def squared_error(matrix: QuantizedMatrix, weight: Tensor) -> float:
-    """Return the sum of squared differences to weight [out, in], the same on all machines."""
+    """Return the sum of squared differences between a quantized matrix and its weight [out, in],
+    the same on all machines."""
     found = 0.0
     for first in range(0, len(weight), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
@@ -105,7 +110,8 @@ def in_groups(weight: Tensor, form: WeightFormat) -> Tensor:
 def of_groups(
     form: WeightFormat, shape: tuple[int, int], codes: Tensor, scales: Tensor, zeros: Tensor
 ) -> QuantizedMatrix:
-    """Make a matrix from its groups: values [groups, bytes], scales and zero points [groups]."""
+    """Make a quantized matrix of ``shape`` from its groups: values [groups, bytes], scales and zero
+    points [groups]."""
     rows, width = shape
     stored = codes.view(rows, -1)[:, : form.row_bytes(width)].contiguous()
     parts = stored, scales.view(rows, -1), zeros.view(rows, -1)
@@ -113,14 +119,15 @@ def of_groups(
 
 
 class _Codes(NamedTuple):
-    """Quantization of groups [n]: a number is scale * (value - zero)."""
+    """Scales and zero points of n groups, each field [n]: a number becomes scale * (value -
+    zero)."""
 
     scale: Tensor
-    """Scales, exact in bfloat16."""
+    """Scale of each group, exact in bfloat16."""
     zero: Tensor
-    """Zero points, multiples of 1/16."""
+    """Zero point of each group, a multiple of 1/16."""
     error: Tensor
-    """Sums of squared errors; NaN if the scale is 0 or NaN."""
+    """Sum of squared errors of each group; NaN if the scale is 0 or NaN."""
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +151,8 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _codes(x: Tensor, scale: Tensor, zero: Tensor) -> _Codes:
-    """Quantize with the nearest zero point that can be stored."""
+    """Return scales, nearest zero points that can be stored, and errors, for groups x
+    [group, n]."""
     stored = (zero * 16.0).round_().clamp_(-128.0, 127.0).nan_to_num_(-128.0) * 0.0625
     place = x * (1.0 / scale) + stored
     off = _code(place) - place
@@ -157,7 +165,8 @@ def _better(found: _Codes, other: _Codes) -> _Codes:
 
 
 def _fitted(x: Tensor, found: _Codes, total: Tensor) -> _Codes:
-    """Fit scale and zero point to the current values by least squares."""
+    """Fit scale and zero point of groups x [group, n] by least squares to the quantized values that
+    ``found`` gives. ``total`` [n]: sum of each group."""
     codes = _code(x * (1.0 / found.scale) + found.zero)
     sums = _sum(codes)
     mean = sums * (1.0 / len(x))
@@ -171,7 +180,7 @@ def _code(place: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Sum over the first axis: four interleaved partial sums, then their sum."""
+    """Sum over the first axis of x [group, n], as four interleaved partial sums, then their sum."""
     chains = x.view(-1, _CHAINS, x.shape[1])
     sums = chains[0].clone()
     for chain in chains[1:]:
@@ -192,6 +201,7 @@ def _bfloat16(x: Tensor) -> Tensor:
 
 
 def _divisors(scales: Tensor) -> Tensor:
-    """Return the divisors of numbers: the scales, or 1 for the scale 0 of a group of zeros."""
+    """Return the number by which to divide each group: its scale, or 1 if the scale is 0 (a group
+    of zeros)."""
     found = scales.float()
     return found.masked_fill_(found == 0, 1.0)

@@ -1,4 +1,4 @@
-"""Storage format of matrices, from a checkpoint's ``quantization_config``."""
+"""Storage format of quantized matrices in a checkpoint, read from its ``quantization_config``."""
 
 from __future__ import annotations
 
@@ -22,37 +22,40 @@ _AUTO_ROUND_PACKINGS: Mapping[str | None, tuple[Literal["gptq", "awq"], int]] = 
     "auto_round:auto_awq": ("awq", 0),
     "auto_round:awq": ("awq", 0),
 }
-"""Layout of the tensors, and ``StorageFormat.zero_offset``."""
+"""Layout of the tensors, and ``StorageFormat.zero_offset``, by AutoRound's ``packing_format``."""
 _INTEGER_TYPES = (
     *("int", "int_sym", "int_asym", "rtn_int", "rtn_int_sym", "rtn_int_asym"),
     None,
 )
-"""AutoRound's ``data_type`` of formats with one scale, and optionally a zero point, per group."""
+"""Values of AutoRound's ``data_type`` for formats with one scale, and optionally one zero point,
+per group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StorageFormat:
-    """Storage format of the matrices that are not in the checkpoint's own dtype."""
+    """Storage format of a checkpoint's quantized matrices."""
 
     method: Method
     form: WeightFormat
-    """Format of the matrices. Its scales are float32; the scales of a file are converted."""
+    """Format of the matrices after reading: float32 scales, to which the scales of a file are
+    converted."""
     block_rows: int = 1
     """Number of rows that share a scale; above 1 only for ``fp8``."""
     zero_offset: int = 0
-    """Number added to stored zero points: the first version of GPTQ stores them minus one."""
+    """Number added to stored zero points: the first version of GPTQ stores zero points minus
+    one."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
     """Keys of ``quantization_config`` that have no effect, sorted."""
 
     @property
     def block(self) -> tuple[int, int]:
-        """Rows and columns of a block with one scale; for ``fp8``."""
+        """Number of rows and of columns of a block with one scale; only for ``fp8``."""
         assert self.form.group is not None
         return self.block_rows, self.form.group
 
 
 def parse_storage_format(found: object) -> StorageFormat | None:
-    """Read ``quantization_config``; return None if there is none.
+    """Read the value of ``quantization_config``; return None if the value is None.
 
     Raises ``CheckpointError`` that names the key, its value and the allowed values.
     """
@@ -122,7 +125,7 @@ def _auto_round(keys: QuantizationKeys) -> StorageFormat:
 def _parse_shared_keys(
     keys: QuantizationKeys, bits: tuple[int, ...], is_symmetric: bool
 ) -> WeightFormat:
-    """Return the format from the keys that GPTQ, AWQ and AutoRound share.
+    """Return the weight format from the keys that GPTQ, AWQ and AutoRound share.
 
     Two keys are not needed: the headers of the files show which matrices are quantized, and the
     tensors show whether the columns of a group are neighbours (``desc_act``).

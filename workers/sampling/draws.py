@@ -35,15 +35,16 @@ from workers.sampling.best_tokens import best_of_finite, best_tokens
 from workers.sampling.logits_processors import SamplingRow
 
 NOT_FINITE, NONE_ALLOWED = -1, -2
-"""Returned instead of a token if the logits have NaN or infinity, or if all tokens are masked."""
+"""Values returned instead of a token: the logits have NaN or infinity, or all tokens are masked."""
 _MASK64 = (1 << 64) - 1
 _BRANCHES = 16
-"""Number of branches of each node in the tree walk."""
+"""Number of branches of each node in the tree of tokens that a draw walks down."""
 _FIRST_CANDIDATES = 256
-"""Number of best tokens that top_p sorts first; all tokens are sorted only if these are too few."""
+"""Number of best tokens that top_p sorts first; more are sorted only if these are too few."""
 _LOG2_E = math.log2(math.e)
 _MIN_SCALE = float(np.finfo(np.float32).tiny)
-"""Smallest scale, for the highest temperatures; a masked logit times 0 would be NaN."""
+"""Smallest factor log2(e) / temperature, used for the highest temperatures; a factor of 0 would
+turn a masked logit (minus infinity) into NaN."""
 _WEIGHT_BITS = 40
 _COEFFICIENTS = (
     0.0013264723820611835,
@@ -53,7 +54,8 @@ _COEFFICIENTS = (
     0.6931470036506653,
     1.0,
 )
-"""Polynomial of 2 ** x for x in [-0.5, 0.5], highest power first; see ``c/weights.h``."""
+"""Coefficients of a polynomial for 2 ** x with x in [-0.5, 0.5], highest power first; see
+``c/weights.h``."""
 _CACHED_LOGITS = 1 << 18
 """Number of logits that a CPU processes at a time, so that logits and weights stay in cache."""
 
@@ -64,10 +66,12 @@ def draw(
     is_masked: bool = False,
     team: ThreadTeam | None = None,
 ) -> Tensor:
-    """Sample tokens [rows] int64 from logits [rows, V], or ``NOT_FINITE`` or ``NONE_ALLOWED``.
+    """Sample a token from each row of logits [rows, V]; returns [rows] int64.
 
-    ``is_masked``: tokens with a logit of minus infinity must not be sampled; the other logits are
-    finite. The kernel is used if there is a ``team`` and the kernel supports the dtype.
+    The result is ``NOT_FINITE`` for a row with NaN or infinity, and ``NONE_ALLOWED`` for a row
+    whose tokens are all masked. ``is_masked``: tokens with a logit of minus infinity must not be
+    sampled; all other logits are finite. The native kernel is used if there is a ``team`` and the
+    kernel supports the dtype.
     """
     how = _draw_rows(rows)
     if team is not None and can_draw(logits):
@@ -88,13 +92,13 @@ def draw(
 
 
 def _draw_rows(rows: Sequence[SamplingRow]) -> NDArray[Any]:
-    """Rows in the kernel's layout: [rows] ``DRAW_ROW``."""
+    """Return the sampling parameters of rows in the native kernel's layout: [rows] ``DRAW_ROW``."""
     values = [(r.params.seed & _MASK64, r.choice, r.index, *_limits(r)) for r in rows]
     return np.array(values, dtype=DRAW_ROW)
 
 
 def _limits(row: SamplingRow) -> tuple[float, float, float, int]:
-    """Return top_p, scale, floor and top_k of a row."""
+    """Return top_p, scale (log2(e) / temperature), floor (log2 of min_p) and top_k of a row."""
     params = row.params
     if row.is_greedy:
         return 1.0, 0.0, 0.0, 0
@@ -103,14 +107,15 @@ def _limits(row: SamplingRow) -> tuple[float, float, float, int]:
 
 
 def _best_allowed(logits: Tensor) -> Tensor:
-    """Return [rows]: the best token of masked logits [rows, V], or ``NONE_ALLOWED``."""
+    """Return the best token of each row of masked logits [rows, V], or ``NONE_ALLOWED``: [rows]."""
     best = best_tokens(logits)
     values = logits.gather(1, best.unsqueeze(1)).squeeze(1)
     return torch.where(torch.isfinite(values), best, NONE_ALLOWED)
 
 
 def _draw(below: Tensor, how: NDArray[Any]) -> Tensor:
-    """Sample tokens [rows]; ``below`` [rows, V] float32: logits minus the row's best logit."""
+    """Sample a token for each row: [rows]. ``below`` [rows, V] float32: logits minus the row's best
+    logit."""
     numbers = _draw_params(how, below)
     t = below.mul_(numbers.scale)
     floor = _floors(t, how, numbers)
@@ -122,22 +127,23 @@ def _draw(below: Tensor, how: NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _DrawParams:
-    """Sampling parameters for float32 values t, on the device."""
+    """Sampling parameters of rows on the logits' device; t is (logit - best logit) * scale."""
 
     top_p: Tensor
-    """[rows, 1] float64."""
+    """[rows, 1] float64; 1 or more: no limit."""
     scale: Tensor
-    """[rows, 1] float32."""
+    """[rows, 1] float32: log2(e) / temperature."""
     floor: Tensor
-    """[rows, 1] float32."""
+    """[rows, 1] float32: log2(min_p), the lowest t to keep; minus infinity: no limit."""
     top_k: Tensor
     """[rows, 1] int64; 0: no limit."""
     uniform: Tensor
-    """[rows, levels] float64: ``uniforms`` for each level of the walk."""
+    """[rows, levels] float64: a random number in [0, 1) for each level of the tree walk."""
 
 
 def _draw_params(how: NDArray[Any], like: Tensor) -> _DrawParams:
-    """Copy the parameters of ``DRAW_ROW`` [rows] to the device of logits [rows, V] at once."""
+    """Copy parameters of dtype ``DRAW_ROW`` [rows] to the device of logits [rows, V], in one
+    transfer."""
     vocab_size, num_levels = like.shape[1], 1
     while _BRANCHES**num_levels < vocab_size:
         num_levels += 1
@@ -163,7 +169,10 @@ def token_weights(t: Tensor) -> Tensor:
 
 
 def _floors(t: Tensor, how: NDArray[Any], numbers: _DrawParams) -> Tensor | None:
-    """Return [rows, 1]: the t below which tokens are dropped; None if no row drops any."""
+    """Return [rows, 1]: the t below which tokens are dropped; None if no row drops any token.
+
+    t [rows, V] is (logit - best logit) * log2(e) / temperature.
+    """
     has_top_p = bool((how["top_p"] < 1).any())
     if has_top_p or (how["top_k"] > 0).any():
         return torch.maximum(numbers.floor, _truncations(t, how["top_k"], numbers, has_top_p))
@@ -173,7 +182,10 @@ def _floors(t: Tensor, how: NDArray[Any], numbers: _DrawParams) -> Tensor | None
 def _truncations(
     t: Tensor, top_k: NDArray[np.int64], numbers: _DrawParams, has_top_p: bool
 ) -> Tensor:
-    """Return [rows, 1]: the lowest t that top_k, and then top_p, keep."""
+    """Return [rows, 1]: the lowest t that remains after top_k and then top_p.
+
+    t [rows, V] is (logit - best logit) * log2(e) / temperature.
+    """
     vocab_size = t.shape[1]
     limits = top_k[top_k < vocab_size]
     is_off = numbers.top_p >= 1
@@ -195,9 +207,10 @@ def _truncations(
 
 
 def _walk_tree(cumulative: Tensor, numbers: Tensor) -> Tensor:
-    """Return tokens [rows] for cumulative weights [rows, V] int64 and ``_DrawParams.uniform``.
+    """Return tokens [rows] for cumulative weights [rows, V] int64, by a walk down a tree of tokens.
 
-    Each level divides the remaining interval of tokens into 16, and selects one by its weight.
+    ``numbers`` [rows, levels]: a random number in [0, 1) for each level. Each level divides the
+    remaining interval of tokens into 16 parts, and selects one part by its weight.
     """
     device, vocab_size, num_levels = cumulative.device, cumulative.shape[1], numbers.shape[1]
     first = torch.zeros(len(cumulative), 1, dtype=torch.int64, device=device)
@@ -215,10 +228,10 @@ def _walk_tree(cumulative: Tensor, numbers: Tensor) -> Tensor:
 
 
 def uniforms(values: NDArray[np.uint64], num_levels: int) -> NDArray[np.float64]:
-    """Return [rows, num_levels] numbers in [0, 1) from seed, choice and index [rows, 3].
+    """Return [rows, num_levels] random numbers in [0, 1) from seed, choice and index [rows, 3].
 
-    The results must never change. Source: splitmix64 (Steele, Lea and Flood 2014), chained over
-    the three values and the level.
+    The results must never change. Source: splitmix64 (Steele, Lea and Flood 2014), chained over the
+    three values and the level.
     """
     state = _splitmix64(values[:, :1])
     for column in (values[:, 1:2], values[:, 2:], np.arange(num_levels, dtype=np.uint64)):
@@ -228,7 +241,7 @@ def uniforms(values: NDArray[np.uint64], num_levels: int) -> NDArray[np.float64]
 
 
 def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One step of splitmix64, modulo 2 ** 64."""
+    """Return the next state of the random number generator splitmix64, modulo 2 ** 64."""
     z = state + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

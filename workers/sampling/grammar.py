@@ -1,14 +1,14 @@
-"""State of a grammar for an output: determines which tokens may come next.
+"""State of a grammar for one output: determines which tokens may come next.
 
 The parser is llguidance. A ``GrammarState`` depends only on the grammar and the output tokens.
-Computing a mask does not change it; only ``advance`` does, which is called when a step commits. So
-a repeated step, a preemption and a resubmission with the output so far all have the same state. The
-mask of a step can be computed on another thread while the step computes its logits.
+Computing a mask does not change the state; only ``advance`` does, which is called when a step
+commits. So a repeated step, a preemption and a resubmission with the output so far all have the
+same state. The mask of a step can be computed on another thread while the step computes its logits.
 
 States of one compiled grammar share a lexer with a cache, which makes masks cheap. But if the lexer
-reaches a limit or a bug, it fails for all of them. A state that fails therefore creates its own
-lexer and replays its output; if it fails again, the output itself is the cause. The compiler does
-not use the failed lexer for later requests.
+reaches a limit or a bug, it fails for all these states. A state that fails therefore creates its
+own lexer and replays its output; if it fails again, the output itself is the cause. The compiler
+does not use the failed lexer for later requests.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from cluster.core.errors import RequestError
 from workers.requests.request import Grammar, GrammarKind
 
 _MAX_RENEWED_CHARS = 8192
-"""Limit of a grammar's length for a second compilation, which blocks the engine's thread."""
+"""Maximum length in characters of a grammar for a second compilation, which blocks the engine's
+thread."""
 _MAX_MESSAGE_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMask:
-    """Mask of the tokens that may come next."""
+    """Mask of the tokens that may come next, according to a grammar."""
 
     allowed: Tensor
-    """[V] bool on the CPU."""
+    """[V] bool on the CPU: whether each token may come next."""
     must_end: bool
     """Whether the grammar permits only the end of the text."""
 
 
 class MaskReader:
-    """Reads masks from parsers. Any thread may call it.
+    """Reads token masks from llguidance parsers. Any thread may call it.
 
     Args:
         vocab_size: the model's vocabulary size.
@@ -54,7 +55,7 @@ class MaskReader:
         self._eos = np.array(eos_token_ids, dtype=np.int64)
 
     def read(self, matcher: llguidance.LLMatcher) -> TokenMask:
-        """Return the mask for a matcher's state; all False if the matcher has failed."""
+        """Return the mask for a parser's state; all False if the parser has failed."""
         words = np.zeros(-(-self._vocab_size // 32), dtype=np.uint32)
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         bits = np.unpackbits(words.view(np.uint8), count=self._vocab_size, bitorder="little")
@@ -67,7 +68,7 @@ class MaskReader:
 
 
 class GrammarState:
-    """State of a grammar after one choice's output. Engine's thread only.
+    """State of a grammar after one choice's output. Only the engine's thread calls its methods.
 
     Between ``prepare`` and the next ``mask`` or ``advance``, only the thread that computes the mask
     may use the parser.
@@ -83,7 +84,7 @@ class GrammarState:
         self._prepared: Future[TokenMask] | None = None
 
     def prepare(self, pool: Executor) -> None:
-        """Start to compute the next mask on another thread, unless already started."""
+        """Start to compute the next mask on a thread of ``pool``, unless already started."""
         if self._prepared is None:
             self._prepared = pool.submit(self._compute_mask)
 
@@ -113,11 +114,12 @@ class GrammarState:
 
     @property
     def error(self) -> str | None:
-        """The parser's error; None without an error."""
+        """The parser's error message, shortened; None without an error."""
         return shorten(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def _retry_with_own_lexer(self) -> bool:
-        """Retry once with a separate lexer; returns whether the state works now."""
+        """Replay the output once with a separate lexer; return whether the parser works
+        afterwards."""
         if self._has_own_lexer:
             return False
         self._has_own_lexer = True
@@ -130,19 +132,20 @@ class GrammarState:
 
 @dataclass(slots=True, eq=False)
 class CompiledGrammar:
-    """A compiled grammar, which creates states. ``GrammarCompiler`` makes it."""
+    """A compiled grammar, which creates parser states for outputs. ``GrammarCompiler`` makes it."""
 
     grammar: Grammar
     matcher: llguidance.LLMatcher
-    """The state before any token."""
+    """Parser in the state before any token."""
     masks: MaskReader
     make_matcher: Callable[[], llguidance.LLMatcher]
-    """Compiles the grammar again, with a separate lexer."""
+    """Function that compiles the grammar again, with a separate lexer."""
     has_failed: bool = False
-    """Whether the shared lexer has failed."""
+    """Whether the lexer that all states of this grammar share has failed."""
 
     def start(self, output: Sequence[int] = ()) -> GrammarState:
-        """Return the state after ``output``. Raises ``RequestError`` if the tokens do not match."""
+        """Return the parser state after ``output``. Raises ``RequestError`` if the tokens do not
+        match."""
         state = GrammarState(self, self.matcher.deep_copy(), output)
         if not self.replay(state._matcher, output) and not state._retry_with_own_lexer():
             message = "output_so_far does not follow the request's grammar"
@@ -150,12 +153,13 @@ class CompiledGrammar:
         return state
 
     def compile_again(self) -> llguidance.LLMatcher | None:
-        """Mark the lexer as failed; compile again with a separate one. None if it is too long."""
+        """Mark the shared lexer as failed, and return a parser with a separate lexer, or None if
+        the grammar is too long to compile again."""
         self.has_failed = True
         return self.make_matcher() if len(self.grammar.text) <= _MAX_RENEWED_CHARS else None
 
     def replay(self, matcher: llguidance.LLMatcher, output: Sequence[int]) -> bool:
-        """Add the tokens of an output; returns whether all could be added.
+        """Add the tokens of an output to a parser; return whether all could be added.
 
         Masks are computed as in the first run, as a Lark grammar may count tokens (``max_tokens``).
         """
@@ -169,7 +173,7 @@ class CompiledGrammar:
 
 
 def shorten(reason: str) -> str:
-    """Shorten a parser's message, which may quote a whole grammar, to one line for clients."""
+    """Return a parser's message as one line for clients; the message may quote a whole grammar."""
     reason = reason.replace("<non-verbose/>", "").partition("<backtrace>")[0]
     line = " ".join(reason.split())
     return line if len(line) <= _MAX_MESSAGE_CHARS else f"{line[:_MAX_MESSAGE_CHARS]}..."

@@ -26,22 +26,27 @@ from workers.sampling.grammar import CompiledGrammar, MaskReader, shorten
 CACHED_GRAMMARS = 64
 """Number of compiled grammars that a worker caches; the least recently used are evicted."""
 _MAX_ITEMS_A_STEP = 50_000
-"""Limit of parser items per mask. A hostile grammar reaches it at most once, in up to 0.2 s."""
+"""Maximum number of parser items per mask. A hostile grammar reaches it at most once, in up to 0.2
+s."""
 _MAX_ITEMS_IN_ROW = 8_000
-"""Limit of parser items at one position; an object with 600 optional properties has 2400."""
+"""Maximum number of parser items at one position; an object with 600 optional properties has
+2400."""
 _MAX_LEXER_STATES = 30_000
-"""Limit of lexer states, which all outputs of a grammar share. This number takes 3 MB."""
+"""Maximum number of lexer states, which all outputs of a grammar share. 30,000 states take 3 MB."""
 _MAX_FIRST_MASK_S = 0.1
-"""Limit of the CPU time of the first mask, in seconds; 0.01 s is already unusual."""
+"""Maximum CPU time of a grammar's first mask, in seconds; 0.01 s is already unusual."""
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
-"""Makes the model choose tokens even where only one text is possible. With ``%ignore``, llguidance
-1.9 otherwise never finds the end of such a text, as in ``start: "x" " y"`` and ``%ignore / +/``."""
+"""Line appended to Lark grammars: the model chooses tokens even where only one text is possible.
+With ``%ignore``, llguidance 1.9 otherwise never finds the end of such a text, as in
+``start: "x" " y"`` and ``%ignore / +/``."""
 _OPTIONS = "x-guidance"
-"""Key of a schema with options for llguidance."""
+"""Key of a JSON schema under which options for llguidance are."""
 _KNOWN_OPTIONS = ("whitespace_flexible", "coerce_one_of", "lenient")
-"""Options that clients may set. Separators with blanks cause endless searches, too."""
+"""Options of llguidance that clients may set in a schema. Custom separators are not among them,
+because separators with blanks cause endless searches."""
 _WHITE_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,32}"
-"""White space in JSON text, unless the schema specifies it: a few blanks, or a new line."""
+"""Regular expression for white space in JSON text, unless the schema specifies it: a few blanks, or
+a new line."""
 
 
 class GrammarCompiler:
@@ -81,15 +86,16 @@ class GrammarCompiler:
         self._masks = MaskReader(vocab_size, self._eos)
 
     def prepare(self) -> None:
-        """Read the tokenizer now. With 50,000 tokens that blocks all threads for 0.2 s.
+        """Read the tokenizer, which blocks all threads for 0.2 s if it has 50,000 tokens.
 
-        If the tokenizer cannot be used, ``compile`` reports that.
+        If the tokenizer cannot be used, do not raise an error; ``compile`` raises it later.
         """
         with contextlib.suppress(UnsupportedParameterError):
             self._load_tokenizer("structured_outputs")
 
     def cached(self, grammar: Grammar, owner: str = "") -> CompiledGrammar | None:
-        """Return a cached grammar of this owner, or None. Skips a grammar whose lexer has failed.
+        """Return a compiled grammar of this owner from the cache, or None. A grammar whose lexer
+        has failed is not returned.
 
         ``owner`` is the ``cache_salt`` of a request: compile times must not reveal the grammars of
         other tenants.
@@ -102,9 +108,11 @@ class GrammarCompiler:
             return known
 
     def compile(self, grammar: Grammar, owner: str = "") -> CompiledGrammar:
-        """Compile a grammar. May take long, but does not block other threads.
+        """Compile a grammar, or return it from the cache. May take long, but does not block other
+        threads.
 
-        ``owner`` as in ``cached``.
+        ``owner``: the ``cache_salt`` of the request; a compiled grammar is reused only for its
+        owner.
 
         Raises:
             RequestError: the grammar is invalid, can never be matched, or is too complex.
@@ -137,7 +145,7 @@ class GrammarCompiler:
         return self._compile_text(grammar, weaker)
 
     def _compile_text(self, grammar: Grammar, text: str) -> CompiledGrammar:
-        """Compile ``grammar`` with ``text`` instead of its own."""
+        """Compile ``text`` in place of the text of ``grammar``."""
         tokenizer = self._load_tokenizer(grammar.field)
         try:
             source = _to_source(grammar.kind, text)
@@ -151,8 +159,9 @@ class GrammarCompiler:
         return CompiledGrammar(grammar, matcher, self._masks, make)
 
     def _with_fallbacks(self, grammar: Grammar) -> str:
-        """Return the text with fallbacks for the parts that do not compile. If each part compiles
-        alone, all parts get their fallbacks.
+        """Return the grammar's text with fallbacks for the parts that do not compile.
+
+        If each part compiles alone, all parts get their fallbacks.
 
         Raises:
             RequestError: a part without a fallback does not compile.
@@ -170,7 +179,8 @@ class GrammarCompiler:
         return "\n".join(lines)
 
     def _compiles(self, part: GrammarPart, line: str) -> bool:
-        """Whether a part compiles. Raises ``RequestError`` if it does not and has no fallback."""
+        """Whether a part of a grammar compiles alone. Raises ``RequestError`` if it does not and
+        has no fallback."""
         alone = Grammar(kind=GrammarKind.LARK, text="", field=part.label)
         try:
             self._compile_text(alone, f"start: {part.rule}\n{line}\n")
@@ -181,7 +191,8 @@ class GrammarCompiler:
         return True
 
     def _try_first_mask(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
-        """Raise ``RequestError`` if no output can match, or masks would take too long."""
+        """Compute the first mask; raise ``RequestError`` if no output can match or masks would take
+        too long."""
         probe = matcher.deep_copy()
         started_s = time.thread_time()
         mask = self._masks.read(probe)
@@ -212,7 +223,8 @@ class GrammarCompiler:
 
 
 def _to_source(kind: GrammarKind, text: str) -> str:
-    """Convert to llguidance's source format. Raises ``ValueError``."""
+    """Convert a grammar's text to llguidance's source format. Raises ``ValueError`` if it is
+    invalid."""
     matcher = llguidance.LLMatcher
     if kind is GrammarKind.JSON_SCHEMA:
         return _json_source(text)
@@ -225,7 +237,11 @@ def _to_source(kind: GrammarKind, text: str) -> str:
 
 
 def _json_source(schema: str) -> str:
-    """Return source with limited white space, which a small model may otherwise repeat forever."""
+    """Return llguidance's source for a JSON schema, with limited white space, which a small model
+    may otherwise repeat forever.
+
+    Raises ``ValueError`` for options that clients may not set.
+    """
     value = json.loads(schema)
     options = value.pop(_OPTIONS, None) or {}
     if not isinstance(options, dict) or not all(

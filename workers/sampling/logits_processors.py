@@ -1,10 +1,10 @@
 """Logits processors: penalties, bias and masks that change logits before sampling.
 
-They run on float32 in this order: repetition, frequency and presence penalty, ``logit_bias``, then
-the masks. Each mask sets logits to minus infinity, so their order does not matter. Masks exclude
-tokens outside ``allowed_token_ids``, tokens that would complete one of ``bad_words``, tokens that
-end the output before ``min_tokens``, and tokens that the grammar does not allow. If the grammar
-allows only the end of the text, the other masks are ignored.
+The processors run on float32 in this order: repetition, frequency and presence penalty,
+``logit_bias``, then the masks. Each mask sets logits to minus infinity, so the order of masks does
+not matter. Masks exclude tokens outside ``allowed_token_ids``, tokens that would complete one of
+``bad_words``, tokens that end the output before ``min_tokens``, and tokens that the grammar does
+not allow. If the grammar allows only the end of the text, the other masks are ignored.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from workers.requests.sequence import SequenceState
 from workers.sampling.grammar import GrammarState
 
 _LARGEST_LOGIT = 1e30
-"""Bound of logits after penalties, so that they stay finite when divided by a temperature."""
+"""Bound of absolute logits after penalties, so that they stay finite when divided by a
+temperature."""
 _MASKED = float("-inf")
 _MORE_TOKENS = 64
-"""Minimum capacity to add for new tokens of an output; otherwise the arrays double."""
+"""Number of entries added to the arrays of ``TokenCounts``, on top of doubling them, when they are
+full."""
 _GREEDY_BELOW = 1e-5
-"""Temperatures below this value count as 0."""
+"""Temperature below which sampling selects the best token, as at temperature 0."""
 
 
 class TokenCounts:
-    """Counts a sequence's tokens for penalties, in arrays that grow with the output."""
+    """Counts of a sequence's tokens for penalties, in arrays that grow with the output."""
 
     def __init__(
         self, params: SamplingParams, prompt: Iterable[int], output: Sequence[int]
     ) -> None:
-        """``output`` is the sequence's own list: tokens appended to it later count too."""
+        """``output`` is the sequence's own list: tokens that are appended to it later count too."""
         known = dict.fromkeys(prompt) if params.repetition_penalty != 1.0 else {}
         self._place = {token: place for place, token in enumerate(known)}
         self._tokens: NDArray[np.int64] = np.array(list(known), dtype=np.int64)
@@ -46,7 +48,7 @@ class TokenCounts:
         self._num_counted = 0
 
     def _count(self, token: int) -> None:
-        """Count a token of the output."""
+        """Add one token of the output to the counts."""
         index = self._place.setdefault(token, len(self._place))
         if index == len(self._tokens):
             room = len(self._tokens) + _MORE_TOKENS
@@ -56,9 +58,11 @@ class TokenCounts:
         self._in_output[index] += 1
 
     def arrays(self, drafted: Sequence[int] = ()) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The distinct tokens, and their counts in the output. Later calls change the arrays.
+        """Return the distinct tokens [n] and their counts in the output [n]. Later calls change the
+        arrays.
 
-        ``drafted``: draft tokens after the output, which count too.
+        With a repetition penalty, the tokens include those of the prompt. ``drafted``: draft tokens
+        after the output, which count too.
         """
         for token in self._output[self._num_counted :]:
             self._count(token)
@@ -69,7 +73,7 @@ class TokenCounts:
     def _with(
         self, drafted: Sequence[int], tokens: NDArray[np.int64], in_output: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Copies of the arrays that include the ``drafted`` tokens."""
+        """Return copies of the token and count arrays that include the ``drafted`` tokens."""
         new = [token for token in dict.fromkeys(drafted) if token not in self._place]
         index_of = self._place | dict(
             zip(new, range(len(tokens), len(tokens) + len(new)), strict=True)
@@ -97,7 +101,7 @@ class BadWords:
                 self._after.setdefault(word[-2], []).append(word)
 
     def banned(self, output: Sequence[int]) -> tuple[int, ...]:
-        """Tokens that would complete a word after ``output``."""
+        """Return the tokens that would complete a forbidden sequence after ``output``."""
         tokens = list(self._alone)
         for word in self._after.get(output[-1], ()) if output else ():
             begun = len(word) - 1
@@ -107,20 +111,21 @@ class BadWords:
 
 
 class SamplingRow(Struct, frozen=True):
-    """Parameters and history for one row of logits, from which a token is sampled."""
+    """Parameters and history for one row of logits, from which one token is sampled."""
 
     params: SamplingParams
     choice: int
-    """Index of the choice in its request."""
+    """Index of the row's choice among the choices of its request."""
     index: int
     """Position of the new token in the choice's output."""
     counts: TokenCounts | None = None
     """Token counts for penalties; None without penalties."""
     banned_tokens: tuple[int, ...] = ()
-    """Tokens that ``min_tokens`` and ``bad_words`` exclude for this row."""
+    """Tokens that ``min_tokens``, ``bad_words`` or ``ignore_eos`` exclude for this row."""
     grammar: GrammarState | None = None
     drafted: tuple[int, ...] = ()
-    """Draft tokens between the output and the new token, assumed to be accepted."""
+    """Draft tokens between the committed output and the new token; sampling assumes that they are
+    accepted."""
 
     @property
     def is_greedy(self) -> bool:
@@ -134,7 +139,7 @@ class SamplingRow(Struct, frozen=True):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the logits are used unchanged."""
+        """Whether the row's logits are used unchanged: no penalties, bias or masks."""
         params = self.params
         return (
             self.counts is None
@@ -146,7 +151,7 @@ class SamplingRow(Struct, frozen=True):
 
 
 class LogitsProcessors:
-    """The processors of one sequence, updated with its output."""
+    """Logits processors of one sequence, updated with its output."""
 
     def __init__(
         self,
@@ -154,7 +159,7 @@ class LogitsProcessors:
         eos_token_ids: tuple[int, ...],
         grammar: GrammarState | None = None,
     ) -> None:
-        """``grammar``: the sequence's own state, or None."""
+        """``grammar``: the sequence's own grammar state, or None."""
         params = sequence.params
         self._sequence = sequence
         self._eos = eos_token_ids
@@ -163,15 +168,19 @@ class LogitsProcessors:
             self._counts = TokenCounts(params, sequence.request.prompt, sequence.output)
         self._bad_words = BadWords(params.bad_words) if params.bad_words else None
         self.grammar = grammar
-        """Grammar state after the output; None without a grammar."""
+        """State of the sequence's grammar after the output; None without a grammar."""
 
     def rows(self, drafts: tuple[int, ...]) -> list[SamplingRow]:
-        """Rows for the next token and for the token after each draft. No drafts with a grammar."""
+        """Return the sampling rows for the next token and for the token after each draft token.
+
+        A sequence with a grammar must have no drafts.
+        """
         assert not drafts or self.grammar is None, "drafts are not supported with a grammar"
         return [self.row(drafts[:count]) for count in range(len(drafts) + 1)]
 
     def row(self, drafted: tuple[int, ...] = ()) -> SamplingRow:
-        """Row for the token after the output and ``drafted``."""
+        """Return the sampling row for the token after the output and the draft tokens
+        ``drafted``."""
         sequence = self._sequence
         index = len(sequence.output) + len(drafted)
         banned = self._banned(index, drafted)
@@ -193,9 +202,9 @@ class LogitsProcessors:
 
 
 def apply_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Logits [rows, V] after each row's processors, in float32 unless no row has any.
+    """Return logits [rows, V] after penalties, bias and masks of each row, in float32.
 
-    The input is not changed.
+    If no row changes its logits, the input itself is returned. The input is never changed.
     """
     if all(row.is_plain for row in rows):
         return logits
@@ -208,7 +217,8 @@ def apply_processors(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Apply repetition, frequency and presence penalty in place to contiguous float32 [rows, V]."""
+    """Apply repetition, frequency and presence penalties in place to contiguous float32 logits
+    [rows, V]."""
     indices: list[NDArray[np.int64]] = []
     columns: list[NDArray[np.float32]] = []
     for number, row in enumerate(rows):
@@ -234,7 +244,7 @@ def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
 
 
 def _apply(row: SamplingRow, values: Tensor) -> None:
-    """Apply bias and masks to one row [V] in place."""
+    """Apply the bias and masks of one row to its float32 logits [V] in place."""
     params = row.params
     if params.logit_bias:
         ids, bias = zip(*params.logit_bias, strict=True)

@@ -1,9 +1,10 @@
-"""Samples tokens from logits. Pure: a token depends on a row's logits, parameters and history.
+"""Sampling of tokens from logits. A token depends only on a row's logits, parameters and history.
 
 Penalties, bias and masks are first (``workers/sampling/logits_processors.py``), then temperature,
 top_k, top_p, min_p and the draw (``workers/sampling/draws.py``). At temperature 0 the best token is
-selected, of equal ones the lowest id. A draw uses a few uniform random numbers that depend only on
-(seed, choice, index of the token), not on the batch, restarts or the machine.
+selected; of several best tokens, the one with the lowest id. A draw uses a few uniform random
+numbers that depend only on (seed, choice, index of the token), not on the batch, restarts or the
+machine.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from workers.sampling.logits_processors import SamplingRow, apply_processors
 Score = Callable[
     [Tensor, Sequence[int], Sequence[int], Sequence[Sequence[int]]], list[TokenLogprob]
 ]
-"""``logprob_entries`` or a function with the same signature."""
+"""Function that returns log-probabilities of tokens: ``logprob_entries`` or one with its
+signature."""
 
 
 class SamplingFailure(Enum):
-    """Why no token could be sampled."""
+    """Reason why no token could be sampled."""
 
     NOT_FINITE = "not_finite"
     NONE_ALLOWED = "none_allowed"
@@ -41,22 +43,24 @@ _FAILURES = {NOT_FINITE: SamplingFailure.NOT_FINITE, NONE_ALLOWED: SamplingFailu
 
 
 class SampledToken(Struct, frozen=True):
-    """Result of sampling one row."""
+    """Result of sampling a token from one row of logits."""
 
     token: int
-    """The token; -1 after a failure."""
+    """Id of the sampled token; -1 after a failure."""
     logprob: TokenLogprob | None = None
-    """Log-probabilities if requested."""
+    """Log-probabilities of the token and of alternatives; None if not requested."""
     failure: SamplingFailure | None = None
-    """Why no token was sampled; None after success."""
+    """Reason why no token was sampled; None after success."""
 
 
 def sample_tokens(
     logits: Tensor, rows: Sequence[SamplingRow], team: ThreadTeam | None = None
 ) -> Tensor:
-    """Sample one token [rows] int64 for each row of logits [rows, V]; failures are as in ``draw``.
+    """Sample one token for each row of logits [rows, V]; returns [rows] int64.
 
-    ``team``: threads for the native kernel; None: torch. Only rows with processors are copied.
+    The result is ``NOT_FINITE`` for a row with NaN or infinity, and ``NONE_ALLOWED`` for a row
+    whose tokens are all masked. ``team``: threads for the native kernel; None: torch. Only rows
+    with penalties, bias or masks are copied.
     """
     changed = [i for i, row in enumerate(rows) if not row.is_plain]
     if not changed:
@@ -75,7 +79,11 @@ def sample_tokens(
 def sampled_tokens(
     logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> list[SampledToken]:
-    """Results of ``sample_tokens``, with log-probabilities if requested."""
+    """Convert the values that ``sample_tokens`` returned to results, with log-probabilities if
+    requested.
+
+    ``score`` computes the log-probabilities.
+    """
     entries = _entries(logits, rows, tokens, score)
     return [
         SampledToken(token, entries.get(i))
@@ -86,7 +94,7 @@ def sampled_tokens(
 
 
 def _select_rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """Select rows of logits [rows, V], without a copy if all are selected."""
+    """Return the given rows of logits [rows, V]; if these are all rows, without a copy."""
     return logits if len(rows) == len(logits) else logits[to_device(rows, logits.device)]
 
 
@@ -98,7 +106,7 @@ def all_finite(logits: Tensor) -> bool:
 def _entries(
     logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> dict[int, TokenLogprob]:
-    """Log-probabilities of the sampled tokens by row, for rows that request them."""
+    """Return the log-probabilities of sampled tokens, by row index, for rows that request them."""
     requested = [
         i
         for i, row in enumerate(rows)
@@ -122,9 +130,11 @@ def logprob_entries(
     num_top: Sequence[int],
     named: Sequence[Sequence[int]] | None = None,
 ) -> list[TokenLogprob]:
-    """Log-probabilities of ``tokens`` [rows] by unprocessed logits [rows, V], with alternatives.
+    """Return log-probabilities of ``tokens`` [rows] by unprocessed logits [rows, V], with
+    alternatives.
 
-    An entry has the ``num_top`` best tokens, or the row's ``named`` tokens in their order.
+    The alternatives of a row are its ``num_top`` best tokens, or its ``named`` tokens in their
+    order.
     """
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)
@@ -162,7 +172,7 @@ def logprob_entries_by_row(
     num_top: Sequence[int],
     named: Sequence[Sequence[int]] | None = None,
 ) -> list[TokenLogprob]:
-    """``logprob_entries`` with each row in its own memory.
+    """Return the results of ``logprob_entries``, computed with a separate tensor for each row.
 
     Some torch functions use another formula for the last elements of a tensor. So the results of a
     row are independent of the batch only if the row has a tensor of its own.
