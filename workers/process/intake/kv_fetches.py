@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 
 import torch
 
@@ -89,6 +90,8 @@ class KvFetches(FetchJobs):
         self._seconds = Histogram(TRANSFER_BUCKETS)
         self._num_bytes = 0
         self._num_failed = 0
+        self._measuring = Lock()
+        """Held while a fetcher thread adds to the cost and the counters."""
 
     @property
     def fetch_cost(self) -> float:
@@ -252,6 +255,7 @@ class KvFetches(FetchJobs):
         """Fetch blocks from a peer, in a thread of the executor; errors are only logged."""
         cache, began_s = self._engine.kv_store.cache, self._clock()
         buffer = torch.empty(cache.block_shape, dtype=cache.dtype)
+        state_bytes, has_failed = 0, False
 
         def keep(index: int) -> None:
             cache.write_block(fetch.blocks[index], buffer)
@@ -260,19 +264,21 @@ class KvFetches(FetchJobs):
         try:
             with closing(PeerClient(peer, deadline_s - began_s, deadline_s=deadline_s)) as client:
                 if fetch.state is not None:  # first, as it decides how many blocks are useful
-                    self._num_bytes += _receive_state(client, fetch, fetch.state, cache)
+                    state_bytes = _receive_state(client, fetch, fetch.state, cache)
                 if fetch.wanted:
                     client.fetch("a KV block", fetch.wanted, [view_bytes(buffer)], keep)
         except TransportError as err:
-            self._num_failed += 1
+            has_failed = True
             logger.warning("could not fetch KV blocks of %s: %s", peer.name, err)
         except Exception:
-            self._num_failed += 1
+            has_failed = True
             logger.exception("could not fetch KV blocks of %s", peer.name)
-        took_s = self._clock() - began_s
-        self._seconds.observe(took_s)
-        self._num_bytes += fetch.num_filled * buffer.nbytes
-        self.cost.observe_fetch(fetch.num_gained * cache.block_size, took_s, self._clock())
+        ended_s, num_tokens = self._clock(), fetch.num_gained * cache.block_size
+        with self._measuring:
+            self._seconds.observe(ended_s - began_s)
+            self._num_bytes += state_bytes + fetch.num_filled * buffer.nbytes
+            self._num_failed += has_failed
+            self.cost.observe_fetch(num_tokens, ended_s - began_s, ended_s)
 
 
 def _receive_state(client: PeerClient, fetch: Fetch, state: StateFetch, cache: KVCache) -> int:

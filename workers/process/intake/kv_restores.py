@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -110,6 +111,8 @@ class KvRestores(FetchJobs):
         self._seconds = {name: Histogram(TRANSFER_BUCKETS) for name in tiers.names}
         self._num_tokens: Counter[str] = Counter()
         self._num_bytes: Counter[str] = Counter()
+        self._measuring = Lock()
+        """Held while a restorer thread adds to the cost and the counters."""
 
     def put(self, waiting: IntakeRequest) -> bool:
         """Start or join a restore for a request; False if the request need not wait."""
@@ -227,8 +230,9 @@ class KvRestores(FetchJobs):
 
     def _observe(self, reads: _TierReader) -> None:
         """Add the reads to metrics and costs. Called on the thread that has read the items."""
-        for tier, read in reads.by_tier.items():
-            self._seconds[tier].observe(read.seconds)
-            self._num_bytes[tier] += read.num_bytes
-            self._num_tokens[tier] += read.num_blocks * self._store.cache.block_size
-            self.cost.observe(tier, read.num_bytes, read.seconds, self._clock())
+        with self._measuring:
+            for tier, read in reads.by_tier.items():
+                self._seconds[tier].observe(read.seconds)
+                self._num_bytes[tier] += read.num_bytes
+                self._num_tokens[tier] += read.num_blocks * self._store.cache.block_size
+                self.cost.observe(tier, read.num_bytes, read.seconds, self._clock())
