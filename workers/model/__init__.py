@@ -1,4 +1,4 @@
-"""Building blocks of the models: layers, rotary embedding, attention, compute threads.
+"""Building blocks of the MoE models: layers, rotary embedding, attention, compute threads.
 
 May import torch, ``cluster.core`` and ``cluster.config``.
 """

@@ -63,7 +63,8 @@ def _attend_piece(
 
 
 def write_rows(keys: Tensor, values: Tensor | None, cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write keys and values [T, K, D], or only keys, to their cache slots [T]."""
+    """Write keys and values [T, K, D] to the KV cache slots ``slot_mapping`` [T]; values None:
+    write only keys, as for latent attention."""
     slots, num_kv_heads = cache.view(len(cache), -1, cache.shape[3]), keys.shape[1]
     for rows, place in ((keys, slots[:num_kv_heads]), (values, slots[num_kv_heads:])):
         if rows is not None:
@@ -74,8 +75,8 @@ def write_rows(keys: Tensor, values: Tensor | None, cache: Tensor, slot_mapping:
 def _decode(
     queries: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """Attend with decode rows: [rows, A * V]. Scores and softmax are float32; the softmax is
-    rounded to the model dtype before it is multiplied by the values."""
+    """Attend with a group of decode rows: [rows, A * V]. Scores and softmax are float32; the
+    softmax is rounded to the model dtype before it is multiplied by the values."""
     rows = group.last - group.first
     num_kv_heads, head_dim = batch.num_kv_heads(cache), queries.shape[-1]
     found = space.gather(cache, group.blocks)
@@ -95,7 +96,7 @@ def _decode(
 def _prefill(
     queries: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """Attend with the rows of a prompt chunk: [rows, A * V]."""
+    """Attend with the rows of a prompt chunk, using torch's SDPA: [rows, A * V]."""
     rows = chunk.last - chunk.first
     num_kv_heads, (num_heads, head_dim) = batch.num_kv_heads(cache), queries.shape[1:]
     found = space.gather(cache, chunk.blocks)
@@ -113,7 +114,7 @@ def _prefill(
 
 
 _SCORES = 1 << 22
-"""Maximum number of scores in memory, for prompt rows that SDPA does not support."""
+"""Maximum number of attention scores in memory at a time, for prompt rows without SDPA."""
 
 
 def _prefill_by_scores(
@@ -147,8 +148,8 @@ def _prefill_by_scores(
 
 
 def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Return the softmax of scores [K, rows, A / K, keys] float32 over the keys and, if the layer
-    has them, the sinks (see ``AttentionBatch.sinks``)."""
+    """Return the softmax of scores [K, rows, A / K, keys] float32 over the keys. ``sinks`` [A], if
+    not None: a further score of each head, whose share of the softmax is left out."""
     if sinks is None:
         return torch.softmax(scores, -1)
     own = sinks.view(len(scores), 1, -1, 1).expand(*scores.shape[:3], 1)
@@ -158,9 +159,11 @@ def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 def attention_map(
     queries: Tensor, cache: Tensor, chunk: PrefillChunk, batch: AttentionBatch
 ) -> Tensor:
-    """Softmax of a chunk's scores: [K, A / K, rows, length] float32, 0 where a row does not attend.
+    """Return the attention probabilities of a chunk's rows: [K, A / K, rows, length] float32, 0
+    where a row does not attend.
 
-    queries [T, A, D]; the keys are in the cache; ``batch`` belongs to the layer.
+    ``queries`` [T, A, D]: of all rows of the batch; the keys are read from ``cache``; ``batch``:
+    with the scale and the sinks of the layer.
     """
     num_kv_heads, head_dim = batch.num_kv_heads(cache), queries.shape[-1]
     found = cache[:num_kv_heads].index_select(1, chunk.blocks)

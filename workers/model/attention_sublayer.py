@@ -4,8 +4,8 @@
     second norm, router
 
 ``TorchAttentionSublayer`` holds the weights and parameters of one layer's sublayer, for all
-families, and computes it with torch. Other implementations are made from it. If attention itself is
-a mixture of experts (JetMoE), its exchanges are inside the sublayer.
+families, and computes the sublayer with torch. Other implementations are made from such an object.
+If attention itself is a mixture of experts (JetMoE), its exchanges are inside the sublayer.
 """
 
 from __future__ import annotations
@@ -34,24 +34,26 @@ class AttentionShape:
     num_heads: int
     """A: number of query heads."""
     num_kv_heads: int
-    """K: number of key and value heads; A is a multiple."""
+    """K: number of key and value heads; divides A."""
     head_dim: int
     """D: elements of a head."""
     eps: float
     """Epsilon of all norms of the layer."""
     clip: float | None = None
-    """Limit of the absolute value of queries, keys (after their norms) and values."""
+    """Limit of the absolute values of queries and keys (after their norms) and of values; None: no
+    limit."""
     window: int | None = None
-    """Positions that a row attends to, its own and those before it; None: all."""
+    """Number of positions that a row attends to: its own position and the nearest ones before it.
+    None: all positions up to its own."""
     scale: float | None = None
-    """Scale of the scores; None: D ** -0.5."""
+    """Factor of the attention scores; None: D ** -0.5."""
     latent_rank: int | None = None
     """For latent attention: the first ``latent_rank`` elements of the only key are also its value,
     and the other elements are rotated. None: values are separate; whole heads are rotated."""
 
     @property
     def value_dim(self) -> int:
-        """V: elements of a head's values."""
+        """V: elements of a head's value."""
         return self.head_dim if self.latent_rank is None else self.latent_rank
 
 
@@ -61,14 +63,16 @@ class HeadAttention:
 
     shape: AttentionShape
     qk_norm: Tensor | None = None
-    """[A + K, D]: one norm for each head. [(A + K) * D]: one norm over all query heads and one over
-    all key heads. None: no norm."""
+    """Weight of the norm of queries and keys. [A + K, D]: one norm for each head. [(A + K) * D]:
+    one norm over all query heads and one over all key heads. None: no norm."""
     attend: Attend
     sinks: Tensor | None = None
-    """[A] float32: see ``AttentionBatch.sinks``."""
+    """[A] float32: attention sink of each query head, an extra score in the softmax that has no
+    value; None: no sinks."""
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Attend from projected rows; see ``RowAttention``."""
+        """Attend: projected queries, keys and values of T rows -> attended values; see
+        ``RowAttention.attend_rows``."""
         shape, limit, batch = self.shape, self.shape.clip, self.batch(context)
         if shape.latent_rank is not None:
             heads = rows.view(len(rows), -1, shape.head_dim)
@@ -88,7 +92,8 @@ class HeadAttention:
         )
 
     def batch(self, context: LayerContext) -> AttentionBatch:
-        """Return the batch for this layer, with its window, sinks, scale and latent rank."""
+        """Return the context's batch with the window, sinks, scale and latent rank of this
+        layer."""
         batch, shape = context.within(self.shape.window), self.shape
         if self.sinks is None and shape.scale is None and shape.latent_rank is None:
             return batch
@@ -121,8 +126,8 @@ class DenseProjections:
 class RoutedProjections:
     """Query and output projections by experts: mixture of attention heads.
 
-    A row uses the same top_k experts in both exchanges. Each of them has K query heads, so A is
-    top_k * K; all of them share the row's keys and values.
+    A row uses the same top_k experts for queries and for outputs. Each expert has K query heads, so
+    A is top_k * K; all experts of a row share the row's keys and values.
 
     Source: Zhang et al., "Mixture of Attention Heads" (2022), as in JetMoE.
     """
@@ -143,41 +148,45 @@ class SublayerOutput:
     normed: Tensor
     """[T, H]: norm of ``hidden``, the input of experts and MLP."""
     routes: Routes | None
-    """None in a layer without routed experts."""
+    """Routed experts of each row; None in a layer without routed experts."""
 
 
 SublayerSteps = Generator[Any, Tensor, SublayerOutput]
-"""Generator of a sublayer, like ``LayerSteps``; it yields only if projections are routed."""
+"""Generator that runs an attention sublayer. It yields exchanges, as ``LayerSteps`` does, only if
+the sublayer's projections are routed to experts."""
 
 
 class AttentionSublayer(Protocol):
     """Interface of the attention sublayer of one layer."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
-        """Run the sublayer on ``hidden`` [T, H], which may be modified, and this layer's cache."""
+        """Run the sublayer on hidden states [T, H], which may be modified; ``cache`` is the layer's
+        tensor of ``KVCache``."""
 
 
 class RowAttention(Protocol):
-    """Interface of attention from projected rows to attended values. ``HeadAttention`` implements
-    it with torch."""
+    """Interface of attention from projected rows to attended values; ``HeadAttention`` is the
+    implementation with torch."""
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Attend: queries, keys and values [T, (A + 2K) * D] -> [T, A * D].
+        """Attend: ``rows`` with queries, keys and values [T, (A + 2K) * D] -> [T, A * D].
 
-        If the shape has a ``latent_rank``: queries and the key [T, (A + 1) * D] -> [T, A * V].
-        Writes keys and values to ``cache``, this layer's tensor of ``KVCache``.
+        In latent attention, ``rows`` has queries and one key, [T, (A + 1) * D], and the result is
+        [T, A * V]. Writes keys and values to ``cache``, the layer's tensor of ``KVCache``.
         """
 
 
 class SublayerStages(RowAttention, Protocol):
-    """Stages of a sublayer that are computed separately if its projections are routed or latent.
+    """Interface of the stages of an attention sublayer whose projections are routed or latent.
 
-    Routed: ``enter``, an exchange, ``attend_rows``, an exchange, ``leave``. Latent: a latent
-    projection, which calls ``attend_rows``, then ``leave``.
+    Routed projections (attention experts): ``enter``, an exchange, ``attend_rows``, an exchange,
+    ``leave``. Latent projections: ``LatentProjections.project``, which calls ``attend_rows``, then
+    ``leave``.
     """
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """Return the first norm [T, H], and the experts of the projections."""
+        """Return the first norm of ``hidden`` [T, H], and each row's attention experts. Only for
+        routed projections."""
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
         """Turn residual stream and projected attention outputs, each [T, H], into the sublayer's
@@ -185,7 +194,7 @@ class SublayerStages(RowAttention, Protocol):
 
 
 class StagedSublayer(AttentionSublayer, SublayerStages, Protocol):
-    """A sublayer that runs as a whole or in stages."""
+    """Interface of an attention sublayer that can run as a whole or in stages."""
 
 
 def staged_steps(
@@ -240,7 +249,7 @@ class TorchAttentionSublayer(HeadAttention):
     norm2: Tensor
     """Weight of the second norm [H]."""
     router: Router | None
-    """None in a layer without routed experts."""
+    """Router of the layer's routed experts; None in a layer without routed experts."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
         """Run the sublayer on hidden states [T, H]; see ``AttentionSublayer``."""
@@ -252,13 +261,13 @@ class TorchAttentionSublayer(HeadAttention):
         return self.leave(hidden, projected, context)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """Run the stage before attention; see ``SublayerStages``."""
+        """Run the stage before attention, only for routed projections: first norm, router."""
         assert isinstance(self.projections, RoutedProjections)
         normed = rms_norm(hidden, self.norm1, self.shape.eps)
         return normed, self.projections.router.route(normed, context.attention.recorder)
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
-        """Run the stage after attention; see ``SublayerStages``."""
+        """Run the stage after attention: residual sum, second norm, router."""
         hidden = hidden + projected
         normed = rms_norm(hidden, self.norm2, self.shape.eps)
         recorder = context.attention.recorder

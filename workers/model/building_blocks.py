@@ -38,7 +38,8 @@ from workers.model.rope import Rope, RopeConfig
 
 
 class BuildingBlocks:
-    """Makes the parts of a family's layers, here for torch and without batch invariance."""
+    """Factory of the parts of a model's layers. This base class makes parts that use torch, without
+    batch invariance."""
 
     are_native: ClassVar[bool] = False
     """Whether layers read ``AttentionBatch.chunks``, the input of native kernels."""
@@ -56,43 +57,48 @@ class BuildingBlocks:
         may_pack: bool = True,
         may_quantize: bool = True,
     ) -> Linear:
-        """Return a linear product; ``may_pack``: see ``Linear``. ``may_quantize`` is False for
-        routers, as rounding would change which experts they select."""
+        """Return a linear product with ``weight`` [out, in]; ``may_pack``: see ``Linear``.
+        ``may_quantize`` is False for routers, as rounding would change which experts they
+        select."""
         return Linear(weight, bias, may_pack, self._compute_threads)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
-        """Return the embedding and the head that share a weight [V, H]."""
+        """Return an embedding and an lm_head that share a weight [vocabulary, H]."""
         return TableEmbedding(weight), self.linear(weight, may_pack=False)
 
     def mlp(
         self, gate_up: Callable[[], Tensor], down: Callable[[], Tensor], activation: Activation
     ) -> Mlp:
-        """Return an MLP. ``gate_up`` reads a weight [2 * inner, H] with the gate's rows first,
-        ``down`` reads [H, inner]; only one of them is read at a time, to save memory."""
+        """Return a gated MLP. ``gate_up`` reads a weight [2 * inner, H] with the gate's rows first,
+        ``down`` reads a weight [H, inner]; each is called when the other weight is no longer
+        needed, to save memory."""
         return GatedMlp(self.linear(gate_up()), self.linear(down()), activation)
 
     def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
-        """Return products of a weight [A, N + V, R]; the first N rows of a head make its keys."""
+        """Return each head's products for latent attention, with a weight [A, N + V, R]: the first
+        N (``plain_dim``) rows of a head make its keys, the other V rows its values."""
         return TorchHeadProducts(weight, plain_dim)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
-        """Return the norm after the layers, with a weight [H]."""
+        """Return an RMS norm with a weight [H]. The norm may change its input in place."""
         return partial(rms_norm, weight=weight, eps=eps)
 
     def sublayer(self, half: TorchAttentionSublayer) -> StagedSublayer:
-        """Return the attention sublayer of a layer, with products of these blocks."""
+        """Return the attention sublayer that ``half`` describes, with this factory's kernels."""
         return half
 
     def heads(self, attention: HeadAttention, dtype: torch.dtype) -> RowAttention:
-        """Return only the attention, for layers that have no ``AttentionSublayer``."""
+        """Return attention from projected rows to attended values, for layers that compute the rest
+        of the attention sublayer themselves."""
         return attention
 
     def delta_net(self, net: DeltaNet) -> Mix:
-        """Return the recurrent function of a layer, between its input and output projections."""
+        """Return the function that computes a Gated DeltaNet layer between its input and output
+        projections."""
         return TorchDeltaNet(net, row_by_row=False)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
-        """Return the attention of all layers."""
+        """Return the function that computes attention in all layers of the model."""
         return attend
 
     def rope(

@@ -27,7 +27,8 @@ _Answer = tuple[int, Any, BaseException | None]
 
 
 class ComputeThreads:
-    """The calling thread and ``count`` - 1 helper threads. One thread at a time may call it."""
+    """Group of threads that run independent tasks: the calling thread and ``count`` - 1 helper
+    threads. Only one thread at a time may call methods of an object."""
 
     def __init__(self, count: int = 1) -> None:
         self.count = count
@@ -42,7 +43,7 @@ class ComputeThreads:
 
     @classmethod
     def for_threads(cls, num_threads: int, device_type: str = "cpu") -> ComputeThreads:
-        """Divide ``num_threads`` among the compute threads and set the OpenMP team size of each.
+        """Divide ``num_threads`` CPU threads among compute threads and their OpenMP teams.
 
         On a GPU the caller is the only thread: several threads would launch more and smaller
         kernels.
@@ -52,9 +53,9 @@ class ComputeThreads:
         return cls(count)
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Call all tasks, at most ``count``, concurrently; return the results in order.
+        """Call all tasks, at most ``count``, concurrently; return their results in order.
 
-        Returns when all tasks have ended. If a task raised an exception, raises it.
+        Returns when all tasks have ended. If tasks raised exceptions, raises the first one.
         """
         assert len(tasks) <= self.count, f"{len(tasks)} tasks for {self.count} threads"
         is_inference = torch.is_inference_mode_enabled()
@@ -74,8 +75,8 @@ class ComputeThreads:
         return results
 
     def split(self, costs: Sequence[float]) -> list[tuple[int, int]]:
-        """Split ``costs`` into at most ``count`` runs (first, last) with about the same total
-        cost.
+        """Split ``costs`` into at most ``count`` ranges (first, one past the last index) of about
+        the same total cost.
 
         Example: 2 threads, costs [1, 1, 4, 3, 1] -> [(0, 3), (3, 5)].
         """

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from workers.model.rope import RopeConfig
 
 ExpertKind = Literal["gated", "linear"]
-"""``gated``: down(activation(gate x) * up x), two matrices (gate over up, down); ``linear``: one
-matrix."""
+"""Computation of an expert. ``gated``: down(activation(gate x) * up x), two matrices (gate over up,
+down); ``linear``: one matrix."""
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 """Activation of a gated expert or MLP, with the names of ``hidden_act``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClampedSwiglu:
-    """(up + 1) * gate * sigmoid(alpha * gate), with gate <= ``limit`` and abs(up) <= ``limit``.
+    """Activation of gpt-oss experts: (up + 1) * gate * sigmoid(alpha * gate), with gate clamped to
+    at most ``limit``, and up to [-limit, limit].
 
     Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025), and the model's reference code.
     """
@@ -48,27 +49,30 @@ class ExchangeSpec:
     """Elements of a row that is sent to the experts."""
     out_width: int
     per_slot_input: bool = False
-    """True: every top-k slot has its own input, [T, k, in_width]."""
+    """True: each of a row's k experts has its own input, [T, k, in_width]; False: all k experts of
+    a row have the same input, [T, in_width]."""
     weighted: bool = True
-    """False: combine returns each slot's output, [T, k, out_width], without a sum."""
+    """True: combine returns each row's weighted sum of outputs, [T, out_width]; False: the output
+    of each of a row's k experts, [T, k, out_width]."""
     expert_kind: ExpertKind = "gated"
     """Computation of an expert in this exchange."""
     expert_width: int = 0
-    """Inner width of a gated expert; 0 for a linear one."""
+    """Inner (intermediate) width of a gated expert; 0 for a linear expert."""
     activation: Activation | ClampedSwiglu = "silu"
     """Activation of a gated expert."""
     has_bias: bool = False
-    """Whether each product has a bias."""
+    """Whether each product of an expert has a bias."""
     form: WeightFormat | None = None
-    """Format in which workers keep the matrices, without biases; None: in the model dtype."""
+    """Quantized format in which workers keep the experts' matrices, except biases; None: the model
+    dtype."""
 
     def returns_pairs(self, combine_mode: CombineMode) -> bool:
-        """Whether combine returns an output for every (row, slot) pair, not a sum for every row."""
+        """Whether combine returns an output for each (row, expert) pair, not a sum for each row."""
         return combine_mode == "per_slot" or not self.weighted
 
     @property
     def product_shapes(self) -> tuple[tuple[int, int], ...]:
-        """[out, in] of the matrices that rows are multiplied by, in order."""
+        """Shape [out, in] of each matrix that an expert multiplies rows by, in the order of use."""
         if self.expert_kind == "linear":
             return ((self.out_width, self.in_width),)
         inner = self.expert_width
@@ -76,21 +80,22 @@ class ExchangeSpec:
 
     @property
     def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
-        """[out, in] of all matrices of an expert, in the order of ``Family.expert_matrices``.
+        """Shape [out, in] of each matrix of an expert, in the order of ``Family.expert_matrices``.
 
-        Biases, each a matrix [out, 1], are after the matrices of the products.
+        Biases, each a matrix [out, 1], come after the matrices of the products.
         """
         products = self.product_shapes
         return products + (tuple((out, 1) for out, _ in products) if self.has_bias else ())
 
     def form_of(self, matrix: int) -> WeightFormat | None:
-        """Format of a matrix; None: in the model dtype, as biases always are."""
+        """Quantized format of an expert's matrix with index ``matrix`` in ``matrix_shapes``; None:
+        the model dtype, as for biases."""
         return self.form if matrix < len(self.product_shapes) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BankSpec:
-    """The routed experts of one router."""
+    """Description of a bank: the routed experts of one router in one layer."""
 
     index: int
     """Index in ``Family.banks``; identifies the bank in messages between workers."""
@@ -100,10 +105,10 @@ class BankSpec:
     num_experts: int
     top_k: int
     exchanges: tuple[ExchangeSpec, ...]
-    """Round trips in order."""
+    """Exchanges of the bank (rows to experts and outputs back), in order."""
     float32_weights: bool = False
-    """Whether router weights stay float32 when outputs are multiplied by them; otherwise they are
-    cast to the model dtype first."""
+    """Whether experts' outputs are multiplied by router weights in float32; False: the weights are
+    first cast to the model dtype."""
     aux_copies: int = 0
     """Number of times that transformers 5 counts this router in the auxiliary loss (version 4:
     once); 0: the family has no such loss."""
@@ -112,11 +117,13 @@ class BankSpec:
 
     @property
     def matrices(self) -> list[tuple[int, int, tuple[int, int]]]:
-        """Return (exchange, matrix, [out, in]) of each matrix of an expert, in the order of use."""
+        """(exchange index, matrix index, shape [out, in]) of each matrix of an expert, in the order
+        of use."""
         return [(e.index, i, s) for e in self.exchanges for i, s in enumerate(e.matrix_shapes)]
 
     def num_bytes(self, itemsize: int) -> int:
-        """Return the bytes of an expert in a worker; ``itemsize``: bytes of the model dtype."""
+        """Return the bytes of one expert's weights in a worker's memory; ``itemsize``: bytes of an
+        element of the model dtype."""
         total = 0
         for exchange, matrix, (out, width) in self.matrices:
             form = self.exchanges[exchange].form_of(matrix)
@@ -125,7 +132,8 @@ class BankSpec:
 
 
 def returns_pairs(banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether any exchange of the banks returns pairs."""
+    """Whether combine returns an output for each (row, expert) pair, not a sum for each row, in any
+    exchange of the banks."""
     return any(exchange.returns_pairs(combine_mode) for b in banks for exchange in b.exchanges)
 
 
@@ -138,18 +146,18 @@ class TensorPart:
     shape: tuple[int, ...]
     """Shape of the whole tensor on disk."""
     index: int | None = None
-    """Entry of the first dimension; None: the whole tensor."""
+    """Index in the tensor's first dimension, to select one expert; None: the whole tensor."""
     is_transposed: bool = False
-    """Whether the matrix is [columns, rows] on disk."""
+    """Whether the matrix is transposed on disk: [columns, rows]."""
     rows: tuple[int, int] | None = None
     """(first row, step): every ``step``-th row from the first one on; None: all rows."""
     is_mxfp4: bool = False
-    """Whether the tensor is stored in blocks, see ``workers.model.loading.mxfp4``; ``shape`` is the
-    shape of the decoded numbers."""
+    """Whether the tensor is stored in MXFP4 blocks, see ``workers.model.loading.mxfp4``; ``shape``
+    is then the shape of the decoded numbers."""
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        """Shape of the part, without the rest of the tensor."""
+        """Shape of the part that ``index``, ``is_transposed`` and ``rows`` select."""
         shape = self.shape if self.index is None else self.shape[1:]
         shape = shape[::-1] if self.is_transposed else shape
         if self.rows is None:
@@ -159,7 +167,7 @@ class TensorPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertMatrix:
-    """One weight matrix of one expert: parts on disk, stacked row over row."""
+    """One weight matrix of one expert, as parts of checkpoint tensors to stack row over row."""
 
     shape: tuple[int, int]
     """Shape [out, in] after stacking."""
@@ -169,37 +177,40 @@ class ExpertMatrix:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeltaNetSpec:
-    """Layers with a recurrent state in place of keys and values, and the dimensions of each.
+    """Gated DeltaNet layers of a model, which have a recurrent state in place of keys and values:
+    their indices and dimensions.
 
     Source: Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024).
     """
 
     layers: tuple[int, ...]
-    """Indices of the layers, ascending."""
+    """Indices of the Gated DeltaNet layers, ascending."""
     num_key_heads: int
     """G: number of query and key heads."""
     num_value_heads: int
-    """V: number of value heads, a multiple of G. Neighbours share a key head."""
+    """V: number of value heads, a multiple of G. V / G neighbouring value heads share a key
+    head."""
     key_dim: int
     """K: elements of a query or key head."""
     value_dim: int
     """D: elements of a value head."""
     kernel: int
-    """Positions that the convolution covers, a row's own included."""
+    """Number of positions that the convolution covers, including a row's own."""
 
     @property
     def conv_width(self) -> int:
-        """C: channels of the convolution: queries, keys, values."""
+        """C: number of channels of the convolution, which are queries, keys and values."""
         return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
 
     @property
     def conv_values(self) -> int:
-        """Number of values in a layer's state that are earlier inputs of the convolution."""
+        """Number of elements of a layer's state that are earlier inputs of the convolution."""
         return (self.kernel - 1) * self.conv_width
 
     @property
     def layer_values(self) -> int:
-        """Number of values in a layer's state: earlier inputs [kernel - 1, C], then [V, K, D]."""
+        """Number of elements of a layer's state: earlier inputs of the convolution [kernel - 1, C],
+        then a matrix [K, D] for each of V value heads."""
         return self.conv_values + self.num_value_heads * self.key_dim * self.value_dim
 
     @property
@@ -220,76 +231,83 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    """Number of key/value heads; ``num_heads`` is a multiple."""
+    """Number of key/value heads; divides ``num_heads``."""
     head_dim: int
     max_position_embeddings: int
     """Context of the model in tokens."""
     rms_norm_eps: float
     tie_word_embeddings: bool
-    """Whether lm_head is the embedding."""
+    """Whether lm_head shares the weight of the embedding."""
     eos_token_ids: tuple[int, ...]
-    """End-of-sequence tokens, which end an output."""
+    """Ids of end-of-sequence tokens, which end an output."""
     dtype: str
     """Dtype of the checkpoint: float32, bfloat16 or float16."""
     rope: RopeConfig
     activation: Activation = "silu"
     """Activation of the experts and dense MLPs."""
     pad_token_id: int | None = None
-    """Token that a classifier ignores at the end of a prompt."""
+    """Id of the padding token, which a sequence classifier ignores at the end of a prompt; None: no
+    such token."""
     labels: tuple[str, ...] = ()
     """Classes of a sequence classifier, which has no lm_head; empty for a language model."""
     problem_type: str | None = None
-    """Kind of classifier, if the checkpoint names it."""
+    """Kind of sequence classifier, ``problem_type`` of ``config.json``; None: not specified, or a
+    language model."""
     stored: StorageFormat | None = None
-    """Storage format of matrices that are not in ``dtype``; None: all are in ``dtype``."""
+    """Storage format of the checkpoint's quantized matrices; None: all are in ``dtype``."""
     has_tiled_heads: bool = False
-    """Whether query head h uses key head h mod ``num_kv_heads``; otherwise neighbours share one."""
+    """Whether query head h uses key head h mod ``num_kv_heads``; False: neighbouring query heads
+    share a key head."""
     latent_rank: int | None = None
-    """Elements of the latent vector from which the keys and values of all heads are computed. The
-    cache stores it as the first elements of a single key. None: no latent attention."""
+    """Number of elements of the latent vector from which the keys and values of all heads are
+    computed. The KV cache stores the vector as the first elements of a single key. None: no latent
+    attention."""
     delta_net: DeltaNetSpec | None = None
-    """Layers with a recurrent state; None: there are none."""
+    """Layers with a recurrent state (Gated DeltaNet); None: the model has no such layers."""
     num_prediction_layers: int = 0
-    """Number of layers after the last one that predict further tokens, in the checkpoint."""
+    """Number of multi-token prediction (MTP) layers in the checkpoint, after the decoder layers."""
     has_predictor: bool = False
-    """Whether the first of these layers is computed; ``num_layers`` does not count it."""
+    """Whether the first multi-token prediction (MTP) layer is loaded and computed. ``num_layers``
+    does not count it."""
     ignored_keys: tuple[str, ...] = ()
 
     @property
     def kv_vectors_per_layer(self) -> int:
-        """Number of vectors of ``head_dim`` for the keys and values of one token in a layer's
-        cache."""
+        """Number of vectors of ``head_dim`` elements that hold the keys and values of one token in
+        a layer's KV cache."""
         return 2 * self.num_kv_heads if self.latent_rank is None else 1
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
-        """Layers with keys and values, without the predictor."""
+        """Indices of the layers that have keys and values, without the prediction layer (MTP)."""
         others = () if self.delta_net is None else self.delta_net.layers
         return tuple(layer for layer in range(self.num_layers) if layer not in others)
 
     @property
     def num_kv_caches(self) -> int:
-        """Number of layers with keys and values, including the predictor."""
+        """Number of layers that have keys and values, including the prediction layer (MTP)."""
         return len(self.kv_layers) + self.has_predictor
 
     @property
     def kv_vectors_per_token(self) -> int:
-        """Number of vectors for the keys and values of one token in all caches."""
+        """Number of vectors of ``head_dim`` elements that hold the keys and values of one token in
+        all layers."""
         return self.num_kv_caches * self.kv_vectors_per_layer
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one sequence's recurrent state; 0 without one."""
+        """Bytes of one sequence's recurrent state; 0 if the model has no recurrent layers."""
         return 0 if self.delta_net is None else self.delta_net.state_bytes
 
     @property
     def length_matters_above(self) -> int | None:
-        """Prompt tokens above which keys depend on the prompt's length (dynamic RoPE), or None."""
+        """Number of prompt tokens above which keys depend on the length of the prompt (dynamic
+        RoPE); None: keys never depend on it."""
         return self.max_position_embeddings if self.rope.rope_type == "dynamic" else None
 
     @property
     def context_tokens(self) -> int:
-        """Number of positions that the model can distinguish: dynamic RoPE multiplies it by its
-        factor."""
+        """Number of positions that the model can distinguish: ``max_position_embeddings``, for
+        dynamic RoPE multiplied by its factor."""
         stretch = self.rope.factor if self.rope.rope_type == "dynamic" else 1.0
         return int(self.max_position_embeddings * stretch)

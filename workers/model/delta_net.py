@@ -1,4 +1,4 @@
-"""Gated DeltaNet: the computation of a layer with a recurrent state between its projections.
+"""Gated DeltaNet: what a linear-attention layer computes between input and output projections.
 
     convolution over the last rows, silu, q/k norms, gated delta rule, gated norm
 
@@ -32,56 +32,61 @@ from workers.model.state_runs import StateRun
 CHUNK = 64
 """Number of positions in a chunk of the chunked algorithm."""
 NORM_EPS = 1e-6
-"""Added to the sum of squares of a query or key before its square root."""
+"""Epsilon that is added to the sum of squares of a query or key before the square root."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeltaNet:
-    """The weights of one layer, without its input and output projections."""
+    """Weights of one Gated DeltaNet layer, except its input and output projections."""
 
     spec: DeltaNetSpec
     conv: Tensor
-    """[kernel, C] float32: weights of the convolution, the oldest position first."""
+    """[kernel, C] float32: weights of the causal convolution over C channels, the oldest position
+    first."""
     rate: Tensor
-    """[V] float32, negative: a row's decay is exp(rate * softplus(its input + bias))."""
+    """[V] float32, negative, one per value head: at a row with decay input x, the state is
+    multiplied by exp(rate * softplus(x + bias))."""
     bias: Tensor
-    """[V] float32: bias of the decay."""
+    """[V] float32: bias of the decay input, one per value head."""
     norm: Tensor
-    """[D] model dtype: weight of the gated norm, the same for each value head."""
+    """[D] model dtype: weight of the gated norm of a value head's output; all heads share it."""
     eps: float
     """Epsilon of the gated norm."""
 
     @property
     def row_width(self) -> int:
-        """Elements of a projected row: inputs of the convolution [C], gates of the output [V * D],
-        strengths [V] and decays [V]."""
+        """Elements of a row after the input projection: inputs of the convolution [C], gates of the
+        output [V * D], and an update strength and a decay input for each of V value heads."""
         spec = self.spec
         return spec.conv_width + spec.num_value_heads * (spec.value_dim + 2)
 
 
 Mix = Callable[[Tensor, Tensor, StateRows], Tensor]
-"""Function of projected rows [T, row_width], this layer's states [slots, layer_values] and the runs
-of the rows. Returns [T, V * D]; writes the state after each run."""
+"""Function that computes a Gated DeltaNet layer from projected rows [T, row_width], the layer's
+recurrent states [slots, layer_values] and the runs of the rows (``StateRun``). Returns [T, V * D];
+writes the state after each run."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Inputs of the delta rule: [.., V, _] float32, normalised and scaled."""
+    """Inputs of the delta rule for some rows, float32: queries and keys [.., V, K], normalised, and
+    values [.., V, D]."""
 
     queries: Tensor
     keys: Tensor
     values: Tensor
     strengths: Tensor
-    """[.., V]."""
+    """[.., V]: strength of each value head's update, from 0 to 1."""
     log_decays: Tensor
-    """[.., V]."""
+    """[.., V]: logarithm of the factor by which each value head's state decays."""
 
 
 class TorchDeltaNet:
-    """Implementation of ``Mix`` with torch."""
+    """Gated DeltaNet of one layer with torch; implements ``Mix``."""
 
     def __init__(self, net: DeltaNet, *, row_by_row: bool) -> None:
-        """``row_by_row``: the bits of a row depend neither on other rows nor on chunks."""
+        """``row_by_row``: True: compute row by row, so that a row's bits depend neither on other
+        rows nor on how its sequence is split; False: compute in chunks, which is faster."""
         self._net = net
         self._row_by_row = row_by_row
 
@@ -108,7 +113,8 @@ class TorchDeltaNet:
         return PIECE_BYTES if device.type == "cpu" else GPU_PIECE_BYTES
 
     def _decode(self, rows: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
-        """Run one row of each sequence."""
+        """Compute decode rows, one per sequence: outputs [rows, V, D]. ``slots`` [2, rows]: slots
+        of ``cache`` from which states are read, and to which they are written."""
         read, write = slots.unbind()
         earlier, matrices = self._parts(cache.index_select(0, read))
         window = torch.cat((earlier, self._inputs(rows).unsqueeze(1)), 1)
@@ -133,7 +139,8 @@ class TorchDeltaNet:
         return outputs
 
     def _parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Split states into earlier inputs [.., kernel - 1, C] and matrices [.., V, K, D]."""
+        """Split recurrent states into earlier inputs of the convolution [.., kernel - 1, C] and
+        matrices [.., V, K, D]."""
         spec = self._net.spec
         sizes = [spec.conv_values, states.shape[-1] - spec.conv_values]
         inputs, matrices = torch.split(states, sizes, -1)
@@ -148,7 +155,8 @@ class TorchDeltaNet:
         return rows[:, : self._net.spec.conv_width].float()
 
     def _convolved(self, window: Tensor) -> Tensor:
-        """Convolve [.., T + kernel - 1, C] and apply silu: [.., T, C] in the model dtype."""
+        """Convolve [.., T + kernel - 1, C] and apply silu: [.., T, C] float32, rounded to the model
+        dtype."""
         conv, dtype = self._net.conv, self._net.norm.dtype
         length = window.shape[-2] - len(conv) + 1
         total = window[..., :length, :] * conv[0]
@@ -158,7 +166,8 @@ class TorchDeltaNet:
         return row_wise(functional.silu, flat).float().view_as(total)
 
     def _prepared(self, convolved: Tensor, rows: Tensor) -> _Rows:
-        """Make the delta rule's inputs of convolved [.., C] and projected rows [.., row_width]."""
+        """Return the delta rule's inputs, from convolved [.., C] and projected rows
+        [.., row_width]."""
         spec, net = self._net.spec, self._net
         heads, num_values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
         each = spec.num_key_heads * spec.key_dim
@@ -190,13 +199,15 @@ class TorchDeltaNet:
 
 
 def _normalised(heads: Tensor, share: int) -> Tensor:
-    """Scale heads [.., G, K] to length 1, and repeat each for the value heads that share it."""
+    """Scale query or key heads [.., G, K] to length 1, and repeat each for the ``share`` value
+    heads that use it: [.., V, K]."""
     squares = (heads * heads).sum(-1, keepdim=True)
     return (heads * torch.rsqrt(squares + NORM_EPS)).repeat_interleave(share, -2)
 
 
 def _step(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Run one row [.., V, _] of each sequence: outputs [.., V, D] and matrices [.., V, K, D]."""
+    """Apply the delta rule to one row of each sequence; return the outputs [.., V, D] and the
+    updated states [.., V, K, D]."""
     decays = row_wise(torch.exp, rows.log_decays.view(-1, rows.log_decays.shape[-1]))
     matrices = matrices * decays.view(rows.log_decays.shape)[..., None, None]
     known = (matrices * rows.keys.unsqueeze(-1)).sum(-2)
@@ -206,10 +217,11 @@ def _step(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_chunks(rows: _Rows, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Run rows [T, V, _] of one sequence in chunks: outputs [T, V, D] and matrices [V, K, D].
+    """Apply the delta rule to T rows of one sequence, chunk by chunk; return the outputs [T, V, D]
+    and the updated state [V, K, D].
 
-    Within a chunk, the updates of its rows solve a triangular system, so only the chunks are
-    sequential.
+    The updates of the rows in a chunk are the solution of a triangular system, so only the chunks
+    are sequential.
     """
     count = len(rows.queries)
 

@@ -22,18 +22,20 @@ from torch import Tensor
 from cluster.config.kv_cache import FP8_SCALE_BYTES
 
 ROW_DTYPE = torch.uint8
-"""Dtype of an fp8 cache, by which it is recognized: no other cache has it."""
+"""Dtype of an fp8 KV cache. No other KV cache has this dtype, so code recognizes an fp8 cache by
+it."""
 _NAN_CODE = 0x7F
 _NAN_SCALE = 0xFF
 
 
 def row_bytes(dim: int) -> int:
-    """Bytes of a row of D elements."""
+    """Return the bytes of an fp8 cache row: ``dim`` 8-bit values and their scale."""
     return dim + FP8_SCALE_BYTES
 
 
 def encode(vectors: Tensor) -> Tensor:
-    """Quantize vectors [..., D] to rows [..., D + 1] uint8, rounding to nearest, ties to even."""
+    """Quantize vectors [..., D] to fp8 cache rows [..., D + 1] uint8 (D values in e4m3, then their
+    scale), rounding to nearest, ties to even."""
     x = vectors.float()
     largest = x.abs().amax(-1, keepdim=True)
     is_finite = largest.isfinite()
@@ -49,7 +51,8 @@ def encode(vectors: Tensor) -> Tensor:
 
 
 def decode(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dequantize rows [..., D + 1] uint8 to vectors [..., D]; exact, even in bfloat16."""
+    """Dequantize fp8 cache rows [..., D + 1] uint8 to vectors [..., D] of ``dtype``. The conversion
+    is exact, even to bfloat16."""
     codes = rows[..., :-1].view(torch.float8_e4m3fn).float()
     scales = (rows[..., -1:].int() << 23).view(torch.float32)
     return codes.mul_(scales).to(dtype)

@@ -1,8 +1,8 @@
 """Copies between host and device with a minimum of waiting.
 
 On a CPU nothing is copied. Copies to a GPU are enqueued on the stream; when the call returns,
-unpinned host memory has been read and may change. Tensors of a GPU are copied to the host together,
-and only there a step waits for its device.
+unpinned host memory has been read and may change. Tensors of a GPU are copied to the host in one
+copy, which is the only point where a step waits for its device.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch import Tensor
 
 
 def to_device(values: NDArray[Any] | Sequence[int], device: torch.device) -> Tensor:
-    """Copy an array, or integers as int64, to the device; on a CPU an array shares its memory."""
+    """Copy an array, or a sequence of integers as int64, to the device. On a CPU, the tensor shares
+    the memory of the array."""
     array = values if isinstance(values, np.ndarray) else np.array(values, dtype=np.int64)
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """Copy tensors of one device to arrays, in one copy. They must not be bfloat16 (numpy)."""
+    """Return tensors of one device as arrays, with a single copy from device to host; on a CPU the
+    arrays share the tensors' memory. NumPy has no bfloat16, so no tensor may have this dtype."""
     if tensors[0].is_cpu:
         return [tensor.numpy() for tensor in tensors]
     parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
@@ -38,6 +40,6 @@ def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
 
 
 def to_host_later(tensor: Tensor) -> Tensor:
-    """Copy a tensor to host memory asynchronously. The copy is complete after the host has waited
-    for anything that was enqueued on the device later."""
+    """Copy a tensor to host memory asynchronously. The result is valid once the host has waited for
+    any work that was enqueued on the device after this call."""
     return tensor.to("cpu", non_blocking=True)  # torch pins the memory

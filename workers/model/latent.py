@@ -39,20 +39,21 @@ from workers.model.rope import rotate
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentShape:
-    """Widths of the parts of queries, keys and values."""
+    """Dimensions of multi-head latent attention (MLA): parts of queries, keys and values."""
 
     num_heads: int
     """A: number of heads."""
     rank: int
     """R: elements of the latent vector."""
     plain_dim: int
-    """N: elements of a head's queries and keys that are not rotated."""
+    """N: elements of a head's query and key without rotary embedding."""
     rotated_dim: int
-    """P: elements that are rotated; their part of the key is shared by all heads."""
+    """P: elements of a head's query and key with rotary embedding; all heads share these elements
+    of the key."""
     value_dim: int
-    """V: elements of a head's values."""
+    """V: elements of a head's value."""
     scale: float
-    """Scale of the scores."""
+    """Factor of the attention scores."""
 
     @property
     def query_dim(self) -> int:
@@ -64,64 +65,74 @@ class LatentShape:
 
     @property
     def min_expanded_rows(self) -> int:
-        """Minimum rows of a chunk for which expanding keys and values costs less than it saves."""
+        """Minimum rows of a prompt chunk for which it is cheaper to compute keys and values from
+        latent vectors (expand) than to attend to the latent vectors themselves (absorb)."""
         made = self.rank * (self.plain_dim + self.value_dim)
         absorbed, expanded = self.cached_dim + self.rank, self.query_dim + self.value_dim
         return made // max(absorbed - expanded, 1) + 1
 
 
 class HeadProducts(Protocol):
-    """Products of each head with its part of the matrix [A, N + V, R] that makes keys and values
-    from latent vectors."""
+    """Products of each of A heads with its part of the matrix [A, N + V, R], which turns a latent
+    vector [R] into the head's key [N] and value [V] (multi-head latent attention)."""
 
     def absorb(self, queries: Tensor) -> Tensor:
-        """Turn queries [T, A, N] into [T, A, R], whose products with latent vectors are scores."""
+        """Multiply queries [T, A, N] by each head's key matrix: [T, A, R]. Products of the result
+        with latent vectors [R] are attention scores."""
 
     def values(self, attended: Tensor) -> Tensor:
-        """Turn attended latent vectors [T, A, R] into values [T, A * V]."""
+        """Turn attention-weighted sums of latent vectors, [T, A, R], into the sums of the values,
+        [T, A * V]."""
 
     def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
-        """Turn latents [L, R] into keys and values [L, heads, N + V] of heads first .. last - 1."""
+        """Compute keys and values [L, last - first, N + V] of heads ``first`` to ``last`` - 1 from
+        latent vectors [L, R]."""
 
 
 class TorchHeadProducts:
-    """``HeadProducts`` with torch's batched products."""
+    """``HeadProducts`` (key and value products of latent attention) with ``torch.bmm``."""
 
     def __init__(self, weight: Tensor, plain_dim: int) -> None:
-        """weight [A, N + V, R]."""
+        """``weight`` [A, N + V, R]: N = ``plain_dim`` key rows, then V value rows, for each of A
+        heads."""
         self._weight = weight
         self._keys, self._values = weight[:, :plain_dim], weight[:, plain_dim:]
 
     def absorb(self, queries: Tensor) -> Tensor:
-        """Turn queries [T, A, N] into [T, A, R]; see ``HeadProducts``."""
+        """Multiply queries by key matrices: [T, A, N] -> [T, A, R]; see ``HeadProducts``."""
         return torch.bmm(queries.transpose(0, 1), self._keys).transpose(0, 1)
 
     def values(self, attended: Tensor) -> Tensor:
-        """Turn attended vectors [T, A, R] into values [T, A * V]; see ``HeadProducts``."""
+        """Turn sums of latent vectors [T, A, R] into sums of values [T, A * V]; see
+        ``HeadProducts``."""
         products = torch.bmm(attended.transpose(0, 1), self._values.transpose(1, 2))
         return products.transpose(0, 1).reshape(len(attended), -1)
 
     def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
-        """Compute keys and values [L, heads, N + V]; see ``HeadProducts``."""
+        """Compute keys and values [L, last - first, N + V] from latent vectors [L, R]; see
+        ``HeadProducts``."""
         rows = functional.linear(latents, self._weight[first:last].flatten(0, 1))
         return rows.view(len(latents), last - first, -1)
 
 
 class LinearHeadProducts:
-    """``HeadProducts`` with one ``Linear`` per head, for row-invariant blocks."""
+    """``HeadProducts`` with two ``Linear`` objects (key, value) per head, so that a row's bits do
+    not depend on other rows."""
 
     def __init__(self, weight: Tensor, plain_dim: int, linear: Callable[[Tensor], Linear]) -> None:
-        """weight [A, N + V, R]."""
+        """``weight`` [A, N + V, R]: N = ``plain_dim`` key rows, then V value rows, for each of A
+        heads; ``linear`` makes a product from a weight [out, in]."""
         self._keys = [linear(head[:plain_dim].T.contiguous()) for head in weight]
         self._values = [linear(head[plain_dim:].contiguous()) for head in weight]
 
     def absorb(self, queries: Tensor) -> Tensor:
-        """Turn queries [T, A, N] into [T, A, R]; see ``HeadProducts``."""
+        """Multiply queries by key matrices: [T, A, N] -> [T, A, R]; see ``HeadProducts``."""
         heads = zip(self._keys, queries.unbind(1), strict=True)
         return torch.stack([product(x.contiguous()) for product, x in heads], 1)
 
     def values(self, attended: Tensor) -> Tensor:
-        """Turn attended vectors [T, A, R] into values [T, A * V]; see ``HeadProducts``."""
+        """Turn sums of latent vectors [T, A, R] into sums of values [T, A * V]; see
+        ``HeadProducts``."""
         heads = zip(self._values, attended.unbind(1), strict=True)
         return torch.cat([product(x.contiguous()) for product, x in heads], 1)
 
@@ -130,32 +141,40 @@ class LinearHeadProducts:
 
 
 AttendRows = Callable[[Tensor, Tensor, LayerContext], Tensor]
-"""``RowAttention.attend_rows`` of absorbed queries and latent vectors [T, (A + 1) * (R + P)]."""
+"""Function with the arguments of ``RowAttention.attend_rows`` for latent attention. Its rows
+[T, (A + 1) * (R + P)] are A queries, already multiplied by the key matrices, and the latent vector
+with the rotated key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentProjections:
-    """Latent attention from the residual stream to the output projection, with all its weights."""
+    """Multi-head latent attention of one layer, from the first norm to the output projection, with
+    its weights."""
 
     shape: LatentShape
     norm1: Norm
-    """First norm of the layer."""
+    """Norm of the residual stream [T, H] before attention."""
     queries: Callable[[Tensor, LayerContext], Tensor]
-    """Product H -> A * (N + P)."""
+    """Function that projects normed rows [T, H] to the queries of all heads, [T, A * (N + P)]."""
     latents: Linear
-    """Product H -> R + P."""
+    """Projection of a normed row [H] to its latent vector [R] and the key elements [P] that all
+    heads share."""
     latent_norm: Norm
-    """Norm of the latent vector [T, R]."""
+    """Norm of latent vectors [T, R]."""
     heads: HeadProducts
     can_expand: bool
-    """Whether prompt rows may be expanded: their bits then depend on how a prompt is split."""
+    """Whether prompt rows may attend to keys and values computed from the latent vectors. The last
+    bits of their results then depend on how a prompt is split into chunks."""
     output: Linear
-    """Product A * V -> H."""
+    """Output projection, A * V -> H."""
 
     def project(
         self, attend_rows: AttendRows, hidden: Tensor, cache: Tensor, context: LayerContext
     ) -> Tensor:
-        """Residual stream [T, H] -> projected outputs of attention [T, H]."""
+        """Run latent attention: residual stream [T, H] -> result of the output projection [T, H].
+
+        Writes the rows' latent vectors and rotated keys to ``cache``.
+        """
         normed = self.norm1(hidden.clone())
         queries = self.queries(normed, context).view(len(hidden), -1, self.shape.query_dim)
         latents = self._latents(normed, context)
@@ -182,7 +201,8 @@ class LatentProjections:
         return context.multiply(self.output, torch.cat(parts))
 
     def _expands(self, batch: AttentionBatch) -> bool:
-        """Whether prompt rows are expanded. A recorder needs absorbed queries."""
+        """Whether the batch's prompt rows attend to expanded keys and values; never with a
+        recorder, which receives absorbed queries."""
         num_rows = sum(chunk.last - chunk.first for chunk in batch.prefills)
         is_long = num_rows >= self.shape.min_expanded_rows * len(batch.prefills)
         return self.can_expand and batch.recorder is None and is_long
@@ -201,7 +221,7 @@ class LatentProjections:
         cache: Tensor,
         context: LayerContext,
     ) -> Tensor:
-        """Attend with absorbed queries: [T, A * V]."""
+        """Attend to the latent vectors themselves, with absorbed queries: [T, A * V]."""
         shape, num_rows = self.shape, len(queries)
         rows = queries.new_empty(num_rows, shape.num_heads + 1, shape.cached_dim)
         plain, rotated = torch.split(queries, [shape.plain_dim, shape.rotated_dim], 2)
@@ -214,7 +234,7 @@ class LatentProjections:
     def _expanded(
         self, queries: Tensor, latents: Tensor, cache: Tensor, context: LayerContext
     ) -> Tensor:
-        """Attend with expanded keys and values: [n, A * V] of the rows of all prompt chunks."""
+        """Attend to expanded keys and values with the n rows of all prompt chunks: [n, A * V]."""
         shape, batch = self.shape, context.attention
         rows = latents.unsqueeze(1)
         keys = rotate_end(rows, shape.rank, context.cos, context.sin)
@@ -231,7 +251,8 @@ class LatentProjections:
     def _attend_expanded(
         self, queries: Tensor, cache: Tensor, chunk: PrefillChunk, batch: AttentionBatch
     ) -> Tensor:
-        """Attend with a chunk's queries [rows, A, N + P]: [rows, A * V]."""
+        """Attend to expanded keys and values with the queries [rows, A, N + P] of one prompt chunk:
+        [rows, A * V]."""
         shape = self.shape
         found = batch.workspaces[0].gather(cache, chunk.blocks)
         cached = found.view(-1, shape.cached_dim)[: chunk.length]
@@ -254,7 +275,8 @@ class LatentProjections:
         return torch.cat(parts, 1).flatten(1)
 
     def _heads_per_piece(self, latents: Tensor) -> int:
-        """Number of heads for which ``latents`` [L, R] are expanded at a time, to limit memory."""
+        """Number of heads whose keys and values are computed from ``latents`` [L, R] at a time, to
+        limit memory."""
         shape = self.shape
         row = 2 * shape.plain_dim + shape.rotated_dim + shape.value_dim  # as made, and with keys
         piece = PIECE_BYTES if latents.device.type == "cpu" else GPU_PIECE_BYTES
@@ -262,5 +284,5 @@ class LatentProjections:
 
 
 def rotate_end(heads: Tensor, first: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the heads [T, heads, D] with the elements from ``first`` on rotated."""
+    """Return heads [T, heads, D] with rotary embedding applied to elements ``first`` to D - 1."""
     return torch.cat((heads[..., :first], rotate(heads[..., first:], cos, sin)), -1)

@@ -1,4 +1,4 @@
-"""Building blocks of all families, and the model around the layers.
+"""Building blocks of all model families, and the model around the layers.
 
 A layer is a generator. It yields a ``Dispatch`` to send rows to the experts and is resumed
 immediately; a bare ``yield`` then waits for the experts' outputs:
@@ -30,10 +30,13 @@ from workers.model.torch_private import pack, packed_linear, supports_packing, u
 from workers.native.attention_sublayer import BatchFields
 
 _PACK_MIN_ELEMENTS = 64 * 1024
-"""Minimum elements of float32 matrices that are packed. Microseconds of a product, plain -> packed,
-for 1 row / 32 rows (AMD EPYC with avx512_bf16, torch 2.13, 1 thread): 384 x 128 5 -> 16 / 37 -> 42,
-512 x 512 23 -> 29 / 190 -> 162, 50304 x 512 8600 -> 5460 / 30000 -> 16500. bfloat16 gains at every
-size, with equal bits: 384 x 128 18 -> 15 / 31 -> 27, 50304 x 512 5150 -> 1960 / 12270 -> 8570."""
+"""Minimum elements of a float32 weight that is copied into oneDNN's packed layout; bfloat16 weights
+of any size are.
+
+Microseconds of a product, plain -> packed, for 1 row / 32 rows (AMD EPYC with avx512_bf16, torch
+2.13, 1 thread): 384 x 128 5 -> 16 / 37 -> 42, 512 x 512 23 -> 29 / 190 -> 162, 50304 x 512
+8600 -> 5460 / 30000 -> 16500. bfloat16 gains at every size, with equal bits: 384 x 128
+18 -> 15 / 31 -> 27, 50304 x 512 5150 -> 1960 / 12270 -> 8570."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,7 +49,7 @@ _VECTORS = 32
 
 
 def row_wise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply an elementwise function to [rows, n], with bits independent of the batch composition.
+    """Apply an elementwise function to [rows, n], so that a row's bits do not depend on other rows.
 
     torch computes the last few elements of a tensor with another function, so the input is padded.
     """
@@ -57,24 +60,27 @@ def row_wise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def row_sigmoid(x: Tensor) -> Tensor:
-    """Sigmoid of [rows, n]; see ``row_wise``."""
+    """Return the sigmoid of [rows, n]; a row's bits do not depend on other rows."""
     return row_wise(torch.sigmoid, x)
 
 
 _SPLIT_MIN_ELEMENTS = 4 * 1024 * 1024
-"""Minimum weight elements to divide a weight among threads, as reading it dominates the cost."""
+"""Minimum elements of a weight that is split among the compute threads: reading such a weight
+dominates the cost of a product."""
 _SPLIT_MIN_PRODUCTS = 32 * 1024 * 1024
-"""Minimum multiplications (rows x weight elements) to divide the rows: 0.3 ms on one core."""
+"""Minimum multiplications (rows x weight elements) of a product whose rows are split among the
+compute threads: 0.3 ms on one core."""
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN has its own weight layout for this matrix and it is faster."""
+    """Whether oneDNN has a packed layout for this weight, and products with it are faster."""
     is_worth_it = weight.dtype == torch.bfloat16 or weight.numel() >= _PACK_MIN_ELEMENTS
     return is_worth_it and supports_packing(weight)
 
 
 class Linear:
-    """Computes x @ weight.T + bias. It may copy the weight; callers should drop their reference."""
+    """Linear product, x @ weight.T + bias. The constructor may copy the weight, so callers should
+    drop their own reference to save memory."""
 
     __slots__ = ("_biases", "_compute_threads", "_is_packed", "_weights")
 
@@ -85,7 +91,9 @@ class Linear:
         may_pack: bool = True,
         compute_threads: ComputeThreads | None = None,
     ) -> None:
-        """weight [out, in]. ``may_pack``: False to share the memory of a weight that others use."""
+        """``weight`` [out, in]. ``may_pack``: False to keep using the memory of ``weight``, as for
+        an lm_head tied to the embedding. ``compute_threads`` share large products; None: the
+        calling thread computes alone."""
         self._compute_threads = compute_threads or ComputeThreads()
         self._is_packed = may_pack and can_pack(weight)
         num_parts = self._compute_threads.count if weight.numel() >= _SPLIT_MIN_ELEMENTS else 1
@@ -119,7 +127,7 @@ GatedActivation = Callable[[Tensor], Tensor]
 
 
 def _gelu(gate: Tensor) -> Tensor:
-    """GELU in float32 on contiguous memory, as for a single row.
+    """Compute GELU in float32 on contiguous memory; a row's bits do not depend on other rows.
 
     For other memory layouts torch uses another kernel, and in bfloat16 its AVX2 code rounds the
     last elements of a vector differently.
@@ -136,7 +144,8 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def gated_activation(activation: Activation | ClampedSwiglu) -> GatedActivation:
-    """Return the function that applies an activation to gates and ups."""
+    """Return the function [.., 2 * inner] -> [.., inner] that applies the activation to the first
+    half (gate) and multiplies the result by the second half (up); see ``ClampedSwiglu``."""
     if isinstance(activation, ClampedSwiglu):
         return partial(_clamped, alpha=activation.alpha, limit=activation.limit)
     activate = _ACTIVATIONS[activation]
@@ -189,28 +198,32 @@ class GatedMlp:
 
 @dataclass(frozen=True, slots=True)
 class LayerProduct:
-    """A product of a layer, and the checkpoint tensors that it consists of."""
+    """A linear product or an MLP of a layer, and the checkpoint matrices that its weights are made
+    of. LoRA adapters are applied to such products."""
 
     product: Linear | Mlp
-    """The product, or the MLP with all its products."""
+    """The linear product, or an MLP with all its products."""
     parts: Mapping[str, TensorPart]
-    """Matrices by short name, in the order of their rows; an MLP has ``gate``, ``up``, ``down``."""
+    """Checkpoint matrices by short name, such as ``q``, in the order in which their rows are
+    stacked; an MLP has ``gate``, ``up``, ``down``."""
     order: Tensor | None = None
-    """[rows] int64: order of the matrices' rows in the product; None: unchanged."""
+    """[rows] int64: for each row of the product's weight, its row in the stacked checkpoint
+    matrices; None: the rows are in the same order."""
 
 
 class RowAdapters(Protocol):
-    """Deltas of low-rank adapters for the products of a micro-batch."""
+    """Interface of the LoRA adapters of a micro-batch's rows, which add deltas to products."""
 
     def multiply(self, linear: Linear, x: Tensor) -> Tensor:
-        """Return ``linear(x)`` plus the delta of each row's adapter. [T, in] -> [T, out]."""
+        """Return ``linear(x)`` plus the delta of each row's adapter: [T, in] -> [T, out]."""
 
     def apply(self, mlp: Mlp, x: Tensor) -> Tensor:
-        """Return ``mlp(x)`` with the deltas of each row's adapter in its products."""
+        """Return ``mlp(x)`` with the deltas of each row's adapter added to the products of the MLP:
+        [T, H] -> [T, H]."""
 
 
 Attend = Callable[[Tensor, Tensor, Tensor | None, Tensor, AttentionBatch], Tensor]
-"""Implementation of attention, with the arguments of ``attention.attend``."""
+"""Function that computes attention over a KV cache, with the arguments of ``attention.attend``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +231,12 @@ class Dispatch:
     """Rows that a layer sends to the experts of one bank, in one of the bank's exchanges."""
 
     bank: int
-    """``BankSpec.index``."""
+    """Index of the bank (the routed experts of one router), ``BankSpec.index``."""
     exchange: int
-    """``ExchangeSpec.index``."""
+    """Index of the exchange among those of the bank, ``ExchangeSpec.index``."""
     rows: Tensor
-    """Rows to send: [T, in_width] or [T, k, in_width], model dtype."""
+    """Rows to send, in the model dtype: [T, in_width], or [T, k, in_width] if each of a row's k
+    experts has its own input."""
     topk_ids: Tensor
     """Logical experts of each row, [T, k] int64."""
     topk_weights: Tensor
@@ -239,7 +253,7 @@ class TableEmbedding:
     __slots__ = ("table",)
 
     def __init__(self, table: Tensor) -> None:
-        """table [V, H]."""
+        """``table`` [vocabulary, H]: the embedding of each token id."""
         self.table = table
 
     def __call__(self, token_ids: Tensor) -> Tensor:
@@ -247,53 +261,56 @@ class TableEmbedding:
 
 
 Norm = Callable[[Tensor], Tensor]
-"""Function that normalises [T, H], possibly in place."""
+"""Function that normalises rows [T, H], possibly in place, and returns them."""
 LayerSteps = Generator[Any, Tensor, Tensor]
-"""Generator that alternates ``yield Dispatch(..)``, resumed by ``next``, and ``yield``, resumed by
-``send`` with the experts' outputs. Returns hidden states [T, hidden_size]. The yield type is Any
-because mypy otherwise forbids a bare ``yield``; the runner checks the order."""
+"""Generator that runs one or more layers and returns hidden states [T, hidden_size]. It alternates
+``yield Dispatch(..)``, resumed by ``next``, and a bare ``yield``, resumed by ``send`` with the
+experts' outputs. The yield type is Any because mypy otherwise forbids a bare ``yield``; the runner
+checks the order."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
-    """The rows of one micro-batch."""
+    """Inputs of a forward pass: the rows (token positions) of one micro-batch."""
 
     token_ids: Tensor
-    """[T] int64."""
+    """[T] int64: token id of each row."""
     positions: Tensor
-    """[T] int64, from 0 in each sequence."""
+    """[T] int64: position of each row in its sequence, from 0."""
     prompt_lengths: Tensor
     """[T] int64: length of the prompt of each row's request."""
     attention: AttentionBatch
-    """Cache slots of the rows' keys and values, and the keys that they attend to."""
+    """KV cache slots that the rows write, and the keys that the rows attend to."""
     given: tuple[tuple[int, Tensor], ...] = ()
-    """(first row, embeddings [n, H] float32) of rows given as embeddings; their token id is 0."""
+    """(first row, embeddings [n, H] float32) of each run of n rows whose input is an embedding in
+    place of a token; the token ids of these rows are 0."""
     adapters: RowAdapters | None = None
-    """Adapters of the rows; None: no row has one."""
+    """LoRA adapters of the rows; None: no row has an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """Inputs of a layer, except the hidden states."""
+    """Inputs that are the same for all layers in a forward pass."""
 
     cos: Tensor
-    """Cosines of the rotation, [T, 1, D]."""
+    """Cosines of the rotary embedding of each row, [T, 1, D]."""
     sin: Tensor
-    """Signed sines of the rotation, [T, 1, D]; see ``Rope.rows``."""
+    """Sines of the rotary embedding of each row, [T, 1, D], negated in the first half; see
+    ``Rope.rows``."""
     attention: AttentionBatch
     windows: Mapping[int, AttentionBatch]
-    """``attention`` with the masks of sliding windows, by width in tokens."""
+    """Variants of ``attention`` with the mask of a sliding window, by window width in tokens."""
     native: BatchFields | None
     """The batch as a C struct for native kernels; None if torch computes."""
     adapters: RowAdapters | None = None
-    """See ``ModelInputs``."""
+    """LoRA adapters of the rows; None: no row has an adapter."""
 
     def multiply(self, linear: Linear, x: Tensor) -> Tensor:
-        """Compute a product of all rows, with adapter deltas: [T, in] -> [T, out]."""
+        """Return ``linear(x)`` plus the deltas of the rows' LoRA adapters: [T, in] -> [T, out]."""
         return linear(x) if self.adapters is None else self.adapters.multiply(linear, x)
 
     def apply(self, mlp: Mlp, x: Tensor) -> Tensor:
-        """Compute an MLP of all rows, with adapter deltas: [T, H] -> [T, H]."""
+        """Return ``mlp(x)`` with the deltas of the rows' LoRA adapters: [T, H] -> [T, H]."""
         return mlp(x) if self.adapters is None else self.adapters.apply(mlp, x)
 
     def within(self, window: int | None) -> AttentionBatch:
@@ -302,22 +319,24 @@ class LayerContext:
 
 
 class Layer(Protocol):
-    """One decoder layer of a family."""
+    """Interface of one decoder layer."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """Run the layer: hidden [T, H] -> [T, H]; cache is this layer's tensor of ``KVCache``."""
+        """Run the layer: hidden states [T, H] -> [T, H]; ``cache`` is the layer's tensor of
+        ``KVCache``."""
 
 
 class TokenPredictor(Protocol):
-    """Predicts the token after the next."""
+    """Interface of a multi-token prediction (MTP) layer: predicts the token after the next one."""
 
     def forward(
         self, embedded: Tensor, hidden: Tensor, cache: Tensor, context: LayerContext
     ) -> LayerSteps:
-        """Return hidden states [T, H] for the head.
+        """Return hidden states [T, H], from which lm_head computes logits.
 
-        embedded [T, H]: embeddings of the token after each row's own, which may be overwritten;
-        hidden [T, H]: final hidden states of the rows; cache: the predictor's part of ``KVCache``.
+        ``embedded`` [T, H]: embedding of the token that follows each row's token; may be
+        overwritten. ``hidden`` [T, H]: the model's final hidden states of the rows. ``cache``: the
+        prediction layer's tensor of ``KVCache``.
         """
 
 
@@ -331,7 +350,7 @@ class AttentionModel:
     is_native: bool
     """Whether layers use native kernels, which read ``AttentionBatch.chunks``."""
     layers: Sequence[Layer]
-    """Layers in order; a layer may be replaced."""
+    """Layers in order; a caller may replace elements."""
     norm: Norm
     head: Linear
     """lm_head, or a classifier's: [rows, H] -> [rows, vocab_size or classes], model dtype."""
@@ -339,15 +358,17 @@ class AttentionModel:
     windows: Collection[int] = ()
     """Widths of the sliding windows, in tokens."""
     kv_layer: int = 0
-    """The first layer with keys and values."""
+    """Index of the first layer that has keys and values (not a recurrent state)."""
     predictor: TokenPredictor | None = None
     products: Sequence[LayerProduct] = ()
-    """Products of the layers, except routers."""
+    """Linear products and MLPs of the layers, in the order of loading, as targets of LoRA."""
     linear: Callable[[Tensor], Linear] = Linear
-    """Makes a product like the products of the layers, from a weight [out, in]."""
+    """Function that makes a linear product from a weight [out, in], with the implementation that
+    the layers' products have."""
 
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
-        """Run all layers; return the normed hidden states [T, H]. Writes the KV of its rows."""
+        """Run all layers and the final norm; return hidden states [T, H]. Writes the rows' keys and
+        values to ``caches``, one tensor per layer."""
         context = self.context(inputs, caches)
         hidden = self.embed(inputs.token_ids, inputs.given)
         return (yield from self.run_from(0, hidden, context, caches))
@@ -355,7 +376,7 @@ class AttentionModel:
     def run_from(
         self, first: int, hidden: Tensor, context: LayerContext, caches: Sequence[Tensor]
     ) -> LayerSteps:
-        """Run layers ``first`` to the last one, and the final norm, on hidden states [T, H]."""
+        """Run the layers from index ``first`` on, and the final norm, on hidden states [T, H]."""
         recorder = context.attention.recorder
         for layer, cache in zip(self.layers[first:], caches[first:], strict=True):
             if recorder is not None:
@@ -367,7 +388,7 @@ class AttentionModel:
         return hidden
 
     def context(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerContext:
-        """Return the context that all layers receive."""
+        """Return the ``LayerContext`` that all layers receive in a forward pass."""
         cos, sin = self.rope.rows(inputs.positions, inputs.prompt_lengths)
         windows = {width: inputs.attention.within(width) for width in self.windows}
         chunks = inputs.attention.chunks
@@ -375,7 +396,8 @@ class AttentionModel:
         return LayerContext(cos, sin, inputs.attention, windows, native, inputs.adapters)
 
     def embed(self, token_ids: Tensor, given: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """Return the first layer's input [T, H], a new tensor; ``given`` as in ``ModelInputs``."""
+        """Return the first layer's input [T, H], a new tensor: the embeddings of ``token_ids`` [T],
+        except rows replaced by those in ``given``, see ``ModelInputs.given``."""
         hidden = self.embedding(token_ids)
         for first, rows in given:
             hidden[first : first + len(rows)] = rows

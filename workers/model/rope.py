@@ -22,33 +22,38 @@ RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Parameters of the rotation. A rope type leaves unused parameters at their defaults."""
+    """Parameters of the rotary position embedding. A rope type leaves unused parameters at their
+    defaults."""
 
     rope_type: RopeType = "default"
-    """``dynamic`` scales position p of a request for the length max(prompt length, p + 1)."""
+    """Scaling method, as in transformers, except that ``dynamic`` scales position p of a request
+    for the length max(prompt length, p + 1)."""
     theta: float = 10000.0
     """Base of the frequencies."""
     head_dim: int
     """D: elements of a head."""
     rotary_dim: int
-    """R: elements of a head that are rotated. If R < D, the other elements have frequency 0, and
-    all elements are in the order of ``rotation_order``."""
+    """R: number of elements of a head that are rotated. If R < D, the other elements have frequency
+    0, and all elements are in the order of ``rotation_order``."""
     has_neighbours: bool = False
     """Whether the checkpoint rotates element 2i with 2i + 1, not i with i + R/2."""
     max_position_embeddings: int
     """Context of the model in tokens."""
     original_max_position_embeddings: int
-    """Context before scaling in tokens (yarn, llama3)."""
+    """Context in tokens before the model's context was extended (yarn, llama3)."""
     factor: float = 1.0
-    """Scale factor of all types except default."""
+    """Factor by which the context is extended, for all rope types except default."""
     attention_factor: float = 1.0
     """Factor of cosines and sines (yarn)."""
     beta_fast: float = 32.0
-    """Rotations above which yarn keeps a frequency."""
+    """yarn: frequencies with more rotations than this within the original context are not
+    scaled."""
     beta_slow: float = 1.0
-    """Rotations below which yarn scales a frequency by the factor."""
+    """yarn: frequencies with fewer rotations than this within the original context are divided by
+    ``factor``."""
     truncate: bool = True
-    """Whether yarn's limits are rounded to whole dimensions."""
+    """yarn: whether the dimensions that ``beta_fast`` and ``beta_slow`` select are rounded to
+    integers."""
     low_freq_factor: float = 1.0
     """llama3: wavelengths above original context / ``low_freq_factor`` are scaled in full."""
     high_freq_factor: float = 4.0
@@ -64,9 +69,11 @@ def parse_rope(
     default_theta: float = 10000.0,
     has_neighbours: bool = False,
 ) -> RopeConfig:
-    """Parse the rotation from ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
+    """Parse the rotary embedding of a ``config.json``: its keys ``rope_parameters``, or
+    ``rope_theta`` and ``rope_scaling``.
 
-    ``rotary_share`` is the family's default of ``partial_rotary_factor``; None: it has no such key.
+    ``rotary_share`` is the family's default of ``partial_rotary_factor``; None: the family has no
+    such key, and a value other than 1 is refused.
 
     Raises ``CheckpointError`` for a type that is not supported, such as longrope.
     """
@@ -133,11 +140,13 @@ def _rotary_dim(
 
 
 def rotation_order(config: RopeConfig) -> Tensor:
-    """Return [D] int64: which element of a checkpoint's head is at each position of a head here.
+    """Return the new order of a head's elements, [D] int64: for each position, the index of the
+    element in the checkpoint's head.
 
-    Checkpoints rotate the first R elements, i with i + R/2 or neighbours, and leave the rest. Here
-    i is rotated with i + D/2, as in a head that is rotated whole, and the unrotated pairs follow
-    the rotated ones. Queries and keys have the same order, so their products are unchanged.
+    Checkpoints rotate the first R elements, i with i + R/2 or neighbours, and leave the others as
+    they are. In the new order, i is rotated with i + D/2, as in a head that is rotated whole, and
+    the unrotated pairs follow the rotated ones. Queries and keys have the same order, so their
+    products are unchanged.
     """
     dim = config.rotary_dim
     rotated, others = torch.arange(dim), torch.arange(dim, config.head_dim)
@@ -146,7 +155,7 @@ def rotation_order(config: RopeConfig) -> Tensor:
 
 
 def context_scale(factor: float, mscale: float) -> float:
-    """Return the factor of queries and keys if the context is extended ``factor`` times.
+    """Return yarn's factor of queries and keys for a context that is extended ``factor`` times.
 
     Source: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models" (2023),
     section 3.4.
@@ -155,7 +164,8 @@ def context_scale(factor: float, mscale: float) -> float:
 
 
 def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``rope_scaling`` or ``rope_parameters``, if present. Raises ``CheckpointError``."""
+    """Return the object ``rope_scaling`` or ``rope_parameters`` of a ``config.json``, empty if it
+    has neither. Raises ``CheckpointError`` if the value is not an object."""
     params = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(params, Mapping):
         raise CheckpointError(f"config.json: rope_scaling {params!r} must be an object")
@@ -172,12 +182,13 @@ def _attention_factor(params: Mapping[str, Any], factor: float) -> float:
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
-    """Return frequencies [D/2] float32 on the CPU; of ``dynamic``, those of short requests."""
+    """Return the frequencies of the rotary embedding in radians per position, [D/2] float32 on the
+    CPU. For ``dynamic``, they are valid for requests within the model's context."""
     return _padded(config, _rotated_frequencies(config))
 
 
 def _rotated_frequencies(config: RopeConfig) -> Tensor:
-    """Return the frequencies of the rotated elements [R/2]."""
+    """Return the frequencies of the rotated elements only, [R/2]."""
     plain = 1.0 / _powers(config)
     match config.rope_type:
         case "default" | "dynamic":
@@ -230,9 +241,10 @@ def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
 
 
 class Rope:
-    """Cosines and sines for the rows of a step, in the model dtype.
+    """Rotary embedding: cosines and sines for the rows of a step, in the model dtype.
 
-    Fixed types read them from a table of all positions; ``dynamic`` computes them for each row.
+    They are read from a table of all positions; for rope type ``dynamic``, they are computed for
+    each row.
     """
 
     def __init__(
@@ -243,7 +255,8 @@ class Rope:
         device: torch.device,
         row_by_row: bool = False,
     ) -> None:
-        """``row_by_row``: a row's bits do not depend on other rows, even if ``dynamic``."""
+        """``max_positions``: number of positions in the table. ``row_by_row``: True: a row's bits
+        do not depend on other rows, even for rope type ``dynamic``."""
         self._config = config
         self._dtype = dtype
         self._row_by_row = row_by_row
@@ -254,7 +267,8 @@ class Rope:
             positions = torch.arange(max_positions, device=device)
             self._table = self._waves(positions, self._plain)
         self.waves_by_position = None if self._table is None else _split(self._table)
-        """Cosines and signed sines of all positions; None if they depend on the request."""
+        """Cosines and signed sines of all positions, each [max_positions, 1, D]; None for rope type
+        ``dynamic``, in which they depend on the request."""
 
     def rows(self, positions: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines, each [T, 1, D], of positions [T] int64.
@@ -272,7 +286,7 @@ class Rope:
         return _split(waves)
 
     def _dynamic(self, lengths: Tensor) -> Tensor:
-        """Return the frequencies [T, D/2] for request lengths [T]."""
+        """Return the frequencies [T, D/2] of rope type ``dynamic`` for request lengths [T]."""
         config = self._config
         dim, context, factor = config.rotary_dim, config.max_position_embeddings, config.factor
         n = lengths.clamp(min=context).double()
@@ -282,7 +296,8 @@ class Rope:
         return torch.where((lengths > context).unsqueeze(1), scaled, self._plain)
 
     def _waves(self, positions: Tensor, inverse: Tensor) -> Tensor:
-        """Return the cosines and signed sines [T, 2, D]."""
+        """Return the cosines and signed sines [T, 2, D] of positions [T]; ``inverse``: frequencies
+        [D/2] or [T, D/2]."""
         angles = positions.float().unsqueeze(1) * inverse
         cos, sin = angles.cos(), angles.sin()
         waves = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
@@ -302,6 +317,7 @@ def _split(waves: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads [T, num_heads, D] by ``Rope.rows``."""
+    """Apply the rotary embedding to heads [T, num_heads, D]; ``cos`` and ``sin`` [T, 1, D] are from
+    ``Rope.rows``. Returns a new tensor."""
     swapped = heads.roll(heads.shape[-1] // 2, -1)
     return (heads * cos).add_(swapped.mul_(sin))

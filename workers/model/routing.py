@@ -16,7 +16,7 @@ from workers.model.attention_batch import Recorder
 from workers.model.layers import Linear, row_sigmoid
 
 Scoring = Literal["softmax", "softmax_of_best", "sigmoid", "float32_softmax"]
-"""Function from logits to weights. ``softmax``: probabilities among all experts.
+"""Function from router logits to expert weights. ``softmax``: probabilities among all experts.
 ``softmax_of_best``: probabilities among the selected experts only. ``sigmoid``: each expert
 separately. ``float32_softmax``: as softmax, but the product, the weights and all intermediate
 results are float32, as for ``sigmoid``, not the model dtype."""
@@ -24,25 +24,28 @@ results are float32, as for ``sigmoid``, not the model dtype."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
-    """How experts are selected and weighted."""
+    """Parameters of a router: how the experts of a row are selected and weighted."""
 
     bank: int
-    """``BankSpec.index``."""
+    """Index of the bank (the router's experts), ``BankSpec.index``."""
     num_experts: int
     """E: number of experts."""
     top_k: int
-    """k: experts of a row."""
+    """k: number of experts per row."""
     scoring: Scoring
     float32_product: bool = False
-    """Whether the logits are float32, as always for ``sigmoid`` and ``float32_softmax``."""
+    """Whether the logits are computed in float32 for any ``scoring``; for ``sigmoid`` and
+    ``float32_softmax`` they always are."""
     is_normed: bool = False
     """Whether the weights of the selected experts are scaled to sum 1."""
     least_sum: float = 0.0
-    """Minimum of the sum by which weights are divided if ``is_normed`` (softmax)."""
+    """Lower bound of the sum by which weights are divided if ``is_normed``; not used by
+    ``sigmoid``."""
     scale: float = 1.0
-    """Final factor of float32 weights."""
+    """Factor of the final weights, for ``sigmoid`` and ``float32_softmax``; other scorings ignore
+    it."""
     num_groups: int = 1
-    """Number of groups of consecutive experts, for float32 weights."""
+    """Number of groups of consecutive experts, for group-limited selection; 1: no groups."""
     top_groups: int = 1
     """Number of groups from which a row's experts are selected: the groups with the highest sum of
     their two best scores (sigmoid), or with the best expert."""
@@ -58,28 +61,31 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """The selected experts of rows."""
+    """Experts that a router selected for each row, and their weights."""
 
     bank: int
-    """``BankSpec.index``."""
+    """Index of the bank (the router's experts), ``BankSpec.index``."""
     topk_ids: Tensor
     """Logical experts of each row, [T, k] int64, the best first."""
     topk_weights: Tensor
-    """Weights of these experts, [T, k] in the model dtype or float32; see ``Scoring``."""
+    """Weights of the experts in ``topk_ids``, [T, k] in the model dtype or float32; see
+    ``Scoring``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Router:
-    """Routes rows to the experts of one bank."""
+    """Router of one bank of experts: selects and weights the experts of each row."""
 
     routing: Routing
     linear: Linear
     """Product H -> E."""
     correction: Tensor | None = None
-    """[E] float32: added to scores (softmax and sigmoid) for the selection, not for the weights."""
+    """[E] float32: bias added to the experts' scores to select experts; the weights are computed
+    from scores without bias. None: no bias."""
 
     def route(self, rows: Tensor, recorder: Recorder | None) -> Routes:
-        """Select the experts of rows [T, H] in the model dtype."""
+        """Select the experts of ``rows`` [T, H], which are in the model dtype. ``recorder``, unless
+        None, receives logits and selected experts."""
         routing = self.routing
         logits = self.linear(rows.float() if routing.has_float32_logits else rows)
         match routing.scoring:
@@ -102,13 +108,14 @@ class Router:
         return Routes(routing.bank, ids, weights)
 
     def _best_of(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ids [T, k] of the best of scores [T, E], and their scores."""
+        """Return the ids [T, k] of the experts with the best corrected scores, and the scores of
+        these experts without correction. ``scores``: [T, E]."""
         choice = scores if self.correction is None else scores + self.correction
         ids = self._within_groups(choice).topk(self.routing.top_k, dim=-1).indices
         return ids, scores.gather(1, ids)
 
     def _within_groups(self, choice: Tensor) -> Tensor:
-        """Return the scores [T, E] with -inf outside the groups that a row may use."""
+        """Return the scores [T, E], with -inf for experts outside each row's best groups."""
         routing = self.routing
         if routing.top_groups == routing.num_groups:
             return choice

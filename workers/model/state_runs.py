@@ -1,5 +1,4 @@
-"""Runs: consecutive rows of a sequence that start from one recurrent state and end in another.
-Pure."""
+"""Runs: consecutive rows of a sequence that start from one recurrent state and end in another."""
 
 from __future__ import annotations
 
@@ -8,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StateRun:
-    """Consecutive rows of one sequence, between two of its recurrent states."""
+    """Consecutive rows of one sequence, between two stored recurrent states of the sequence."""
 
     first: int
-    """First position in the sequence, or first row of the batch."""
+    """Position of the first row in the sequence or, for a run in a batch, in the batch."""
     last: int
-    """One past the last position or row."""
+    """One past the position of the last row."""
     read: int
-    """State slot read before the first row."""
+    """Slot of the recurrent state that is read before the first row."""
     write: int
-    """State slot written after the last row."""
+    """Slot to which the recurrent state is written after the last row."""
 
     def moved(self, offset: int) -> StateRun:
-        """Return the run with ``offset`` added to its positions."""
+        """Return a copy of the run with ``offset`` added to ``first`` and ``last``."""
         return StateRun(self.first + offset, self.last + offset, self.read, self.write)

@@ -41,7 +41,7 @@ _HAS_ONEDNN: bool = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_
 
 
 def supports_packing(weight: Tensor) -> bool:
-    """Whether oneDNN has its own layout for such a matrix on this machine."""
+    """Whether oneDNN has a packed layout for this weight on this machine."""
     if weight.device.type != "cpu" or not _HAS_ONEDNN:
         return False
     if weight.dtype == torch.bfloat16:
@@ -50,7 +50,8 @@ def supports_packing(weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return a copy of weight [out, in] in oneDNN's layout, only for ``packed_linear``."""
+    """Return a copy of ``weight`` [out, in] in oneDNN's layout, which only ``packed_linear`` and
+    ``unpack`` can read."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 
@@ -65,7 +66,9 @@ _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN el
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [rows, in] times a packed weight: [rows, out]."""
+    """Multiply x [rows, in] by a weight in oneDNN's layout (``pack``) and add the bias: [rows,
+    out].
+    """
     assert _linear_pointwise is not None, "nothing is packed without oneDNN"
     result: Tensor = _linear_pointwise(x, packed, bias, "none", [], "")
     return result
@@ -79,18 +82,21 @@ def _packed_linear(x: Tensor, packed: Tensor) -> Tensor:
 scriptable_packed_linear: Callable[[Tensor, Tensor], Tensor] = (
     _packed_linear if _HAS_ONEDNN else functional.linear
 )
-"""``packed_linear`` for TorchScript, which cannot name an overload and also compiles this call if
-no weight is packed."""
+"""``packed_linear`` without bias, for TorchScript. TorchScript cannot name an operator's overload,
+and compiles this function even if no weight is packed."""
 
 
 # Process groups without a global world
 
 _NEVER = timedelta(days=1)
-"""Limit of NCCL's own watchdog, so long that it never acts: the transport has its own limits."""
+"""Timeout of NCCL's own watchdog, so long that the watchdog never acts: the code that exchanges
+rows has its own timeouts."""
 
 
 def gloo_group(store: Store, rank: int, size: int, host: str, timeout_s: float) -> Any:
-    """Connect a gloo group with sockets on ``host``'s interface. Collective."""
+    """Return a connected gloo process group of ``size`` ranks, with sockets on the network
+    interface of ``host``. All ranks must call it. ``timeout_s``: limit of each operation in
+    seconds."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=host)]
@@ -99,7 +105,7 @@ def gloo_group(store: Store, rank: int, size: int, host: str, timeout_s: float) 
 
 
 def nccl_group(store: Store, rank: int, size: int) -> Any:
-    """Return an NCCL group; ``connect_nccl_group`` connects it."""
+    """Return an NCCL process group that is not yet connected; see ``connect_nccl_group``."""
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options._timeout = _NEVER
@@ -108,10 +114,10 @@ def nccl_group(store: Store, rank: int, size: int) -> Any:
 
 
 def connect_nccl_group(group: Any, device: torch.device) -> None:
-    """Start to connect; the first operation waits until connected. Collective.
+    """Start to connect an NCCL process group; its first operation waits until it is connected.
 
-    Blocks until rank 0 has put the group's key into the store. Afterwards the group has a
-    communicator, connected or not, that ``abort`` can end.
+    All ranks must call it. Blocks until rank 0 has put the group's key into the store. Afterwards
+    the group has a communicator, connected or not, that ``abort`` can end.
     """
     group.eager_connect_single_device(device)
 
@@ -131,10 +137,10 @@ _SUCCESS = 0
 
 
 def has_failed(work: Work) -> bool:
-    """Whether NCCL reports an error for completed transfers.
+    """Whether transfers have ended with an NCCL error; False while they run.
 
-    ``Work.wait`` would abort only this communicator and may wait for the kernels of the others; all
-    communicators of a world must be aborted together.
+    Used in place of ``Work.wait``, which would abort only the communicator of ``work`` and may wait
+    for kernels of other communicators. All communicators of a process must be aborted together.
     """
     result: Any = work.get_future_result()  # type: ignore[attr-defined]  # not in torch's stub
     return bool(result.done()) and result.value() != _SUCCESS

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 _PIECE_PAIRS = 512
-"""Number of pairs multiplied at a time: page faults make large new tensors slow. 1024 rows of 512
-bfloat16, top-8, on one core of an AMD EPYC take 9 ms at once and 3 ms in pieces."""
+"""Maximum number of (row, expert) pairs that are multiplied at a time: page faults make large new
+tensors slow. 1024 rows of 512 bfloat16, top-8, on one core of an AMD EPYC take 9 ms at once and
+3 ms in pieces."""
 
 
 def weighted_sum(
@@ -23,11 +24,12 @@ def weighted_sum(
     num_rows: int,
     float32_weights: bool,
 ) -> Tensor:
-    """Sum of weight x output over the pairs of each row.
+    """Return the sum of weight x expert output over the (row, expert) pairs of each row.
 
-    outputs [P, D] model dtype, weights [P] float32, pair_row [P] int64, not decreasing. Returns
-    [num_rows, D] float32, with zeros for a row without pairs. Products have the promoted dtype of
-    both factors; weights are cast to the model dtype first unless ``float32_weights``.
+    outputs [P, D] model dtype, weights [P] float32; pair_row [P] int64, not decreasing: row of each
+    pair. Returns [num_rows, D] float32, with zeros for a row without pairs. Products have the
+    promoted dtype of both factors; weights are cast to the model dtype first unless
+    ``float32_weights``.
     """
     num_pairs, width = outputs.shape
     factors = (weights if float32_weights else weights.to(outputs.dtype)).unsqueeze(1)
@@ -53,7 +55,9 @@ def sum_of_pairs(
     float32_weights: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Implement ``ExpertBank.compute_rows``: compute the outputs of all pairs, then sum them.
+    """Compute the expert outputs of all (row, expert) pairs, then the weighted sum of each row.
+
+    Implements ``ExpertBank.compute_rows``. ``slots`` [rows, k]: expert slots, negative for none.
 
     ``compute(inputs, pair_input, pair_slot)`` is ``ExpertBank.compute`` for one exchange.
     """
@@ -72,7 +76,9 @@ def sum_of_pairs(
 
 
 def sum_by_position(products: Tensor, pair_row: Tensor, num_rows: int) -> Tensor:
-    """Add in the order of ``weighted_sum`` on devices where ``index_add_`` has no fixed order."""
+    """Sum products [P, D] by row: [num_rows, D] float32. Adds in the fixed order of
+    ``weighted_sum``, on devices where ``index_add_`` has no fixed order. ``pair_row`` [P]: row of
+    each product, not decreasing."""
     total = torch.zeros(num_rows, products.shape[1], device=products.device)
     counts = torch.bincount(pair_row, minlength=num_rows)
     starts = counts.cumsum(0) - counts
