@@ -1,10 +1,10 @@
-"""Adapters in memory, and the deltas that they add to the rows of a micro-batch.
+"""LoRA adapters in memory, and the deltas that they add to the rows of a micro-batch.
 
     y = W x + scale * B (A x)        for the rows of an adapter; A has few rows, B few columns
 
 A product of a layer may join several modules, for example q, k and v. Their A and B matrices are
-joined, too, so that a delta takes two more products for any number of modules. These use the
-model's own building blocks: if these are batch-invariant, rows with adapters are, too.
+joined, too, so that a delta takes two more products for any number of modules. These products use
+the model's own building blocks: if these blocks are batch-invariant, rows with adapters are, too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from workers.model.layers import AttentionModel, LayerProduct, Linear, Mlp
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an adapter adds to the result of one matrix product: [n, in] -> [n, out]."""
+    """Two matrices of an adapter, whose product is added to the result of one of the model's
+    products: [n, in] -> [n, out]."""
 
     down: Linear
-    """First product: in -> sum of the ranks of all matrices."""
+    """First product: in -> sum of the ranks of all joined A matrices."""
     up: Linear
-    """Second product: ranks -> out, including the scale."""
+    """Second product: sum of the ranks -> out, including the scale."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
@@ -44,25 +45,25 @@ class MlpDelta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterWeights:
-    """One adapter in memory, ready for rows."""
+    """Deltas of one LoRA adapter in the model's memory, ready for rows."""
 
     linears: Mapping[Linear, Delta]
     mlps: Mapping[Mlp, MlpDelta]
     num_bytes: int
-    """Bytes of its matrices."""
+    """Size of the adapter's matrices in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class JoinedMatrices:
-    """Joined matrices of an adapter for one product, from which its ``Delta`` is made."""
+    """Joined A and B matrices of an adapter for one product, from which a ``Delta`` is made."""
 
     product: Linear | Mlp
     is_down: bool
-    """Whether the product is the second one of an MLP."""
+    """Whether the product is the second one of an MLP (down projection)."""
     down: Tensor
-    """[ranks, in]."""
+    """Joined A matrices, [ranks, in]."""
     up: Tensor
-    """[out, ranks], including the scale."""
+    """Joined B matrices, [out, ranks], including the scale."""
 
     @property
     def num_bytes(self) -> int:
@@ -71,7 +72,7 @@ class JoinedMatrices:
 
 @dataclass(frozen=True, slots=True)
 class PreparedAdapter:
-    """A validated adapter in CPU memory, with joined matrices."""
+    """A validated LoRA adapter in CPU memory, with its matrices joined by product."""
 
     digest: str
     """Hash of the adapter's files."""
@@ -83,7 +84,7 @@ class PreparedAdapter:
 
 
 def prepare(folder: AdapterFolder, dtype: torch.dtype) -> PreparedAdapter:
-    """Join an adapter's matrices for each product."""
+    """Join the A and B matrices of an adapter's modules for each product of the model."""
     by_product: dict[tuple[int, bool], list[ModuleMatrices]] = {}
     for matrices in folder.modules:
         target = matrices.target
@@ -116,7 +117,10 @@ def _join(own: Sequence[ModuleMatrices], dtype: torch.dtype) -> JoinedMatrices:
 
 
 def make(prepared: PreparedAdapter, model: AttentionModel) -> Generator[None, None, AdapterWeights]:
-    """Make an adapter's deltas, with a ``yield`` after each. Raises ``CheckpointError``."""
+    """Make an adapter's deltas on the model's device, with a ``yield`` after each delta.
+
+    Raises ``CheckpointError`` if the model cannot run such products deterministically.
+    """
     linears: dict[Linear, Delta] = {}
     mlps: dict[Mlp, MlpDelta] = {}
     for own in prepared.matrices:
@@ -140,7 +144,7 @@ class _Rows:
 
     adapter: AdapterWeights
     indices: Tensor
-    """[n] int64."""
+    """[n] int64: indices of the adapter's rows in the micro-batch."""
     span: slice | None
     """The rows as a slice, or None if they are not contiguous."""
 
@@ -155,13 +159,13 @@ class _Rows:
 
 
 class BatchAdapters:
-    """``RowAdapters`` of a micro-batch."""
+    """Adapters of the rows of one micro-batch; runs products and MLPs with their deltas."""
 
     def __init__(
         self, owners: Sequence[tuple[AdapterWeights | None, int]], device: torch.device
     ) -> None:
-        """``owners``: adapter and number of rows for each run of consecutive rows. At least one
-        run has an adapter."""
+        """``owners``: adapter (None for none) and number of rows for each run of consecutive rows.
+        At least one run has an adapter."""
         by_adapter: dict[AdapterWeights, list[int]] = {}
         plain: list[int] = []
         first = 0
@@ -173,7 +177,7 @@ class BatchAdapters:
         self._plain = _indices(plain, device)
 
     def multiply(self, linear: Linear, x: Tensor) -> Tensor:
-        """See ``RowAdapters``."""
+        """Return ``linear(x)`` plus the deltas of the rows' adapters; see ``RowAdapters``."""
         y = linear(x)
         for rows in self._groups:
             if (delta := rows.adapter.linears.get(linear)) is not None:
@@ -181,7 +185,8 @@ class BatchAdapters:
         return y
 
     def apply(self, mlp: Mlp, x: Tensor) -> Tensor:
-        """See ``RowAdapters``. Rows without an adapter use the unmodified MLP."""
+        """Return ``mlp(x)`` with the deltas of the rows' adapters; see ``RowAdapters``. Rows
+        without an adapter use the unmodified MLP."""
         adapted = [rows for rows in self._groups if mlp in rows.adapter.mlps]
         if not adapted:
             return mlp(x)

@@ -1,4 +1,4 @@
-"""The modules of a model that adapters may change: attention, shared experts, dense MLPs."""
+"""The modules of a model that LoRA adapters may change: attention, shared experts, dense MLPs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workers.model.layers import LayerProduct
 
 _WEIGHT = ".weight"
 _ROUTERS = frozenset({"router", "attention_router", "mlp_router", "shared_gate"})
-"""Short names of router and gate matrices."""
+"""Short names of router and gate matrices, which adapters must not change."""
 _GATE = "is a router or a gate, which adapters do not change"
 _RULES: Sequence[tuple[tuple[str, ...], str]] = (
     ((".experts.", ".experts"), "is of routed experts, which adapters do not change"),
@@ -23,20 +23,21 @@ _RULES: Sequence[tuple[tuple[str, ...], str]] = (
     (("norm",), "is a norm, which adapters do not change"),
     ((".kv_b_proj",), "is computed head by head, and adapters do not change it"),
 )
-"""Parts or ends of names of modules that cannot be targets, with the reason for errors."""
+"""Parts or ends of names of modules that adapters cannot change, with the reason for error
+messages."""
 
 
 _NOT_LOADED: Any = None
-"""Stands for the product of a target in a model without weights."""
+"""Placeholder for the product of a ``LoraTarget`` in a model without weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraTarget:
-    """A module that adapters may change: one of the matrices that a product joins."""
+    """A module that LoRA adapters may change: one of the matrices that a product joins."""
 
     product: LayerProduct
     name: str
-    """Short name of the matrix."""
+    """Short name of the module's matrix in the product."""
 
     @property
     def part(self) -> TensorPart:
@@ -44,7 +45,8 @@ class LoraTarget:
 
 
 def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, LoraTarget]:
-    """Return the targets by module name, as the checkpoint's tensors are named."""
+    """Return the modules that adapters may change, by the names of the checkpoint's tensors without
+    ``.weight``."""
     return {
         target.part.name.removesuffix(_WEIGHT): target
         for product in products
@@ -53,9 +55,10 @@ def targets_of(products: Sequence[LayerProduct]) -> Mapping[str, LoraTarget]:
 
 
 def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, LoraTarget]:
-    """Return the targets of a model that is not loaded, from the tensors of an attention worker.
+    """Return the modules that adapters may change in a model that is not loaded, by module name.
 
-    They are only for checks of adapters: their products cannot be called.
+    ``parts``: the tensors of an attention worker. The results serve only to check adapters: their
+    products cannot be called.
     """
     modules = {part.name.removesuffix(_WEIGHT): part for part in parts if _is_matrix(part)}
     return {
@@ -66,7 +69,8 @@ def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, LoraTar
 
 
 def refusal_reason(module: str) -> str:
-    """Return why a module cannot be a target."""
+    """Return why adapters cannot change a module; the text continues a sentence that begins with
+    its name."""
     other = "is no projection of attention, shared expert or dense MLP of this model"
     return _reason_by_name(module) or other
 
@@ -79,7 +83,7 @@ def _reason_by_name(module: str) -> str | None:
 
 
 def _is_matrix(part: TensorPart) -> bool:
-    """Whether the part is one complete matrix of the checkpoint, as an adapter requires."""
+    """Whether a part is one complete matrix of the checkpoint, which an adapter requires."""
     is_plain = part.index is None and part.rows is None and not part.is_transposed
     return is_plain and len(part.shape) == 2
 

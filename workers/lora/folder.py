@@ -1,4 +1,4 @@
-"""Adapter folders in PEFT's format: ``adapter_config.json`` and safetensors.
+"""LoRA adapter folders in PEFT's format: ``adapter_config.json`` and safetensors.
 
 The header of the safetensors file is checked against the model before any data is read, and only
 the data that the header describes is read.
@@ -34,32 +34,33 @@ _MAX_HEADER_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ModuleMatrices:
-    """Matrices of an adapter for one module: ``scale * up @ (down @ x)``."""
+    """Matrices of a LoRA adapter for one module: the delta is ``scale * up @ (down @ x)``."""
 
     target: LoraTarget
     down: Tensor
-    """A: [rank, in], as stored."""
+    """Matrix A: [rank, in], in the dtype of the file."""
     up: Tensor
-    """B: [out, rank], as stored."""
+    """Matrix B: [out, rank], in the dtype of the file."""
     scale: float
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """Contents of a validated adapter folder, in CPU memory."""
+    """Contents of a validated LoRA adapter folder, in CPU memory."""
 
     modules: tuple[ModuleMatrices, ...]
     digest: str
-    """Hash of both files: 32 hex digits."""
+    """Hash of the folder's config file and safetensors file: 32 hex digits."""
 
 
 class _Entry(Message, frozen=True, kw_only=True):
-    """One tensor in the header of a file."""
+    """One tensor in the header of a safetensors file."""
 
     dtype: str
     shape: tuple[Count, ...]
     data_offsets: tuple[int, int]
-    """First and last offset of the data. The safetensors library checks them."""
+    """Offsets of the first byte of the data and of the byte after the last one. The safetensors
+    library checks them."""
 
 
 _HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -68,9 +69,10 @@ _METADATA = "__metadata__"
 
 
 def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) -> AdapterFolder:
-    """Check and read a folder. Raises ``CheckpointError``, which states what is wrong.
+    """Check and read an adapter folder. Raises ``CheckpointError``, which states what is wrong.
 
-    ``targets``: by module name; see ``catalog.targets_of``.
+    ``targets``: modules that adapters may change, by name; see ``catalog.targets_of``.
+    ``max_rank``: maximum rank of a module.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
@@ -107,7 +109,8 @@ def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) ->
 
 
 def _read_header(opened: BinaryIO) -> tuple[bytes, dict[str, _Entry]]:
-    """Return the bytes of the header, including its length field, and the tensors by name."""
+    """Return the bytes of a safetensors header, including its length field, and the tensors by
+    name."""
     length = opened.read(_LENGTH_BYTES)
     num_bytes = int.from_bytes(length, "little")
     if len(length) < _LENGTH_BYTES or num_bytes > _MAX_HEADER_BYTES:
@@ -137,7 +140,11 @@ def _checked(
     targets: Mapping[str, LoraTarget],
     max_rank: int,
 ) -> dict[str, tuple[LoraTarget, dict[str, str]]]:
-    """Return target and tensor names by the adapter's module name, in the order of the model."""
+    """Check an adapter's tensors; return target and tensor names by the adapter's module name, in
+    the order of the model.
+
+    The tensor names of a module are by side, ``A`` and ``B``. Raises ``CheckpointError``.
+    """
     by_module: dict[str, dict[str, str]] = {}
     for name, found in entries.items():
         match = _NAME.fullmatch(name)
@@ -173,7 +180,7 @@ def _checked(
 
 def _target(module: str, targets: Mapping[str, LoraTarget]) -> LoraTarget | None:
     """Return the target of a module name, or None. The adapter may be made for the text model or
-    for a text and image model that contains it."""
+    for a text and image model that contains the text model."""
     names = [module]
     if module.startswith(_WHOLE):
         names.append(module.replace(_WHOLE, _TEXT, 1))
@@ -183,7 +190,8 @@ def _target(module: str, targets: Mapping[str, LoraTarget]) -> LoraTarget | None
 
 
 def _reason(name: str, targets: Mapping[str, LoraTarget]) -> str:
-    """Return why a tensor that is neither lora_A nor lora_B of a target is refused."""
+    """Return why a tensor is refused whose name is not that of a ``lora_A`` or ``lora_B``
+    matrix."""
     module = name.removeprefix("base_model.model.")
     module = re.sub(r"\.(lora_\w+|base_layer|modules_to_save)\b.*|\.(weight|bias)$", "", module)
     is_target = _target(module, targets) is not None

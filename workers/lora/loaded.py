@@ -1,4 +1,4 @@
-"""The adapters that an attention worker has loaded, by the key that requests contain."""
+"""The LoRA adapters that an attention worker has loaded, by the key that requests contain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workers.model.layers import AttentionModel
 
 
 class LoadedAdapters:
-    """Loaded adapters of one model. Engine's thread only, except as noted."""
+    """Loaded LoRA adapters of one model. Only the engine's thread calls it, except as noted."""
 
     def __init__(self, model: AttentionModel, section: LoraSection) -> None:
         self._model = model
@@ -29,7 +29,7 @@ class LoadedAdapters:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Keys of the loaded adapters. Any thread."""
+        """Keys of the loaded adapters. Any thread may read this."""
         return tuple(self._adapters)
 
     @property
@@ -39,19 +39,20 @@ class LoadedAdapters:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the matrices of all adapters. Any thread."""
+        """Size of the matrices of all loaded adapters in bytes. Any thread may read this."""
         return sum(adapter.num_bytes for adapter in tuple(self._adapters.values()))
 
     def read(self, path: Path) -> PreparedAdapter:
-        """Check and read a folder. Any thread. Raises ``CheckpointError``."""
+        """Check and read an adapter folder. Any thread may call it. Raises ``CheckpointError``."""
         targets = targets_of(self._model.products)
         found = read_folder(path, targets, self._section.max_lora_rank)
         return prepare(found, self._model.dtype)
 
     def check_place(self, path: Path) -> None:
-        """Raise ``CheckpointError`` if links lead out of the folders permitted for adapters.
+        """Raise ``CheckpointError`` if symbolic links lead out of the folders permitted for
+        adapters.
 
-        Any thread; may wait for a disk.
+        Any thread may call it; it may wait for a disk.
         """
         if str(path) in {named for _, named in self._section.modules}:
             return  # configured at startup
@@ -61,19 +62,20 @@ class LoadedAdapters:
                 raise CheckpointError(f"{place} is not in a folder of --lora-roots")
 
     def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:
-        """Make an adapter ready for rows, with a ``yield`` after each short step.
+        """Make a prepared adapter ready for rows, with a ``yield`` after each short step.
 
-        Raises ``CheckpointError`` if it exceeds the memory or the number of adapters.
+        Raises ``CheckpointError`` if GPU memory does not suffice or the maximum number of adapters
+        is loaded.
         """
         self._check_capacity(prepared)
         self._adapters[key] = yield from make(prepared, self._model)
 
     def remove(self, key: str) -> None:
-        """Free an adapter's memory if it is loaded."""
+        """Free an adapter's memory; do nothing if the adapter is not loaded."""
         self._adapters.pop(key, None)
 
     def batch(self, owners: Sequence[tuple[str, int]]) -> BatchAdapters | None:
-        """Return ``RowAdapters`` for a micro-batch, or None if no row has an adapter.
+        """Return the adapters of a micro-batch's rows, or None if no row has an adapter.
 
         ``owners``: adapter key (empty for no adapter) and number of rows for each run of
         consecutive rows.

@@ -1,4 +1,4 @@
-"""Reads ``adapter_config.json``, the parameters of an adapter. Pure; no torch.
+"""Reads ``adapter_config.json``, the parameters of a LoRA adapter. Pure; no torch.
 
 Unknown fields and values that request unsupported features are refused with an error.
 
@@ -40,7 +40,8 @@ _HAS_NO_EFFECT = frozenset(
         "runtime_config",
     }
 )
-"""Ignored fields: they are about training, or about modules that have no tensors in the adapter."""
+"""Ignored fields of ``adapter_config.json``: they are about training, or about modules that have no
+tensors in the adapter."""
 _READ = frozenset(
     {"alpha_pattern", "lora_alpha", "r", "rank_pattern", "target_modules", "use_rslora"}
 )
@@ -50,7 +51,8 @@ _TASKS = (None, "", "CAUSAL_LM")
 
 
 def _is_default(value: object) -> bool:
-    """Whether a field has its default value, so that its feature is off."""
+    """Whether a field of ``adapter_config.json`` has its default value, so that its feature is
+    off."""
     return value is None or value is False or value in ("", [], {})
 
 
@@ -67,7 +69,7 @@ _CHECKED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSettings:
-    """Parameters of an adapter."""
+    """Parameters of a LoRA adapter, from its ``adapter_config.json``."""
 
     rank: int
     """Rank of modules that ``rank_pattern`` does not name."""
@@ -76,29 +78,34 @@ class AdapterSettings:
     has_root_scale: bool
     """Whether the scale of deltas is alpha / sqrt(rank) instead of alpha / rank."""
     ranks: Mapping[str, int]
-    """Rank by the end of a module's name, or by ``^`` and the complete name."""
+    """Ranks that differ from ``rank``, by the end of a module's name, or by ``^`` and the complete
+    name."""
     alphas: Mapping[str, float]
-    """Alpha by keys like those of ``ranks``."""
+    """Alphas that differ from ``alpha``, by the end of a module's name, or by ``^`` and the
+    complete name."""
     targets: tuple[str, ...] | None
-    """Ends of names of target modules; None if the field is missing or a string."""
+    """Ends of the names of target modules; None (any module) if the file has no such list."""
 
     def rank_of(self, module: str) -> int:
         return _matching(self.ranks, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """Scale of a module's delta."""
+        """Return the scale of a module's delta."""
         rank = self.rank_of(module)
         return _matching(self.alphas, module, self.alpha) / (
             math.sqrt(rank) if self.has_root_scale else rank
         )
 
     def has_target(self, module: str) -> bool:
-        """Whether the module is a target; always True if ``targets`` is None."""
+        """Whether ``targets`` permits tensors for a module; always True if ``targets`` is None."""
         return self.targets is None or any(_ends_with(module, end) for end in self.targets)
 
 
 def read_settings(folder: Path) -> tuple[AdapterSettings, bytes]:
-    """Settings of a folder, and the bytes of its file. Raises ``CheckpointError``."""
+    """Return the parameters of an adapter folder, and the bytes of its ``adapter_config.json``.
+
+    Raises ``CheckpointError``.
+    """
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(f"{folder.name}: there is no {CONFIG_FILE} in the folder")
@@ -119,7 +126,8 @@ def read_settings(folder: Path) -> tuple[AdapterSettings, bytes]:
 
 
 def parse_settings(fields: Mapping[str, Any]) -> AdapterSettings:
-    """Parse the fields. Raises ``CheckpointError`` with field, value and rule."""
+    """Parse the fields of ``adapter_config.json``. Raises ``CheckpointError`` with field, value and
+    rule."""
     for name in ("peft_type", "r", "lora_alpha"):
         if name not in fields:
             raise CheckpointError(f"{CONFIG_FILE}: {name} is missing")
@@ -174,7 +182,8 @@ def _number(name: str, value: object) -> float:
 
 
 def _pattern(name: str, value: object, read: Callable[[str, object], Any]) -> Mapping[str, Any]:
-    """Parse a mapping by module names or ends of names; other regular expressions are refused."""
+    """Parse a mapping by module names or ends of names. Raises ``CheckpointError`` for other
+    regular expressions."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -196,7 +205,7 @@ def _targets(value: object) -> tuple[str, ...] | None:
 
 
 def _matching(numbers: Mapping[str, Number], module: str, default: Number) -> Number:
-    """Return the value of the first key that matches a module."""
+    """Return the value of the first key that matches a module, or ``default``."""
     for key, number in numbers.items():
         if module == key[1:] if key.startswith("^") else _ends_with(module, key):
             return number

@@ -5,33 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _DECAY = 0.95
-"""Factor on the weight of earlier guesses for each new one: about the last 20 matter."""
+"""Factor by which each new guess multiplies the weight of earlier guesses: about the last 20
+matter."""
 
 
 @dataclass(slots=True)
 class Acceptance:
-    """Acceptance rate of one sequence. It starts as if one of two guesses had been right."""
+    """Acceptance rate of the guesses for one sequence. The initial rate is one right guess of
+    two."""
 
     _right: float = 1.0
     _all: float = 2.0
 
     @property
     def share(self) -> float:
-        """Expected share of right guesses, above 0 and below 1."""
+        """Expected share of right guesses for the next token, above 0 and below 1."""
         return self._right / self._all
 
     def note(self, num_right: int, num_wrong: int) -> None:
-        """Count guesses that were compared with sampled tokens: up to the first wrong one."""
+        """Count guesses that were compared with sampled tokens. After the first wrong guess, later
+        ones do not count."""
         count = num_right + num_wrong
         kept = _DECAY**count
         self._right = max(kept * self._right + num_right, 1e-3)
         self._all = max(kept * self._all + count, self._right + 1e-3)
 
     def num_worthwhile(self, price: float, max_count: int) -> int:
-        """Number of guesses that are worth a row, up to ``max_count``.
+        """Return the number of guessed tokens that are worth computing a row, up to ``max_count``.
 
-        The n-th guess yields a token with probability ``share ** n`` and costs ``price`` tokens.
-        Example: share 0.8 and price 0.3 give 5, as 0.8 ** 5 is 0.33 and 0.8 ** 6 is 0.26.
+        The n-th guessed token is accepted with probability ``share ** n``, and its row costs as
+        much time as ``price`` tokens. Example: share 0.8 and price 0.3 give 5, as 0.8 ** 5 is 0.33
+        and 0.8 ** 6 is 0.26.
         """
         count, chance = 0, self.share
         while count < max_count and chance > price:

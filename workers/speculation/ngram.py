@@ -16,15 +16,18 @@ _MAX_POSITIONS = 16
 
 
 class NgramIndex:
-    """A growing text and its n-grams.
+    """A growing text and an index of its n-grams, for guesses of the next tokens.
 
     Example with ``min_tokens`` 2: after 5 6 7 8 5 6 the guess is 7 8 5 6 7 8 .., the tokens after
     the first 5 6.
     """
 
     def __init__(self, min_tokens: int, max_tokens: int) -> None:
-        """A guess continues from an earlier position where at least the last ``min_tokens`` tokens
-        agree: from the longest agreement (up to ``max_tokens``), and of equal ones the latest.
+        """Start an empty text. A guess continues from an earlier position where at least the last
+        ``min_tokens`` tokens agree with the end of the text.
+
+        Of several such positions, the one with the longest agreement (up to ``max_tokens``) is
+        used; if agreements are equally long, the latest one.
         """
         self._least, self._most = min_tokens, max_tokens
         self._mask = (1 << _TOKEN_BITS * min_tokens) - 1
@@ -37,7 +40,7 @@ class NgramIndex:
         return len(self._tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Append these tokens to the text."""
+        """Append tokens to the text."""
         end, key, latest = len(self._tokens), self._key, self._latest
         for token in tokens:
             end += 1
@@ -51,7 +54,8 @@ class NgramIndex:
         self._key = key
 
     def guess(self, count: int) -> tuple[int, ...]:
-        """Guess the next ``count`` tokens; empty if the last tokens have not occurred before."""
+        """Guess the next ``count`` tokens; the result is empty if the last tokens have not occurred
+        before."""
         position = self._best_position()
         if not position:
             return ()
@@ -62,7 +66,7 @@ class NgramIndex:
         return tuple(tokens)
 
     def _best_position(self) -> int:
-        """The end of the earlier n-gram to continue from; 0 if there is none."""
+        """Return the end of the earlier n-gram from which a guess continues; 0 if there is none."""
         position = self._before[-1] if self._before else 0
         best = longest = 0
         for _ in range(_MAX_POSITIONS):
@@ -77,7 +81,7 @@ class NgramIndex:
         return best
 
     def _num_agreeing(self, position: int) -> int:
-        """Number of tokens before ``position`` that equal the last ones."""
+        """Return how many tokens before ``position`` equal the last tokens of the text."""
         tokens, count = self._tokens, self._least
         limit = min(self._most, position)
         while count < limit and tokens[position - count - 1] == tokens[-count - 1]:

@@ -1,7 +1,8 @@
 """Guesses the tokens of an engine's sequences, and decides which guesses to run as drafts. Pure.
 
-A guess is cheap to make, so it is compared with the sampled token even if it was not run. A
-sequence with bad guesses thus gets draft rows again as soon as they are worth their cost.
+A guess is cheap to make, so every guess is compared with the sampled token, even if no row was
+computed for it. A sequence with bad guesses thus gets draft rows again as soon as they are worth
+their cost.
 """
 
 from __future__ import annotations
@@ -21,26 +22,28 @@ from workers.speculation.step_cost import StepCosts
 logger = logging.getLogger(__name__)
 
 _MAX_INDEXED_PER_STEP = 4096
-"""Maximum number of tokens that a step adds to a sequence's index, in about a millisecond."""
+"""Maximum number of tokens that a step adds to a sequence's n-gram index, in about a
+millisecond."""
 
 
 _PROBE_INTERVAL = 8
-"""A sequence whose guesses are not worth their cost gets one prediction in this many tokens."""
+"""Number of output tokens between two predictions for a sequence whose guesses are not worth their
+cost; these predictions measure the acceptance rate."""
 
 
 @dataclass(slots=True)
 class _SequenceGuesses:
-    """Guesses for one sequence, and their acceptance."""
+    """Newest guess for one sequence, and the acceptance rate of its guesses."""
 
     index: NgramIndex
     acceptance: Acceptance = field(default_factory=Acceptance)
     guess: tuple[int, ...] = ()
-    """Guessed tokens after an output of ``guessed_after`` tokens."""
+    """Tokens that were guessed when the output had ``guessed_after`` tokens."""
     guessed_after: int = -1
 
 
 class Speculator:
-    """Guesses tokens for the engine's thread; other threads may read ``stats``."""
+    """Guesses of next tokens, for the engine's thread. Other threads may only call ``stats``."""
 
     def __init__(
         self, section: SpeculationSection, max_model_len: int, eos_token_ids: Collection[int]
@@ -59,14 +62,16 @@ class Speculator:
         self._accepted = [0] * section.max_draft_tokens  # by position in the draft
 
     def plan_step(self, num_sequences: int) -> None:
-        """Prepare a step with decodes of ``num_sequences`` sequences, at least one."""
+        """Begin to plan a step in which ``num_sequences`` sequences, at least one, decode."""
         self._num_sequences = count = num_sequences + self._num_elsewhere
         self._price = self._costs.of(count).price(count)
         self._num_planned += 1
 
     def draft(self, sequence: SequenceState) -> tuple[int, ...]:
-        """Draft tokens to run after a sequence's newest token; empty if not worth their cost.
-        The result is the same until its output grows or ``plan_step`` is called.
+        """Return the draft tokens to run after a sequence's newest token; empty if not worth their
+        cost.
+
+        The result is the same until the sequence's output grows or ``plan_step`` is called.
         """
         followed = self._current_guesses(sequence)
         if followed is None or not followed.guess:
@@ -77,9 +82,10 @@ class Speculator:
     def draft_all(
         self, sequences: Sequence[SequenceState], max_tokens: int
     ) -> list[tuple[int, ...]]:
-        """Drafts of all sequences, cut to the ``max_tokens`` tokens most likely to be accepted.
+        """Return the draft tokens of all sequences, at most ``max_tokens`` together.
 
-        Of equally likely tokens, each step prefers those of another sequence.
+        If there are more, those with the highest probability of acceptance are kept. Of equally
+        likely tokens, each step prefers those of another sequence.
         """
         drafts = [self.draft(sequence) for sequence in sequences]
         if sum(map(len, drafts)) <= max_tokens:
@@ -98,7 +104,8 @@ class Speculator:
         return [draft[: kept[i]] for i, draft in enumerate(drafts)]
 
     def commit(self, sequence: SequenceState, drafts: Sequence[int], tokens: Sequence[int]) -> None:
-        """Record that a decode with ``drafts`` gave ``tokens``, which the output already has."""
+        """Record that a decode with ``drafts`` resulted in ``tokens``, which are already in the
+        output."""
         followed = self._guesses.get(sequence)
         if followed is None:
             return
@@ -111,8 +118,10 @@ class Speculator:
             followed.acceptance.note(int(is_right), int(not is_right))
 
     def wants_prediction(self, sequence: SequenceState) -> bool:
-        """Whether to compute the prediction head for a sequence: the guess would be run, or it is
-        one of the few that are made only to measure the acceptance.
+        """Whether to compute the model's prediction layer for a sequence.
+
+        The result is True if the guess would be run as a draft, and for few other guesses, which
+        only measure the acceptance rate.
         """
         followed = self._find(sequence)
         if followed is None:
@@ -121,7 +130,7 @@ class Speculator:
         return is_probe or followed.acceptance.num_worthwhile(self._price, 1) > 0
 
     def note_prediction(self, sequence: SequenceState, token: int) -> None:
-        """Record the token that the prediction head expects after the output."""
+        """Record the token that the model's prediction layer expects after the output."""
         followed = self._find(sequence)
         if followed is not None:
             followed.guess = self._cut(sequence, (token,))
@@ -129,17 +138,17 @@ class Speculator:
 
     def observe_step(self, num_rows: int, num_elsewhere: int, seconds: float) -> None:
         """Record the time of a decode step. ``num_rows``: rows of all ranks, including drafts;
-        ``num_elsewhere``: decoding sequences of other ranks.
-        """
+        ``num_elsewhere``: decoding sequences of other ranks."""
         self._num_elsewhere = num_elsewhere
         self._costs.of(self._num_sequences).observe(num_rows, seconds)
 
     def forget(self, sequence: SequenceState) -> None:
-        """Remove an ended sequence."""
+        """Remove the guesses of an ended sequence."""
         self._guesses.pop(sequence, None)
 
     def stats(self) -> dict[str, float]:
-        """Counters and a gauge by metric name, without prefix."""
+        """Return counters, and the gauge of the row price, by metric name without prefix. Any
+        thread may call it."""
         by_place = {
             f'spec_decode_num_accepted_tokens_per_pos_total{{position="{position}"}}': float(count)
             for position, count in enumerate(self._accepted)
@@ -161,7 +170,7 @@ class Speculator:
         followed.acceptance.note(num_accepted, int(num_accepted < num_drafted))
 
     def _current_guesses(self, sequence: SequenceState) -> _SequenceGuesses | None:
-        """The state of a sequence with an updated guess; None if its request gets no guesses."""
+        """Return a sequence's guesses after updating them; None if its request gets no guesses."""
         followed = self._find(sequence)
         if followed is not None and followed.guessed_after != len(sequence.output):
             followed.guessed_after = len(sequence.output)
@@ -181,7 +190,7 @@ class Speculator:
         return followed
 
     def _guess(self, sequence: SequenceState, index: NgramIndex) -> tuple[int, ...]:
-        """Guess from the sequence's n-grams; empty if they are not used."""
+        """Guess from the sequence's n-grams; empty if a prediction layer guesses instead."""
         if self._section.has_predictor:
             return ()
         first, last = len(index), sequence.num_tokens
@@ -192,7 +201,7 @@ class Speculator:
         return self._cut(sequence, guess) if guess else ()
 
     def _cut(self, sequence: SequenceState, guess: tuple[int, ...]) -> tuple[int, ...]:
-        """Cut a guess before the position where the output would end."""
+        """Cut a guess before the token with which the output would end."""
         left = sequence.params.max_tokens - len(sequence.output)
         left = min(left, self._max_model_len - sequence.num_tokens)
         guess = guess[: max(left - 1, 0)]
@@ -207,7 +216,7 @@ class Speculator:
 
 
 def unsupported(request: Request) -> str:
-    """The feature of a request that does not permit guesses; empty if there is none."""
+    """Return the feature of a request with which no guesses are made; empty if there is none."""
     if request.params.grammar is not None:
         return "a grammar"
     if request.params.beams is not None:
