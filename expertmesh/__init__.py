@@ -7,34 +7,67 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from expertmesh.client import AsyncClient as AsyncClient
-    from expertmesh.client import Client as Client
-    from expertmesh.errors import APIConnectionError as APIConnectionError
-    from expertmesh.errors import APIError as APIError
-    from expertmesh.errors import APITimeoutError as APITimeoutError
-    from expertmesh.errors import AuthenticationError as AuthenticationError
-    from expertmesh.errors import BadRequestError as BadRequestError
-    from expertmesh.errors import ConflictError as ConflictError
-    from expertmesh.errors import InternalServerError as InternalServerError
-    from expertmesh.errors import NotFoundError as NotFoundError
-    from expertmesh.errors import PermissionDeniedError as PermissionDeniedError
-    from expertmesh.errors import RateLimitError as RateLimitError
-    from expertmesh.llm import LLM as LLM
-    from expertmesh.types import CompletionOutput as CompletionOutput
-    from expertmesh.types import EmbeddingOutput as EmbeddingOutput
-    from expertmesh.types import EmbeddingRequestOutput as EmbeddingRequestOutput
-    from expertmesh.types import Logprob as Logprob
-    from expertmesh.types import RequestOutput as RequestOutput
-    from expertmesh.types import SamplingParams as SamplingParams
+    from expertmesh.client import AsyncClient, Client
+    from expertmesh.errors import (
+        APIConnectionError,
+        APIError,
+        APITimeoutError,
+        AuthenticationError,
+        BadRequestError,
+        ConflictError,
+        InternalServerError,
+        NotFoundError,
+        PermissionDeniedError,
+        RateLimitError,
+    )
+    from expertmesh.llm import LLM
+    from expertmesh.types import (
+        CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        PoolingOutput,
+        PoolingRequestOutput,
+        RequestOutput,
+        SamplingParams,
+    )
+
+__all__ = [
+    "APIConnectionError",
+    "APIError",
+    "APITimeoutError",
+    "AsyncClient",
+    "AuthenticationError",
+    "BadRequestError",
+    "Client",
+    "CompletionOutput",
+    "ConflictError",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "InternalServerError",
+    "LLM",
+    "Logprob",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "PoolingOutput",
+    "PoolingRequestOutput",
+    "RateLimitError",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: ``LLM`` imports torch, clients do not."""
     from importlib import import_module
 
-    for module in ("types", "errors", "client", "llm"):
-        if module != "llm" or name == "LLM":
-            found = import_module(f"expertmesh.{module}")
-            if name in vars(found) and not name.startswith("_"):
-                return vars(found)[name]
+    if name in __all__:
+        for module in ("types", "errors", "client", "llm"):
+            names = vars(import_module(f"expertmesh.{module}"))
+            if name in names:
+                return names[name]
     raise AttributeError(f"module 'expertmesh' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
