@@ -1,4 +1,4 @@
-"""The engine of one attention worker: schedule, run, sample, commit, emit.
+"""The engine of one attention worker: schedules, runs, samples and commits steps, sends outputs.
 
 May import all of ``workers`` except ``process``; must not import Ray or gRPC.
 """

@@ -10,7 +10,7 @@ from workers.requests.sequence import SequenceState
 
 
 class ActiveRequests:
-    """Tracks the sequences of each request and the adapters that requests use.
+    """Tracks the sequences of each request of an engine, and the LoRA adapters that requests use.
 
     Only the engine's thread may use it, except for ``adapters``, which any thread may read.
     """
@@ -18,9 +18,9 @@ class ActiveRequests:
     def __init__(self) -> None:
         self._sequences: dict[str, list[SequenceState]] = {}
         self._adapter_uses: Counter[str] = Counter()
-        """Number of requests by adapter."""
+        """Number of requests by adapter key; requests without an adapter have the key ""."""
         self.num_received = 0
-        """Number of requests received so far."""
+        """Number of requests received since the start of the engine."""
 
     def __contains__(self, request_id: str) -> bool:
         """Whether a sequence of this request waits or runs."""
@@ -35,7 +35,7 @@ class ActiveRequests:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Keys of the adapters that requests use."""
+        """Keys of the LoRA adapters that waiting or running requests use."""
         return tuple(key for key in tuple(self._adapter_uses) if key)
 
     def add_request(self, request: Request, sequences: Sequence[SequenceState]) -> None:
@@ -64,12 +64,15 @@ class ActiveRequests:
         return tuple(self._sequences.get(request_id, ()))
 
     def attempt(self, request_id: str) -> int:
-        """Attempt number of a known request; -1 for an unknown one."""
+        """Attempt number of a request (its number of earlier submissions); -1 if unknown."""
         known = self._sequences.get(request_id)
         return known[0].request.attempt if known else -1
 
     def num_tokens(self, request_id: str) -> int:
-        """Number of tokens, including the prompt, of the shortest choice of a request."""
+        """Number of prompt and output tokens of the request's shortest choice that has not ended.
+
+        Raises ``KeyError`` for an unknown request.
+        """
         return min(s.num_tokens for s in self._sequences[request_id])
 
     def _stop_using(self, adapter: str) -> None:

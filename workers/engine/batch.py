@@ -40,14 +40,20 @@ _KEY_MASK = np.uint64((1 << 63) - 1)
 
 
 def batch_order(planned: PlannedRows) -> int:
-    """Sort key of a batch: decodes first, by length class, then prompts in unchanged order."""
+    """Sort key of a plan entry in a batch: decodes first, by length class, then prompt rows.
+
+    A stable sort by this key keeps the order of the prompts.
+    """
     return group_size(len(planned.sequence.blocks)) if planned.is_decode else sys.maxsize
 
 
 def split_rows(
     planned: Sequence[PlannedRows], num_first: int
 ) -> tuple[list[PlannedRows], list[PlannedRows]]:
-    """Split a plan into its first ``num_first`` rows and the rest; may divide a prompt chunk."""
+    """Split plan entries into the first ``num_first`` rows and the rest.
+
+    A prompt chunk may be divided into two entries.
+    """
     first: list[PlannedRows] = []
     second: list[PlannedRows] = []
     left = num_first
@@ -64,12 +70,15 @@ def split_rows(
 
 
 def num_decodes(planned: Sequence[PlannedRows]) -> int:
-    """Number of decode rows, which are the first ones."""
+    """Number of decode rows; the batch order puts them before all prompt rows."""
     return sum(rows.is_decode for rows in planned)
 
 
 class PlannedBatchRows:
-    """``BatchRows`` made from planned rows. Computed on first use, as few steps read them."""
+    """``BatchRows`` of one micro-batch, made from planned rows.
+
+    The tensors are computed on first use, as few steps read them.
+    """
 
     def __init__(self, planned: Sequence[PlannedRows], device: torch.device) -> None:
         """``planned`` must be in ``batch_order``."""
@@ -77,13 +86,14 @@ class PlannedBatchRows:
 
     @cached_property
     def is_prefill(self) -> Tensor:
-        """[T] bool: whether the row belongs to a prompt."""
+        """Whether each row belongs to a prompt, [T] bool."""
         rows = np.arange(sum(rows.count for rows in self._planned))
         return to_device(rows >= num_decodes(self._planned), self._device)
 
     @cached_property
     def row_key(self) -> Tensor:
-        """[T] int64: hash of (request, choice, position); see ``BatchRows``."""
+        """Hash of (request, choice, position) of each row, [T] int64, which selects the expert
+        copies of a prompt row."""
         keys = [rows.sequence.key for rows in self._planned]
         positions, by_row = _expand_to_rows(self._planned, keys)
         named = by_row.view(np.uint64) ^ positions.view(np.uint64) * _KEY_STEP  # modulo 2 ** 64
@@ -99,7 +109,7 @@ class MicroBatch:
         tables: block tables of the sequences.
         device: device of the model.
         is_native: whether native kernels read the batch; see ``AttentionBatch.chunks``.
-        adapters: loaded adapters, including those of the rows.
+        adapters: all loaded LoRA adapters, among them the adapters of the rows.
     """
 
     def __init__(
@@ -113,7 +123,7 @@ class MicroBatch:
     ) -> None:
         self._device = device
         self.captures = _captures(planned)
-        """Sequences of requests that ask for internal tensors, with buffers for these tensors."""
+        """Sequences whose requests ask for internal tensors of the model, with buffers for them."""
         decode_rows = num_decodes(planned)
         staging = [*row_columns(planned, tables, cache.block_size)]
         # Attention maps are always computed by torch, which needs prompts as separate chunks.
@@ -149,7 +159,7 @@ class MicroBatch:
             self.inputs = ModelInputs(tokens, positions, prompt_lengths, attention, given, own)
 
     def _paged(self, planned: Sequence[PlannedRows], tables: BlockTables) -> PagedRows:
-        """Move the block tables, lengths and first rows of all sequences in one copy."""
+        """Copy block tables, lengths and row ranges of all sequences to the device in one copy."""
         ends = np.cumsum([rows.count for rows in planned]).tolist()
         lengths = [rows.first + rows.count for rows in planned]
         width = max(len(rows.sequence.blocks) for rows in planned)
@@ -205,7 +215,7 @@ class MicroBatch:
 
 
 def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks:
-    """Return the rows as chunks of consecutive positions, which native kernels read."""
+    """Return the rows of a micro-batch as chunks of consecutive positions, for native kernels."""
     num_rows = 0
     chunks: list[int] = []
     for rows in planned:
@@ -226,7 +236,10 @@ def row_chunks(planned: Sequence[PlannedRows], tables: BlockTables) -> RowChunks
 def state_rows(
     planned: Sequence[PlannedRows], num_decodes: int, device: torch.device
 ) -> StateRows | None:
-    """Row ranges that share a recurrent state, decodes first; None for a model without states."""
+    """Return the row ranges whose rows share a recurrent state, decodes first.
+
+    None for a model without recurrent states or a micro-batch without rows.
+    """
     if not planned or planned[0].states is None:
         return None
     by_sequence = [*_state_runs(planned)]
@@ -238,7 +251,7 @@ def state_rows(
 
 
 def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
-    """Yield the ``StateRun`` list of each sequence."""
+    """Yield for each plan entry its ``StateRun`` list, with row indices of the micro-batch."""
     begin = 0
     for rows in planned:
         assert rows.states is not None, "all sequences have states, or none"
@@ -250,7 +263,7 @@ def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
 def prompt_embedding_rows(
     planned: Sequence[PlannedRows], device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield the first row and the embeddings of each prompt given as embeddings."""
+    """Yield (first row, embeddings) for each plan entry whose prompt was given as embeddings."""
     row = 0
     for rows in planned:
         embeds = rows.sequence.request.prompt_embeds
@@ -261,13 +274,13 @@ def prompt_embedding_rows(
 
 
 def needs_captures(planned: Sequence[PlannedRows]) -> bool:
-    """Whether any request inspects the model's internal tensors."""
+    """Whether a request of the planned rows asks for internal tensors of the model."""
     inspections = (rows.sequence.request.inspection for rows in planned)
     return any(inspection is not None and inspection.needs_captures for inspection in inspections)
 
 
 def has_adapters(planned: Sequence[PlannedRows]) -> bool:
-    """Whether any row uses an adapter."""
+    """Whether a request of the planned rows uses a LoRA adapter."""
     return any(rows.sequence.request.adapter for rows in planned)
 
 
@@ -284,7 +297,10 @@ def _captures(planned: Sequence[PlannedRows]) -> list[tuple[SequenceState, Captu
 
 
 def _copy_to_device(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> Iterator[Tensor]:
-    """Copy the arrays to the device together and return views of one tensor, in order."""
+    """Copy the arrays to the device in one copy; yield a tensor for each array, in order.
+
+    The tensors are views of one tensor.
+    """
     joined = to_device(np.concatenate(arrays), device)
     return iter(torch.split(joined, [len(array) for array in arrays]))
 
@@ -294,7 +310,7 @@ def _int64_array(values: Sequence[int | None]) -> NDArray[np.int64]:
 
 
 def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
-    """Return the input token ids of all rows."""
+    """Return the input token id of each planned row, [T] int64."""
     tokens: list[int] = []
     for rows in planned:
         if rows.is_decode:
@@ -307,9 +323,9 @@ def row_tokens(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
 def next_tokens(
     planned: StepPlan, first_row: Sequence[int], drawn: Mapping[SequenceState, Sequence[int]]
 ) -> NDArray[np.int64]:
-    """Return [num_rows] int64: the token that follows the token of each row; 0 if it is unknown.
+    """Return the token that follows the token of each row, [num_rows] int64; 0 if it is unknown.
 
-    ``first_row``: first row of each plan entry. ``drawn``: tokens sampled in this step.
+    ``first_row``: first row of each plan entry. ``drawn``: tokens sampled in the plan's step.
     """
     following = np.zeros(planned.num_rows, dtype=np.int64)
     for rows, row in zip(planned.rows, first_row, strict=False):
@@ -324,7 +340,8 @@ def next_tokens(
 def row_columns(
     planned: Sequence[PlannedRows], tables: BlockTables, block_size: int
 ) -> tuple[NDArray[np.int64], ...]:
-    """Return the token ids, positions, prompt lengths and cache slots of all rows."""
+    """Return the token ids, positions, prompt lengths and KV cache slots of all rows, each [T]
+    int64. A cache slot is block * block_size + offset."""
     positions, seats, prompt_lengths = _expand_to_rows(
         planned, _seats(planned), _prompt_lengths(planned)
     )
@@ -334,7 +351,7 @@ def row_columns(
 
 
 def positions_and_lengths(planned: Sequence[PlannedRows]) -> NDArray[np.int64]:
-    """Return [2, T]: positions and prompt lengths of all rows."""
+    """Return the positions and the prompt lengths of all rows, [2, T] int64."""
     return _expand_to_rows(planned, _prompt_lengths(planned))
 
 
@@ -349,7 +366,10 @@ def _prompt_lengths(planned: Sequence[PlannedRows]) -> list[int]:
 def _expand_to_rows(
     planned: Sequence[PlannedRows], *entries: Sequence[int | None]
 ) -> NDArray[np.int64]:
-    """Return [1 + len(entries), T]: the position of each row, then the values of its plan entry."""
+    """Return the position of each row, then the values of the row's plan entry.
+
+    ``entries``: columns with one value for each plan entry. The result is [1 + len(entries), T].
+    """
     columns = np.array([[rows.first for rows in planned], *entries], dtype=np.int64)
     if num_decodes(planned) < len(planned):  # else each entry has one row
         counts = _int64_array([rows.count for rows in planned])

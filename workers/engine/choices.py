@@ -1,4 +1,4 @@
-"""Sequences for the choices of a request. Pure."""
+"""Creates the sequences of a request, one for each choice. Pure."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from workers.sampling.grammar import CompiledGrammar, GrammarState
 def open_choices(
     request: Request, grammar: CompiledGrammar | None, arrival: int, now: float
 ) -> dict[SequenceState, GrammarState | None]:
-    """Create one sequence per choice that is not complete, with its own grammar state. Only the
-    first one computes the prompt; the others wait for it. A beam search starts with one sequence.
+    """Create a sequence for each choice that did not end in an earlier attempt.
 
-    ``arrival`` is the request's number in the order of receipt, ``now`` the monotonic time.
-    Raises ``RequestError`` if the output of an earlier attempt does not match ``grammar``.
+    Returns each sequence with its own grammar state (None without a grammar). Only the first
+    sequence computes the prompt; the others wait for its blocks. A beam search starts with one
+    sequence. ``arrival`` is the request's number in the order of receipt, ``now`` the monotonic
+    time. Raises ``RequestError`` if the output of an earlier attempt does not match ``grammar``.
     """
     assert (grammar is None) is (request.params.grammar is None), "compiled before it is added"
     deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf

@@ -8,14 +8,14 @@ import math
 from workers.requests.sequence import SequenceState, SequenceStatus
 
 _MIN_ENTRIES_TO_CLEAN = 256
-"""Minimum number of entries at which entries of ended sequences are removed."""
+"""Minimum number of entries of ``Deadlines`` at which entries of ended sequences are removed."""
 
 
 class Deadlines:
-    """A heap of the deadlines of sequences.
+    """A heap of sequences by deadline.
 
-    The entry of an ended sequence stays until its deadline, or until the number of entries has
-    doubled since the last cleanup.
+    The entry of a sequence that ends early stays until its deadline, or until the number of entries
+    has doubled since the last cleanup.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Deadlines:
         return len(self._heap)
 
     def add(self, sequence: SequenceState) -> None:
-        """Add a sequence, if it has a deadline."""
+        """Add a sequence; do nothing if the sequence has no deadline."""
         if sequence.deadline == math.inf:
             return
         if len(self._heap) >= self._limit:
@@ -39,7 +39,10 @@ class Deadlines:
         self._num_added += 1
 
     def take_late(self, now: float) -> list[SequenceState]:
-        """Remove and return the sequences that are past their deadline and have not ended."""
+        """Remove and return the sequences that are past their deadline and have not ended.
+
+        ``now``: monotonic time in seconds.
+        """
         late: list[SequenceState] = []
         while self._heap and self._heap[0][0] <= now:
             sequence = heapq.heappop(self._heap)[2]

@@ -35,46 +35,51 @@ from workers.scheduling.step_plan import PlannedRows
 _TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _IS_ROW, _NUM_COLUMNS = range(8)
 
 Compute = Callable[[Sequence[ModelInputs]], tuple[Tensor, Sequence[Tensor]]]
-"""Runs all layers of a model for the rows of each micro-batch. Returns the hidden states [T, H] of
-all rows, and the chosen experts [T, k] int64 by bank."""
+"""Function that runs all layers of a model for the rows of each micro-batch. It returns the hidden
+states [T, H] of all rows, and for each bank the chosen experts [T, k] int64."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeOutput:
-    """Outputs of the layers for the rows of a step."""
+    """Outputs of the model's layers for the decode rows of a step."""
 
     hidden: Tensor
-    """[T, H]: hidden states after the layers; the next step overwrites them."""
+    """Hidden states after the last layer, [T, H]; the next step overwrites them."""
     topk_ids: Sequence[Tensor]
-    """Chosen experts by bank: [T, k] int64."""
+    """For each bank, the logical experts that the router chose: [T, k] int64."""
 
 
 @dataclass(frozen=True, slots=True)
 class _CapturedStep:
-    """A captured step. T is the number of rows of all micro-batches, each padded to the bucket."""
+    """A decode step captured as a CUDA graph, with the tensors that its replays read and write.
+
+    T is the number of rows of all micro-batches, each padded to the bucket.
+    """
 
     staging: NDArray[np.int64]
-    """Inputs [columns, T] in host memory, which an asynchronous copy may still read."""
+    """Integer inputs of the step, [columns, T] in host memory; an asynchronous copy may still read
+    them."""
     numbers: Tensor
-    """The same inputs on the device, int64."""
+    """Integer inputs of the step, [columns, T] int64 on the device: the copy of ``staging``."""
     graph: StepGraph
     hidden: Tensor
     topk_ids: Tensor
-    """[sum of k over the banks, T] int64: chosen experts, transposed, one bank after another."""
+    """Experts that the routers chose, [sum of k over the banks, T] int64: transposed, one bank
+    after another."""
     exchanges: CapturedExchanges
 
 
 class DecodeGraphs:
-    """The graphs of one model and its KV cache. Data thread only.
+    """CUDA graphs of the decode steps of one model with its KV cache. Data thread only.
 
     Args:
         compute: runs all layers, with exchanges through the dispatcher. Must not synchronize.
         model: returns a key of the model; if the key changes, graphs are captured again.
         dispatcher: the engine's dispatcher.
-        cache: the KV cache, which must be read in place.
+        cache: the KV cache, whose blocks the attention kernels must read in place.
         tables: block tables of the sequences.
-        top_k: number of chosen experts of each bank.
-        buckets: numbers of rows, ascending.
+        top_k: number of experts per row, for each bank.
+        buckets: numbers of rows for which steps are captured, ascending.
         rank: rank of the attention worker.
     """
 
@@ -103,23 +108,27 @@ class DecodeGraphs:
         num_seats, max_blocks = tables.array.shape
         self._scratch_seat, self._max_blocks = num_seats, max_blocks
         self._blocks: Tensor | None = None
-        """[num_seats + 1, max_blocks] int32: block tables on the device; None until used."""
+        """Block tables on the device, [num_seats + 1, max_blocks] int32, with a row for padding at
+        the end; None before the first step."""
 
     def can_run(self, header: StepHeader, num_rows: int) -> bool:
-        """Whether ``run`` can run a step with ``num_rows`` decode rows on this rank."""
+        """Whether a graph can run a step with ``num_rows`` decode rows on this rank."""
         return num_rows > 0 and self._dispatcher.can_capture(header) and self._size(header) > 0
 
     def capture(self) -> None:
-        """Capture the steps of one micro-batch before the first step.
+        """Capture the steps of one micro-batch for all buckets, before the first step.
 
-        The dispatcher must support this between steps. Smaller graphs share the largest one's
-        memory.
+        Use it only with a dispatcher that permits a capture outside a step (``LocalDispatcher``).
+        The largest bucket is first, as smaller graphs share its memory.
         """
         for size in reversed(self._buckets):
             self._step(size, 1, None)
 
     def run(self, header: StepHeader, parts: Sequence[Sequence[PlannedRows]]) -> DecodeOutput:
-        """Run the decode rows of each micro-batch in a step that the dispatcher has begun."""
+        """Run a step, which the dispatcher has begun, by one replay of a graph.
+
+        ``parts``: the decode rows of each micro-batch. A step of new size is captured first.
+        """
         self._refresh_tables()
         size = self._size(header)
         step = self._step(size, len(parts), self._dispatcher.captured_shape(header))
@@ -147,7 +156,8 @@ class DecodeGraphs:
         )
 
     def _refresh_tables(self) -> Tensor:
-        """Copy the changes of the block tables to the device and return the device tensor."""
+        """Copy changed entries of the block tables to the device; return all tables there,
+        [num_seats + 1, max_blocks] int32."""
         if self._blocks is None:
             scratch = np.full((1, self._max_blocks), self._cache.scratch_block, dtype=np.int32)
             whole = np.concatenate([self._tables.array, scratch])
@@ -160,7 +170,10 @@ class DecodeGraphs:
         return self._blocks
 
     def _fill(self, staging: NDArray[np.int64], planned: Sequence[PlannedRows]) -> None:
-        """Write the inputs of a step to ``staging``; a padding row has token 0 and no request."""
+        """Write the inputs of one micro-batch to ``staging``, then padding rows.
+
+        A padding row has token 0, and writes its KV to a block that no request uses.
+        """
         count = len(planned)
         if count:
             columns = row_columns(planned, self._tables, self._cache.block_size)
@@ -192,13 +205,13 @@ class DecodeGraphs:
         return _CapturedStep(staging, numbers, graph, hidden, topk_ids, exchanges)
 
     def _layers(self, numbers: Tensor, blocks: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
-        """Compute ``hidden`` and ``topk_ids`` of a step."""
+        """Run all layers; return ``hidden`` and ``topk_ids`` of ``_CapturedStep``."""
         parts = torch.chunk(numbers, num_parts, dim=1)
         hidden, ids = self._compute([self._inputs(part, blocks) for part in parts])
         return hidden, torch.cat([own.t() for own in ids])
 
     def _inputs(self, numbers: Tensor, blocks: Tensor) -> ModelInputs:
-        """Model inputs of one micro-batch, from ``numbers`` [columns, bucket]."""
+        """Return the model inputs of one micro-batch, as views of ``numbers`` [columns, bucket]."""
         size, device = numbers.shape[1], self._device
         tokens, positions, prompt_lengths, slots, seats, lengths, _ = numbers
         paged = PagedRows(
@@ -218,6 +231,9 @@ class DecodeGraphs:
 def _without_padding(
     rows: Tensor, dim: int, size: int, parts: Sequence[Sequence[PlannedRows]]
 ) -> Tensor:
-    """Remove the padding rows of ``rows`` along ``dim``; each micro-batch has ``size`` rows."""
+    """Remove padding rows: keep along ``dim`` the first rows of each micro-batch.
+
+    Each micro-batch has ``size`` rows in ``rows``, of which ``len(part)`` are kept.
+    """
     used = [rows.narrow(dim, i * size, len(part)) for i, part in enumerate(parts)]
     return used[0] if len(used) == 1 else torch.cat(used, dim=dim)

@@ -37,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddedEngine:
-    """``Engine`` with all experts in this process. ``step`` also decides which rows to run."""
+    """An ``Engine`` with all experts in its own process, without Ray and network.
+
+    ``step`` also decides which rows to run, as the leader of a cluster does.
+    """
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class EmbeddedEngine:
         place = torch.device(device)
         is_native = kernels == "auto" and place.type == "cpu"
         self.team = team = start_kernels(num_threads or 1).team if is_native else None
-        """Threads of the native kernels; None if torch computes the model."""
+        """Threads of the native (compiled) CPU kernels; None if torch computes the model."""
         kept_as = "none" if quantize == "auto" and team is None else quantize
         checkpoint = (
             source if isinstance(source, Checkpoint) else Checkpoint(source, quantize=kept_as)
@@ -83,7 +86,7 @@ class EmbeddedEngine:
             )
         can_be_exact = team is not None and not torch_reason(banks, kind)
         self.is_exact = is_strict or (section.deterministic == "auto" and can_be_exact)
-        """Whether the results of a request are bitwise equal regardless of other requests."""
+        """Whether the results of a request have the same bits regardless of other requests."""
         torch_threads = 1 if self.is_exact else num_threads
         compute_threads = (
             ComputeThreads()
@@ -98,16 +101,17 @@ class EmbeddedEngine:
         self.config = checkpoint.config
         """The model's configuration (``config.json``)."""
         self.banks = banks
-        """The model's expert banks."""
+        """The model's expert banks (sets of experts of one router), in the order of computation."""
         self.dtype = kind
-        """Compute dtype."""
+        """Dtype in which the model computes."""
         num_slots = max(b.num_experts for b in banks)
         self.slots = ExpertSlots(banks, num_slots, kind, place, compute_threads, is_strict, team)
         self.slots.load_all(checkpoint)
         collapse_weights(place.type, checkpoint.loaded_bytes)
         local = LocalDispatcher(self.slots.banks, banks)
         self.dispatcher: TokenDispatcher = local if wrap is None else wrap(local)
-        """Sends rows to the experts."""
+        """Dispatcher that sends rows to the experts: ``LocalDispatcher``, or its replacement by
+        ``wrap``."""
         self.grammars = GrammarCompiler(
             checkpoint.path, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids
         )
@@ -115,7 +119,7 @@ class EmbeddedEngine:
         self._block_size = section.block_size_tokens
         self._num_micro_batches = num_micro_batches
         self.prefill_cap = PrefillCap.of(section)
-        """Limits the prompt rows of a step that also decodes; callers may replace it."""
+        """Limit of the prompt rows in a step that also decodes; callers may replace it."""
         self._clock = clock
         self._next_step = 1
         self.engine = Engine(
@@ -132,10 +136,13 @@ class EmbeddedEngine:
             clock=clock,
             is_exact=self.is_exact,
         )
-        """The engine itself."""
+        """The engine, to which this object gives the headers of its steps."""
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load an adapter; its name is its key. Raises ``CheckpointError``."""
+        """Load a LoRA adapter from a folder; requests use it by the key ``name``.
+
+        Raises ``CheckpointError``.
+        """
         adapters = self.engine.adapters
         for _ in adapters.build(name, adapters.read(folder)):
             pass  # each call loads one part
@@ -146,13 +153,20 @@ class EmbeddedEngine:
         return add_capacity(replace(hello, generation=1), self.engine, self._block_size)
 
     def add_request(self, request: Request) -> None:
-        """Compile the grammar of a request and queue it. Raises as ``Engine.add_request`` does."""
+        """Queue a request, after its grammar has been compiled.
+
+        Raises ``RequestError`` for a request that can never run and ``QueueFullError`` if the queue
+        is full.
+        """
         grammar = request.params.grammar
         compiled = None if grammar is None else self.grammars.compile(grammar)
         self.engine.add_request(request, grammar=compiled)
 
     def step(self) -> list[TokenOutput]:
-        """Run one step: all waiting decode rows, and prompt rows up to ``prefill_cap``."""
+        """Run one step, with all decode rows and up to ``prefill_cap`` prompt rows.
+
+        Returns the outputs of the step.
+        """
         wanted = self.engine.rows_wanted()
         cap = self.prefill_cap.rows(wanted.decode_rows, num_ranks=1)
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=min(wanted.prefill_rows, cap))

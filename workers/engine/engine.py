@@ -1,7 +1,7 @@
-"""The engine of one attention worker: schedule, run, sample, commit, emit.
+"""The engine of one attention worker: schedules, runs, samples and commits steps, queues outputs.
 
 A step changes sequences only after the model has run to its last layer and the tokens are sampled.
-If a peer is lost before, no sequence has changed and the step can run again with the same result.
+If a peer is lost earlier, no sequence has changed and the step can run again with the same result.
 Only one thread may use the engine; other threads may read ``stats`` and the number of blocks.
 """
 
@@ -52,7 +52,7 @@ from workers.speculation.speculator import Speculator
 
 
 class Engine:
-    """Turns requests into tokens, one step at a time."""
+    """Runs the requests of one attention worker, one step at a time."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Engine:
     ) -> None:
         """Allocate the KV cache on the model's device. Raises ``ConfigError``.
 
-        ``is_exact``: results of a row are bitwise equal regardless of the other rows.
+        ``is_exact``: the results of a row have the same bits regardless of other rows.
         ``max_model_len``: context limit, with which ``model`` must have been loaded too; None: the
         limit of the checkpoint. ``team``: native sampling threads; None: torch samples.
         """
@@ -95,7 +95,7 @@ class Engine:
             config, section, self.max_model_len, memory, self._speculator, speculation
         )
         self.adapters = LoadedAdapters(model, lora or LoraSection())
-        """Adapters that requests may name."""
+        """Loaded LoRA adapters, which requests may name."""
         self.runner = ModelRunner(
             model=model,
             adapters=self.adapters,
@@ -120,9 +120,9 @@ class Engine:
             clock=clock,
         )
         self._intent = StepIntent()
-        """Sequences that this rank intends to run in the step that it proposed last."""
+        """Rows that this rank wanted to run when it last made a proposal to the leader."""
         self.load = LoadCounter(banks, self.cache.side)
-        """Tokens by expert and copy in committed steps."""
+        """Counter of the rows of committed steps by chosen expert and expert copy."""
         self.set_dispatcher(dispatcher)
 
     def set_dispatcher(self, dispatcher: TokenDispatcher) -> None:
@@ -165,18 +165,18 @@ class Engine:
         self.requests.add(request, received, grammar, hashes)
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        """End a request, or some of its choices, without any output, and free its blocks. A beam
-        search can only end as a whole.
+        """End a request, or some of its choices, without output, and free the blocks. No effect on
+        an unknown id, or on single ``choices`` of a beam search. Empty ``choices``: all of them.
         """
         self.requests.abort(request_id, choices)
 
     def begin_fetch(self, hashes: Sequence[BlockHash], cached: Sequence[int]) -> Fetch | None:
-        """Prepare to fetch blocks of a prefix that another worker has; see ``KvTransferStore``."""
+        """Prepare to fetch a prefix's blocks from another worker; see ``KvTransferStore.begin``."""
         return self.kv_store.begin(hashes, cached, num_spare=len(self._scheduler.queues.running))
 
     def take_admissible(self, at_most: int) -> list[tuple[Request, tuple[BlockHash, ...]]]:
-        """Return at most ``at_most`` requests that can be admitted soon, with the hashes of their
-        prompts' full blocks. Each is returned once, and once more after each preemption.
+        """Return up to ``at_most`` waiting requests that can run soon, with the hashes of their
+        full prompt blocks. A request is returned once, and once more after each preemption.
         """
         prefixes, isolation = self._scheduler.prefixes, self.requests.isolation
         if not prefixes.is_enabled or isolation.is_waiting:
@@ -188,28 +188,28 @@ class Engine:
         ]
 
     def wait_for_kv(self, request_id: str, num_coming: int) -> None:
-        """Hold back a request until ``end_kv_wait``, while ``num_coming`` blocks are fetched."""
+        """Keep a request waiting until ``end_kv_wait``, while ``num_coming`` blocks are fetched."""
         self._scheduler.kv_waits.begin(request_id, num_coming)
 
     def end_kv_wait(self, request_id: str) -> None:
-        """End the wait of a request for KV blocks. Unknown ids are ignored."""
+        """End the wait of a request for KV blocks; it may now run. Unknown ids are ignored."""
         self._scheduler.kv_waits.end(request_id)
 
     def start_tier_copies(self, tiers: KvTiers, wake: Callable[[], None]) -> TurnCopier:
-        """Start to copy the blocks of ended turns into lower tiers; see ``TurnCopier``."""
+        """Start to copy KV blocks of sessions to host memory or disk; see ``TurnCopier``."""
         copies = TurnCopier(self.kv_store, tiers, wake)
         self._memory.tiers, self._scheduler.prefixes.listener = tiers, copies
         return copies
 
     def preemption_candidate(self) -> Request | None:
-        """Return the next request to preempt, if a preemption is likely soon; else None."""
+        """Return the request to preempt next if a preemption is likely soon; None if unlikely."""
         if self._intent.restriction.solo_request is not None:
             return None
         sequence = self._scheduler.preemption.candidate()
         return None if sequence is None else sequence.request
 
     def start_recording_contents(self) -> BlockContents:
-        """Start to record the contents of new cached blocks."""
+        """Start to record the tokens that new blocks of the prefix cache contain."""
         contents = BlockContents(
             pool=self.pool,
             block_size=self._section.block_size_tokens,
@@ -226,7 +226,7 @@ class Engine:
     # Steps
 
     def rows_wanted(self) -> RowsWanted:
-        """Return the rows that the next step could run on this worker."""
+        """Return the rows that this worker could run in the next step, to propose to the leader."""
         requests, isolation = self.requests, self.requests.isolation
         if isolation.is_waiting:
             return RowsWanted()
@@ -237,7 +237,7 @@ class Engine:
         return replace(rows, parents=requests.traced.parents(intent.sequences))
 
     def poll(self) -> list[TokenOutput]:
-        """Return outputs that need no step: of choices that expired or arrived complete."""
+        """Return outputs queued since the last call, among them errors of expired choices."""
         now = self._clock()
         self.pool.advance(now)
         self.requests.fail_late(now)
@@ -245,10 +245,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, header: StepHeader) -> list[TokenOutput]:
-        """Run the granted rows, and return the outputs, including those of ``poll``.
+        """Run the rows that the header grants this rank; return all outputs queued until the end.
 
-        If no granted row is left to run, this rank still takes part in all exchanges. Raises
-        ``TransportError`` after undoing the plan, with all sequences unchanged.
+        A rank without rows still takes part in all exchanges with the experts. Raises
+        ``TransportError`` if the step fails; all sequences are then as before it.
         """
         grant = header.grant(self._rank)
         begin = 0.0 if self._speculator is None else self._clock()
@@ -287,7 +287,7 @@ class Engine:
     def _predict(
         self, plan: StepPlan, result: StepResult | None, tokens: StepTokens | None
     ) -> StepResult | None:
-        """Run the predictor on all rows of a step, to get draft tokens for the next step."""
+        """Run the prediction layer on all rows of a step, to get draft tokens for the next step."""
         drawn = {} if tokens is None else tokens.drawn
         ids = {s: [one.token for one in tokens_of] for s, tokens_of in drawn.items()}
         first_row = () if result is None else result.first_row
@@ -300,12 +300,12 @@ class Engine:
         return replace(result, routed=predicted.routed)
 
     def _abandon(self, plan: StepPlan) -> None:
-        """Undo the plan: all sequences are as before the step."""
+        """Undo a plan whose step failed: all sequences are as before the step."""
         self._memory.clear_planned(plan)
         self._scheduler.abandon(plan)
 
     def _commit(self, epoch: int, plan: StepPlan, result: StepResult, tokens: StepTokens) -> None:
-        """Commit the step and queue its outputs."""
+        """Add a step's tokens to the sequences, end complete sequences, and queue the outputs."""
         now = self._clock()
         broken = [s for s, failure in tokens.failed.items() if failure is NOT_FINITE]
         dirty = self._memory.forget(broken)
@@ -344,18 +344,21 @@ class Engine:
     # Statistics
 
     def stats(self) -> dict[str, float]:
-        """Return the gauges and counters by metric name without prefix. Any thread may call it."""
+        """Return the engine's metrics by name without prefix. Any thread may call this method."""
         return self._stats.read()
 
     def check_integrity(self) -> None:
-        """Assert that block accounting is exact; for tests."""
+        """Assert that the block pool and the sequences agree on all blocks in use; for tests."""
         self._scheduler.check_integrity(self.kv_store.tables)
 
 
 def _speculator(
     config: ModelConfig, section: SpeculationSection, max_model_len: int
 ) -> Speculator | None:
-    """Return the speculator, or None. Raises ``ConfigError`` for a model with recurrent states."""
+    """Return the speculator, or None if speculative decoding is off.
+
+    Raises ``ConfigError`` for a model with recurrent states.
+    """
     if not section.is_on:
         return None
     rule = "must be none: the model has recurrent states, which rejected tokens would change"

@@ -35,11 +35,11 @@ _POISONOUS = Failure(
     "a third worker in a row was lost with this request, which was alone in its step",
     "poisonous_request",
 )
-"""Error of a request that probably crashes workers; see ``workers.engine.isolation``."""
+"""Error of a request that probably crashes workers: a worker died while only the request ran."""
 
 
 class EngineRequests:
-    """Adds requests to the engine, ends them, and creates their outputs."""
+    """Adds requests to the engine, ends them, and queues their outputs."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class EngineRequests:
         self._paused = PausedRequests()
         self._outputs: list[TokenOutput] = []
         self.isolation = Isolation()
-        """Counts the worker deaths of each request and decides which one runs alone."""
+        """Counts the worker deaths of each request, and decides which request runs alone."""
         self.traced = TracedRequests()
-        """Requests whose steps have trace spans."""
+        """Requests that are sampled for tracing, so that their steps have spans."""
 
     def __contains__(self, request_id: str) -> bool:
         """Whether a choice of this request waits or runs."""
@@ -81,20 +81,26 @@ class EngineRequests:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there are no requests and no outputs that ``take_outputs`` would return."""
+        """Whether the engine has no requests and no outputs that ``take_outputs`` would return."""
         return not (self._active or self._outputs)
 
     @property
     def adapters_in_use(self) -> tuple[str, ...]:
-        """Keys of the adapters that requests use. Any thread may read it."""
+        """Keys of the LoRA adapters that requests use. Any thread may read this property."""
         return self._active.adapters
 
     def sequences_by_adapter(self) -> tuple[Counter[str], Counter[str]]:
-        """Numbers of running and waiting sequences by adapter key. Any thread may call it."""
+        """Numbers of running and of waiting sequences by LoRA adapter key.
+
+        Any thread may call this method.
+        """
         return self._scheduler.queues.by_adapter()
 
     def restriction(self, alone: str | None) -> Restriction:
-        """Return which requests may run. ``alone``: id of the only one, even if it is held back."""
+        """Return which requests may run: all except suspects of crashes and paused requests.
+
+        ``alone``: id of the only request that may run, even if it is a suspect; None for no limit.
+        """
         return Restriction(self.isolation.suspects | self._paused.request_ids, alone)
 
     # Arrival
@@ -106,7 +112,7 @@ class EngineRequests:
         grammar: CompiledGrammar | None,
         hashes: Sequence[BlockHash],
     ) -> None:
-        """Queue a request; see ``Engine.add_request``."""
+        """Queue a request; parameters and errors are as in ``Engine.add_request``."""
         check_request(request, self._limits)
         if self._limits.is_classifier and request.inspection is None:
             request, whole = cut_after_pooled(request, self._pad), request
@@ -132,7 +138,10 @@ class EngineRequests:
                 self._emit(sequence, ending, now)
 
     def _check(self, request: Request) -> None:
-        """Raise if the engine cannot serve a request or its queue is full."""
+        """Check that the engine can serve a request now.
+
+        Raises ``RequestError``, and ``QueueFullError`` if the queue is full.
+        """
         if request.adapter and request.adapter not in self._adapters:
             raise ModelNotFoundError("the adapter of the request is no longer loaded")
         self._sampler.inspector.check(request)
@@ -146,28 +155,36 @@ class EngineRequests:
     # Pauses and deaths of workers
 
     def pause(self, request_id: str, num_tokens: int = 0) -> None:
-        """Stop planning rows of a request once each of its choices has ``num_tokens`` tokens,
-        including the prompt. It keeps its blocks unless it is preempted. Unknown ids are ignored.
+        """Pause a request once each of its choices has ``num_tokens`` tokens, including the prompt.
+
+        A paused request runs no rows. It keeps its blocks unless it is preempted. Unknown ids are
+        ignored.
         """
         if request_id in self._active:
             self._paused.request_pause(request_id, num_tokens)
 
     def resume(self, request_id: str) -> None:
-        """Resume a paused request."""
+        """Resume a request that is paused or is to be paused."""
         self._paused.forget(request_id)
 
     def take_paused(self) -> list[str]:
-        """Return requests that have become paused, except those that may have to run alone."""
+        """Pause the requests that have reached their number of tokens, and return their ids.
+
+        Suspects of crashes, which may have to run alone, are not paused.
+        """
         return self._paused.take_paused(self._active.num_tokens, self.isolation.suspects)
 
     def record_worker_death(self) -> None:
-        """Record that another worker of the generation was lost; a request that ran alone fails."""
+        """Record that another worker was lost. A request that ran alone in the lost step fails."""
         culprit = self.isolation.record_death()
         if culprit is not None:
             self._fail_all(self._active.sequences(culprit), _POISONOUS, self._clock())
 
     def take_solo_steps(self) -> list[SoloStep | Queued]:
-        """Return messages about solo steps that gateways must receive; see ``Isolation``."""
+        """Return the messages about solo steps (with rows of only one request) to send to gateways.
+
+        The call may offer a new solo step or withdraw an old offer; see ``Isolation.advance``.
+        """
         attempt, now = self._active.attempt, self._clock()
         return self.isolation.advance(self._could_run_alone, attempt, now)
 
@@ -178,7 +195,7 @@ class EngineRequests:
     # Completion and outputs
 
     def abort(self, request_id: str, choices: Sequence[int] = ()) -> None:
-        """End a request or some of its choices; see ``Engine.abort``."""
+        """End a request, or some of its choices, without output; see ``Engine.abort``."""
         if choices and request_id in self._searches:
             return
         for sequence in self._active.sequences(request_id):
@@ -187,14 +204,14 @@ class EngineRequests:
                 self._end(sequence, FinishReason.ABORT)
 
     def drop_adapter(self, key: str) -> None:
-        """Remove an adapter; requests that still use it fail."""
+        """Unload the LoRA adapter ``key``; requests that still use the adapter fail."""
         failure = Failure("the adapter of the request was unloaded", "model_not_found", "model")
         sequences = chain(*map(self._active.sequences, self._active))
         self._fail_all([s for s in sequences if s.request.adapter == key], failure, self._clock())
         self._adapters.remove(key)
 
     def fail_late(self, now: float) -> None:
-        """Fail choices that are past their deadline."""
+        """End choices that are past their deadline with an error. ``now``: monotonic time."""
         for sequence in self._deadlines.take_late(now):
             message = f"not done within {sequence.request.deadline_ms} ms"
             self._fail_all([sequence], Failure(message, "deadline_exceeded"), now)
@@ -202,7 +219,10 @@ class EngineRequests:
     def emit_step(
         self, tokens: StepTokens, endings: Mapping[SequenceState, Ending], now: float
     ) -> None:
-        """Queue the outputs of a committed step and advance beam searches."""
+        """Queue the outputs of a committed step, and advance beam searches.
+
+        ``endings``: sequences that the step has ended, with reasons.
+        """
         for sequence in (s for s in tokens.complete if s not in tokens.candidates):
             drawn, classes = tokens.drawn.get(sequence, ()), tokens.classes.get(sequence, ())
             self._emit(sequence, endings.get(sequence), now, drawn, classes)
@@ -238,7 +258,10 @@ class EngineRequests:
             self._fail(sequence, failure, now)
 
     def _fail(self, sequence: SequenceState, failure: Failure, now: float) -> None:
-        """Queue the error of a removed sequence; for a beam search, end all its beams."""
+        """Queue the error of a sequence that the scheduler has removed.
+
+        If the sequence is a beam, the whole search ends.
+        """
         if sequence.params.beams is None:
             self._outputs.append(sequence.make_error(failure, now))
             self._end(sequence, FinishReason.ERROR)
@@ -249,7 +272,7 @@ class EngineRequests:
                 self._forget(beam)
 
     def _apply_beam_step(self, step: BeamStep) -> None:
-        """Apply a step of a beam search to the beams of the request."""
+        """Apply a step of a beam search: end beams, add forked beams, and queue outputs."""
         for beam in step.ended:
             self._scheduler.remove(beam, has_ended=step.is_over)
         copied = [self._fork(parent, child) for parent, child in step.forks]
@@ -259,7 +282,10 @@ class EngineRequests:
             self._forget(beam)
 
     def _fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
-        """Add a beam that continues from another beam."""
+        """Add the beam ``child``, which continues from the tokens of ``parent``.
+
+        Returns the (source, destination) KV blocks to copy, or None.
+        """
         self._active.add_sequence(child)
         self._sampler.start(child, None)
         self._deadlines.add(child)

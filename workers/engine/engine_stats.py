@@ -1,4 +1,4 @@
-"""Metrics of one engine."""
+"""Metrics of one engine: counters of steps, tokens and ended choices, and gauges."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class EngineStats:
         self._ended = Counter(dict.fromkeys(FinishReason, 0))
 
     def count(self, name: str, number: int = 1) -> None:
-        """Add to a counter of steps or tokens."""
+        """Add ``number`` to the counter ``name``, a metric name without prefix."""
         self._counters[name] += number
 
     def count_step(self, num_rows: int) -> None:
-        """Count a committed step."""
+        """Count a committed step of ``num_rows`` rows on this rank."""
         self._counters["steps_total"] += 1
         self._iteration_tokens.observe(num_rows)
 
     def count_ends(self, reasons: Iterable[FinishReason]) -> None:
-        """Count ended choices."""
+        """Count choices that have ended, by finish reason."""
         self._ended.update(reasons)
 
     def read(self) -> dict[str, float]:

@@ -1,9 +1,9 @@
 """Expert load of an attention rank: the experts that its routers chose in committed steps.
 
 A step only queues its tensors. Later, usually on the thread that reports the counts, one operation
-for each bank counts many steps, so a step spends almost no time on it. On a GPU the counts stay on
-the device until the report, and no step waits for them. Padding rows and failed steps are not
-counted.
+for each bank counts many steps, so a step spends almost no time on counting. On a GPU the counts
+stay on the device until the report, and no step waits for them. Padding rows and failed steps are
+not counted.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from workers.model.host_copies import to_host
 from workers.model.side_stream import SideStream
 
 _MAX_STEPS = 256
-"""Number of queued steps at which the data thread counts them itself."""
+"""Number of queued steps at which the data thread itself counts their rows."""
 _MAX_ROWS = 4096
-"""Number of queued rows at which the data thread counts them: 12 MB with 61 layers of top-6."""
+"""Number of queued rows at which the data thread itself counts them: 12 MB of tensors with 61
+layers of top-6."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,16 @@ class RoutedRows:
     """Experts chosen by the rows of one micro-batch in one bank. Decode rows are first."""
 
     topk_ids: Tensor
-    """[rows, top_k] int64: logical experts of each row. The tensor is never changed later."""
+    """Logical experts that the router chose for each row, [rows, top_k] int64; never changed."""
     copies: ChosenCopies | None
-    """The copy of each chosen expert that serves a prompt row; None: always the first copy."""
+    """The copy of each chosen expert that serves a prompt row; None: all prompt rows count for the
+    first copy."""
     num_decodes: int
 
 
 @dataclass(frozen=True, slots=True)
 class _PendingStep:
-    """A committed step that is not counted yet."""
+    """A committed step whose rows are not counted yet."""
 
     epoch: int
     num_rows: int
@@ -57,18 +59,22 @@ class _PendingStep:
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Counts of the steps of one epoch, on their device."""
+    """Counts of rows by expert, for steps of one placement epoch; the tensors are on the device."""
 
     epoch: int
     num_rows: int
     decode: Sequence[Tensor]
-    """Counts of decode rows by bank: [experts] int64."""
+    """For each bank, the number of decode rows that chose each expert: [experts] int64."""
     prefill: Sequence[Tensor]
-    """Counts of prompt rows by bank: [experts, copies] int64."""
+    """For each bank, the number of prompt rows that chose each expert, by the copy that served
+    them: [experts, copies] int64."""
 
 
 class LoadCounter:
-    """Counts tokens by expert and copy. ``add`` is for the data thread; any thread may read."""
+    """Counts the rows of committed steps by chosen expert and expert copy.
+
+    ``add`` is for the data thread; any thread may call ``flush`` and ``report``.
+    """
 
     def __init__(self, banks: Sequence[BankSpec], side: SideStream) -> None:
         self._banks = tuple(banks)
@@ -81,7 +87,7 @@ class LoadCounter:
         self._rows = 0
 
     def add(self, epoch: int, num_rows: int, routed: Sequence[Sequence[RoutedRows]]) -> None:
-        """Queue a committed step; ``routed`` is indexed [bank][micro-batch]."""
+        """Queue a committed step. ``routed``: its chosen experts, indexed [bank][micro-batch]."""
         self._side.note_steps()
         self._pending.append(_PendingStep(epoch, num_rows, routed))
         self._num_steps += 1
@@ -93,7 +99,7 @@ class LoadCounter:
             self._pending += counts
 
     def flush(self) -> None:
-        """Count all queued steps."""
+        """Count all queued steps, and copy the counts to the host."""
         with self._lock, self._side.work():
             entries = self._take_pending()
             self._side.follow_noted()
@@ -104,7 +110,7 @@ class LoadCounter:
                 self._add_to_totals(counts, arrays)
 
     def report(self) -> LoadReport:
-        """Return all counts, after a flush."""
+        """Return the counts of all steps since the start, including queued ones."""
         self.flush()
         with self._lock:
             banks = zip(self._banks, self._counts, strict=True)
@@ -115,7 +121,7 @@ class LoadCounter:
             )
 
     def _take_pending(self) -> list[_PendingStep | _Counts]:
-        """Remove and return all queued entries. Threads may call it concurrently."""
+        """Remove and return all queued entries. Threads may call this method concurrently."""
         entries = []
         with suppress(IndexError):
             while True:
@@ -123,11 +129,11 @@ class LoadCounter:
         return entries
 
     def _sum_by_epoch(self, entries: Sequence[_PendingStep | _Counts]) -> list[_Counts]:
-        """Sum consecutive entries of the same epoch, without a device synchronization."""
+        """Sum consecutive entries of equal placement epoch, without a device synchronization."""
         return [self._sum(tuple(group)) for _, group in groupby(entries, lambda each: each.epoch)]
 
     def _sum(self, members: Sequence[_PendingStep | _Counts]) -> _Counts:
-        """Sum entries of one epoch."""
+        """Sum entries of one placement epoch; rows of uncounted steps are counted."""
         counts = [member for member in members if isinstance(member, _Counts)]
         steps = [member for member in members if isinstance(member, _PendingStep)]
         if steps:
@@ -147,7 +153,7 @@ class LoadCounter:
         return reduce(_add_counts, counts)
 
     def _add_to_totals(self, counts: _Counts, arrays: Iterator[NDArray[np.int64]]) -> None:
-        """Add ``counts`` to the totals; ``arrays`` yields its tensors as host arrays."""
+        """Add ``counts`` to the totals; ``arrays`` yields the tensors of ``counts`` on the host."""
         if counts.epoch > self._epoch:
             self._epoch = counts.epoch
             self._counts = [
@@ -181,19 +187,20 @@ def _add_counts(one: _Counts, other: _Counts) -> _Counts:
 
 
 def _padded_sum(one: Tensor, other: Tensor) -> Tensor:
-    """Sum of two counts, [experts, copies], padded to the larger number of copies."""
+    """Return the sum of two counts [experts, copies], padded to the larger number of copies."""
     width = max(one.shape[1], other.shape[1])
     return F.pad(one, (0, width - one.shape[1])) + F.pad(other, (0, width - other.shape[1]))
 
 
 def _tally_decodes(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:
-    """Return [num_experts] int64: for each expert, the number of decode rows that chose it."""
+    """Return the number of decode rows that chose each expert, [num_experts] int64."""
     ids = [r.topk_ids[: r.num_decodes] for r in routed if r.num_decodes]
     return _tally(ids, num_experts, routed)
 
 
 def _tally_copies(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:
-    """Return [num_experts, copies] int64: prompt rows that chose each copy of an expert."""
+    """Return the number of prompt rows that each copy of each expert served, [num_experts, copies]
+    int64."""
     prompts = [r for r in routed if r.num_decodes < len(r.topk_ids)]
     num_copies = max((r.copies.num_copies for r in prompts if r.copies is not None), default=1)
     keys = [_prompt_keys(r, num_copies) for r in prompts]
@@ -209,7 +216,10 @@ def _prompt_keys(routed: RoutedRows, num_copies: int) -> Tensor:
 
 
 def _tally(parts: Sequence[Tensor], size: int, routed: Sequence[RoutedRows]) -> Tensor:
-    """Count how often each index is in ``parts``: [size] int64, on the device of ``routed``."""
+    """Return how often each index 0 .. size - 1 is in ``parts``, [size] int64.
+
+    The result is on the device of ``routed``.
+    """
     if not parts:
         device = routed[0].topk_ids.device if routed else None
         return torch.zeros(size, dtype=torch.int64, device=device)

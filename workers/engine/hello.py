@@ -1,4 +1,4 @@
-"""The description of an engine that gateways need to validate requests."""
+"""Describes an engine to gateways, which need its facts to validate requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from workers.requests.wire import EngineHello
 def make_hello(
     worker: str, config: ModelConfig, banks: Sequence[BankSpec], dtype: str
 ) -> EngineHello:
-    """Describe the model of an engine. Generation and capacity are 0, to be set later."""
+    """Return the description of a worker's model for gateways.
+
+    Generation and capacity are 0; ``add_capacity`` and the caller set them later.
+    """
     shape = shape_of(config, banks)
     return EngineHello(
         worker=worker,
@@ -39,6 +42,9 @@ def make_hello(
 
 
 def add_capacity(hello: EngineHello, engine: Engine, block_size: int) -> EngineHello:
-    """Add the limits of an engine to ``hello``; ``block_size``: tokens of a KV block."""
+    """Return ``hello`` with the engine's context limit and KV capacity in tokens.
+
+    ``block_size``: tokens of a KV block.
+    """
     num_tokens = engine.pool.num_blocks * block_size
     return replace(hello, max_model_len=engine.max_model_len, max_kv_tokens=num_tokens)

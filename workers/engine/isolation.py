@@ -23,19 +23,20 @@ from cluster.core.topology import Generation
 from workers.requests.request import MAX_DEATHS, Queued, SoloStage, SoloStep
 
 ACKNOWLEDGE_LIMIT_S = 1.0
-"""Seconds to acknowledge an offer; after them, other requests run and the offer is repeated."""
+"""Seconds in which a gateway must acknowledge the offer of a solo step. Afterwards the worker
+withdraws the offer, and other requests run before the next offer."""
 
 
 @dataclass(slots=True)
 class _Solo:
-    """The request of a solo step."""
+    """State of a solo step (a step with rows of only one request) that was offered to a gateway."""
 
     request_id: str
     attempt: int
     offered_s: float
     stage: SoloStage = SoloStage.OFFERED
     is_acknowledged: bool = False
-    """Whether the gateway has recorded that the step is certain, so the request may run."""
+    """Whether the gateway has acknowledged that the step is certain; then the request may run."""
 
     @property
     def message(self) -> SoloStep:
@@ -43,7 +44,7 @@ class _Solo:
 
 
 class StepMembers:
-    """The members of the last generation that ran. Only these workers took part in its steps."""
+    """Names of the workers in the last generation that ran steps, to find which of them died."""
 
     def __init__(self) -> None:
         self._names: frozenset[str] = frozenset()
@@ -53,14 +54,20 @@ class StepMembers:
         self._names = frozenset(m.name for m in generation.members)
 
     def take_dead(self, generation: Generation, drained: Collection[str]) -> frozenset[str]:
-        """Return, once, the workers that the next generation lacks and that were not drained."""
+        """Return the workers that died: they are not in ``generation`` and were not drained.
+
+        Each dead worker is returned once.
+        """
         kept = self._names & {m.name for m in generation.members}
         gone, self._names = self._names - kept, kept
         return gone - frozenset(drained)
 
 
 class Isolation:
-    """Counts deaths of workers by request, and selects the request that runs alone."""
+    """Counts the deaths of workers by request, and selects the suspect that runs alone.
+
+    A request becomes a suspect of crashes after ``MAX_DEATHS`` deaths without a commit.
+    """
 
     def __init__(self) -> None:
         self._deaths: dict[str, int] = {}  # since the last commit of its rows
@@ -70,28 +77,30 @@ class Isolation:
 
     @property
     def suspects(self) -> frozenset[str]:
-        """Requests that must not run with others."""
+        """Ids of requests that must not run together with other requests, as workers died twice in
+        a step with them."""
         return frozenset(r for r, deaths in self._deaths.items() if deaths >= MAX_DEATHS)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a stage of a solo step is not acknowledged, so that nothing may run."""
+        """Whether a gateway has yet to acknowledge a stage of a solo step; no request may run until
+        then."""
         return self._solo is not None and not self._solo.is_acknowledged
 
     @property
     def alone(self) -> str | None:
-        """The request that runs alone, or None."""
+        """Id of the request that must run alone in the next step; None if there is no such step."""
         solo = self._solo
         return solo.request_id if solo is not None and solo.is_acknowledged else None
 
     def enter(self, request_id: str, num_deaths: int) -> None:
-        """Add a request with the number of deaths that its gateway has counted."""
+        """Add a request. ``num_deaths``: worker deaths during it that its gateway has counted."""
         self.forget(request_id)
         if num_deaths:
             self._deaths[request_id] = num_deaths
 
     def forget(self, request_id: str) -> None:
-        """Remove a request that has ended."""
+        """Remove a request that has ended, and end its solo step."""
         self._deaths.pop(request_id, None)
         self._hit.pop(request_id, None)
         if self._solo is None or self._solo.request_id != request_id:
@@ -102,15 +111,18 @@ class Isolation:
             self._end()
 
     def record_abandoned(self, request_ids: Iterable[str]) -> None:
-        """Record that the step of these requests did not commit."""
+        """Record that a step with rows of these requests failed before its commit."""
         self._hit.update(dict.fromkeys(request_ids))
 
     def begin_generation(self) -> None:
-        """Record that a generation starts: deaths in earlier steps have been counted."""
+        """Record that a new generation starts, after all deaths in earlier steps were counted."""
         self._hit.clear()
 
     def record_death(self) -> str | None:
-        """Count the death of another worker; returns the request that ran alone and must fail."""
+        """Count the death of another worker for all requests of the step that it interrupted.
+
+        Returns the id of the request that ran alone in this step, which must fail, or None.
+        """
         hit, self._hit = self._hit, {}
         for request_id in hit:
             self._deaths[request_id] = self._deaths.get(request_id, 0) + 1
@@ -118,7 +130,7 @@ class Isolation:
         return alone if alone in hit else None
 
     def commit(self, request_ids: Collection[str]) -> None:
-        """Record that the step of these requests committed."""
+        """Record that a step with rows of these requests committed: none of them is a suspect."""
         if not (self._deaths or self._hit):
             return
         alone = self.alone
@@ -131,10 +143,11 @@ class Isolation:
     def advance(
         self, can_run: Callable[[str], bool], attempt: Callable[[str], int], now_s: float
     ) -> list[SoloStep | Queued]:
-        """Withdraw an offer that is too old, or make one; returns the new messages to gateways.
+        """Offer a solo step to a suspect's gateway, or withdraw an offer that is too old.
 
-        ``can_run``: whether a request could run now. ``attempt``: returns its attempt number. The
-        request of a withdrawn offer is queued again, and other suspects get the next offer.
+        Returns the new messages to gateways. ``can_run``: returns whether a request could run now.
+        ``attempt``: returns a request's attempt number. A suspect whose offer was withdrawn comes
+        after the other suspects.
         """
         solo = self._solo
         if solo is None:
@@ -150,7 +163,10 @@ class Isolation:
         return messages
 
     def acknowledge(self, solo_step: SoloStep) -> None:
-        """Record that a gateway has received and recorded this stage of a solo step."""
+        """Record a gateway's acknowledgement of a stage of a solo step.
+
+        It is ignored if the offer was withdrawn.
+        """
         solo = self._solo
         if solo is None or solo_step != solo.message:
             return  # the offer was withdrawn
@@ -168,7 +184,7 @@ class Isolation:
         self._messages.clear()
 
     def _end(self) -> None:
-        """End the solo step; its gateway must know before other requests run."""
+        """End the solo step. Other requests run only after its gateway has acknowledged the end."""
         solo = self._solo
         assert solo is not None, "a solo step ends only after its offer"
         if solo.stage is not SoloStage.OVER:

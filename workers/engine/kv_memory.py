@@ -1,4 +1,4 @@
-"""The KV blocks and recurrent states of one engine: tensors and accounting."""
+"""KV blocks and recurrent states of one engine: the tensors, and which of them are in use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from workers.scheduling.step_plan import PlannedRows, StepPlan
 
 
 class KvMemory:
-    """Allocates KV blocks and recurrent states, and clears those that may contain NaN.
+    """Holds the KV blocks and recurrent states of one engine, and clears blocks that contain NaN.
 
     The blocks of a sequence with NaN or infinity are removed from the prefix cache and zeroed.
     """
@@ -34,7 +34,7 @@ class KvMemory:
         max_model_len: int,
         compute_threads: ComputeThreads,
     ) -> None:
-        """Allocate on the model's device. Raises ``ConfigError``."""
+        """Allocate KV blocks and states on the model's device. Raises ``ConfigError``."""
         kind, itemsize = section.kv_cache_dtype, model.dtype.itemsize
         token_bytes = config.kv_vectors_per_token * kv_vector_bytes(kind, config.head_dim, itemsize)
         num_blocks = section.num_kv_blocks(token_bytes, max_model_len)
@@ -53,11 +53,11 @@ class KvMemory:
             num_states=0 if states is None else states.num_slots,
         )
         self.pool = BlockPool(num_blocks, int(num_blocks * section.kv_kept_share))
-        """Tracks which blocks are free and what the others contain."""
+        """Reference counts of all blocks, and the hashes of cached blocks."""
         self.store = KvTransferStore(self.pool, self.cache, states)
-        """Holds blocks that are sent to other workers or fetched from them."""
+        """Holder of blocks while they are sent to other workers or fetched from them."""
         self.tiers: KvTiers | None = None
-        """Lower tiers; None until they are set."""
+        """Tiers (host memory and disk) with copies of blocks; None without tiers."""
 
     def clear_planned(self, plan: StepPlan) -> None:
         """Clear the cache slots that the rows of a plan may have written."""
@@ -66,7 +66,11 @@ class KvMemory:
     def clear_rejected(
         self, broken: Sequence[PlannedRows], drawn: Mapping[SequenceState, Sequence[int]]
     ) -> None:
-        """Clear cache slots of rejected drafts in ``broken`` entries, which may contain NaN."""
+        """Clear the cache slots of rejected draft tokens, which may contain NaN.
+
+        ``broken``: plan entries with drafts in which any row has NaN. ``drawn``: the tokens that
+        each sequence accepted.
+        """
         rejected = [
             replace(rows, first=rows.first + kept, count=rows.count - kept)
             for rows in broken
@@ -75,7 +79,10 @@ class KvMemory:
         self.clear_planned(StepPlan(tuple(rejected)))
 
     def forget(self, broken: Sequence[SequenceState]) -> Collection[int]:
-        """Remove the blocks of broken sequences from the prefix cache; returns these blocks."""
+        """Remove the blocks of ``broken`` sequences (with NaN) from the prefix cache and the tiers.
+
+        Returns these blocks.
+        """
         dirty = {block for sequence in broken for block in sequence.blocks}
         self.pool.forget(dirty)
         if self.states is not None:
@@ -86,5 +93,5 @@ class KvMemory:
         return dirty
 
     def clear_free(self, dirty: Collection[int]) -> None:
-        """Clear the blocks of ``dirty`` that are free, before another sequence gets them."""
+        """Zero the blocks of ``dirty`` that are free, before another sequence gets them."""
         self.cache.clear([block for block in dirty if self.pool.is_free(block)])

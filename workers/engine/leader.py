@@ -13,7 +13,7 @@ from workers.requests.step_header import ALL_ROWS, Grant, StepHeader, StepPropos
 from workers.requests.traced import MAX_TRACED, Parents
 
 _ROUNDING = 8
-"""Edge limits are multiples of this, so that buffers have few sizes."""
+"""Divisor of all edge limits (rows per edge), so that buffers have few sizes."""
 
 
 def decide_header(
@@ -28,14 +28,15 @@ def decide_header(
     buckets: Sequence[int] = (),
     even_empty: bool = False,
 ) -> StepHeader | None:
-    """Decide the header of ``step``; None if there is nothing to run, unless ``even_empty``.
+    """Decide the header of ``step`` from the proposals of all attention ranks.
 
-    ``proposals`` has one entry for each attention rank of the generation. Decode rows are always
-    granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks. The first rank to get
-    prefill rows rotates with the step number, so that no rank starves. ``micro_batches`` is applied
-    to the granted rows. A proposal for a solo step gets the whole step; if there are several,
-    the choice rotates in the same way. If no rank has prefill rows, decode rows are padded to
-    one of ``buckets`` and the rows on an edge are limited (``limit_edges``).
+    Returns None if no rank wants a row, unless ``even_empty``. ``proposals`` has one entry for each
+    attention rank of the generation. Decode rows are always granted. Prefill rows are capped at
+    ``max_prefill_rows`` over all ranks. The first rank to get prefill rows rotates with the step
+    number, so that no rank starves. ``micro_batches`` is applied to the granted rows. A proposal
+    for a solo step (rows of only one request) gets the whole step; if there are several, the choice
+    rotates with the step number. If no rank has prefill rows, decode rows are padded to one of
+    ``buckets`` and the rows on an edge are limited (``limit_edges``).
 
     Example: if 4 ranks propose 300 prefill rows each and the cap is 512, then in step 6 rank 2
     gets 300 rows, rank 3 gets 212 and the others none.
@@ -93,10 +94,10 @@ def _grant(proposal: StepProposal, prefill_rows: int) -> Grant:
 def _choose_parents(
     requested: Sequence[tuple[int, Parents]], step: int
 ) -> tuple[tuple[int, Parents], ...]:
-    """Choose the parent spans of a step, at most ``MAX_TRACED`` over all ranks.
+    """Choose the parent trace spans of a step, at most ``MAX_TRACED`` over all ranks.
 
-    Each expert worker creates spans for all of them. Every rank gets its first span before any rank
-    gets its second; the first rank rotates with the step number.
+    Each expert worker creates a span below each chosen parent. Every rank gets its first parent
+    before any rank gets its second; the first rank rotates with the step number.
     """
     if not any(parents for _, parents in requested):
         return ()
@@ -111,12 +112,12 @@ def _choose_parents(
 
 
 def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:
-    """Maximum rows of a micro-batch for each expert rank (``StepHeader.edge_limit``).
+    """Return ``StepHeader.edge_limit``: the rows of a micro-batch to send to each expert rank.
 
-    ``ranks``: the rows in a micro-batch and the ``StepProposal.edge_share`` of each attention rank.
-    The limit is the largest recent need plus two standard deviations of a Poisson distribution, as
-    the need varies like a sum of independent choices. The result is 0 (no limit) if a limit would
-    save less than a quarter of the rows, or if the share of a rank is unknown.
+    ``ranks``: (rows in a micro-batch, ``StepProposal.edge_share``) of each attention rank. The
+    limit is the largest recent need plus two standard deviations of a Poisson distribution, as the
+    need varies like a sum of independent choices. The result is 0 (no limit) if a limit would save
+    less than a quarter of the rows, or if the share of a rank with more rows is unknown.
     """
     needed = max((-(-rows * share // ALL_ROWS) for rows, share in ranks), default=0)
     limit = needed + math.ceil(2 * math.sqrt(needed))

@@ -1,8 +1,8 @@
-"""When the leader splits a step into two micro-batches. Pure.
+"""Decides whether the leader splits a step into two micro-batches. Pure.
 
-While the expert workers compute one, the attention workers compute the other. But every micro-batch
-runs each layer's operations and reads the expert weights again, so splitting a small batch makes it
-slower. ``benchmarks/serving/micro_batches.py`` measures the break-even point.
+While the expert workers compute one micro-batch, the attention workers compute the other. But every
+micro-batch runs each layer's operations and reads the expert weights again, so splitting a small
+batch makes it slower. ``benchmarks/serving/micro_batches.py`` measures the break-even point.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ class MicroBatchRule:
     """The leader's policy for the number of micro-batches."""
 
     setting: NumMicroBatches = 1
-    """``auto`` decides by the rows of each step; a number applies to all steps."""
+    """Number of micro-batches of all steps; ``auto`` decides by the rows of each step."""
     decode_threshold: int = 0
-    """Rows of the busiest attention rank from which ``auto`` splits a step without prompt rows."""
+    """Minimum rows of the busiest attention rank to split a step without prompt rows (``auto``)."""
     prefill_threshold: int = 0
-    """Rows of the busiest attention rank from which ``auto`` splits a step with prompt rows."""
+    """Minimum rows of the busiest attention rank to split a step with prompt rows (``auto``)."""
 
     @classmethod
     def of(cls, engine: EngineSection, workers: WorkersSection) -> MicroBatchRule:
         """Create the rule for a configuration.
 
         Without separate expert workers there is nothing to overlap, and workers that share a core
-        take turns anyway; in both cases ``auto`` means 1. ``workers`` must have resolved shares.
+        take turns anyway; in both cases ``auto`` means 1. ``workers.cpus_per_worker`` must be set.
         """
         setting = engine.num_micro_batches
         if setting == "auto" and not _can_overlap(workers):
@@ -42,9 +42,10 @@ class MicroBatchRule:
         )
 
     def choose(self, rows: Collection[int], has_prefill: bool) -> int:
-        """Number of micro-batches of a step with these numbers of rows on the attention ranks.
+        """Return the number of micro-batches of a step, 1 or 2.
 
-        One row cannot be split: no rank would have rows in the second part.
+        ``rows``: number of rows of each attention rank. If no rank has more than one row, the step
+        cannot be split: no rank would have rows in the second micro-batch.
         """
         max_rows = max(rows)
         if max_rows < 2 or self.setting == 1:
@@ -54,7 +55,7 @@ class MicroBatchRule:
 
 
 def _can_overlap(workers: WorkersSection) -> bool:
-    """Whether attention and experts can compute at the same time."""
+    """Whether attention workers and expert workers can compute at the same time."""
     cpus = workers.cpus_per_worker
     has_own_core = workers.device == "cuda" or cpus is None or cpus >= 1
     return workers.mode == "disaggregated" and has_own_core

@@ -1,4 +1,4 @@
-"""Runs one step of the model: from planned rows to their final hidden states, or to logits.
+"""Runs one step of the model: from planned rows to final hidden states of the rows, or to logits.
 
 The runner drives one generator per micro-batch (see ``workers.model.layers``): when a layer yields
 rows for the experts, the runner sends them, and resumes the layer with the combined outputs. If
@@ -49,80 +49,80 @@ from workers.scheduling.step_plan import PlannedRows, StepPlan, single_rows
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """The model's outputs for a plan."""
+    """The model's outputs for the rows of a plan."""
 
     hidden: Tensor
-    """[num_rows, hidden_size]: hidden states after the final norm."""
+    """Hidden states after the final norm, [num_rows, hidden_size]."""
     first_row: tuple[int, ...]
-    """Row of ``hidden`` where each entry of ``plan.rows`` begins."""
+    """Index of the row in ``hidden`` at which each entry of ``plan.rows`` begins."""
     finite: Tensor
-    """[num_rows] bool: whether the row of ``hidden`` has no NaN or infinity."""
+    """Whether each row of ``hidden`` is free of NaN and infinity, [num_rows] bool."""
     logits: Tensor | None
-    """[num_rows, V]: logits of all rows of ``hidden``; None if the head has not run."""
+    """Logits of all rows of ``hidden``, [num_rows, V]; None if the model's head has not run."""
     finish: Callable[[], None]
-    """Waits for the messages of the step. Call it before the host reads one of these tensors, or a
-    tensor computed from them. Raises ``TransportError``."""
+    """Function that waits for the step's messages. Call it before the host reads a tensor of this
+    result, or a tensor computed from one. Raises ``TransportError``."""
     routed: tuple[tuple[RoutedRows, ...], ...]
-    """The chosen experts, indexed [bank][micro-batch]."""
+    """Experts that the routers chose, indexed [bank][micro-batch]."""
     captures: Mapping[SequenceState, Sequence[Capture]]
-    """Internal tensors of the model, for sequences of requests that ask for them."""
+    """Internal tensors of the model, for sequences whose requests ask for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class PredictorOutput:
-    """Outputs of the predictor for the rows of a plan."""
+    """Outputs of the model's prediction layer (for draft tokens) for the rows of a plan."""
 
     hidden: Tensor
-    """[num_rows, hidden_size]: inputs of the head, in the order of ``StepResult.hidden``."""
+    """Inputs of the model's head, [num_rows, hidden_size], in the row order of ``StepResult``."""
     routed: tuple[tuple[RoutedRows, ...], ...]
-    """``StepResult.routed`` including the predictor's bank."""
+    """Experts that all routers chose, with the prediction layer: [bank][micro-batch]."""
 
 
 @dataclass(frozen=True, slots=True)
 class _LayerOutputs:
-    """Outputs of the layers of a step."""
+    """Outputs of the model's layers in a step."""
 
     hidden: list[Tensor]
-    """Hidden states [T, H] by micro-batch."""
+    """Final hidden states of each micro-batch, [T, H]."""
     finite: Tensor | None = None
-    """``StepResult.finite``; None if not computed."""
+    """Whether each row is free of NaN and infinity, [num_rows] bool; None if not computed."""
     logits: Tensor | None = None
-    """``StepResult.logits``; None if not computed."""
+    """Logits of all rows, [num_rows, V]; None if not computed."""
 
 
 @dataclass(kw_only=True)
 class ModelRunner:
-    """Runs plans on one attention rank, over any ``TokenDispatcher``."""
+    """Runs the model for the plans of one attention rank, over any ``TokenDispatcher``."""
 
     model: AttentionModel
-    """The model; it may be replaced between steps."""
+    """The attention part of the model; the field may be replaced between steps."""
     cache: KVCache
     tables: BlockTables
     banks: Sequence[BankSpec]
     dispatcher: TokenDispatcher
     rank: int = 0
     first_dispatch: float | None = None
-    """Monotonic time of the first dispatch in the latest step, even if the step failed. If the
-    step had no dispatch: the time at which its layers started."""
+    """Monotonic time of the first dispatch in the latest step, even if the step failed. In a step
+    of native code or a CUDA graph: the time at which its layers started. None: no dispatch."""
     on_compute: Callable[[], None] = lambda: None
-    """Called at the time of ``first_dispatch``."""
+    """Function that is called in each step at the time of ``first_dispatch``."""
     advance_s: float = 0.1
     """Minimum seconds between two progress reports of native layers, checked after each layer."""
     graphs: DecodeGraphs | None = None
-    """Runs decode steps as CUDA graphs; None without graphs."""
+    """CUDA graphs of decode steps; None if steps do not run as graphs."""
     adapters: LoadedAdapters | None = None
-    """Adapters that rows may use."""
+    """Loaded LoRA adapters, which rows may use; None if no adapter can be loaded."""
     _parts: Sequence[Sequence[PlannedRows]] = ()
-    """Rows of the latest step by micro-batch."""
+    """Planned rows of each micro-batch of the latest step that ran without a graph."""
     _known: tuple[AttentionModel | None, Sequence[Layer]] = None, ()
     _native_step: NativeStep | None = None
-    """Native step of the model in ``_known``; None if a layer has no native code."""
+    """Native code for the model in ``_known``; None if a layer of it has no native code."""
 
     def run(self, header: StepHeader, plan: StepPlan) -> StepResult | None:
-        """Run a plan; None if it has no rows. Raises ``TransportError``.
+        """Run the rows of a plan; return None if it has no rows. Raises ``TransportError``.
 
-        Even if the plan has fewer rows than were granted, or none, this rank takes part in every
-        exchange of each micro-batch, as the expert workers expect its message.
+        Even if the plan has fewer rows than the header grants, or none, this rank takes part in
+        every exchange of each micro-batch, as the expert workers expect its message.
         """
         self.first_dispatch = None
         if self._fits_graph(header, plan):
@@ -163,11 +163,11 @@ class ModelRunner:
     def predict(
         self, result: StepResult | None, next_tokens: NDArray[np.int64]
     ) -> PredictorOutput | None:
-        """Run the predictor on the outputs of the latest step, which must have granted rows.
+        """Run the prediction layer on the outputs of the latest step, which must have granted rows.
 
-        ``next_tokens``: [num_rows], the token that follows the token of each row. Returns None if
-        the plan has no rows; this rank still takes part in the exchanges. Raises
-        ``TransportError``.
+        ``next_tokens``: token that follows the token of each row, [num_rows] int64. If ``result``
+        is None, as the plan has no rows, this rank takes part in the exchanges and returns None.
+        Raises ``TransportError``.
         """
         banks = [bank for bank in self.banks if self._is_predictor_bank(bank)]
         routed: list[list[RoutedRows]] = [[] for _ in self.banks]
@@ -190,7 +190,7 @@ class ModelRunner:
     def _predictor_layers(
         self, part: Sequence[PlannedRows], hidden: Tensor, tokens: Tensor
     ) -> LayerSteps:
-        """Return the generator of the predictor's layers for the rows of a micro-batch."""
+        """Return the generator of the prediction layer for the rows of a micro-batch."""
         model, cache = self.model, self.cache.predictor
         inputs = self._batch(part).inputs
         assert inputs is not None, "the micro-batch has rows"
@@ -206,12 +206,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Capture the graphs of decode steps, if the dispatcher allows it before a step."""
+        """Capture the CUDA graphs of decode steps, if the dispatcher allows it outside a step."""
         if self.graphs is not None and isinstance(self.dispatcher, LocalDispatcher):
             self.graphs.capture()
 
     def _fits_graph(self, header: StepHeader, plan: StepPlan) -> bool:
-        """Whether a graph can run the step: it has only decodes, and no inspections or adapters."""
+        """Whether a CUDA graph can run a step: only decodes, without inspections and adapters."""
         return (
             self.graphs is not None
             and self.graphs.can_run(header, plan.num_rows)
@@ -222,9 +222,9 @@ class ModelRunner:
         )
 
     def compute(self, inputs: Sequence[ModelInputs]) -> tuple[Tensor, list[Tensor]]:
-        """Run all layers for the decode rows of each micro-batch.
+        """Run all layers for the decode rows of each micro-batch, for ``DecodeGraphs``.
 
-        Returns the hidden states [T, H] of all rows, and the chosen experts [T, k] by bank.
+        Returns the hidden states [T, H] of all rows, and for each bank the chosen experts [T, k].
         """
         routed: list[list[RoutedRows]] = [[] for _ in self.banks]
         flows = [self.model.forward(part, self.cache.by_layer) for part in inputs]
@@ -236,11 +236,11 @@ class ModelRunner:
     def _run_native_layers(
         self, parts: Sequence[Sequence[PlannedRows]], routed: list[list[RoutedRows]]
     ) -> _LayerOutputs | None:
-        """Run all layers of the micro-batches in one native call.
+        """Run all layers of the micro-batches in one call of native (compiled) code.
 
         A single micro-batch of decodes also gets its logits from this call. If native code stops in
-        an exchange, the remaining layers run one by one. Returns None if requests read values
-        between the layers or native code cannot run the step.
+        an exchange, Python runs the remaining layers. Returns None if native code cannot run the
+        step, for example as a request reads values between the layers. ``routed``: filled.
         """
         native, dispatcher = self._native(), self.dispatcher
         if native is None or not all(parts) or any(map(needs_captures, parts)):
@@ -277,7 +277,7 @@ class ModelRunner:
         return _LayerOutputs(self._run_alternately(decodes, routed, rest, handles, turn))
 
     def _native(self) -> NativeStep | None:
-        """Return the native step of the current model; None if a layer has no native code."""
+        """Return the native code for the current model; None if a layer has no native code."""
         known = self.model, self.model.layers
         if any(new is not old for new, old in zip(known, self._known, strict=True)):
             self._known = known
@@ -304,12 +304,12 @@ class ModelRunner:
         handles: Sequence[DispatchHandle | None] = (),
         first: int = 0,
     ) -> list[Tensor]:
-        """Resume the micro-batches alternately until all have ended; returns their hidden states.
+        """Run the layers of all micro-batches alternately; return the hidden states of each.
 
         The experts compute one while attention computes the other: dispatch(l, 0), dispatch(l, 1),
         combine(l, 0), dispatch(l+1, 0), combine(l, 1), .. for layer l. ``decodes``: decode rows of
-        each. ``handles``: pending dispatches, whose outputs the micro-batches take first.
-        ``first``: index of the micro-batch to resume first.
+        each. ``routed``: filled. ``flows``: layers of each, as generators. ``handles``: pending
+        dispatch of each, or None. ``first``: index of the micro-batch to resume first.
         """
         under_way = dict(enumerate(handles or [None] * len(flows)))
         for micro_batch, handle in under_way.items():
@@ -372,14 +372,14 @@ class ModelRunner:
 
 
 def _concatenated(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate the rows of all micro-batches, without a copy if there is only one."""
+    """Concatenate the rows of all micro-batches; a single tensor is returned without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat([part for part in parts if len(part)])
 
 
 def _native_experts(
     dispatcher: LocalDispatcher | RemoteDispatcher, num_rows: Sequence[int]
 ) -> Sequence[Experts] | None:
-    """Return the experts of each micro-batch for native layers; None if rows must be dispatched."""
+    """Return the experts of each micro-batch for native layers; None if Python must dispatch."""
     if isinstance(dispatcher, RemoteDispatcher):
         return None if dispatcher.native is None else dispatcher.native.prepare(num_rows)
     experts = dispatcher.experts()
@@ -387,7 +387,7 @@ def _native_experts(
 
 
 def _run_empty_exchanges(banks: Sequence[BankSpec], model: AttentionModel) -> LayerSteps:
-    """Take part in all exchanges of a step without rows, as peers wait for each granted rank."""
+    """Return a generator that takes part in all exchanges of ``banks`` without sending rows."""
     for bank in banks:
         ids = torch.empty((0, bank.top_k), dtype=torch.int64, device=model.device)
         weights = torch.empty((0, bank.top_k), dtype=model.dtype, device=model.device)

@@ -1,4 +1,4 @@
-"""Prepares steps for native code, and finishes a step in Python if native code stops."""
+"""Prepares steps for native (compiled) code, and finishes a step in Python if that code stops."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from workers.scheduling.step_plan import PlannedRows
 
 
 class NativeStep:
-    """Prepares steps of one model for native code."""
+    """Prepares steps of one model for native code, which runs all layers in one call."""
 
     def __init__(
         self, model: AttentionModel, layers: NativeLayers, cache: KVCache, tables: BlockTables
     ) -> None:
         self.layers = layers
-        """The native layers of the model."""
+        """The layers of the model in the form that native code runs."""
         self._model, self._cache, self._tables = model, cache, tables
 
     def micro_batches(
         self, parts: Sequence[Sequence[PlannedRows]], experts: Sequence[Experts]
     ) -> list[NativeMicroBatch]:
-        """Return the micro-batches of a step, ready for its first layer, each with its experts.
+        """Return the micro-batches of a step, ready for the model's first layer.
 
-        A single micro-batch of decode rows gets logits, because each of its rows samples a token.
+        ``parts`` and ``experts``: planned rows and experts of each micro-batch. A single
+        micro-batch of decode rows gets logits, because each of its rows samples a token.
         """
         has_logits = len(parts) == 1 and num_decodes(parts[0]) == len(parts[0])
         pairs = zip(parts, experts, strict=True)
@@ -71,8 +72,10 @@ class NativeStep:
         )
 
     def remaining_layers(self, flow: NativeMicroBatch, part: Sequence[PlannedRows]) -> LayerSteps:
-        """Run the layers of a micro-batch that native code did not run. If its rows were sent to
-        the experts, their outputs are received first."""
+        """Run the layers of a micro-batch that native code did not run, as a generator.
+
+        If native code had sent rows to the experts, the caller must first send their outputs into
+        the generator. Returns the hidden states [T, H]."""
         if flow.is_done:
             return flow.hidden
         model, caches = self._model, self._cache.by_layer

@@ -10,7 +10,7 @@ class PausedRequests:
 
     def __init__(self) -> None:
         self._token_limits: dict[str, int] = {}
-        """Request id -> number of tokens that each of its choices must reach first."""
+        """For each request that is to be paused, the tokens that each choice must reach first."""
         self._request_ids: set[str] = set()
 
     @property
@@ -28,9 +28,10 @@ class PausedRequests:
         self._request_ids.discard(request_id)
 
     def take_paused(self, num_tokens: Callable[[str], int], not_now: Set[str]) -> list[str]:
-        """Return the requests that become paused now, except those in ``not_now``.
+        """Pause the requests that have reached their token limit, and return their ids.
 
-        ``num_tokens``: returns the number of tokens that each choice of a request has.
+        ``num_tokens``: returns the number of tokens that each choice of a request has at least.
+        ``not_now``: requests that must not be paused by this call.
         """
         names = self._token_limits.keys() - not_now
         paused = [name for name in names if num_tokens(name) >= self._token_limits[name]]

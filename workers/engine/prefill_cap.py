@@ -1,7 +1,7 @@
 """The number of prompt rows in a step while other sequences decode. Pure: times are passed in.
 
 A step ends for all ranks together, so a long chunk of one prompt delays every stream of the
-cluster. The operator may set a target for the inter-token latency. Then the leader learns the cost
+cluster. The operator may set a target for the inter-token latency. The leader then learns the cost
 of decode steps and prompt rows from its own steps, and grants as many prompt rows as fit. A row
 costs less in a larger chunk (the expert weights are read anyway), and more in a longer context. The
 estimate is therefore updated at every step.
@@ -14,25 +14,26 @@ from typing import Self
 from cluster.config.cluster import EngineSection
 
 _TARGET_FRACTION = 0.9
-"""Fraction of the target to use: each chunk of a long prompt costs more than the last."""
+"""Fraction of the target step time to use: each chunk of a prompt costs more than the previous."""
 _NEW_WEIGHT = 0.5
-"""Weight of the newest step in an estimate."""
+"""Weight of the newest step in an estimate of step times."""
 _MAX_OUTLIER = 2.0
-"""Maximum ratio of observed to expected time; caps the effect of a single slow step."""
+"""Maximum ratio of observed to expected step time; caps the effect of a single slow step."""
 _EXCESS_FACTOR = 1.5
-"""A step longer than this multiple of the target reduces the cap, whatever the estimate."""
+"""Multiple of the target step time; a longer step reduces the cap, whatever the estimate."""
 
 
 class PrefillCap:
-    """The leader's cap on prompt rows, with its estimates of step times.
+    """The leader's limit of prompt rows in a step, from its estimates of step times.
 
-    The cap at most doubles from one step to the next.
+    While sequences decode, the limit at most doubles from one step to the next.
     """
 
     def __init__(self, *, max_rows: int, min_rows: int = 1, target_s: float | None = None) -> None:
-        """``max_rows`` is the budget of one rank, ``min_rows`` the number that is always allowed.
+        """``max_rows``: budget of one rank. ``min_rows``: number of rows that is always allowed.
 
-        Without ``target_s``, all ranks together get ``max_rows`` while any sequence decodes.
+        ``target_s``: target seconds of a step; None: all ranks together get ``max_rows`` while any
+        sequence decodes.
         """
         self._max_rows = max_rows
         self._min_rows = min(min_rows, max_rows)
@@ -44,7 +45,7 @@ class PrefillCap:
 
     @classmethod
     def of(cls, engine: EngineSection) -> Self:
-        """Create the cap for a configuration; ``min_rows`` is one KV block."""
+        """Create the cap for a configuration, with one KV block of tokens as the minimum."""
         target_ms = engine.itl_target_ms
         return cls(
             max_rows=engine.max_num_batched_tokens,
@@ -53,7 +54,10 @@ class PrefillCap:
         )
 
     def rows(self, decode_rows: int, num_ranks: int) -> int:
-        """Number of prompt rows in the next step over all ranks, in addition to ``decode_rows``."""
+        """Return the maximum number of prompt rows in the next step, over all ranks.
+
+        ``decode_rows``: decode rows of all ranks in this step; 0 removes the limit by time.
+        """
         if not decode_rows:
             return self._max_rows * num_ranks
         if self._target_s is None:
@@ -67,7 +71,10 @@ class PrefillCap:
         return max(self._min_rows, cap)
 
     def observe(self, decode_rows: int, prefill_rows: int, seconds: float) -> None:
-        """Learn from a step. ``seconds``: time from its header until all ranks proposed again."""
+        """Update the estimates with a step. The numbers of rows are over all ranks.
+
+        ``seconds``: time from the step's header until all ranks proposed again.
+        """
         if self._target_s is None or not decode_rows + prefill_rows:
             return
         if not prefill_rows:
@@ -101,7 +108,10 @@ class PrefillCap:
         return self._prefill_s / self._prefill_rows if self._prefill_rows else 0.0
 
     def _decode_time(self, decode_rows: int) -> float:
-        """Return the expected seconds of a step with only these decode rows, from similar steps."""
+        """Return the expected seconds of a step without prompt rows, from steps of similar size.
+
+        0.0 if no step is known.
+        """
         if not decode_rows or not self._decode_s:
             return 0.0
         size = _size(decode_rows)
@@ -109,5 +119,5 @@ class PrefillCap:
 
 
 def _size(decode_rows: int) -> int:
-    """Return the class of a row count. The classes are 1, 2, 3 .. 4, 5 .. 8 and so on."""
+    """Return the size class of a row count: 0 for 1, 1 for 2, 2 for 3 .. 4, 3 for 5 .. 8, ..."""
     return (decode_rows - 1).bit_length()

@@ -14,19 +14,19 @@ from workers.requests.request import Request
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestLimits:
-    """Limits of one engine."""
+    """Limits of one engine that a request must respect."""
 
     vocab_size: int
-    """Token ids must be less than this."""
+    """Size of the vocabulary; token ids must be less."""
     max_model_len: int
     """Maximum tokens of prompt and output together."""
     block_size: int
-    """Tokens of a KV block."""
+    """Number of tokens in a KV block."""
     num_blocks: int
     eos_token_ids: tuple[int, ...] = ()
     """End-of-sequence tokens of the model."""
     hidden_size: int = 0
-    """Elements of an embedding; 0 if not known."""
+    """Number of elements of an embedding; 0 if unknown."""
     is_classifier: bool = False
     """Whether the model is a classifier without lm_head, which cannot sample or score tokens."""
 
@@ -47,7 +47,10 @@ class RequestLimits:
 
 
 def check_request(request: Request, limits: RequestLimits) -> None:
-    """Raise ``RequestError``, naming field, value and rule, for a request that can never run."""
+    """Check that an engine can run a request at some time.
+
+    Raises ``RequestError``, which names field, value and rule, for a request that can never run.
+    """
     params, length = request.params, len(request.prompt)
     _require(length > 0, "prompt must not be empty", "prompt")
     if request.prompt_embeds is not None:
@@ -141,7 +144,11 @@ def _check_length(length: int, max_tokens: int, limits: RequestLimits) -> None:
 
 
 def check_queue_limits(request: Request, section: EngineSection, waiting: int, tokens: int) -> None:
-    """Raise ``QueueFullError`` if too many sequences or prompt tokens are waiting."""
+    """Check that a request fits into the queue; an empty queue accepts every request.
+
+    ``waiting`` and ``tokens``: sequences and prompt tokens that already wait. Raises
+    ``QueueFullError`` if a limit of ``section`` would be exceeded.
+    """
     limit, max_tokens = section.max_waiting, section.max_waiting_tokens
     if waiting and waiting + request.n > limit:
         raise QueueFullError(f"{waiting} sequences are waiting, at most {limit} (max_waiting) may")

@@ -1,13 +1,13 @@
-"""Proposals to the leader and headers from it: how all ranks agree on the next step.
+"""Messages by which all ranks agree on the next step: proposals to the leader, headers from it.
 
     attention worker                          expert worker
-    channel.propose(decode, prefill)
+    channel.propose(rows)
     header = channel.wait(timeout)            header = channel.wait(timeout)
     run the step                              serve the step
 
-Without work, all ranks are blocked in ``wait``. If a rank receives a request, its control side
+Without work, all ranks are blocked in ``wait``. If a rank receives a request, its control thread
 calls ``connections.wake()``. ``wait`` then returns None, the rank proposes again for the same step,
-and the leader sends the header. If the leader sent that header before the new proposal, the rank
+and the leader sends the header. If the leader sent this header before the new proposal, the rank
 takes part in the step without rows and proposes for the next step.
 """
 
@@ -47,7 +47,10 @@ class _Ranks:
 
 
 class StepChannel:
-    """One worker's side of the step protocol. Data thread only."""
+    """Sends a worker's proposals to the leader, and receives step headers. Data thread only.
+
+    On the leader it also receives the proposals, decides the headers and sends them.
+    """
 
     def __init__(
         self,
@@ -67,11 +70,11 @@ class StepChannel:
         self._buckets = buckets
         self._known = _Ranks.of(connections.generation)
         self.highest_step = 0
-        """Highest step of all headers received, in any generation."""
+        """Highest step number of all headers received, in any generation; 0 before the first."""
         self.last_rows = 0
-        """Rows of all ranks in the newest header."""
+        """Number of rows of all ranks in the newest header; 0 at the start of a generation."""
         self.highest_epoch = 0
-        """Highest placement epoch of all headers received."""
+        """Highest placement epoch of all headers received; 0 before the first header."""
         self._next_step = 1
         self._epoch = 0
         self._oldest_epoch = 0
@@ -87,19 +90,22 @@ class StepChannel:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this worker publishes the headers of the current generation."""
+        """Whether this worker is the leader of the current generation, which decides headers."""
         return self._ranks.leader == self._connections.me.name
 
     @property
     def _ranks(self) -> _Ranks:
-        """Ranks of the current generation."""
+        """The attention ranks of the current generation."""
         generation = self._connections.generation
         if self._known.generation is not generation:
             self._known = _Ranks.of(generation)
         return self._known
 
     def missing_workers(self) -> list[str]:
-        """Workers this rank waits for: the leader, or if it leads, ranks without a proposal."""
+        """Return the names of workers whose message is missing before the next step can start.
+
+        On the leader: attention ranks without a proposal. On all other workers: the leader.
+        """
         if not self.is_leader:
             return [self._ranks.leader]
         return [name for name, rank in self._ranks.by_name.items() if rank not in self._proposals]
@@ -119,18 +125,20 @@ class StepChannel:
         self.set_epoch(epoch, epoch)
 
     def set_epoch(self, epoch: int, oldest_epoch: int) -> None:
-        """Leader: set the placement epoch of the next headers.
+        """Set the placement epoch that the leader puts into the next headers.
 
-        The next header is sent when all ranks have proposed, even if no rank wants a row.
+        After a change of the epoch, the leader sends the next header when all ranks have proposed,
+        even if no rank wants a row. ``oldest_epoch``: the oldest epoch that steps may still use.
         """
         self._epoch = epoch
         self._oldest_epoch = oldest_epoch
 
     def propose(self, rows: RowsWanted, *, even_empty: bool = False) -> None:
-        """Attention ranks: propose rows for the next step, replacing an earlier proposal.
+        """Propose this attention rank's rows for the next step, replacing its earlier proposal.
 
-        With ``even_empty`` the leader starts a step once all ranks have proposed, even if no rank
-        has rows. Raises the errors of ``connections.send``.
+        ``even_empty``, on the leader: start a step once all ranks have proposed, even if no rank
+        has rows. No effect if the header of the next step has arrived. Raises the errors of
+        ``PeerConnections.send``.
         """
         connections = self._connections
         self._take_step_frames()
@@ -224,7 +232,7 @@ class StepChannel:
             self._decide()
 
     def _decide(self, even_empty: bool = False) -> None:
-        """Leader: send the header of the next step if there is one."""
+        """On the leader: send the next header if all ranks have proposed and any wants rows."""
         if len(self._proposals) < len(self._ranks.by_name):
             return
         self._observe_step()
@@ -253,7 +261,7 @@ class StepChannel:
         self._running_step = (header, time.monotonic())
 
     def _observe_step(self) -> None:
-        """Leader: record the time of the previous step once all ranks have proposed again."""
+        """On the leader: record the time of the previous step, as all ranks have proposed again."""
         if self._running_step is None:
             return
         (header, start), self._running_step = self._running_step, None

@@ -42,49 +42,53 @@ from workers.sampling.sampler import (
 from workers.scheduling.step_plan import PlannedRows, StepPlan
 
 _SCORED_ROWS = 64
-"""Number of prompt rows scored at a time, to limit memory: 64 x 50304 float32 are 13 MB."""
+"""Maximum prompt rows whose logits are computed at a time: 64 x 50304 float32 are 13 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """Tokens and scores of a step, before the commit."""
+    """Tokens and scores that a step has computed, before they are committed."""
 
     complete: dict[SequenceState, int] = field(default_factory=dict)
-    """Sequences whose newest token is in the step, with its row, from which to sample or score."""
+    """Sequences whose newest token was computed in the step, with the row of this token."""
     drawn: dict[SequenceState, list[SampledToken]] = field(default_factory=dict)
-    """Sampled tokens: the one after the newest token, then one after each accepted draft."""
+    """Tokens sampled for each sequence: one after its newest token, then one after each accepted
+    draft."""
     scored: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
     failed: dict[SequenceState, Failure] = field(default_factory=dict)
-    """Sequences that fail, with their error; not in ``complete``, ``drawn`` and ``candidates``."""
+    """Sequences that fail, with their errors; they are not in ``complete``, ``drawn`` and
+    ``candidates``."""
     classes: dict[SequenceState, tuple[float, ...]] = field(default_factory=dict)
-    """Logits by class for prompts whose last row was in the step; classifiers only."""
+    """Class logits of each prompt whose last row was in the step; for classifier models only."""
     inspected: dict[SequenceState, StepRows] = field(default_factory=dict)
     broken: list[PlannedRows] = field(default_factory=list)
     """Plan entries with drafts in which any row, even of a rejected draft, has NaN or infinity."""
     candidates: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
-    """Candidate tokens of beams in ``complete``; ignore the tokens of these beams in ``drawn``."""
+    """Candidate next tokens of each beam in ``complete``; the beam's entry in ``drawn`` has no
+    meaning."""
     predicted: dict[SequenceState, int] = field(default_factory=dict)
-    """The token that the predictor expects after the sampled ones."""
+    """For each sequence, the token that the model's prediction layer expects after the sampled
+    tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class _SampledRows:
-    """Consecutive rows from which tokens of one sequence are sampled."""
+    """Consecutive rows of a step from which tokens of one sequence are sampled."""
 
     sequence: SequenceState
     first: int
-    """Row of the newest token."""
+    """Row of the sequence's newest token; the rows of the drafts follow."""
     drafts: tuple[int, ...]
 
     @property
     def row_indices(self) -> list[int]:
-        """Rows of the newest token and of the drafts."""
+        """Row indices of the sequence's newest token and of its drafts."""
         return list(range(self.first, self.first + 1 + len(self.drafts)))
 
 
 @dataclass(frozen=True, slots=True)
 class _SampledLogits:
-    """Rows of logits, the sampling parameters of each, and the sampled tokens."""
+    """Rows of logits, with the sampling parameters and the sampled token of each row."""
 
     logits: Tensor
     rows: Sequence[SamplingRow]
@@ -96,10 +100,11 @@ class StepSampler:
 
     Args:
         config: the model's configuration.
-        banks: its expert banks.
-        logits: the head of the model: [rows, H] -> [rows, V], or classes.
-        is_exact: whether a row's result must not depend on others, so each is computed alone.
-        team: samples tokens with a native kernel; None uses torch.
+        banks: the model's expert banks.
+        logits: the head of the model: [rows, H] -> [rows, V], or [rows, classes].
+        is_exact: whether a row's result must not depend on other rows, so that logprobs of each row
+            are computed alone.
+        team: threads of the native sampling kernel; None: torch samples.
     """
 
     def __init__(
@@ -119,10 +124,10 @@ class StepSampler:
         self._processors: dict[SequenceState, LogitsProcessors] = {}
         self._mask_thread = ThreadPoolExecutor(1, "grammar-masks")
         self.inspector = Inspector(config, banks, logits, self._score)
-        """Records internal tensors of the model for inspections."""
+        """Reads internal tensors of the model for requests that inspect them."""
 
     def start(self, sequence: SequenceState, grammar: GrammarState | None) -> None:
-        """Track a sequence until ``end``; ``grammar`` is its own state."""
+        """Track a sequence until ``end``. ``grammar``: its own state; None without a grammar."""
         self._processors[sequence] = LogitsProcessors(sequence, self._eos, grammar)
         self.inspector.start(sequence)
 
@@ -131,14 +136,21 @@ class StepSampler:
         self.inspector.end(sequence)
 
     def prepare(self, plan: StepPlan) -> None:
-        """Start to compute the grammar masks that ``sample`` needs, while the model runs."""
+        """Start to compute the grammar masks of a plan on another thread, while the model runs.
+
+        ``sample`` waits for the masks.
+        """
         for planned in plan.rows:
             grammar = self._processors[planned.sequence].grammar
             if grammar is not None and (planned.is_decode or planned.samples_token):
                 grammar.prepare(self._mask_thread)
 
     def sample(self, plan: StepPlan, result: StepResult) -> StepTokens:
-        """Sample the tokens of a plan that ran to its last layer. Changes no sequence."""
+        """Sample the tokens of a plan that ran to the model's last layer.
+
+        Also scores, inspects and classifies prompt rows. Changes no sequence. Raises
+        ``TransportError`` if messages of the step are lost.
+        """
         tokens = StepTokens()
         for planned, first_row in zip(plan.rows, result.first_row, strict=True):
             sequence = planned.sequence
@@ -159,9 +171,10 @@ class StepSampler:
         predicted: Tensor,
         drawn: Mapping[SequenceState, Sequence[int]],
     ) -> dict[SequenceState, int]:
-        """Return, for each sequence, the token that the predictor expects after the sampled ones.
+        """Return for each sequence in ``drawn`` the token expected after its sampled tokens.
 
-        predicted [num_rows, H]: the predictor's hidden states, in the order of ``result.hidden``.
+        predicted [num_rows, H]: hidden states of the model's prediction layer, in the order of
+        ``result.hidden``. drawn: tokens sampled in the step.
         """
         row_of = {}
         for planned, first_row in zip(plan.rows, result.first_row, strict=True):
@@ -178,7 +191,10 @@ class StepSampler:
     def _read_prompt_rows(
         self, tokens: StepTokens, planned: PlannedRows, first_row: int, result: StepResult
     ) -> bool:
-        """Score and inspect prompt rows; False if a hidden state or a logit is NaN or infinity."""
+        """Score and inspect the prompt rows of a plan entry; add the results to ``tokens``.
+
+        Returns False if a hidden state or a logit is NaN or infinity.
+        """
         sequence = planned.sequence
         result.finish()
         if not result.finite[first_row : first_row + planned.count].all():  # device-to-host sync
@@ -200,9 +216,9 @@ class StepSampler:
     def _score_prompt(
         self, planned: PlannedRows, hidden: Tensor, first_row: int
     ) -> list[TokenLogprob] | None:
-        """Return logprobs of the prompt tokens after these rows, except tokens already scored.
+        """Return the logprobs of the prompt tokens that follow the planned rows' tokens.
 
-        None if a logit is NaN or infinity.
+        Tokens that were scored in earlier steps are skipped. None if a logit is NaN or infinity.
         """
         sequence = planned.sequence
         prompt = sequence.request.prompt
@@ -221,9 +237,10 @@ class StepSampler:
         return entries
 
     def _sample(self, tokens: StepTokens, plan: StepPlan, result: StepResult) -> None:
-        """Sample a token for every complete sequence; drop sequences with broken rows.
+        """Sample tokens for every sequence in ``tokens.complete``.
 
-        Tokens and ``finite`` flags are copied to the host together, so the step synchronizes once.
+        Sequences whose rows contain NaN or infinity fail. Tokens and ``finite`` flags are copied to
+        the host together, so the step synchronizes once.
         """
         sampled = self._rows_to_sample(tokens.complete, plan)
         rows = [row for one in sampled for row in self._processors[one.sequence].rows(one.drafts)]
@@ -272,7 +289,10 @@ class StepSampler:
         kept: Sequence[range],
         drawn: _SampledLogits,
     ) -> None:
-        """Record the ``kept`` tokens of each sequence, with logprobs if they are requested."""
+        """Record the accepted tokens of each sequence, with logprobs if they are requested.
+
+        ``kept``: for each entry of ``sampled``, the indices into ``drawn`` of its accepted tokens.
+        """
         row_indices = [row_index for own in kept for row_index in own]
         rows, ids = (
             [drawn.rows[row_index] for row_index in row_indices],
@@ -301,7 +321,10 @@ class StepSampler:
     def _find_candidates(
         self, tokens: StepTokens, beams: Mapping[SequenceState, int], logits: Tensor
     ) -> None:
-        """Find the candidates of beams from their rows of the logits, request by request."""
+        """Find the candidate next tokens of beams, request by request.
+
+        ``beams``: row in ``logits`` of each beam.
+        """
         by_request: dict[str, list[SequenceState]] = {}
         for sequence in beams:
             by_request.setdefault(sequence.request.request_id, []).append(sequence)
@@ -318,13 +341,13 @@ class StepSampler:
             tokens.candidates.update(zip(sequences, candidates, strict=True))
 
     def _logits_of(self, rows: Sequence[int], result: StepResult) -> Tensor:
-        """Return the logits [rows, V] of rows in ascending order."""
+        """Return the logits [len(rows), V] of the given rows, which must be ascending."""
         if result.logits is not None:
             return _select_rows(result.logits, rows)
         return self._logits(_select_rows(result.hidden, rows))
 
     def _classify(self, tokens: StepTokens, hidden: Tensor) -> None:
-        """Compute the class logits of complete prompts."""
+        """Compute the class logits of complete prompts, if the model is a classifier."""
         if not self._is_classifier or not tokens.complete:
             return
         ends = list(tokens.complete.values())
@@ -336,7 +359,7 @@ class StepSampler:
                 tokens.classes[sequence] = tuple(row)
 
     def _failure(self, sequence: SequenceState, failure: SamplingFailure) -> Failure:
-        """Return the error for the client if no token could be sampled."""
+        """Return the error for the client of a sequence for which no token could be sampled."""
         if failure is not SamplingFailure.NONE_ALLOWED:
             return NOT_FINITE
         where = f"position {len(sequence.output)} of the output"
@@ -352,11 +375,11 @@ class StepSampler:
 
 
 def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequence[bool]) -> int:
-    """Number of leading drafts that equal the tokens sampled from the row before them.
+    """Return the number of leading drafts that equal the token sampled from the row before.
 
-    ``drawn`` has a token, or a failure, for the row of the newest token and of each draft. A draft
-    whose row gave no token is not accepted and runs again as the newest token. So tokens and errors
-    equal those of steps with one row.
+    ``drawn`` and ``is_finite`` have an entry for the row of the newest token and of each draft; a
+    negative ``drawn`` entry is a failure. A draft whose row yields no token is not accepted and
+    runs again as the newest token, so tokens and errors are as in steps with one row per sequence.
 
         drafts 5 6 7, drawn 5 6 9 4: two are accepted, and the step gives 5 6 9
     """
@@ -370,7 +393,7 @@ def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequenc
 
 
 def _select_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """Select rows of x [T, ..], without a copy if they are all rows in order."""
+    """Return the given rows of x [T, ..]; x itself if these are all rows in order."""
     if rows == list(range(len(x))):
         return x
     return x[to_device(rows, x.device)]

@@ -1,8 +1,8 @@
 """Detects that a rank has rows to run but no step starts.
 
-It is the last resort for failures in which no connection breaks and no worker stalls. The leader
-waits for proposals. The other ranks wait for the leader, with twice its limit. Rows of the previous
-step add time, as a peer may still run them.
+The watchdog is the last resort for failures in which no connection breaks and no worker stalls. The
+leader waits for proposals. The other ranks wait for the leader, with twice the leader's limit. Rows
+of the previous step add time, as a peer may still run them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from workers.metrics.activity import ROW_LIMIT_S
 
 LIMITS = 2.0
-"""Wait limit of the leader, in detection limits, if the previous step had no rows."""
+"""Longest wait of the leader for a step, as a multiple of the detection limit, if the previous step
+had no rows."""
 
 
 class StepWatchdog:
-    """Watches one attention rank. Pure: monotonic times are passed in."""
+    """Detects that one attention rank waits too long for a step. Pure: times are passed in."""
 
     def __init__(self, detection_limit_s: float) -> None:
         self._limit_s = LIMITS * detection_limit_s
@@ -23,10 +24,10 @@ class StepWatchdog:
     def overdue_s(
         self, *, wants: bool, leads: bool, last_rows: int, last_commit: float, now: float
     ) -> float | None:
-        """Return the seconds for which this rank has waited for a step, None if within the limit.
+        """Return the seconds for which this rank has waited too long for a step; else None.
 
-        ``wants``: this rank has rows to run. ``leads``: it is the leader. ``last_rows``: rows of
-        all ranks in the previous step.
+        ``wants``: this rank has rows to run. ``leads``: this rank is the leader. ``last_rows``:
+        rows of all ranks in the previous step. ``last_commit`` and ``now``: monotonic times.
         """
         if not wants:
             self._wanted_at = None
@@ -38,5 +39,5 @@ class StepWatchdog:
         return waited_s if waited_s > limit_s else None
 
     def begin(self) -> None:
-        """Reset the time of waiting at the start of a generation."""
+        """Begin a generation: reset the time for which this rank has waited."""
         self._wanted_at = None
