@@ -1,4 +1,4 @@
-"""Table of the adapters that the attention workers have, load or free."""
+"""Table of the LoRA adapters that the attention workers have, load or free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.core.states import AdapterState, next_state
 
 
 class AdapterTable:
-    """Resolves adapter names. Only ``Adapters`` changes it."""
+    """Table of the LoRA adapters of the cluster, by key. Only ``Adapters`` changes the table."""
 
     def __init__(self) -> None:
         self.by_key: Mapping[str, KeptAdapter] = {}
@@ -40,7 +40,7 @@ class AdapterTable:
         )
 
     def add(self, name: str, path: str, tenants: tuple[str, ...], number: int) -> KeptAdapter:
-        """Add an adapter in state LOADING; ``number`` is the number of its load command."""
+        """Add an adapter in state LOADING and return it; ``number``: that of its load command."""
         adapter = AdapterRecord(key=f"{name}@{number}", name=name, path=path, tenants=tenants)
         kept = KeptAdapter(adapter=adapter, state=AdapterState.LOADING, number=number)
         self._put(kept)
@@ -48,7 +48,7 @@ class AdapterTable:
         return kept
 
     def enter(self, kept: KeptAdapter, state: AdapterState) -> None:
-        """Change the state. Raises ``IllegalTransitionError``."""
+        """Change the state of an adapter. Raises ``IllegalTransitionError``."""
         self._put(replace(kept, state=next_state(kept.state, state)))
 
     def remove(self, key: str) -> None:
@@ -70,7 +70,7 @@ class AdapterTable:
         return differing
 
     def note_lacking(self, worker: str, keys: Collection[str]) -> list[str]:
-        """Record the adapters that a worker could not load; return the keys with a change."""
+        """Record the keys of all adapters that a worker could not load; return the changed keys."""
         changed = []
         for key, kept in list(self.by_key.items()):
             if (key in keys) != (worker in kept.lacking):

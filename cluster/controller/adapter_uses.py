@@ -1,7 +1,8 @@
 """Adapters that requests at gateways use, including requests that still wait for a worker.
 
-A gateway reports them with each poll for a snapshot, together with the version that it has. Until
-that version shows an adapter as unloaded, the gateway may accept requests that name it. Pure.
+A gateway reports these adapters with each poll for a snapshot, together with the version of the
+snapshot that it has. Until that snapshot shows an adapter as unloaded, the gateway may accept
+requests that name the adapter. Pure.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ class _Report:
     version: int
     """Version of the snapshot that the gateway has."""
     keys: frozenset[str]
-    """Keys of the adapters that its requests use."""
+    """Keys of the adapters that requests at the gateway use."""
 
 
 class AdapterUses:
-    """The newest report of each gateway, and the versions at which adapters were unloaded."""
+    """Adapters that requests at the gateways use: the newest report of each gateway."""
 
     def __init__(self) -> None:
         self._reports: dict[str, _Report] = {}
@@ -30,7 +31,7 @@ class AdapterUses:
         self._reports[gateway] = _Report(version, frozenset(keys))
 
     def leave(self, gateway: str) -> None:
-        """Forget a gateway that has ended, with its requests."""
+        """Forget the report of a gateway that has ended."""
         self._reports.pop(gateway, None)
 
     def retire(self, key: str, version: int) -> None:
@@ -38,7 +39,7 @@ class AdapterUses:
         self._retired[key] = version
 
     def forget(self, key: str) -> None:
-        """Forget an adapter that is freed."""
+        """Forget an unloaded adapter, because the workers free it."""
         self._retired.pop(key, None)
 
     def may_use(self, key: str) -> bool:

@@ -1,11 +1,11 @@
-"""Adapters: makes all attention workers load the same adapters, which requests can then name.
+"""LoRA adapters: makes all attention workers load the same adapters, for requests that name them.
 
     load ─▶ LOADING ─▶ all workers have it ─▶ READY ─▶ unload ─▶ UNLOADING
         ─▶ no request has used it for a while ─▶ workers free it
 
-A new worker joins once it has all adapters that it can load. Requests for an adapter that it cannot
-load go to other workers, and it retries every ``RETRY_S``. A command lists all adapters that a
-worker must have, so any controller, also a restarted one, can send it at any time.
+A new worker joins once it has all adapters that it can load. Requests for an adapter that a worker
+cannot load go to other workers, and the worker retries every ``RETRY_S``. A command lists all
+adapters that a worker must have, so any controller, also a restarted one, can send it at any time.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from cluster.core.frames import AdaptersKept, KeepAdapters
 from cluster.core.states import AdapterState, ClusterState, WorkerState
 
 LOAD_LIMIT_S = 120.0
-"""Time limit for all workers to load an adapter, and for a new worker to load all adapters."""
+"""Time limit, in seconds, for all workers to load an adapter, or a new worker all adapters."""
 _KEPT_ERRORS = 64
 UNUSED_S = 5.0
-"""Time without requests after which an unloaded adapter is freed. Requests of a lost worker may
-still be moving to another worker."""
+"""Seconds without requests after which workers free an unloaded adapter. The delay is for requests
+that are moving from a lost worker to another one."""
 
 
 RETRY_S = 30.0
-"""Time between two attempts of a worker to load an adapter that it could not load."""
+"""Seconds between two attempts of a worker to load an adapter that it could not load."""
 
 
 class AdapterUnloadCommand(Message, frozen=True, kw_only=True):
@@ -59,7 +59,7 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
     """Names of the keys that may use the adapter; if empty, every caller may."""
 
     def check(self, config: ClusterConfig) -> None:
-        """Raise ``RequestError`` if the configuration does not allow such an adapter."""
+        """Raise ``RequestError`` if the configuration does not allow this adapter."""
         if not is_valid_name(self.name):
             raise RequestError(f"lora_name ({self.name[:128]!r}) {NAME_RULE}", "lora_name")
         if why := self._path_error(config.lora):
@@ -70,7 +70,7 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
             raise RequestError(f"lora_name ({self.name}) is the name of the model", "lora_name")
 
     def _path_error(self, lora: LoraSection) -> str:
-        """Reason why the path is not allowed; empty if it is."""
+        """Reason why the path of the adapter is not allowed; empty if it is allowed."""
         if not is_folder_path(self.path):
             return f"must be an absolute path of at most {MAX_PATH} characters"
         if lora.allows_path(self.path):
@@ -79,7 +79,7 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
         return f"must be in a folder of --lora-roots, without '..' ({roots})"
 
     def _tenants_error(self, has_keys: bool) -> str:
-        """Reason why the tenants are not allowed; empty if they are."""
+        """Reason why the tenants of the adapter are not allowed; empty if they are allowed."""
         if not are_valid_tenants(self.tenants):
             return f"must be at most {MAX_TENANTS} names of at most {MAX_TENANT} characters"
         if not self.tenants or has_keys:
@@ -88,7 +88,10 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
 
 
 class Adapters:
-    """Decides which adapters each worker loads and frees; ``now`` is in monotonic seconds."""
+    """Decides which LoRA adapters the attention workers load and free.
+
+    ``now`` is in monotonic seconds.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         """Add the adapters of the configuration, in state LOADING."""
@@ -96,15 +99,15 @@ class Adapters:
         self._table = cluster.adapters
         self._number = 0
         self._answers: dict[str, int] = {}
-        """Worker -> number of the newest command that it has carried out."""
+        """Worker -> number of the newest command that the worker has carried out."""
         self._since: dict[str, float] = {}
-        """Adapter key -> time at which its load began or requests last used it."""
+        """Adapter key -> time at which its load began or, if unloading, it was last in use."""
         self._awaits_since: dict[str, float] = {}
-        """Worker that waits only for its adapters -> time at which the wait began."""
+        """Worker that only lacks adapters to join a generation -> time at which the wait began."""
         self._errors: dict[str, str] = {}
-        """Adapter key -> error of its load, for the last ``_KEPT_ERRORS`` errors."""
+        """Adapter key -> error of the adapter's load, for the last ``_KEPT_ERRORS`` errors."""
         self.uses = AdapterUses()
-        """Adapters used by requests at the gateways."""
+        """Adapters that requests at the gateways use, as the gateways report them."""
         self._retry_at = 0.0
         for module in cluster.config.lora.adapters:
             self._add(module.name, module.path, module.tenants, cluster.began_at)
@@ -112,18 +115,18 @@ class Adapters:
     # ---- queries --------------------------------------------------------------------------
 
     def is_settled(self, key: str) -> bool:
-        """Whether the load of an adapter has succeeded or failed."""
+        """Return whether the load of the adapter with this key has succeeded or failed."""
         kept = self._table.by_key.get(key)
         return kept is None or kept.state is not AdapterState.LOADING
 
     def error(self, key: str) -> str:
-        """Reason why an adapter could not be loaded; empty without an error."""
+        """Return the reason why the adapter with this key could not be loaded; empty for none."""
         return self._errors.get(key, "")
 
     def answer(self, key: str) -> dict[str, Any]:
-        """Return the entry of a loaded adapter; empty if it has been unloaded since.
+        """Return the status of a loaded adapter; empty if the adapter has been unloaded since.
 
-        Raises ``RequestError`` if it could not be loaded.
+        Raises ``RequestError`` if the adapter could not be loaded.
         """
         if error := self.error(key):
             raise RequestError(f"lora_path: {error}", "lora_path")
@@ -132,9 +135,10 @@ class Adapters:
     # ---- commands ---------------------------------------------------------------------------
 
     def load(self, command: AdapterLoadCommand, now: float) -> str:
-        """Begin to load an adapter; return its key.
+        """Make the workers load an adapter; return the key of the adapter.
 
-        Raises ``RequestError`` and ``ConflictError``.
+        Raises ``RequestError`` if the command is invalid or the name in use, and ``ConflictError``
+        if there are too many adapters or the cluster is starting or ending.
         """
         cluster, name = self._cluster, command.name
         command.check(cluster.config)
@@ -152,9 +156,10 @@ class Adapters:
         return kept.adapter.key
 
     def unload(self, name: str, now: float) -> str:
-        """Refuse new requests for an adapter, and return its key.
+        """Refuse new requests for an adapter, which is freed later; return the adapter's key.
 
-        Raises ``ModelNotFoundError`` and ``ConflictError``.
+        Raises ``ModelNotFoundError`` for an unknown name, and ``ConflictError`` if the adapter is
+        not ready.
         """
         kept = self._table.named(name)
         if kept is None:
@@ -167,7 +172,10 @@ class Adapters:
     # ---- events ---------------------------------------------------------------------------
 
     def restore(self, now: float) -> None:
-        """Send all adapters to the workers again: a new controller does not know what they got."""
+        """Send all adapters to the workers again, after a restart of the controller.
+
+        The restarted controller does not know which commands the workers have received.
+        """
         self._since = dict.fromkeys(self._table.by_key, now)
         for kept in self._table.in_state(AdapterState.UNLOADING):
             self.uses.retire(kept.adapter.key, self._cluster.version)
@@ -178,13 +186,16 @@ class Adapters:
             self._order_all()
 
     def registered(self, record: WorkerRecord) -> None:
-        """Send the adapters to a new worker, which loads them after its weights."""
+        """Send the adapters to a new worker, which loads them after the model's weights."""
         if record.member.runs_attention and self._table.by_key:
             record.awaits_adapters = True
             self._order(record)
 
     def answered(self, record: WorkerRecord, frame: AdaptersKept, now: float) -> str:
-        """Record a worker's report of its adapters; return the reason if the start must fail."""
+        """Record a worker's report of its adapters.
+
+        Returns the reason why the cluster's start must fail; empty if it need not fail.
+        """
         name, errors = record.name, dict(frame.errors)
         if frame.number < self._number:
             return ""
@@ -205,7 +216,7 @@ class Adapters:
         return "; ".join(filter(None, words))
 
     def tick(self, now: float) -> dict[str, str]:
-        """Check all time limits; return the workers that replied too late, with the reason."""
+        """Check all time limits; return workers (name -> reason) that loaded adapters too late."""
         self._settle(now)  # workers that did not answer may be lost
         for kept in self._table.in_state(AdapterState.LOADING):
             if not self._is_starting and now >= self._since[kept.adapter.key] + LOAD_LIMIT_S:
@@ -227,7 +238,7 @@ class Adapters:
         return dict.fromkeys(late, f"it has not loaded its adapters within {LOAD_LIMIT_S:g} s")
 
     def problems(self) -> list[str]:
-        """Messages for operators: workers that serve without an adapter."""
+        """Return messages for operators about workers that serve without an adapter."""
         alive = {record.name for record in self._workers()}
         return [
             f"{worker} serves without the adapter {kept.adapter.name}, which it could not load"
@@ -255,7 +266,7 @@ class Adapters:
         return [r for r in self._cluster.workers.alive() if r.member.runs_attention]
 
     def _settle(self, now: float) -> None:
-        """Make adapters that all workers have loaded ready for requests."""
+        """Make adapters ready for requests once all workers have answered their load command."""
         cluster = self._cluster
         asked = [r for r in self._workers() if r.may_join or self._is_starting]
         for kept in self._table.in_state(AdapterState.LOADING):
@@ -285,9 +296,9 @@ class Adapters:
     ) -> str:
         """Handle an adapter that a worker cannot load; return the reason if the start must fail.
 
-        The error ends the start, or the load that a client requested. An adapter that is loaded
-        stays in use on the other workers. ``is_new``: the worker has not joined. ``is_news``: the
-        error is new.
+        The error ends the cluster's start, or the load that a client requested. An adapter that is
+        ready stays in use on the other workers. ``is_new``: whether the worker has yet to join a
+        generation. ``is_news``: whether the worker has not reported the error before.
         """
         kept = self._table.by_key.get(key)
         if kept is None:
@@ -302,7 +313,7 @@ class Adapters:
         return ""
 
     def _drop(self, kept: KeptAdapter, error: str, now: float) -> None:
-        """Remove an adapter and let the workers free it."""
+        """Remove an adapter and make workers free it; ``error``: why its load failed, or empty."""
         key = kept.adapter.key
         del self._since[key]
         self._table.remove(key)

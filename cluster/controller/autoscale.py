@@ -1,9 +1,9 @@
 """Autoscaling: resizes the pools by load, with the scale operations that clients also use.
 
 ``cluster.policy.autoscaling`` decides, from the stats that workers report with their heartbeats.
-Its averages restart whenever the cluster is not complete or an operation runs. After a
-scale operation that failed or was cancelled, the next one waits; the wait doubles with each further
-failure. Operations of an earlier controller count too.
+The averages of the policy restart whenever the cluster is not complete or an operation runs. After
+a scale operation that failed or was cancelled, the next one waits; the wait doubles with each
+further failure. Failed operations of an earlier controller count too.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ class Autoscaling:
         self._limits = self._section.limits(cluster.config.workers.pools)
         self._pools: dict[Role, PoolHistory] = {}
         self._slot_seconds: dict[str, tuple[float, float]] = {}
-        """Worker -> time of its last sample, and its counter at that time."""
+        """Worker -> monotonic time of the worker's last sample, and its slot seconds then."""
         self._look_at = cluster.began_at
         self._refused_until: dict[tuple[Role, bool], float] = {}
-        """(pool, whether it should have grown) -> end of the wait after a refusal."""
+        """(pool, whether the pool should have grown) -> end of the pause after a refusal."""
         self._decision: AutoscaleDecision | None = None
         self._noted: Mapping[Role, int] | None = None
-        """Pool sizes of the last dry-run entry in the history."""
+        """Pool sizes of the last dry-run entry in the history; None before the first."""
         self._note_at = cluster.began_at
         self._waits_for = ""
         self._refusal = ""
-        """The last refused scale operation, with the reason."""
+        """Text of the last refused scale operation, with the reason; empty without a refusal."""
 
     @property
     def is_on(self) -> bool:
-        """Whether the policy decides; in a dry run its decisions only appear in the history."""
+        """Whether autoscaling is on, or in a dry run: decisions then only appear in the history."""
         return self._section.autoscale != "off"
 
     def tick(self, now: float) -> None:
@@ -81,7 +81,7 @@ class Autoscaling:
             self._begin(self._decision, change, now)
 
     def to_dict(self) -> dict[str, Any]:
-        """The autoscaling section of ``status``."""
+        """Return the autoscaling section of the cluster's status."""
         decision = self._decision
         limits = self._limits.items() if self.is_on else ()
         return {
@@ -134,7 +134,7 @@ class Autoscaling:
         )
 
     def _slot_time(self, workers: Sequence[WorkerRecord], now: float) -> float | None:
-        """Mean share of time in activated slots since the last sample; None while unknown."""
+        """Mean share of time for activated slots since the last sample; None if any is unknown."""
         shares = [self._slot_share(record, now) for record in workers]
         known = [share for share in shares if share is not None]
         return sum(known) / len(known) if len(known) == len(shares) and known else None
@@ -150,7 +150,7 @@ class Autoscaling:
         return max(counter - before[1], 0.0) / (now - before[0])
 
     def _allowed(self, role: Role) -> PoolLimits:
-        """Size limits of a pool; it never has more expert workers than a bank has experts."""
+        """Size limits of a pool; no pool has more expert workers than a bank has experts."""
         limits = self._limits[role]
         most = min((b.num_experts for b in self._cluster.desired.banks), default=limits.max_workers)
         if not holds_experts(role) or most >= limits.max_workers:
@@ -165,7 +165,7 @@ class Autoscaling:
     # ---- whether to act ---------------------------------------------------------------------
 
     def _obstacle(self) -> str:
-        """Reason why the stats must not be sampled now; empty if they may."""
+        """Reason why the stats must not be sampled now; empty if they may be sampled."""
         running = self._cluster.operations.running
         if running is not None:
             return f"{running.id} is under way"
@@ -176,14 +176,14 @@ class Autoscaling:
     def _change(
         self, decision: AutoscaleDecision, sizes: Mapping[Role, int]
     ) -> tuple[Role, bool] | None:
-        """The pool that should change, and whether it should grow."""
+        """The pool that should change, and whether the pool should grow; None without a change."""
         role = decision.changes
         return None if role is None else (role, decision.wanted[role] > sizes[role])
 
     def _pause(self, change: tuple[Role, bool] | None, now: float) -> str:
-        """Reason why no scale operation may begin yet after a failure; empty if one may.
+        """Reason why no scale operation may begin yet after a failure; empty if one may begin.
 
-        A refusal delays only the change that was refused."""
+        A refusal of a scale operation delays only the change that was refused."""
         left_s = self._refused_until.get(change, now) - now if change is not None else 0.0
         if left_s > 0:
             return f"{left_s:.0f} s are left after a refusal"
@@ -198,7 +198,7 @@ class Autoscaling:
         return f"{left_s:.0f} s are left after {last.id} {last.state.value}: {last.message}"
 
     def _failed(self) -> list[Operation]:
-        """Scale operations after the last successful one, newest first."""
+        """Scale operations that ended after the last successful scale operation, newest first."""
         found: list[Operation] = []
         for operation in reversed(self._cluster.operations.kept):
             if operation.kind == "scale" and operation.state is OperationState.SUCCEEDED:

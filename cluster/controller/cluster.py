@@ -1,12 +1,12 @@
 """The model that the parts of the controller share: the state of the cluster, and the effects.
 
-Each part decides on its own subject: it reads the state here, changes the state of its subject,
-and adds effects. The life of a generation:
+Each part decides on its own subject: the part reads the state of ``Cluster``, changes the state of
+its subject, and adds effects. The life of a generation:
 
     form ─▶ NewGeneration to every member ─▶ GenerationReady from all, experts in their slots
         ─▶ run ─▶ RunGeneration(first step above the highest step of any member)
 
-If another member is lost before RunGeneration, the next generation is formed.
+If a member is lost before RunGeneration, the next generation is formed.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from cluster.tracing import names
 logger = logging.getLogger(__name__)
 
 _LEFT_OPERATIONS = 16
-"""Maximum number of operations that the next controller gets."""
+"""Maximum number of operations that a restarted controller gets."""
 _VERSIONS_OF_A_TERM = 1_000_000
-"""Distance between the versions of two terms, so that a restarted controller repeats no version."""
+"""Number of snapshot versions reserved for each term, so that a new controller repeats none."""
 
 
 class Cluster:
@@ -72,41 +72,42 @@ class Cluster:
         wall_time_offset_s: float = 0.0,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        """``wall_time_offset_s`` plus ``now`` is the time of day.
+        """Create the state of a cluster whose workers have not registered yet.
 
-        ``notes``: see ``ControllerMemory``.
+        ``wall_time_offset_s`` plus ``now`` is the time of day. ``notes`` are arguments of the
+        cluster's start, which a restarted controller gets.
         """
         self.config = config
         self.began_at = now
-        """Monotonic time at which this controller began."""
+        """Monotonic time at which this controller process began to serve the cluster."""
         self.effects: list[Effect] = []
-        """Effects of the current event."""
+        """Effects (actions for the controller actor) that the current event has added so far."""
         self._is_remembered = True
         self.term = term
         self.identity = identity
-        """Identity that distinguishes controllers that claim the same term."""
+        """Identity of this controller, to distinguish controllers that claim the same term."""
         self.host = host
         """Host of the controller."""
         self.nodes: NodeIds | None = None
-        """The live nodes; None before they are listed for the first time."""
+        """Ids of the live Ray nodes by address; None before Ray lists them for the first time."""
         self.known_nodes: frozenset[str] = frozenset()
-        """Ids of nodes that ``NodeFollower`` no longer treats as new."""
+        """Ids of nodes that ``NodeFollower`` does not treat as new: pool sizes include them."""
         self.num_slots = num_slots
         """Expert slots per bank of each expert worker."""
         self.room = num_slots if config.workers.device == "cuda" else None
-        """Maximum number of expert slots per bank; None if banks can grow."""
+        """Maximum number of expert slots per bank of a worker; None if workers can add slots."""
         self.state = ClusterState.STARTING
         self.error: str | None = None
-        """Reason why the start failed."""
+        """Reason why the start of the cluster failed; None if it did not fail."""
         self.version = (term - 1) * _VERSIONS_OF_A_TERM + 1
-        """Grows with every change of the snapshot."""
+        """Version of the state that gateways and workers get; grows with every change."""
         self.sent_version = 0
-        """Version of the memory that was last sent to the workers."""
+        """Version of the last controller snapshot for the workers; 0 before the first."""
         self.order_numbers = count((term << 32) + 1)
-        """Source of the numbers of load commands and requests; none is used twice in a cluster."""
+        """Source of unique numbers for commands and status requests, also after a restart."""
         self.places = Places(members)
         self.late: tuple[str, ...] = ()
-        """Workers that steps, or the next generation, wait for."""
+        """Names of the workers for which steps, or the forming generation, wait."""
         self.workers = WorkerTable(members, model=config.model, now=now)
         self.membership = MemberRecords(placement, self.workers, self.places, now)
         self.history = History(wall_time_offset_s)
@@ -115,9 +116,9 @@ class Cluster:
         self.metrics = ControllerMetrics({m.role for m in members})
         self.operations = Operations(term, wall_time_offset_s, self.send_snapshot)
         self.drain: Drain | None = None
-        """The running drain, if any."""
+        """The running drain; None if no drain runs."""
         self.scale: Scale | None = None
-        """The running scaling, if any."""
+        """The running scaling; None if no scaling runs."""
         self.adapters = AdapterTable()
         self.disks = HostDisks()
         self.traces = ChangeTraces(identity, config.observability.otlp_endpoint is not None)
@@ -127,22 +128,22 @@ class Cluster:
 
     @property
     def round(self) -> GenerationRound:
-        """The newest generation and its replies, see ``MemberRecords``."""
+        """The newest generation with the replies of its members, see ``MemberRecords``."""
         return self.membership.round
 
     @property
     def generation(self) -> Generation:
-        """The newest generation; number 0 before the first."""
+        """The newest generation; before the first one, an empty generation with number 0."""
         return self.membership.round.generation
 
     @property
     def placement(self) -> ExpertPlacement:
-        """The placement in force, see ``MemberRecords``."""
+        """The placement of experts in force, or that of the forming generation."""
         return self.membership.placement
 
     @property
     def desired(self) -> ExpertPlacement:
-        """The placement of the whole cluster, see ``MemberRecords``."""
+        """The desired placement: the placement of experts for the complete cluster."""
         return self.membership.desired
 
     @property
@@ -167,35 +168,35 @@ class Cluster:
 
     @property
     def new_workers(self) -> frozenset[str]:
-        """Workers that scaling adds and that have not been in a generation that ran."""
+        """Names of workers that the running scaling adds, until a generation has run with them."""
         added = self.scale.added if self.scale else ()
         return frozenset(self.places.workers_of(p for p in added if self.places.is_new(p)))
 
     def unready_workers(self) -> list[str]:
-        """Return the new workers that may not join a generation yet."""
+        """Return the names of the ``new_workers`` that may not join a generation yet, sorted."""
         table = self.workers
         return sorted(n for n in self.new_workers if n not in table or not table[n].may_join)
 
     @property
     def profile(self) -> LoadProfile | None:
-        """The load profile that was expected at the start; None without one."""
+        """The load profile with which the cluster was started; None without a profile."""
         profile = self.notes.get("profile")
         return LoadProfile.from_dict(profile) if profile else None
 
     @property
     def top_k(self) -> int:
-        """Number of experts per token."""
+        """Number of routed experts that the router chooses for each token."""
         return int(self.notes.get("top_k", 1))
 
     def is_kept(self, version: int) -> bool:
-        """Return whether a live worker has stored this version, or no worker is alive."""
+        """Return whether a live worker stored this snapshot or a newer one, or none is alive."""
         alive = list(self.workers.alive())
         return not alive or any(r.kept_version >= version for r in alive)
 
     # ---- changes --------------------------------------------------------------------------
 
     def enter(self, state: ClusterState) -> None:
-        """Change the state. Raises ``IllegalTransitionError``."""
+        """Change the state of the cluster. Raises ``IllegalTransitionError``."""
         if self.state is state:
             return
         logger.info("%s -> %s", self.state.value, state.value)
@@ -203,28 +204,31 @@ class Cluster:
         self.touch()
 
     def touch(self) -> None:
-        """Mark the snapshot as changed."""
+        """Increase the version of the state, so that gateways get the changed state."""
         self.version += 1
 
     def note(self, cause: str, effect: str, now: float) -> None:
-        """Add an entry to the history."""
+        """Add a change of the cluster to the history: its cause and its effect."""
         self.history.add(self.round.number, now, cause, effect)
         self.touch()
 
     def paused(self, generation: int, pause_s: float) -> None:
-        """Record for how long a gateway's streams paused while the generation formed."""
+        """Record for how many seconds a gateway's token streams paused until a generation ran."""
         self.history.paused(generation, pause_s)
         self.touch()
 
     def update_low_disks(
         self, low_disks: tuple[LowDisk, ...], host: str = "", reporter: str = ""
     ) -> None:
-        """Record the nearly full disks of a host; by default those of the controller's host."""
+        """Record the nearly full disks of a host; an empty ``host`` is the controller's host.
+
+        ``reporter``: the gateway that found the disks; empty for the controller's own process.
+        """
         if self.disks.report(low_disks, host or self.host, reporter):
             self.touch()
 
     def send_snapshot(self) -> None:
-        """Send the workers the state that a restarted controller needs, before other frames."""
+        """Make the next ``take_effects`` first send the controller snapshot to all live workers."""
         self.touch()
         self._is_remembered = False
 
@@ -252,26 +256,29 @@ class Cluster:
         )
 
     def nodes_alive(self, nodes: NodeIds, now: float) -> None:
-        """Record the ids of the live nodes and reopen places whose node has left."""
+        """Record the ids of the live nodes, and reopen places that waited for a node to leave."""
         self.nodes = nodes
         if self.places.nodes_alive(nodes):
             self.send_snapshot()
 
     def remove_places(self, places: Iterable[str]) -> None:
-        """Remove places that have no serving worker from the cluster."""
+        """Remove places from the cluster; none of these places has a serving worker."""
         if names := tuple(places):
             self.places.remove(names)
             self.effects.append(ReleasePlaces(names))
             self.send_snapshot()
 
     def moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
-        """Record a move of weights, see ``ControllerMetrics.moved``."""
+        """Record a move of expert weights in the metrics and as a trace.
+
+        The arguments are described in ``ControllerMetrics.moved``.
+        """
         self.metrics.moved(reason, num_slots, num_bytes, seconds)
         attributes = {names.REASON: reason, names.SLOTS: num_slots, names.BYTES: num_bytes}
         self.end_trace(self.begin_trace(names.MIGRATION), seconds, attributes)
 
     def begin_trace(self, name: str) -> OpenTrace:
-        """Begin the trace of a change."""
+        """Begin the trace of a change of the cluster; ``name`` is the name of the span."""
         self.touch()
         return self.traces.begin(name)
 
@@ -285,11 +292,11 @@ class Cluster:
     # ---- effects --------------------------------------------------------------------------
 
     def send(self, frame: ControlFrame, *workers: str) -> None:
-        """Send a frame to these workers."""
+        """Add an effect that sends ``frame`` to these workers."""
         self.effects.append(SendFrame(frame, workers))
 
     def take_effects(self) -> list[Effect]:
-        """Remove and return the pending effects, to be carried out in this order."""
+        """Remove and return the pending effects, in the order in which to carry them out."""
         if not self._is_remembered:
             self.sent_version = self.version
             frame = ControllerSnapshot(
@@ -306,7 +313,7 @@ class Cluster:
     # ---- generations ----------------------------------------------------------------------
 
     def form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
-        """Announce the next generation to all its members."""
+        """Form the next generation: announce it, with this placement, to ``members``."""
         if self.state is not ClusterState.STARTING:
             self.enter(ClusterState.RECOVERING)
         self.membership.form(members, placement, now)
@@ -327,7 +334,11 @@ class Cluster:
         self.note(cause, f"continue with {describe_members(self.round.members)}", now)
 
     def run(self, now: float) -> bool:
-        """Run the generation, since all members have replied; returns whether it runs now."""
+        """Run the forming generation, whose members have all replied.
+
+        Returns False if the next generation was formed instead, with a higher placement epoch,
+        because a member knows a later epoch than the controller.
+        """
         formed = self.round
         if formed.highest_epoch > self.placement.epoch:
             # a member ran a later epoch than the controller knew, so the new one must be higher

@@ -1,4 +1,4 @@
-"""Client commands: begins the operation of each one and decides when its reply is ready."""
+"""Commands of clients: begins each command and tells when its reply is ready."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cluster.core.errors import RequestError
 
 M = TypeVar("M", bound=Message)
 _PLAN_LIMIT_S = 20.0
-"""Longest wait of a client for the plan of a rebalance, which continues afterwards."""
+"""Longest wait of a client for the plan of a rebalancing, in seconds; then planning continues."""
 _ADAPTER_LIMIT_S = LOAD_LIMIT_S + 10.0
 
 
@@ -34,11 +34,11 @@ class BegunCommand:
     """A command that the controller has accepted, and its reply."""
 
     answer: Callable[[], dict[str, Any]]
-    """Return the reply to the client as plain data. Raises ``RequestError``."""
+    """Function that returns the reply to the client as plain data, or raises ``RequestError``."""
     is_settled: Callable[[], bool] = lambda: True
-    """Return whether the reply is ready."""
+    """Function that returns whether the reply is ready."""
     limit_s: float = 0.0
-    """Longest wait for ``is_settled``, in seconds. After it the client gets a reply in any case."""
+    """Longest wait for ``is_settled``, in seconds; then the client gets a reply in any case."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class Commands:
     adapters: Adapters
 
     def begin(self, kind: str, fields: Mapping[str, Any], now: float) -> BegunCommand:
-        """Begin a command, or return the one that an equal command began earlier.
+        """Begin a client's command; an operation with the same request id begins only once.
 
         ``kind`` and ``fields``: ``drain`` and ``DrainCommand``, ``scale`` and ``ScaleCommand``,
         ``rebalance`` and ``RebalanceCommand``, ``load_adapter`` and ``AdapterLoadCommand``,
@@ -89,7 +89,10 @@ class Commands:
         raise RequestError(f"kind ({kind[:64]!r}) is not a known command", "kind")
 
     def cancel(self, operation_id: str, now: float) -> Operation:
-        """Cancel an operation. Raises ``UnknownNameError``, or ``ConflictError`` if too late."""
+        """Cancel a running operation and return it.
+
+        Raises ``UnknownNameError``, or ``ConflictError`` if it is too late to cancel the operation.
+        """
         operation = self.cluster.operations.find(operation_id)
         match operation.kind:
             case "drain":

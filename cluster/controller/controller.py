@@ -36,14 +36,17 @@ from cluster.policy.progress import STEPS_WAIT
 logger = logging.getLogger(__name__)
 
 CALL_AGAIN_S = 0.2
-"""Time in which a live worker reconnects after its control connection has closed."""
+"""Seconds in which a worker must reconnect after its control connection closed; else it is lost."""
 
 
 class Controller:
-    """Passes events to the parts of the controller, which share one ``Cluster``."""
+    """Passes events (frames, losses, ticks) to the parts of the controller, which share a model.
+
+    The model is one ``Cluster``. ``now`` is in monotonic seconds.
+    """
 
     def __init__(self, cluster: Cluster, settings: ControllerSettings, executor: Executor) -> None:
-        """``executor`` computes the plans of rebalancing."""
+        """``executor`` runs the computations that plan a rebalancing."""
         self.cluster = cluster
         self.detection = FailureDetector(self.cluster, settings)
         self.recovery = Recovery(self.cluster, settings)
@@ -64,7 +67,7 @@ class Controller:
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: frames.ControlFrame, now: float) -> None:
-        """Handle a frame of a worker. Raises ``ProtocolError`` for an unexpected one."""
+        """Handle a frame from worker ``name``. Raises ``ProtocolError`` for an unexpected frame."""
         cluster = self.cluster
         record = cluster.workers.find(name)
         if record.is_lost or not cluster.is_up:
@@ -131,7 +134,11 @@ class Controller:
                 raise ProtocolError(f"{name} sent {type(frame).__name__}")
 
     def disconnected(self, name: str, reason: str, is_invalid: bool, now: float) -> None:
-        """Handle a closed connection of a worker; ``is_invalid``: after an invalid frame."""
+        """Handle the close of a worker's control connection.
+
+        ``is_invalid``: whether the worker sent an invalid frame; then it is lost at once, otherwise
+        unless it reconnects within ``CALL_AGAIN_S``.
+        """
         if name in self.cluster.workers:
             record = self.cluster.workers[name]
             record.disconnected = reason
@@ -139,7 +146,7 @@ class Controller:
             self._lose_disconnected(now)
 
     def _lose_disconnected(self, now: float) -> None:
-        """Declare disconnected workers lost if a peer reported them or they are too late."""
+        """Declare disconnected workers lost if a peer reported them or they reconnect too late."""
         reported = {report.suspect for report in self.cluster.round.reports}
         gone = {
             r.name: f"its control connection closed ({r.disconnected})"
@@ -154,7 +161,10 @@ class Controller:
             record.has_process, record.since = True, now
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
-        """Declare workers (name -> reason) lost."""
+        """Declare workers lost and begin the recovery; ``reasons`` is worker name -> reason.
+
+        Workers that are already lost are ignored.
+        """
         cluster = self.cluster
         if not (fresh := cluster.workers.lose(reasons, now)):
             return
@@ -175,7 +185,7 @@ class Controller:
             cluster.effects.append(EndWorkers(tuple(fresh)))
 
     def fail_start(self, error: str, now: float) -> None:
-        """End all workers and record the error. Does nothing once the start is complete."""
+        """End all workers and record ``error``; no effect once the cluster's start is complete."""
         if self.cluster.state is ClusterState.STARTING:
             self.cluster.error = error
             self.stop(now, f"the start failed: {error}")
@@ -204,7 +214,7 @@ class Controller:
         self.cluster.workers.forget(now)
 
     def stop(self, now: float, reason: str = "stopped") -> None:
-        """End every worker. The state is STOPPED once their processes have ended."""
+        """End every worker. The cluster's state is STOPPED once all worker processes have ended."""
         if not self.cluster.is_up:
             return
         self.cluster.enter(ClusterState.DRAINING)
@@ -223,7 +233,10 @@ class Controller:
     # ---- queries --------------------------------------------------------------------------
 
     def request_status(self, now: float) -> None:
-        """Request the stats of all workers; ``workers.status_complete`` tells if all replied."""
+        """Request new stats from all registered workers.
+
+        ``cluster.workers.status_complete`` is true once all of them have replied.
+        """
         if not self.cluster.is_up:
             return
         request = frames.StatusRequest(token=next(self.cluster.order_numbers))
@@ -233,7 +246,7 @@ class Controller:
         self.cluster.send(request, *(r.name for r in asked))
 
     def snapshot(self) -> dict[str, Any]:
-        """State of the cluster as JSON-compatible data (``status --json``)."""
+        """Return the state of the cluster as JSON-compatible data, for ``status --json``."""
         cluster, workers = self.cluster, self.cluster.config.workers
         return {
             "version": cluster.version,
@@ -271,7 +284,10 @@ class Controller:
         }
 
     def restore(self, collected: CollectedState, now: float) -> None:
-        """Continue with running workers. Must be the first call to a restarted controller."""
+        """Restore a restarted controller from ``collected``, the reports of the running workers.
+
+        Must be the first call.
+        """
         self.cluster.state = ClusterState.RECOVERING
         parts = (self.recovery, self.draining, self.scaling, self.adapters)
         continue_with(collected, self.cluster, *parts, now)
@@ -290,7 +306,10 @@ class Controller:
             self._may_join(now)
 
     def _may_join(self, now: float) -> None:
-        """Form the first generation once all workers are ready; later, notify ``Recovery``."""
+        """Form the first generation once all workers are ready.
+
+        After the first generation, let ``Recovery`` add workers that have become ready.
+        """
         cluster = self.cluster
         if cluster.state is not ClusterState.STARTING:
             self.recovery.ready(now)

@@ -24,23 +24,23 @@ from cluster.policy.places import ClosedPlace
 
 _KEPT = 256
 _LEFT_TO_NEXT = 64
-"""Number of history entries that the next controller gets."""
+"""Number of history entries that a restarted controller gets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HistoryEntry:
-    """One change of the cluster."""
+    """One change of the cluster in its history, with cause and effect."""
 
     generation: int
-    """Number of the resulting generation."""
+    """Number of the cluster's newest generation after the change."""
     time: float
-    """Time of day, seconds since 1970."""
+    """Time of day of the change, in seconds since 1970."""
     cause: str
     effect: str
     took_s: float | None = None
-    """Seconds until the generation ran, later the longest reported stream pause; None before."""
+    """Seconds until the generation ran, or the pause of token streams; None before it runs."""
     is_felt: bool = False
-    """Whether ``took_s`` is the pause of streams."""
+    """Whether ``took_s`` is the longest pause of token streams that a gateway has reported."""
 
 
 class History:
@@ -56,7 +56,7 @@ class History:
         self._entries.extend(entries)
 
     def newest(self) -> tuple[HistoryEntry, ...]:
-        """Return the entries for the next controller, see ``restore``."""
+        """Return the newest entries, which a restarted controller passes to ``restore``."""
         return tuple(self._entries)[-_LEFT_TO_NEXT:]
 
     def add(self, generation: int, now: float, cause: str, effect: str) -> None:
@@ -66,7 +66,7 @@ class History:
         )
 
     def runs(self, generation: int, first_step: int, now: float) -> None:
-        """Record that ``generation`` runs now."""
+        """Record in the newest entry that ``generation`` now runs, from step ``first_step`` on."""
         place = next((i for i, e in enumerate(self._entries) if e.generation == generation), -1)
         entry = self._entries[place]
         took_s = round(now + self._offset_s - entry.time, 3)
@@ -78,7 +78,7 @@ class History:
         )
 
     def paused(self, generation: int, pause_s: float) -> None:
-        """Record for how long a gateway's streams paused at this generation."""
+        """Record for how many seconds a gateway's token streams paused until ``generation`` ran."""
         for place, entry in enumerate(self._entries):
             if entry.generation == generation and entry.took_s is not None:
                 longest_s = max(pause_s, entry.took_s if entry.is_felt else 0.0)
@@ -96,45 +96,45 @@ class LostWorker(Message, frozen=True, kw_only=True):
 
     member: Member
     state: WorkerState
-    """Its last state."""
+    """State of the worker: LOST or DRAINED."""
     reason: str
 
 
 class KeptAdapter(Message, frozen=True, kw_only=True):
-    """An adapter that the workers have loaded, load or free."""
+    """A LoRA adapter that the workers have loaded, are loading or will free."""
 
     adapter: AdapterRecord
     state: AdapterState
     number: int
-    """Number of the command that first requested it."""
+    """Number of the command to the workers that first contained the adapter."""
     lacking: tuple[str, ...] = ()
-    """Workers that serve without it, since they could not load it."""
+    """Names of the workers that serve without the adapter, because they could not load it."""
 
 
 class ControllerMemory(Message, frozen=True, kw_only=True):
-    """State for the next controller: made by ``Cluster.memory``, used by ``continue_with``."""
+    """State that the workers store for a restarted controller (``Cluster.memory``)."""
 
     version: int = 0
-    """Version of the snapshot; a restarted controller uses the newest memory."""
+    """Version of the controller snapshot; a restarted controller uses the newest one."""
     history: tuple[HistoryEntry, ...] = ()
-    """The newest entries."""
+    """The newest entries of the cluster's history, oldest first."""
     lost: tuple[LostWorker, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     """Arguments of the cluster's start, see ``ControllerActor``."""
     desired: ExpertPlacement | None = None
-    """The placement of the whole cluster; None if it is the one in force."""
+    """The placement of the complete cluster; None if the placement in force has the same maps."""
     places: tuple[str, ...] = ()
     """Names of all places, including those that scaling has added."""
     closed: dict[str, ClosedPlace] = field(default_factory=dict)
-    """Places in which no worker starts."""
+    """Place name -> reason why no worker starts in the place."""
     operations: tuple[Operation, ...] = ()
-    """The newest operations."""
+    """The newest operations (drains, scalings, rebalancings), oldest first."""
     drain: Drain | None = None
-    """The running drain, if any."""
+    """The running drain; None if no drain runs."""
     scale: Scale | None = None
-    """The running scaling, if any."""
+    """The running scaling; None if no scaling runs."""
     known_nodes: frozenset[str] = frozenset()
-    """Ids of nodes that ``NodeFollower`` no longer treats as new."""
+    """Ids of nodes that ``NodeFollower`` does not treat as new: pool sizes include them."""
     adapters: tuple[KeptAdapter, ...] = ()
     has_ordered_adapters: bool = False
     """Whether workers may have received a command about adapters."""

@@ -13,14 +13,20 @@ _NO_BANKS: dict[str, Any] = {"schema": 1, "epoch": 0, "banks": []}
 
 
 def placement_document(cluster: Cluster | None) -> dict[str, Any]:
-    """Maps, current load and balancedness of all banks (``placement --json``)."""
+    """Return maps, current load and balancedness of all banks, for ``placement --json``.
+
+    None stands for a cluster that does not exist yet; the document then has no banks.
+    """
     if cluster is None:
         return _NO_BANKS
     return view.placement_report(cluster.placement, cluster.load, cluster.profile)
 
 
 def load_document(cluster: Cluster | None) -> dict[str, Any]:
-    """Tokens by expert and by copy, and the resulting balance (``load --json``)."""
+    """Return tokens by expert and by copy, and their balance, for ``load --json``.
+
+    None stands for a cluster that does not exist yet; the document then has no banks.
+    """
     if cluster is None:
         return {**_NO_BANKS, "model": None, "top_k": 0, "tokens": 0}
     model = str(cluster.workers.model.get("name"))
@@ -35,7 +41,7 @@ def load_document(cluster: Cluster | None) -> dict[str, Any]:
 
 
 def snapshot_before_start() -> dict[str, Any]:
-    """The value of ``Controller.snapshot`` before the cluster has workers."""
+    """Return the stand-in for ``Controller.snapshot`` before the cluster has workers."""
     return {
         **dict.fromkeys(("version", "term", "generation", "placement_epoch"), 0),
         **dict.fromkeys(("error", "mode", "rebalance", "results")),

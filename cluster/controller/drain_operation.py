@@ -19,15 +19,15 @@ class DrainCommand(OperationCommand, frozen=True, kw_only=True):
     content = ("worker", "node", "force")
 
     worker: str = ""
-    """Name of a worker; empty for a drain of a node."""
+    """Name of the worker to drain; empty if ``node`` or ``requested_by`` names the workers."""
     node: str = ""
-    """Name of a node; all its workers are drained."""
+    """Name of the node whose workers are all drained; empty if single workers are drained."""
     requested_by: tuple[str, ...] = ()
     """Workers that requested the drain themselves; empty for a client's command."""
     limit_s: float
     """Time limit for the workers to leave, in seconds."""
     force: bool = False
-    """Whether the workers end at the limit even if they still have requests."""
+    """Whether the workers leave at the time limit even if they still have requests."""
 
 
 class DrainStep(Enum):
@@ -51,37 +51,44 @@ _NEXT = {
 
 @dataclass(kw_only=True, slots=True)
 class Drain(TimedOperation):
-    """A running drain; the workers store it for the next controller."""
+    """State of a running drain, which the workers store for the next controller."""
 
     names: tuple[str, ...]
     command: DrainCommand
     removes_places: bool = False
-    """Whether the cluster is scaled down: the places of these workers are removed."""
+    """Whether the drain also removes the places (positions) of its workers."""
     step: DrainStep = DrainStep.SETTLE
     before: ExpertPlacement | None = None
     """The placement before the drain; None if the drain has not changed it."""
     copied_in: int = 0
-    """Generation in which the drain copied experts; within it, workers keep the old copies too."""
+    """Generation in which the drain copied experts; 0 if it copied none.
+
+    As long as this generation runs, the workers also keep the copies of the placement before.
+    """
     outcome: tuple[OperationState, str] | None = None
-    """State and message with which the drain ends after it is rolled back."""
+    """State and message with which the drain ends once it is rolled back; None before that."""
 
     @property
     def workers(self) -> str:
-        """Names of its workers, for messages."""
+        """Names of the drained workers, as one text for messages."""
         return " and ".join(self.names)
 
     def enter(self, step: DrainStep) -> None:
-        """Begin the next step."""
+        """Begin the next step of the drain. Raises ``IllegalTransitionError``."""
         self.resume(next_state(self.step, step, _NEXT))
 
     def resume(self, step: DrainStep) -> None:
-        """Begin this step, or continue it after a restart of the controller."""
+        """Begin a step of the drain, or continue it after a restart of the controller."""
         self.step = step
         self.operation.phase = step.value
         self.operation.progress = list(DrainStep).index(step) / len(DrainStep)
 
     def rollback_placement(self, now: ExpertPlacement, generation: Generation) -> Stage | None:
-        """Return the stage from placement ``now`` to ``before``; None if unneeded or impossible."""
+        """Return the stage from placement ``now`` back to the placement before the drain.
+
+        None if the placement has not changed, or if a device of the former one is missing in
+        ``generation``.
+        """
         before = self.before
         if before is None or before.banks == now.banks:
             return None
@@ -103,7 +110,7 @@ class Drain(TimedOperation):
 
 
 def _slots(placement: ExpertPlacement) -> set[tuple[int, int, int, int]]:
-    """Return (bank, device, slot, expert) of every copy."""
+    """Return (bank, device, slot, expert) of every expert copy in a placement."""
     return {
         (bank, device, slot, expert)
         for bank, maps in enumerate(placement.banks)

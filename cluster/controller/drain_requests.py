@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 RETRY_S = 5.0
-"""Time after a rejected or rolled back drain in which its workers cannot request another one."""
+"""Seconds after a drain ended or was rejected in which its workers cannot request another drain."""
 GATHER_S = 0.3
-"""Time in which the requests of several workers are combined into one drain."""
+"""Seconds in which drain requests of several workers are combined into one drain."""
 LATE_S = 1.5
-"""Longest time from a signal to a node's processes until Ray reports that the node leaves."""
+"""Longest time, in seconds, from SIGTERM to a node's processes to Ray's report that it leaves."""
 
 
 class DrainRequests:
     """Collects drain requests of workers. Times are monotonic seconds."""
 
     def __init__(self, *, follow_nodes: bool) -> None:
-        """``follow_nodes``: wait ``LATE_S`` until it is known whether a worker's node leaves."""
+        """``follow_nodes``: whether the pool sizes follow the nodes of the Ray cluster.
+
+        A request then waits ``LATE_S`` instead of ``GATHER_S``, for Ray's report that the worker's
+        node leaves.
+        """
         self._follow_nodes = follow_nodes
         self._gather_s = LATE_S if follow_nodes else GATHER_S
         self._requested: dict[str, float] = {}
@@ -24,19 +28,26 @@ class DrainRequests:
         self._on_leaving: set[str] = set()
 
     def add(self, name: str, now: float, *, node_leaves: bool) -> None:
-        """Add a request. It is ignored if it is repeated or within ``RETRY_S`` after a drain."""
+        """Add the drain request of worker ``name``; ``node_leaves``: the worker's node will leave.
+
+        A repeated request, or one within ``RETRY_S`` after a drain of the worker, is ignored.
+        """
         if node_leaves:
             self._on_leaving.add(name)
         if now >= self._not_before.get(name, now):
             self._requested.setdefault(name, now)
 
     def are_due(self, now: float) -> bool:
-        """Return whether a worker has waited long enough for the requests of others."""
+        """Return whether any request has waited long enough for requests of other workers."""
         limits = {n: GATHER_S if n in self._on_leaving else self._gather_s for n in self._requested}
         return any(now - self._requested[n] >= limit_s for n, limit_s in limits.items())
 
     def take(self, alive: Collection[str]) -> tuple[str, ...]:
-        """Remove and return the workers to drain next: those of leaving nodes first, else all."""
+        """Remove and return the workers to drain next, sorted by name.
+
+        These are the workers of leaving nodes or, without any, all workers with a request. Requests
+        of workers that are not in ``alive`` are dropped.
+        """
         names = {name for name in self._requested if name in alive}
         leaving = names & self._on_leaving
         taken = leaving or names
@@ -44,14 +55,15 @@ class DrainRequests:
         return tuple(sorted(taken))
 
     def remove_places(self, names: Iterable[str], node: str) -> bool:
-        """Return whether a drain removes the places because the pool sizes follow the nodes.
+        """Return whether a drain of workers ``names`` also removes their places.
 
-        ``node`` is the drained node; empty if the drain is for single workers.
+        It does if the pool sizes follow the nodes, and either ``node`` is drained (empty for a
+        drain of single workers) or all the workers are on leaving nodes.
         """
         return self._follow_nodes and (bool(node) or set(names) <= self._on_leaving)
 
     def pause(self, names: Iterable[str], now: float) -> None:
-        """Ignore requests of these workers for ``RETRY_S`` after their drain."""
+        """Drop the requests of these workers, and ignore new ones for ``RETRY_S``."""
         paused = dict.fromkeys(names, now + RETRY_S)
         self._not_before |= paused
         self._requested = {n: t for n, t in self._requested.items() if n not in paused}

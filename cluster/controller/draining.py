@@ -22,14 +22,14 @@ from cluster.core.errors import ConflictError, UnknownNameError
 from cluster.core.frames import ControlFrame
 
 SIGNAL_LIMIT_S = 120.0
-"""Time limit of a drain that a worker requests after SIGTERM."""
+"""Time limit, in seconds, of a drain that a worker requests after SIGTERM."""
 
 
 class Draining:
     """Decides which workers are drained next, one drain at a time. Owned by the controller."""
 
     def __init__(self, cluster: Cluster, rebalancing: Rebalancing) -> None:
-        """``rebalancing`` makes no change while a drain runs."""
+        """A drain waits until ``rebalancing`` has abandoned or ended its change."""
         self._cluster = cluster
         self._rebalancing = rebalancing
         self._requests = DrainRequests(follow_nodes=cluster.config.workers.follow_nodes)
@@ -53,11 +53,11 @@ class Draining:
         return start_operation(command, self, self._cluster, now)
 
     def target(self, command: DrainCommand) -> str:
-        """See ``OperationKind``."""
+        """Return the names of the workers to drain, as one text (``OperationKind.target``)."""
         return " and ".join(self._named(command))
 
     def prepare(self, command: DrainCommand) -> Callable[[Operation, float], None]:
-        """See ``OperationKind``."""
+        """Check a drain command; return its first step (``OperationKind.prepare``)."""
         names = self._named(command)
         stage_without(names, self._cluster)
         removes_places = self._requests.remove_places(names, command.node)
@@ -66,17 +66,20 @@ class Draining:
     def remove(
         self, names: Sequence[str], operation: Operation, limit_s: float, now: float
     ) -> None:
-        """Drain workers and remove their places, as the last part of a running operation."""
+        """Drain workers and remove their places, as the last part of a running scale operation."""
         self._start(tuple(names), DrainCommand(limit_s=limit_s), True, operation, now)
 
     def requested(self, name: str, now: float, *, node_leaves: bool = False) -> None:
-        """Handle SIGTERM to a worker, or a node that will leave (then called repeatedly)."""
+        """Handle the request of worker ``name`` to be drained, after SIGTERM.
+
+        With ``node_leaves``, Ray reports that the worker's node will leave; called repeatedly.
+        """
         running = self._running
         if running is None or name not in running.record.names or node_leaves:
             self._requests.add(name, now, node_leaves=node_leaves)
 
     def cancel(self, operation: Operation, now: float) -> None:
-        """Roll back a drain. Raises ``ConflictError`` if it is too late."""
+        """Roll back the drain of ``operation``. Raises ``ConflictError`` if it is too late."""
         running = self._running
         if running is None or running.record.operation is not operation:
             raise ConflictError(f"{operation.id} has ended")
@@ -85,7 +88,10 @@ class Draining:
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
-        """Handle a frame about a placement change; returns False if no drain is changing it."""
+        """Handle a worker's frame about a placement change.
+
+        Returns False if no drain is changing the placement.
+        """
         return (running := self._running) is not None and running.frame(name, frame, now)
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
@@ -94,12 +100,12 @@ class Draining:
             running.lost(reasons, now)
 
     def ended(self, names: Sequence[str], now: float) -> None:
-        """Handle the end of worker processes."""
+        """Handle the end of the processes of the workers ``names``."""
         if (running := self._running) is not None:
             running.ended(names, now)
 
     def tick(self, now: float) -> None:
-        """Begin the drain that workers requested, or advance the running one."""
+        """Begin the drain that workers requested, or advance the running drain."""
         if self._running is None:
             self._begin_requested(now)
         if (running := self._running) is not None:
@@ -155,7 +161,7 @@ class Draining:
         return self._newest
 
     def _named(self, command: DrainCommand) -> tuple[str, ...]:
-        """Resolve a command to workers. Raises ``UnknownNameError`` and ``ConflictError``."""
+        """Find the workers that a command names. Raises ``UnknownNameError``, ``ConflictError``."""
         workers = self._cluster.workers
         if command.requested_by:
             return command.requested_by

@@ -18,7 +18,7 @@ from cluster.core.topology import Member
 
 @dataclass(frozen=True, slots=True)
 class SendFrame:
-    """Send a frame to workers; it is dropped for workers that are not connected."""
+    """Effect: send a frame to workers; workers that are not connected do not get the frame."""
 
     frame: ControlFrame
     workers: tuple[str, ...]
@@ -26,43 +26,43 @@ class SendFrame:
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """Start a worker, which loads its part of ``placement``."""
+    """Effect: start a worker, which loads its part of the experts in ``placement``."""
 
     member: Member
     placement: ExpertPlacement
     holders: tuple[ExpertHolder, ...] = ()
-    """Workers from which it can read experts, besides the checkpoint."""
+    """Workers from which the new worker can read experts, besides the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class EndWorkers:
-    """End the processes of workers, then call ``Draining.ended``."""
+    """Effect: end the processes of workers, then call ``Draining.ended``."""
 
     workers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ReleasePlaces:
-    """Release the resources reserved for places that a scale operation had added."""
+    """Effect: release resources that scaling reserved for places, the positions of workers."""
 
     places: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class EndAllWorkers:
-    """End all workers, then call ``Controller.all_ended``."""
+    """Effect: end all workers, then call ``Controller.all_ended``."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordTrace:
-    """Record a change that has just ended."""
+    """Effect: record the trace of a change of the cluster that has just ended."""
 
     name: str
     seconds: float
     attributes: Mapping[str, Any]
-    """Attributes of the span; an unknown value is None."""
+    """Attributes of the trace's span; the value of an unknown attribute is None."""
     error: str = ""
-    """Type of the error; empty if there was none."""
+    """Type of the error with which the change ended; empty without an error."""
     span_id: bytes = b""
     """Id of the span, see ``ChangeTraces``."""
 

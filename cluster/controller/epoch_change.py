@@ -4,10 +4,10 @@
     PREPARE   every member learns the maps of the new epoch
     SWITCH    the leader's next header names the new epoch; afterwards the old one never runs
 
-Up to SWITCH nothing has changed: a change that fails before is abandoned, and the epoch in force
-stays. A new generation ends the change at any point: the controller's own placement is then the old
-one or the new one, and every member can run either, because only a later change overwrites what the
-old one needs. ``EpochChange`` decides the next step; its owner acts.
+A change that fails before SWITCH has no effect: the epoch in force stays. A new generation ends the
+change at any point: the placement in force is then the old or the new one, and every member can run
+either of them, because only a later change overwrites slots that the old placement needs.
+``EpochChange`` decides the next step; its owner acts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cluster.planner.stages import SlotFill, Stage
 
 
 class ChangeState(Enum):
-    """Step of a change; the value is shown to users."""
+    """Step of a change of the placement; the value is shown to users."""
 
     LOAD = "load experts"
     PREPARE = "tell the workers"
@@ -62,28 +62,28 @@ class EpochChange:
         limit_s: float = 120.0,
         bytes_per_s: float | None = None,
     ) -> None:
-        """The placement of ``stage`` gets an epoch that no worker has seen.
+        """Begin to change to the placement of ``stage``, in an epoch that no worker has seen.
 
         ``limit_s`` is the time limit up to the switch; ``bytes_per_s`` limits the rate at which
         each worker reads weights, None for no limit.
         """
         self.state = ChangeState.LOAD
         self.reason = ""
-        """Reason of the failure."""
+        """Reason why the change failed; empty if it has not failed."""
         self.num_bytes = 0
-        """Bytes loaded so far."""
+        """Bytes of expert weights that workers have loaded for the change so far."""
         self.num_loaded = 0
-        """Experts that are in their slots."""
+        """Number of experts that workers have loaded into their slots so far."""
         epoch = cluster.membership.next_epoch()
         self.stage = replace(stage, placement=structs.replace(stage.placement, epoch=epoch))
         self._cluster = cluster
         self._limit_s = limit_s
         self._bytes_per_s = bytes_per_s
         self.generation = cluster.generation
-        """Generation in which the change began."""
+        """Generation in which the change began; the change fails when another one begins."""
         self._base = cluster.placement
         self.began_at = now
-        """Monotonic seconds."""
+        """Monotonic time at which the change began, in seconds."""
         self._deadline = now + limit_s
         self._orders = ExpertLoadCommands(cluster)
         self._unready: set[str] = set()
@@ -100,7 +100,10 @@ class EpochChange:
 
     @property
     def loading(self) -> list[dict[str, str]]:
-        """The running transfers: names of ``worker`` and ``from``, a worker or ``checkpoint``."""
+        """The running transfers of experts, each with the keys ``worker`` and ``from``.
+
+        The values are names of workers; ``from`` may be ``checkpoint`` instead.
+        """
         names = {m.device: m.name for m in self.generation.experts}
         return [
             {"worker": o.worker, "from": names.get(o.source, "checkpoint")}
@@ -108,7 +111,7 @@ class EpochChange:
         ]
 
     def tick(self, now: float) -> None:
-        """Fail the change after its time limit or if another generation has begun."""
+        """Fail the change if its time limit is over or another generation has begun."""
         if self.is_over:
             return
         if self._cluster.generation.number != self.generation.number:
@@ -117,14 +120,14 @@ class EpochChange:
             self._fail(f"could not {self.state.value} within {self._limit_s:g} s")
 
     def cancel(self, reason: str) -> bool:
-        """Abandon the change; returns False if it can no longer be stopped."""
+        """Abandon the change; return False if it can no longer be stopped or has ended."""
         if self.state is ChangeState.SWITCH or self.is_over:
             return False
         self._fail(reason)
         return True
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> None:
-        """Handle a frame about a placement change, this or an earlier one."""
+        """Handle a worker's frame about this placement change; ignore those about others."""
         match frame:
             case ExpertsLoaded():
                 self._loaded(name, frame, now)
@@ -152,7 +155,7 @@ class EpochChange:
             self._prepare()
 
     def _ready(self, name: str, frame: EpochReady) -> None:
-        """Handle the reply of a worker to the new epoch; it may report an error."""
+        """Handle the reply of a worker to the maps of the new epoch; the reply may be an error."""
         if frame.error:
             self._fail(f"{name}: {frame.error}")
             return
@@ -170,7 +173,10 @@ class EpochChange:
     def _order_all(
         self, worker: str, fills: Sequence[SlotFill], tried: frozenset[int], now: float
     ) -> None:
-        """Send a load command for each source, with the experts divided evenly among sources."""
+        """Send ``worker`` a load command for each source, with the experts divided evenly.
+
+        Sources are live devices that hold an expert and are not in ``tried``, or the checkpoint.
+        """
         by_source: dict[int, list[SlotFill]] = {}
         used = Counter({o.source: len(o.fills) for o in self._orders.pending.values()})
         alive = {m.device for m in self.generation.experts}

@@ -1,4 +1,4 @@
-"""Sends workers commands to load experts, and tracks those without a reply."""
+"""Sends workers commands to load experts, and tracks the commands without a reply."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cluster.core.frames import LoadExperts
 from cluster.planner.stages import SlotFill
 
 CHECKPOINT = -1
-"""Value of ``source`` for the checkpoint instead of a device."""
+"""Value of ``ExpertLoadCommand.source`` for the checkpoint instead of a device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertLoadCommand:
-    """A load command whose reply is pending."""
+    """A command to a worker to load experts, whose reply is pending."""
 
     worker: str
     fills: tuple[SlotFill, ...]
@@ -25,9 +25,9 @@ class ExpertLoadCommand:
     began_at: float
     """Monotonic time of the command."""
     source: int
-    """Device from which the experts are read."""
+    """Device from which the experts are read; ``CHECKPOINT`` for the checkpoint."""
     tried: frozenset[int]
-    """Sources that have failed."""
+    """Devices from which these experts could not be read before."""
 
 
 class ExpertLoadCommands:
@@ -36,7 +36,7 @@ class ExpertLoadCommands:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self.pending: dict[int, ExpertLoadCommand] = {}
-        """Pending commands by number."""
+        """Commands without a reply, by the number of the command."""
 
     def send(
         self,
@@ -62,7 +62,7 @@ class ExpertLoadCommands:
         self._cluster.send(frame, worker)
 
     def answered(self, worker: str, number: int) -> ExpertLoadCommand | None:
-        """Remove and return the command with this number; None if it is unknown."""
+        """Remove and return the command that ``worker`` has answered; None if it is unknown."""
         order = self.pending.get(number)
         if order is None or order.worker != worker:
             return None
@@ -78,7 +78,7 @@ class ExpertLoadCommands:
         return [self.pending.pop(number) for number in late]
 
     def give_up(self) -> None:
-        """Make the workers stop unfinished commands, and forget the commands."""
+        """Tell the workers to stop loading for unanswered commands, and forget the commands."""
         for worker in sorted({o.worker for o in self.pending.values()}):
             number = next(self._cluster.order_numbers)
             order = LoadExperts(order=number, experts=[], source={"kind": "give up"})
@@ -87,5 +87,5 @@ class ExpertLoadCommands:
 
     @property
     def is_pending(self) -> bool:
-        """Whether any command has no reply yet."""
+        """Whether any load command has no reply yet."""
         return bool(self.pending)

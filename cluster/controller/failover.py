@@ -2,11 +2,11 @@
 
     every live worker connects and sends Register, WorkerReady, WorkerReport (and
     PeerLost if it lost a peer)
-        ─▶ the newest generation that any of them knows, its maps
-        ─▶ if all its members run it, it continues; otherwise the live ones form the next one
+        ─▶ the newest generation that any worker knows, and its maps
+        ─▶ if all members run this generation, it continues; otherwise the live ones form the next
 
 The workers also keep state that only the controller needs (the history, lost workers and reasons):
-it sends them a ``ControllerSnapshot``, which they return in ``WorkerReport``.
+the controller sends them a ``ControllerSnapshot``, which they return in ``WorkerReport``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CollectedFrames:
     """Whether the worker received SIGTERM and requests a drain."""
 
     def take(self, frame: frames.ControlFrame) -> None:
-        """Record a frame; frames without use in a restart are ignored."""
+        """Record a frame of the worker; frames that a restart does not need are ignored."""
         match frame:
             case frames.Register():
                 self.register = frame
@@ -68,7 +68,7 @@ class CollectedFrames:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the worker has registered and reported."""
+        """Whether the worker has sent both ``Register`` and ``WorkerReport``."""
         return self.register is not None and self.report is not None
 
     def runs(self, number: int) -> bool:
@@ -79,7 +79,7 @@ class CollectedFrames:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectedState:
-    """The cluster as the workers know it."""
+    """State of the cluster as the workers report it to a restarted controller."""
 
     generation: Generation
     """The newest generation that any worker knows."""
@@ -99,7 +99,10 @@ class CollectedState:
         )
 
     def silent_members(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
-        """Return the silent members in ``alive`` if ``own_host`` may be the cause, else none."""
+        """Return members in ``alive`` without a report, if ``own_host`` may be the cause.
+
+        It may be if the members of most other hosts are silent; otherwise the result is empty.
+        """
         pulses = [
             Liveness(name=m.name, heard_at=float(m.name in self.frames_by_worker), host=m.node)
             for m in self.generation.members
@@ -109,7 +112,7 @@ class CollectedState:
 
     @property
     def answers(self) -> dict[str, frames.GenerationReady]:
-        """Reports of the newest generation's members, converted to ``GenerationReady``."""
+        """Member -> its report, converted to ``GenerationReady`` of the newest generation."""
         number, names = self.generation.number, {m.name for m in self.generation.members}
         return {
             name: frames.GenerationReady(
@@ -130,7 +133,7 @@ class CollectedState:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """All known workers, including lost ones: attention first, then by rank."""
+        """All known workers, including lost ones, sorted by role, rank and name."""
         known = {w.member.name: w.member for w in self.memory.lost}
         known |= {m.name: m for m in self.generation.members}
         for name, received in self.frames_by_worker.items():
@@ -140,7 +143,10 @@ class CollectedState:
 
 
 class ReportCollector:
-    """Collects the frames of workers after a restart. Used by one thread; times are monotonic."""
+    """Collects the reports of workers after a restart of the controller.
+
+    Used by one thread; ``now`` is in monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -152,12 +158,12 @@ class ReportCollector:
         known: Iterable[str] = (),
         fresh: Iterable[str] = (),
     ) -> None:
-        """Wait for the reports of ``expected``, at most ``limit_s``.
+        """Wait for the reports of the workers ``expected``, for at most ``limit_s`` seconds.
 
-        The wait is ``confirm_s`` for a worker that has ended, and five times that for one that a
-        peer reported, since its connection attempt may have been lost. There is no wait for workers
-        that are only in ``known``, and none for the ``fresh`` ones: these have never connected to a
-        controller, had no generation, and may not have received a command to start.
+        The wait is ``confirm_s`` for a worker that has ended, and five times ``confirm_s`` for a
+        worker that a peer reported lost, since its connection attempt may have been lost. There is
+        no wait for workers that are only in ``known``, and none for ``fresh`` workers, which have
+        never connected to a controller, had no generation, and perhaps were never started.
         """
         self._expected = set(expected)
         self._fresh = set(fresh)
@@ -181,14 +187,14 @@ class ReportCollector:
         self._suspected_at[name] = min(now, self._suspected_at.get(name, now))
 
     def is_complete(self, now: float) -> bool:
-        """Return whether all awaited reports have arrived or timed out."""
+        """Return whether all awaited reports have arrived, or the wait for them has ended."""
         awaited = self._expected - self._fresh
         return now >= self._deadline or not any(self._is_awaited(name, now) for name in awaited)
 
     def result(self) -> CollectedState | None:
-        """Return the state in the reports; None if no worker ever had a generation.
+        """Return the state of the cluster in the reports; None if there was no generation yet.
 
-        Raises ``NotReadyError`` while a worker that has not reported may have had one.
+        Raises ``NotReadyError`` while a worker that has not reported may know a generation.
         """
         whole = {n: g for n, g in self._frames_by_worker.items() if g.is_whole}
         reports = [g.report for g in whole.values() if g.report is not None]
@@ -223,7 +229,7 @@ def continue_with(
     adapters: Adapters,
     now: float,
 ) -> None:
-    """Restore the state of a new controller from the collected reports."""
+    """Restore the state of a restarted controller from the collected reports of the workers."""
     memory = collected.memory
     drain, scale = memory.drain, memory.scale
     cluster.history.restore(memory.history)
@@ -259,7 +265,7 @@ def continue_with(
 
 
 def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now: float) -> None:
-    """Continue a generation that all members run with its experts, or form the next one."""
+    """Continue the collected generation if all its members run it; otherwise form the next one."""
     cause, workers = "the controller was restarted", cluster.workers
     missing = [
         m.name

@@ -28,14 +28,17 @@ from cluster.policy.silence import GapWindow
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
-"""Time between two ticks. A tick that is later by this time counts as late."""
+"""Seconds between two ticks of the controller; a tick that is late by more counts as late."""
 _LATE_GAPS = 2.0
-"""Silence, in multiples of the expected gap, after which waits for a processor are measured."""
+"""Silence of a worker after which its waits for a processor are measured.
+
+In multiples of the expected gap between two signs of life.
+"""
 _WARY_S = 10.0
-"""Time after a loss in which each worker may be silent for the whole detection limit, because
-recovery keeps the machine busy."""
+"""Seconds after the loss of a worker in which each worker may be silent for the whole detection
+limit, because recovery keeps the machine busy."""
 _FORMING_S = 0.5
-"""Time after which the status shows the members that a forming generation waits for."""
+"""Seconds after which the status shows the members for which a forming generation waits."""
 
 
 class FailureDetector:
@@ -45,19 +48,25 @@ class FailureDetector:
         self._cluster = cluster
         self._limits = limits
         self.last_tick = self._held_at = cluster.began_at
-        """Monotonic time of the last call of ``credit_own_pause``."""
+        """Monotonic time of the last tick, at which ``credit_own_pause`` is called."""
         self._is_late, self._woke_at = False, cluster.began_at
-        """Whether this tick is late; time of the tick after a long pause, infinite until then."""
+        """Whether this tick is late; time of the tick that followed the last long pause.
+
+        The time is infinite at the end of the pause, until the next tick.
+        """
         self._gaps: dict[str, GapWindow] = {}
         self._starting: frozenset[str] = frozenset()
-        """Hosts on which workers were starting at the last tick; empty for an unknown host."""
+        """Hosts on which workers were starting at the last tick; ``""`` is an unknown host."""
         self._held = frozenset[str]()
-        """Workers that are silent together with most other hosts."""
+        """Silent workers that are not declared lost, because most other hosts are silent too."""
         self._ran_at = self._busy_at = cluster.began_at
-        """Last time without a late new worker; last time at which an old member had yet to join."""
+        """Last time at which the forming generation did not wait for a new worker.
+
+        Also the last time at which it waited for an old member.
+        """
 
     def heard(self, record: WorkerRecord, now: float) -> None:
-        """Record that a frame of a worker arrived, and the gap since the last one.
+        """Record that a frame of a worker arrived, and the gap since the worker's last frame.
 
         The gap is ignored while a worker starts on the same or an unknown host, and for GPU
         workers, whose thread may wait for a step.
@@ -72,10 +81,10 @@ class FailureDetector:
         record.heard_at, record.starved_s = now, 0.0
 
     def suspects(self, now: float) -> dict[str, int]:
-        """Return the late workers of this host (name -> process id).
+        """Return the workers on the controller's host that are late (name -> process id).
 
-        They are late with a sign of life or with progress. The caller measures their waits for a
-        processor and passes them to ``starved``.
+        These workers are late with a sign of life or with progress. The caller measures how long
+        they waited for a processor and calls ``starved``.
         """
         cluster, transport = self._cluster, self._cluster.config.transport
         return {
@@ -92,17 +101,17 @@ class FailureDetector:
     def starved(self, waits: Mapping[str, float], now: float) -> None:
         """Record for how many seconds workers waited for a processor since the last call.
 
-        This time does not count as silence, up to ``hold_limit_s`` since the last sign of life.
+        The waits do not count as silence, up to ``hold_limit_s`` since the last sign of life.
         """
         for name, seconds in waits.items():
             if name in self._cluster.workers:
                 self._cluster.workers[name].starve(seconds, self._limits.hold_limit_s, now)
 
     def peer_lost(self, name: str, frame: PeerLost, now: float) -> str:
-        """Record that a worker lost a peer.
+        """Record the report of worker ``name`` that it lost a peer, to be confirmed later.
 
-        If the peer is alive but does not leave a step, returns the reason to form a generation
-        again, otherwise an empty string. Raises ``ProtocolError`` for an unknown peer.
+        If the peer is alive but hangs in a step, returns the reason to form a new generation
+        instead; otherwise an empty string. Raises ``ProtocolError`` for an unknown peer.
         """
         cluster, limit = self._cluster, self._limits.detection_limit_s
         suspect = cluster.workers.find(frame.worker)
@@ -122,7 +131,11 @@ class FailureDetector:
         return ""
 
     def mismatch(self, name: str, frame: Heartbeat, now: float) -> str | None:
-        """Return why to form a generation again: a member long runs a wrong generation or epoch."""
+        """Return the reason to form a new generation, from the heartbeat of ``name``; else None.
+
+        The reason is that the worker, a member, has run another generation or placement epoch than
+        the one in force for longer than ``mismatch_s``.
+        """
         cluster, record = self._cluster, self._cluster.workers[name]
         number, epoch, found = cluster.round.number, cluster.placement.epoch, ""
         is_member = cluster.runs and record.state is WorkerState.SERVING
@@ -158,10 +171,11 @@ class FailureDetector:
         self.last_tick, self._starting = now, frozenset(r.member.node for r in starting)
 
     def end_hold(self, now: float) -> str:
-        """Update the hold, in which silent workers are not declared lost, and check for its end.
+        """Update the hold, during which silent workers are not declared lost.
 
-        It lasts while the controller's own host may cause the silence. At its end, returns why to
-        form a generation again: steps may have stopped. Otherwise returns an empty string.
+        The hold lasts while the controller's own host may cause the silence of workers. At the end
+        of the hold, returns the reason to form a new generation, because steps may have stopped;
+        otherwise an empty string.
         """
         cluster, limit, before = self._cluster, self._limits.detection_limit_s, self._held
         known = {m.name for m in cluster.round.members} - cluster.round.joins
@@ -187,7 +201,7 @@ class FailureDetector:
         return f"most other hosts were silent for {silence:.1f} s"
 
     def watch_steps(self, now: float) -> None:
-        """Record and log the members that steps or a slowly forming generation wait for."""
+        """Record and log the members for which steps, or a slowly forming generation, wait."""
         cluster = self._cluster
         late: tuple[str, ...] = ()
         if cluster.runs:
@@ -202,9 +216,10 @@ class FailureDetector:
             cluster.touch()
 
     def void_reports(self, now: float) -> str:
-        """Return the reason to form a generation again after a long pause, or an empty string.
+        """Return the reason to form a new generation after a long pause of the controller.
 
-        Reports of peers that date from the pause may be wrong about which end was silent.
+        The reason is that peers reported losses during the pause, perhaps with the wrong end of an
+        edge. Empty without such reports.
         """
         if self._woke_at != now or not self._cluster.round.reports or self._held:
             return ""
@@ -213,7 +228,8 @@ class FailureDetector:
     def find_lost(self, now: float) -> Iterator[Mapping[str, str]]:
         """Yield workers to declare lost (name -> reason), one limit at a time.
 
-        The state is read again for each limit, so that the caller can act in between.
+        The state of the cluster is read again for each limit, so that the caller can declare the
+        workers lost in between.
         """
         held = frozenset() if now - self._held_at > self._limits.hold_limit_s else self._held
         for lost in self._find_lost(now, held):
@@ -237,7 +253,10 @@ class FailureDetector:
             yield self._confirmed_reports(now)
 
     def _late_starts(self, now: float) -> dict[str, str]:
-        """Return workers not ready in time; after a start, a wait for resources does not count."""
+        """Return workers (name -> reason) that are not ready in time after their start.
+
+        Once the cluster has started, the wait of a worker for resources does not count.
+        """
         cluster, limit = self._cluster, self._limits.start_limit_s
         if cluster.can_accept_operations:
             known = {m.name for m in cluster.round.members}
@@ -263,7 +282,7 @@ class FailureDetector:
         return dict.fromkeys(cluster.round.late(), reason)
 
     def _late_joins(self, now: float) -> dict[str, str]:
-        """Return new workers that delay a generation which the others have begun to join."""
+        """Return new workers (name -> reason) that delay a generation which others have joined."""
         cluster, limit = self._cluster, self._limits.join_limit_s
         late = set(cluster.round.late() if cluster.is_forming else ())
         joins = late & cluster.round.joins
@@ -291,7 +310,7 @@ class FailureDetector:
         )
 
     def _can_run_without(self, names: Collection[str]) -> bool:
-        """Return whether the other members can continue without loading an expert."""
+        """Return whether the members except ``names`` can continue without loading an expert."""
         members, placement = self._cluster.round.members, self._cluster.placement
         devices = frozenset(m.device for m in members if m.name in names and m.holds_experts)
         if devices and placement.without_devices(devices, placement.epoch) is None:

@@ -1,4 +1,4 @@
-"""Liveness of gateways, each of which polls for the next snapshot as soon as it has one.
+"""Liveness of gateways, each of which polls the controller for the next snapshot all the time.
 
 A gateway that dies sends no message, but stops polling. Pure; times are monotonic seconds.
 """
@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 SILENCE_LIMIT_S = 5.0
-"""Time without a poll after which a gateway counts as dead; live gateways take milliseconds."""
+"""Seconds without a poll after which a gateway counts as dead; live ones poll again at once."""
 _KEPT = 64
 
 
@@ -20,14 +20,14 @@ class _Poll:
 
 
 class GatewayPolls:
-    """Open polls of each gateway, and the time of the last reply."""
+    """Open polls of each gateway for snapshots, and the time of the last reply."""
 
     def __init__(self) -> None:
         self._polls: dict[str, _Poll] = {}
         self._gone: deque[str] = deque(maxlen=_KEPT)
 
     def begin(self, gateway: str) -> bool:
-        """Begin a poll; return whether the gateway had counted as dead."""
+        """Record that a gateway polls; return whether ``take_gone`` had returned the gateway."""
         self._polls.setdefault(gateway, _Poll()).num_open += 1
         if gateway not in self._gone:
             return False
@@ -35,7 +35,7 @@ class GatewayPolls:
         return True
 
     def end(self, gateway: str, now: float) -> None:
-        """End a poll."""
+        """Record that a poll of the gateway has ended."""
         if (poll := self._polls.get(gateway)) is not None:
             poll.num_open, poll.answered_at = poll.num_open - 1, now
 
@@ -44,7 +44,7 @@ class GatewayPolls:
         return self._polls.pop(gateway, None) is not None
 
     def take_gone(self, now: float) -> list[str]:
-        """Remove and return the gateways that no longer poll."""
+        """Remove and return the gateways that have not polled for ``SILENCE_LIMIT_S``."""
         gone = [
             name
             for name, poll in self._polls.items()

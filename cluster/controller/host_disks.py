@@ -7,27 +7,31 @@ from collections.abc import Iterable
 from cluster.core.frames import LowDisk
 
 NEARLY_FULL = "is nearly full"
-"""Text of the problem in the status."""
+"""Words with which the status reports a nearly full disk."""
 
 
 def differ(before: Iterable[LowDisk], now: Iterable[LowDisk]) -> bool:
-    """Return whether two reports differ in their folders.
+    """Return whether two reports of nearly full disks name different folders.
 
-    Changes of the free bytes are ignored, so that gateways get no update for them.
+    Changes of the free bytes are ignored, so that they cause no update to gateways.
     """
     return {disk.folder for disk in before} != {disk.folder for disk in now}
 
 
 class HostDisks:
-    """Nearly full disks that gateways and the controller report; workers use their heartbeats."""
+    """Nearly full disks that gateways and the controller's own process report.
+
+    The disks that workers report are not included (``WorkerRecord.low_disks``).
+    """
 
     def __init__(self) -> None:
         self._disks: dict[str, list[tuple[str, LowDisk]]] = {}
 
     def report(self, low_disks: Iterable[LowDisk], host: str, reporter: str) -> bool:
-        """Record a report of nearly full disks; return whether it differs from the last one.
+        """Record a report of nearly full disks; return whether the folders have changed.
 
-        ``reporter`` is a gateway, or empty for the controller's own process.
+        ``reporter`` is a gateway, or empty for the controller's own process. A report replaces the
+        last report of the same reporter.
         """
         found, before = tuple(low_disks), self._disks.pop(reporter, [])
         if found:
@@ -35,7 +39,7 @@ class HostDisks:
         return differ((disk for _, disk in before), found)
 
     def reported(self) -> list[tuple[str, LowDisk]]:
-        """(host, disk) of all reports."""
+        """Return (host, disk) pairs of the newest report of every reporter."""
         return [entry for disks in self._disks.values() for entry in disks]
 
 

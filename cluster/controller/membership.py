@@ -5,7 +5,7 @@ The life of a generation:
     form ─▶ NewGeneration to every member ─▶ GenerationReady from all, experts in their slots
         ─▶ run ─▶ RunGeneration(first step above the highest step of any member)
 
-If another member is lost before RunGeneration, the next generation is formed.
+If a member is lost before RunGeneration, the next generation is formed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from cluster.policy.places import Places
 
 
 class Phase(Enum):
-    """Phase of the newest generation."""
+    """Phase of the cluster's newest generation."""
 
     FORMING = "forming"
-    """Announced to its members, but not running yet."""
+    """The generation has been announced to its members, but does not run yet."""
     RUNNING = "running"
-    """Its members run steps."""
+    """The members of the generation run steps."""
     STALLED = "stalled"
-    """Cannot run; its members wait for the next generation."""
+    """The generation cannot run; its members wait for the next generation."""
 
 
 _PHASES = {Phase.FORMING: {Phase.RUNNING, Phase.STALLED}, Phase.RUNNING: {Phase.STALLED}}
@@ -49,15 +49,18 @@ class GenerationRound:
     """Monotonic time at which the generation was announced."""
     phase: Phase = Phase.FORMING
     answers: dict[str, GenerationReady] = field(default_factory=dict)
-    """Replies by name, from members that have opened their edges."""
+    """Member -> its reply to the announcement; the member has opened its edges."""
     reports: list[PeerReport] = field(default_factory=list)
-    """Reports of members that lost a peer."""
+    """Reports of members about peers that they have lost."""
     loaded: list[SlotFill] = field(default_factory=list)
     """Experts that members have loaded since the generation was announced."""
     joins: frozenset[str] = frozenset()
-    """Members that were not in the generation that ran before."""
+    """Names of the members that were not in the generation that ran before."""
     before: ExpertPlacement | None = None
-    """Placement of the generation before, which the slots still hold; None if no member joins."""
+    """Placement of the generation that ran before, whose experts the workers' slots still hold.
+
+    None if no member joins.
+    """
 
     @property
     def number(self) -> int:
@@ -69,11 +72,14 @@ class GenerationRound:
         return self.generation.members
 
     def late(self) -> list[str]:
-        """Return the members that have not replied."""
+        """Return the members that have not replied to the announcement of the generation."""
         return [m.name for m in self.members if m.name not in self.answers]
 
     def missing(self, placement: ExpertPlacement) -> list[SlotFill]:
-        """Return the experts of a placement that are not in their slots, by the replies."""
+        """Return the experts of a placement that are not in their slots yet.
+
+        The contents of the slots are known from the members' replies and later loads.
+        """
         loaded = {(f.bank, f.device, f.slot, f.expert) for f in self.loaded}
         return [
             SlotFill(bank=bank, device=member.device, slot=slot, expert=expert)
@@ -86,18 +92,18 @@ class GenerationRound:
 
     @property
     def first_step(self) -> int:
-        """The step number after the highest that any member has seen."""
+        """First step number of the generation: one above the highest that any member has seen."""
         return max((a.highest_step for a in self.answers.values()), default=0) + 1
 
     @property
     def highest_epoch(self) -> int:
-        """Highest placement epoch in the replies so far."""
+        """Highest placement epoch in the members' replies so far; 0 without a reply."""
         return max((a.highest_epoch for a in self.answers.values()), default=0)
 
     def next(
         self, generation: Generation, placement: ExpertPlacement, now: float
     ) -> GenerationRound:
-        """Return the round of the next generation; ``placement`` is the one in force."""
+        """Return the round of the next generation; ``placement`` is the placement in force."""
         names = frozenset(m.name for m in generation.members)
         joins, before = self.joins & names, self.before
         if self.phase is not Phase.FORMING:
@@ -114,9 +120,9 @@ class GenerationRound:
 
 
 class MemberRecords:
-    """Holds the newest generation, and decides which placement is in force.
+    """Holds the newest generation and the placement in force.
 
-    Other parts of the controller read both from ``Cluster``.
+    Other parts of the controller read generation and placement from ``Cluster``.
     """
 
     def __init__(
@@ -129,7 +135,7 @@ class MemberRecords:
         self.desired = placement
         """The placement of the complete cluster; rebalancing changes it."""
         self.round = GenerationRound(Generation(number=0, members=()), now, Phase.STALLED)
-        """The newest generation and its replies; number 0 before the first."""
+        """The newest generation with its members' replies; number 0 before the first."""
         self.experts_complete = False
         """Whether every expert had a slot when the newest generation was formed."""
         self._highest_epoch = 0
@@ -139,15 +145,15 @@ class MemberRecords:
         self.round, self._highest_epoch = collected, highest_epoch
 
     def next_epoch(self) -> int:
-        """Return a placement epoch that no worker knows, even if it never comes into force."""
+        """Return a placement epoch (version of the placement) that no worker knows."""
         self._highest_epoch = max(self.placement.epoch, self._highest_epoch) + 1
         return self._highest_epoch
 
     def activate(self, placement: ExpertPlacement) -> None:
         """Put a placement in force, after a step of the running generation has used its epoch.
 
-        If the cluster is complete, it becomes the desired placement too; a placement made by a
-        drain is temporary.
+        If the cluster is complete, the placement becomes the desired one too, unless a device has
+        no expert in it, as in a drain.
         """
         self.placement = placement
         rows = [bank.physical_to_logical for bank in placement.banks]
@@ -180,7 +186,7 @@ class MemberRecords:
             record.enter(WorkerState.SERVING)
 
     def stall(self, members: Sequence[Member], now: float) -> None:
-        """Record that no generation can run now; a later one may use these members."""
+        """Record that no generation can run now; the next generation may use these members."""
         survivors = replace(self.round.generation, members=tuple(members))
         self.round = GenerationRound(survivors, now, Phase.STALLED)
         self._stand_by()

@@ -12,9 +12,9 @@ from cluster.core.metric_families import PlainFamily, new_registry, to_plain
 from cluster.core.topology import Role
 
 MoveReason = Literal["rebalance", "recovery", "drain", "scale"]
-"""Cause of a move of weights: a rebalance, a lost worker, a drain or a scaling."""
+"""Cause of a move of expert weights: a rebalancing, a lost worker, a drain or a scaling."""
 RebalanceOutcome = Literal["applied", "skipped_gain", "skipped_churn", "failed", "cancelled"]
-"""Result of a decision to rebalance."""
+"""Outcome of a decision on rebalancing; skipped: too little gain, or too soon after the last."""
 _OUTCOMES: tuple[RebalanceOutcome, ...] = get_args(RebalanceOutcome)
 _SWITCH_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _MIGRATION_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -22,10 +22,10 @@ _RECOVERY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class ControllerMetrics:
-    """Prometheus metrics. Owned by the controller."""
+    """Prometheus metrics of the controller: rebalancing, moved weights, recoveries."""
 
     def __init__(self, roles: Iterable[Role]) -> None:
-        """``roles``: roles of the workers of the cluster."""
+        """``roles``: roles of the cluster's workers, each of which labels metrics of recoveries."""
         self._registry = new_registry()
         counter = partial(Counter, registry=self._registry)
         histogram = partial(Histogram, registry=self._registry)
@@ -62,21 +62,21 @@ class ControllerMetrics:
                 moved.labels(reason)
 
     def decided(self, outcome: RebalanceOutcome) -> None:
-        """Count a decision to rebalance that has ended."""
+        """Count a decision on rebalancing, by its outcome."""
         self._decisions.labels(outcome).inc()
 
     def switched(self, stall_s: float) -> None:
-        """Record a new placement epoch; steps waited ``stall_s`` for it."""
+        """Record a switch to a new placement epoch, for which steps waited ``stall_s`` seconds."""
         self._switches.observe(stall_s)
 
     def moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
-        """Record a move of ``num_bytes`` bytes into ``num_slots`` slots in ``seconds``."""
+        """Record that ``num_bytes`` of expert weights moved into ``num_slots`` slots."""
         self._slots.labels(reason).inc(num_slots)
         self._bytes.labels(reason).inc(num_bytes)
         self._seconds.labels(reason).observe(seconds)
 
     def recovered(self, roles: Iterable[Role], seconds: float) -> None:
-        """Record a recovery: a generation runs ``seconds`` after the loss of these roles."""
+        """Record that a generation runs ``seconds`` after workers of these roles were lost."""
         for role in roles:
             self._recoveries.labels(f"{role}_worker").inc()
             self._stalls.labels(f"{role}_worker").observe(seconds)

@@ -23,9 +23,9 @@ from cluster.core.errors import ConflictError, RequestError
 from cluster.policy.node_following import FollowDecision, FollowedNode, NodeFollowingPolicy
 
 LIMIT_S = 600.0
-"""Time limit of these scale operations: the longest time that a new worker may load."""
+"""Time limit of the scale operations that follow nodes, in seconds: a new worker may load long."""
 _OWN = "follow-nodes-"
-"""Prefix of the ``request_id`` of these scale operations."""
+"""Prefix of the ``request_id`` of the scale operations that follow nodes."""
 
 
 class NodeFollower:
@@ -37,13 +37,13 @@ class NodeFollower:
         self._policy = NodeFollowingPolicy()
         self._numbers = count(1)
         self._operation: Operation | None = None
-        """The running scale operation that this object began."""
+        """The running scale operation that this follower began; None without one."""
         self._nodes: frozenset[str] = frozenset()
-        """Nodes for which ``_operation`` was begun."""
+        """Ids of the nodes for which ``_operation`` began."""
         self._is_withdrawn = False
-        """Whether this object cancelled ``_operation``."""
+        """Whether this follower itself cancelled ``_operation``."""
         self._of_client: Operation | None = None
-        """The running scale operation of a client."""
+        """The running scale operation of a client; None without one."""
 
     def observe(self, nodes: Sequence[FollowedNode], now: float) -> None:
         """Process the list of live nodes with a role label. Called every half second."""
@@ -82,7 +82,7 @@ class NodeFollower:
             self._ended(own, staying, now)
 
     def _withdraw(self, own: Operation, staying: set[str], now: float) -> None:
-        """Cancel the scale operation if one of its nodes left before the new workers served."""
+        """Cancel the scale operation ``own`` if one of its nodes left before new workers served."""
         if self._cluster.scale is not None and self._nodes - staying:
             with suppress(ConflictError):
                 self._scaling.cancel(own, now)

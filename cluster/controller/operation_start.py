@@ -13,13 +13,16 @@ C = TypeVar("C", bound=OperationCommand, contravariant=True)
 
 
 class OperationKind(Protocol[C]):
-    """What ``start_operation`` needs of one kind of operation. The methods change nothing."""
+    """Interface of a kind of operation for ``start_operation``. Its methods change nothing."""
 
     def target(self, command: C) -> str:
-        """Describe the target of the operation. Raises an error for an invalid command."""
+        """Describe the target of the operation, such as the workers to drain.
+
+        Raises an error for an invalid command.
+        """
 
     def prepare(self, command: C) -> Callable[[Operation, float], None]:
-        """Return a function that runs the first step, given the operation and the time.
+        """Return the function that runs the first step; arguments: operation, monotonic time.
 
         Raises ``ConflictError`` if the operation cannot begin now.
         """

@@ -21,9 +21,9 @@ class OperationState(Enum):
     RUNNING = "RUNNING"
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
-    """Failed; the message gives the reason."""
+    """The operation failed; ``Operation.message`` gives the reason."""
     CANCELLED = "CANCELLED"
-    """Cancelled by a client."""
+    """A client cancelled the operation."""
 
 
 _NEXT = {OperationState.RUNNING: set(OperationState) - {OperationState.RUNNING}}
@@ -31,33 +31,33 @@ _NEXT = {OperationState.RUNNING: set(OperationState) - {OperationState.RUNNING}}
 
 @dataclass(kw_only=True, slots=True)
 class Operation:
-    """One operation. Its owner writes ``phase``, ``progress`` and ``result``."""
+    """One drain, scaling or rebalancing that a client or a policy of the controller began."""
 
     id: str
     """Permanent id, made of the kind, the term of the controller and a number."""
     kind: str
     """``drain``, ``rebalance`` or ``scale``."""
     target: str
-    """The worker, node or gateway; for a scaling, the resulting pool sizes."""
+    """Subject, for messages: workers to drain, pool sizes after a scaling, or ``experts``."""
     request_id: str
-    """Id chosen by the client, so that a retry does not begin a second operation; may be empty."""
+    """Id chosen by the client, so that a retry begins no second operation; empty without one."""
     asked: str = ""
-    """Content of the request, to detect a different request with the same id."""
+    """Content of the command, to detect a different command with the same ``request_id``."""
     started: float
-    """Time of day, seconds since 1970."""
+    """Time of day at which the operation began, in seconds since 1970."""
     state: OperationState = OperationState.RUNNING
     phase: str = ""
-    """Current phase, for messages."""
+    """Current phase of the operation, as a text for users; empty after the end."""
     progress: float = 0.0
-    """Fraction that is done, 0 to 1."""
+    """Fraction of the operation that is done, 0 to 1."""
     message: str = ""
-    """Outcome, for messages."""
+    """Outcome of the operation, as a text for users; empty before the end."""
     ended: float = 0.0
-    """Time of day of the end; 0 while it runs."""
+    """Time of day at which the operation ended, in seconds since 1970; 0 while it runs."""
     generation: int = 0
-    """Number of the resulting generation; 0 while there is none."""
+    """Number of the generation that the operation formed; 0 if it has formed none."""
     result: dict[str, Any] = field(default_factory=dict)
-    """Fields of the kind's result in ``admin.proto``."""
+    """Fields of the operation's result, whose message in ``admin.proto`` depends on the kind."""
 
     @property
     def is_running(self) -> bool:
@@ -65,14 +65,14 @@ class Operation:
         return self.state is OperationState.RUNNING
 
     def end(self, state: OperationState, message: str, at: float) -> None:
-        """End the operation at time of day ``at``."""
+        """End the operation at time of day ``at`` (seconds since 1970)."""
         self.state = next_state(self.state, state, _NEXT)
         self.phase, self.message, self.ended = "", message, at
         if state is OperationState.SUCCEEDED:
             self.progress = 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data with the field names of ``admin.proto``."""
+        """Return the operation as plain data with the field names of ``admin.proto``."""
         hidden = ("request_id", "asked")
         return {name: value for name, value in to_plain(self).items() if name not in hidden}
 
@@ -87,12 +87,12 @@ class TimedOperation:
 
     operation: Operation
     deadline: float
-    """Monotonic time of its limit; valid only in this controller."""
+    """Monotonic time of the operation's time limit; valid only in this controller process."""
     left_s: float
     """Seconds until the deadline, for the next controller, whose clock differs."""
 
     def restore(self, operations: Operations, now: float) -> None:
-        """Continue the operation of an earlier controller, after ``operations`` is restored."""
+        """Continue the operation of an earlier controller, once ``operations`` is restored."""
         self.operation = operations.find(self.operation.id)
         self.deadline = now + self.left_s
 
@@ -109,23 +109,26 @@ class OperationCommand(Message, frozen=True, kw_only=True):
     """A command to begin an operation."""
 
     kind: ClassVar[str]
-    """Kind of the operation."""
+    """Kind of the operation: ``drain``, ``rebalance`` or ``scale``."""
     content: ClassVar[tuple[str, ...]]
-    """Fields that distinguish it from another command with the same ``request_id``."""
+    """Names of the fields in which commands with the same ``request_id`` must not differ."""
 
     request_id: str = ""
-    """Id of the command: a repeated command with the same id begins no second operation."""
+    """Id of the command: a repetition with the same id begins no second operation; may be empty."""
     expected_epoch: int | None = None
-    """Placement epoch that must be in force; None for any."""
+    """Placement epoch that must be in force for the command to be accepted; None for any."""
 
     @property
     def asked(self) -> str:
-        """Content of the command, for ``Operation.asked``."""
+        """Content of the command as a text, to compare commands with the same ``request_id``."""
         return ", ".join(f"{name} {getattr(self, name)}" for name in self.content)
 
 
 class Operations:
-    """The latest operations; only the newest may run. ``now`` is in monotonic seconds."""
+    """The latest operations of a cluster. At most one runs: the newest.
+
+    ``now`` is in monotonic seconds.
+    """
 
     def __init__(self, term: int, wall_time_offset_s: float, on_change: Callable[[], None]) -> None:
         """``wall_time_offset_s`` plus a monotonic time is the time of day.
@@ -133,12 +136,12 @@ class Operations:
         ``on_change`` is called when an operation begins or ends.
         """
         self.term = term
-        """Term of the controller."""
+        """Term (number) of the controller process."""
         self._offset_s = wall_time_offset_s
         self._on_change = on_change
         self._count = 0
         self.kept: deque[Operation] = deque(maxlen=_KEPT)
-        """Operations, newest last; ``restore`` adds those of an earlier controller."""
+        """Operations, newest last, including restored operations of an earlier controller."""
 
     @property
     def running(self) -> Operation | None:
@@ -195,7 +198,10 @@ class Operations:
     def restore(
         self, newest: Iterable[Operation], now: float, goes_on: Collection[str] = ()
     ) -> None:
-        """Restore operations; running ones fail, except those with ids in ``goes_on``."""
+        """Restore operations of an earlier controller; running ones fail, unless in ``goes_on``.
+
+        ``goes_on`` are the ids of the operations that continue.
+        """
         for operation in newest:
             self.kept.append(operation)
             if operation.is_running and operation.id not in goes_on:

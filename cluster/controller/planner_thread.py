@@ -1,4 +1,4 @@
-"""Computes plans of rebalancing in a thread of their own.
+"""Computes plans of rebalancing in a separate thread.
 
 The controller's loop must answer heartbeats within milliseconds; planning a large model takes
 longer. Therefore plans are computed from immutable values, and a plan is stale once the placement
@@ -25,13 +25,13 @@ from cluster.sizing.replay import ExpertStepCost
 logger = logging.getLogger(__name__)
 
 _TOKENS_PER_EXPERT = 4
-"""Tokens per expert that a window must have for reliable statistics."""
+"""Mean number of tokens per expert that a load window must have for reliable statistics."""
 
 T = TypeVar("T")
 CHANGED = "the cluster has changed since the plan began"
 """Error of a plan whose inputs are stale."""
 PlanCallback = Callable[[Future[T], str, float], None]
-"""Callback with the finished future, the error (empty if there is none) and the time."""
+"""Callback of a computation: gets its finished future, the error (or empty) and the time."""
 
 
 class PlannerThread:
@@ -42,7 +42,7 @@ class PlannerThread:
     """
 
     def __init__(self, cluster: Cluster, executor: Executor) -> None:
-        """The arguments are those of ``Rebalancing``."""
+        """``executor`` runs the computations; ``cluster`` tells if their inputs have changed."""
         self._cluster = cluster
         self._executor = executor
         self._pending: dict[str, tuple[Future[Any], Callable[[float], None]]] = {}
@@ -55,21 +55,25 @@ class PlannerThread:
                 then(now)
 
     def waits(self, what: str) -> bool:
-        """Return whether a plan of this name is pending."""
+        """Return whether the computation named ``what`` is pending."""
         return what in self._pending
 
     def drop(self, what: str) -> bool:
-        """Drop a pending plan; returns whether there was one. A running computation continues."""
+        """Drop the computation named ``what``; its callback is not called.
+
+        Returns whether it was pending. A running computation continues, without effect.
+        """
         pending = self._pending.pop(what, None)
         if pending is not None:
             pending[0].cancel()
         return pending is not None
 
     def load_now(self, has_ended: bool) -> CurrentLoad | None:
-        """Return the newest window if it has enough rows, else the average; None without load.
+        """Return the expert load for which to plan; None without load.
 
-        ``has_ended``: a window has just ended. If False and no window has ended yet, all load so
-        far is used.
+        This is the load of the newest load window if it has enough rows, else the exponential
+        average of the windows. ``has_ended``: whether a window has just ended; if not, and no
+        window has ended yet, all load so far is used.
         """
         tracker, banks = self._cluster.load, self._cluster.placement.banks
         newest = tracker.windows[-1] if tracker.windows else None
@@ -89,7 +93,10 @@ class PlannerThread:
         return CurrentLoad(profile=profile, prefill_share=prefill / total if total > 0 else 0.0)
 
     def plan(self, what: str, work: Callable[[], T], then: PlanCallback[T], now: float) -> None:
-        """Run ``work`` and call ``then`` at a later tick, or now if the result is ready."""
+        """Run ``work`` under the name ``what``; call ``then`` once the result is ready.
+
+        ``then`` is called at a later tick, or before ``plan`` returns.
+        """
         basis, future = self._basis(), self._executor.submit(work)
 
         def finish(now: float) -> None:
@@ -107,13 +114,17 @@ class PlannerThread:
         return self._cluster.placement, self._cluster.generation.number
 
     def topology(self, placement: ExpertPlacement) -> PlannedTopology:
-        """Return the live devices; during a change they may hold more than is planned for them."""
+        """Return the devices of ``placement`` with the slots that a plan may use.
+
+        Devices of lost workers have no slots. The slots reserved for recovery are left out, unless
+        a device already holds more experts.
+        """
         cluster = self._cluster
         num_slots = cluster.num_slots - cluster.config.workers.recovery_slots
         return planned_topology(cluster.generation.experts, placement, num_slots)
 
     def step_cost(self) -> ExpertStepCost:
-        """Return the cost of a step on an expert worker of the cluster."""
+        """Return the estimated cost of a step on an expert worker, for the slowest GPU in use."""
         infos = [record.info for record in self._cluster.workers]
         sizes = [int(info.get("expert_bytes", 0)) for info in infos]
         gpus = [(i["gpu"], i["gpu_bandwidth_bytes_s"]) for i in infos if "gpu" in i]

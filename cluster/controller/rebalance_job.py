@@ -1,4 +1,4 @@
-"""Rebalance commands, and texts that describe decisions."""
+"""Commands to rebalance experts, and texts that describe rebalancing decisions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class RebalanceCommand(OperationCommand, frozen=True, kw_only=True):
     content = ("dry_run",)
 
     dry_run: bool = False
-    """Whether to report the decision without a change."""
+    """Whether to only report the decision; no expert moves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebalanceQuery:
-    """Input of a decision whether to change the placement."""
+    """Input of a decision whether to change the placement of experts."""
 
     load: CurrentLoad
     operation: Operation | None = None
@@ -31,7 +31,7 @@ class RebalanceQuery:
 
 
 def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:
-    """Return the fields of ``RebalanceResult`` in ``admin.proto``."""
+    """Convert a decision to the fields of the message ``RebalanceResult`` in ``admin.proto``."""
     return {
         "dry_run": dry_run,
         "action": decision.action,
@@ -46,7 +46,7 @@ def result_of(decision: RebalanceDecision, dry_run: bool) -> dict[str, Any]:
 
 
 def describe(decision: RebalanceDecision) -> str:
-    """Describe a decision, for messages."""
+    """Describe the moves and the balancedness of a decision in one line, for operators."""
     moves = f"move {decision.num_moves} slots ({decision.num_bytes} bytes)"
     what = moves if decision.action == "move" else "change shares and decode devices only"
     return (
@@ -56,7 +56,7 @@ def describe(decision: RebalanceDecision) -> str:
 
 
 def answer(decision: RebalanceDecision, asked: RebalanceQuery) -> str:
-    """Describe the outcome of a command that changes nothing."""
+    """Describe the outcome of a rebalance command that changed nothing: decision, reason, load."""
     would = "a dry run, nothing has changed: would" if asked.dry_run else "not done: would"
     text = f"nothing {'would be' if asked.dry_run else 'is'} done"
     text = text if decision.action == "none" else f"{would} {describe(decision)}"
@@ -64,10 +64,10 @@ def answer(decision: RebalanceDecision, asked: RebalanceQuery) -> str:
 
 
 def by_load(profile: LoadProfile) -> str:
-    """Describe the load that a plan is made for, because the plan depends on it."""
+    """Describe the load on which a plan is based, as ``by the load of 1000 rows``."""
     return f"by the load of {profile.tokens} rows"
 
 
 def percent(value: float | None) -> str:
-    """Format a share, as ``93.1%`` or ``unknown``."""
+    """Format a fraction as a percentage, such as ``93.1%``; ``unknown`` for None."""
     return "unknown" if value is None else f"{100 * value:.1f}%"

@@ -45,51 +45,57 @@ _AUTOMATIC = "automatic decision"
 
 
 class Rebalancing:
-    """Decides when the load requires another placement, and runs one change at a time.
+    """Decides when the load requires another placement, and runs one rebalancing at a time.
 
     Owned by the controller. ``now`` is in monotonic seconds.
     """
 
     def __init__(self, cluster: Cluster, executor: Executor) -> None:
-        """``executor`` runs the planning."""
+        """``executor`` runs the computation of plans."""
         self._cluster = cluster
         self._section = cluster.config.rebalance
         self.plans = PlannerThread(cluster, executor)
-        """Plans of decisions, by operation id, and of the shares of the running stage."""
+        """Pending computations: decisions, by operation id, and split weights of a stage."""
         self._looked: tuple[float, CurrentLoad] | None = None
-        """Number of rows counted before the last dry run, and the load that it used."""
+        """Number of rows counted before the last dry run, and the load that the run used.
+
+        None without a dry run, or after a command that was not a dry run.
+        """
         self._newest: RunningRebalance | None = None
         self._ended: RunningRebalance | None = None
-        """The change before ``_newest``."""
+        """The rebalancing before ``_newest``; None without one."""
         self._problem = ""
         self._seen_windows = 0
 
     @property
     def _job(self) -> RunningRebalance | None:
-        """The running change, if any."""
+        """The running rebalancing; None if none runs."""
         return self._newest if self._newest is not None and not self._newest.is_over else None
 
     @property
     def _last(self) -> RunningRebalance | None:
-        """The last change that has ended."""
+        """The last rebalancing that has ended; None before the first."""
         return self._ended if self._job is not None else self._newest
 
     @property
     def impossible(self) -> str:
-        """Reason why this cluster cannot be rebalanced; empty if it can."""
+        """Reason why this cluster cannot be rebalanced; empty if it can be."""
         return why_impossible(self._cluster.config, len(self._cluster.places.devices()))
 
     # ---- commands ---------------------------------------------------------------------------
 
     def begin(self, command: RebalanceCommand, now: float) -> Operation:
-        """Plan a better placement and move to it; a dry run ends after the plan.
+        """Begin to plan a better placement and change to it; a dry run ends after the plan.
 
-        Raises ``ConflictError`` if that is impossible now; the cluster is unchanged in that case.
+        Raises ``ConflictError`` if the cluster cannot be rebalanced now; it is unchanged then.
         """
         return start_operation(command, self, self._cluster, now)
 
     def target(self, command: RebalanceCommand) -> str:
-        """See ``OperationKind``."""
+        """Return ``experts``, the target of a rebalance command (``OperationKind.target``).
+
+        Raises ``ConflictError`` if the cluster cannot be rebalanced.
+        """
         if self.impossible:
             raise ConflictError(f"rebalancing is not possible: {self.impossible}")
         if not self._cluster.runs:
@@ -97,7 +103,7 @@ class Rebalancing:
         return "experts"
 
     def prepare(self, command: RebalanceCommand) -> Callable[[Operation, float], None]:
-        """See ``OperationKind``."""
+        """Check a rebalance command; return its first step (``OperationKind.prepare``)."""
         if self._job is not None and not command.dry_run:
             raise ConflictError("the cluster is already rebalancing automatically")
         load = self._load_for(command)
@@ -110,9 +116,10 @@ class Rebalancing:
         self._ask(RebalanceQuery(load=load, operation=operation, dry_run=dry_run), now)
 
     def _load_for(self, command: RebalanceCommand) -> CurrentLoad | None:
-        """Return the current load, or that of the last dry run if no step has been counted since.
+        """Return the load of the last dry run if no row has been counted since, else the current.
 
-        Therefore a command after a dry run does what that run showed, even if a window has ended.
+        Therefore a command after a dry run does what the dry run showed, even if a load window has
+        ended. None without load.
         """
         rows = self._cluster.load.totals().rows
         if self._looked is not None and self._looked[0] == rows:
@@ -122,7 +129,10 @@ class Rebalancing:
         return load
 
     def cancel(self, operation: Operation, now: float) -> None:
-        """Cancel a change. Raises ``ConflictError`` after its end and during its switch."""
+        """Cancel the rebalancing of ``operation``.
+
+        Raises ``ConflictError`` if it has ended, or while the workers switch epochs.
+        """
         job = self._job
         if self.plans.drop(operation.id):
             self._cluster.metrics.decided("cancelled")
@@ -136,12 +146,12 @@ class Rebalancing:
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> None:
-        """Handle a frame of a worker about the running change."""
+        """Handle a worker's frame about the placement change of the running rebalancing."""
         if (job := self._job) is not None:
             job.frame(name, frame, now)  # without a job, the frame answers an earlier controller
 
     def tick(self, now: float) -> None:
-        """Advance the running change, or at the end of a window decide whether to begin one."""
+        """Advance the running rebalancing; without one, decide at the end of each load window."""
         self.plans.tick(now)
         if self._job is not None:
             self._job.tick(now)
@@ -159,11 +169,11 @@ class Rebalancing:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no change is running."""
+        """Whether no rebalancing is running."""
         return self._job is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the rebalancing section of ``status``."""
+        """Return the rebalancing section of the cluster's status."""
         job = self._job
         return {
             "automatic": self._section.enable_eplb,
@@ -209,7 +219,11 @@ class Rebalancing:
     # ---- carrying out ---------------------------------------------------------------------
 
     def _follow(self, decision: RebalanceDecision, asked: RebalanceQuery, now: float) -> bool:
-        """Start the change, or count the reason against it. A command ignores ``interval_s``."""
+        """Start the rebalancing that was decided, unless there is a reason against it.
+
+        Returns whether it was started; otherwise the reason is counted in the metrics. Only an
+        automatic decision must keep ``interval_s`` from the last rebalancing.
+        """
         rested_at = self._last.ended_at if self._last is not None else self._cluster.began_at
         if decision.action == "none":
             self._cluster.metrics.decided("skipped_gain")
@@ -224,7 +238,7 @@ class Rebalancing:
         return False
 
     def _prove(self, window: LoadWindow, now: float) -> None:
-        """Record the effect of the last change, measured in the first whole window after it."""
+        """Record the effect of the last rebalancing, from the first whole load window after it."""
         last, placement = self._last, self._cluster.placement
         if last is None or last.report is None or last.is_proved or window.began_at < last.ended_at:
             return

@@ -35,7 +35,7 @@ _MAX_RETRY_S = 60.0
 
 
 class RecoveryProblem(StrEnum):
-    """Problem of a worker or a place; the text follows its name."""
+    """Problem of a worker or a place; the text follows the name of the worker or place."""
 
     CANNOT_LOAD = "cannot load experts"
     LEFT_OUT = "is left out"
@@ -46,7 +46,7 @@ class Recovery:
     """Handles members that leave and join. Owned by the controller and used by one thread."""
 
     def __init__(self, cluster: Cluster, limits: ControllerSettings) -> None:
-        """The workers and the placement of ``cluster`` are those that recovery restores."""
+        """``cluster`` has the workers and the placement that recovery restores."""
         self._cluster = cluster
         self._limits = limits
         self._failed: list[SlotFill] = []
@@ -55,11 +55,11 @@ class Recovery:
         """Members (name -> role) that were lost since the last generation ran."""
         self._lost_at = 0.0
         self._trace: OpenTrace | None = None
-        """Trace of the running recovery, if any."""
+        """Trace of the running recovery; None if no recovery runs."""
         self._retry_s = limits.retry_s
         self._retry_at = 0.0
         self.reloads = ExpertLoadCommands(cluster)
-        """The pending load commands."""
+        """Commands of recovery to load experts that workers have not answered yet."""
 
     def problems(self, now: float) -> list[str]:
         """Describe the problems that keep the cluster incomplete, for the status."""
@@ -100,7 +100,7 @@ class Recovery:
             self._go_on(survivors, describe_losses(gone), now)
 
     def ready(self, now: float) -> None:
-        """Let ready workers join the generation, unless one is forming.
+        """Form a generation with the workers that have become ready, unless one is forming.
 
         Workers that scaling adds join together, once all of them are ready.
         """
@@ -123,7 +123,7 @@ class Recovery:
             self._go_on([*members, *fresh], f"{names} {verb} ready{order}", now)
 
     def _orders_behind(self, fresh: Sequence[Member]) -> list[str]:
-        """Return ids of the operations that added these workers or drained their predecessors."""
+        """Return ids of the operations that added the workers or drained their predecessors."""
         cluster, scale = self._cluster, self._cluster.scale
         found = []
         if scale is not None and any(m.name in cluster.new_workers for m in fresh):
@@ -147,14 +147,17 @@ class Recovery:
         return True
 
     def answered(self, name: str, frame: GenerationReady, now: float) -> None:
-        """Record that a member has opened its edges for the forming generation."""
+        """Record that member ``name`` has opened its edges for the forming generation.
+
+        Runs the generation once all members have done so and hold their experts.
+        """
         cluster = self._cluster
         if frame.generation == cluster.round.number and cluster.is_forming:
             cluster.round.answers[name] = frame
             self._run_if_complete(now)
 
     def show_running(self) -> None:
-        """Enter the state of a cluster whose newest generation runs."""
+        """Set the cluster's state, whose generation runs: SERVING if it is full, else DEGRADED."""
         is_full = self._cluster.places.is_full(self._cluster.round.members)
         self._cluster.enter(ClusterState.SERVING if is_full else ClusterState.DEGRADED)
 
@@ -180,7 +183,7 @@ class Recovery:
     # ---- actions --------------------------------------------------------------------------
 
     def _go_on(self, members: Sequence[Member], cause: str, now: float) -> None:
-        """Form a generation with these members, or stall."""
+        """Form a generation with these members; if they cannot serve every expert, stall."""
         cluster = self._cluster
         decision = decide_members(members, self._holdings(members), cluster.round.highest_epoch)
         cluster.membership.experts_complete = decision.experts_complete
@@ -256,7 +259,7 @@ class Recovery:
         )
 
     def _cannot_load(self, reload: ExpertLoadCommand, error: str, now: float) -> None:
-        """Handle a member that failed to load experts: others load them if they can."""
+        """Handle a member that failed to load experts: other members load them if they can."""
         logger.warning("%s cannot load experts: %s", reload.worker, error)
         self._failed += reload.fills
         self._barred[reload.fills[0].device] = error

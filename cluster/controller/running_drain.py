@@ -2,8 +2,9 @@
 
     COPY    while steps run, other workers copy the experts that only the drained workers hold; the
             next epoch uses the copies
-    MOVE    the workers take no new requests; the gateways move the running ones to other workers
-    LEAVE   a generation without them runs
+    MOVE    the drained workers take no new requests; the gateways move the running requests to
+            other workers
+    LEAVE   a generation without the drained workers runs
     END     their processes end. New workers start in their places, after the drain of a node once
             that node has left. Places are removed instead if the cluster is scaled down, or
             if the cluster follows its nodes and a node is drained
@@ -32,7 +33,7 @@ from cluster.policy.coverage import describe_members, without_devices
 from cluster.policy.places import place_of
 
 _TOO_LATE = (DrainStep.LEAVE, DrainStep.END, DrainStep.BACK)
-"""Steps in which a drain can no longer be rolled back, or is being rolled back."""
+"""Steps in which a drain can no longer be rolled back, or is already being rolled back."""
 
 
 class RunningDrain:
@@ -41,15 +42,15 @@ class RunningDrain:
     def __init__(
         self, record: Drain, cluster: Cluster, rebalancing: Rebalancing, requests: DrainRequests
     ) -> None:
-        """``record``: the state of the drain, which the next controller gets."""
+        """``record``: the state of the drain, which a restarted controller gets."""
         self.record = cluster.drain = record
         self._cluster = cluster
         self._rebalancing = rebalancing
         self._requests = requests
         self._change: EpochChange | None = None
-        """The placement change that the drain is waiting for; None without one."""
+        """The placement change that the drain is making; None if it makes none."""
         self._asked = 0
-        """Token of the status request that was sent after the workers stopped taking requests."""
+        """Token of the status request sent after the drained workers stopped taking requests."""
 
     @property
     def is_over(self) -> bool:
@@ -59,7 +60,8 @@ class RunningDrain:
     def restore(self, now: float) -> None:
         """Continue the drain of an earlier controller.
 
-        The copies begin again. If the drain was in MOVE, the workers still take no new requests.
+        The copies of experts begin again. If the drain was in the step MOVE, its workers still take
+        no new requests.
         """
         drain, table = self.record, self._cluster.workers
         states = {table[n].state if n in table else WorkerState.LOST for n in drain.names}
@@ -84,7 +86,10 @@ class RunningDrain:
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> bool:
-        """Handle a frame about a placement change; returns False if the drain makes none now."""
+        """Handle a worker's frame about a placement change.
+
+        Returns False if the drain makes no placement change now.
+        """
         if self._change is None:
             return False
         self._change.frame(name, frame, now)
@@ -100,7 +105,7 @@ class RunningDrain:
             self._undo(OperationState.FAILED, text, now)
 
     def ended(self, names: Sequence[str], now: float) -> None:
-        """Handle the end of worker processes."""
+        """Handle the end of the processes of the workers ``names``, which completes the drain."""
         drain = self.record
         if drain.step is not DrainStep.END or not set(drain.names) <= set(names):
             return
@@ -117,7 +122,7 @@ class RunningDrain:
         self._end(OperationState.SUCCEEDED, text, now)
 
     def tick(self, now: float) -> None:
-        """Check the time limit, and take the next step if the last one is done."""
+        """Check the time limit of the drain, and take its next step if the current step is done."""
         if not self._cluster.can_accept_operations:
             self._end(OperationState.FAILED, "the cluster is ending", now)
             return
@@ -126,7 +131,7 @@ class RunningDrain:
         self.advance(now)
 
     def advance(self, now: float) -> None:
-        """Take the next step if the last one is done; roll back if that is impossible."""
+        """Take the drain's next step if the current step is done; if it cannot be, roll back."""
         try:
             self._take_step(now)
         except ConflictError as err:
@@ -162,7 +167,10 @@ class RunningDrain:
             self._leave(now)
 
     def _check_again(self, now: float) -> None:
-        """Begin COPY or MOVE, after another check because the cluster may have changed."""
+        """Begin the step COPY, or MOVE if no expert must be copied.
+
+        First checks again whether the workers can leave, because the cluster may have changed.
+        """
         drain, cluster = self.record, self._cluster
         stage = stage_without(drain.names, cluster)
         if stage is None or not stage.fills:
@@ -176,7 +184,7 @@ class RunningDrain:
         self._change = EpochChange(cluster, stage, now, limit_s=left_s)
 
     def _watch_copies(self, now: float) -> None:
-        """Go to MOVE once the others have the experts; repeat COPY after a change of generation."""
+        """Go to MOVE once other workers have the experts; after a new generation, repeat COPY."""
         change = self._change
         assert change is not None, "COPY has a running change"
         generation = self._cluster.generation.number
@@ -203,17 +211,20 @@ class RunningDrain:
         self._enter(DrainStep.MOVE)
 
     def _count_moved(self) -> None:
-        """Record the highest number of requests that the drained workers have reported."""
+        """Record the highest number of requests that the drained workers have reported so far."""
         found, result = self._attention(), self.record.operation.result
         held = sum(record.num_requests or 0 for record in found)
         result["requests_moved"] = max(result["requests_moved"], held)
 
     def _is_empty(self, record: WorkerRecord) -> bool:
-        """Return whether the worker has reported no requests since it stopped taking new ones."""
+        """Return whether the worker, since it takes no new requests, has reported to have none."""
         return record.answered_status_token >= self._asked and record.num_requests == 0
 
     def _leave(self, now: float) -> None:
-        """Form a generation without the workers; their places stay empty until the drain ends."""
+        """Form a generation without the drained workers.
+
+        The places of these workers stay empty until the drain ends.
+        """
         drain, cluster = self.record, self._cluster
         stage = stage_without(drain.names, cluster)  # workers may have been lost since the copy
         if stage is not None and stage.fills:
@@ -241,7 +252,7 @@ class RunningDrain:
         cluster.note(why, effect, now)
 
     def _undo(self, state: OperationState, text: str, now: float) -> None:
-        """Let the workers take requests again, and restore the earlier placement if it changed."""
+        """Roll back the drain: its workers take requests again; the former placement returns."""
         drain, cluster = self.record, self._cluster
         self._hold_back(False)
         if self._change is not None:
@@ -257,7 +268,7 @@ class RunningDrain:
         self._change = EpochChange(cluster, back, now)
 
     def _watch_return(self, now: float) -> None:
-        """End the drain once the earlier placement is in force, or a new generation has begun."""
+        """End the rollback once the earlier placement is in force or a new generation has begun."""
         drain = self.record
         assert drain.outcome is not None, "a rollback has an outcome"
         if self._change is not None:
@@ -268,12 +279,12 @@ class RunningDrain:
             self._undo(*drain.outcome, now)  # an earlier controller began the rollback
 
     def _attention(self) -> list[WorkerRecord]:
-        """Return the drained workers that run attention and so hold requests."""
+        """Return the drained workers that run attention, and therefore hold requests."""
         records = (self._cluster.workers[name] for name in self.record.names)
         return [r for r in records if r.member.runs_attention]
 
     def _hold_back(self, drains: bool) -> None:
-        """Tell the gateways whether the drained attention workers take new requests."""
+        """Set whether gateways send the drained workers no new requests (``drains``)."""
         for record in self._attention():
             record.drains = drains
         self._cluster.touch()

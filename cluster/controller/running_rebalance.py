@@ -1,4 +1,4 @@
-"""One rebalance: its stages and its result."""
+"""One rebalancing: its stages and its result."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cluster.tracing import names
 
 _SHARES = "shares of a stage"
 MAX_STAGES = 64
-"""Maximum number of stages; a change ends there with the result so far."""
+"""Maximum number of stages of a rebalancing, which then ends with the placement reached so far."""
 
 
 class RunningRebalance:
-    """Decides and carries out the next stage of one change. Owned by ``Rebalancing``."""
+    """One rebalancing: decides and carries out its next stage. Owned by ``Rebalancing``."""
 
     def __init__(
         self,
@@ -40,38 +40,38 @@ class RunningRebalance:
         self.decision = decision
         self.asked = asked
         self.began_at = now
-        """Monotonic seconds."""
+        """Monotonic time at which the rebalancing began, in seconds."""
         self.change: EpochChange | None = None
-        """The placement change of the running stage."""
+        """The placement change of the running stage; None while no stage runs."""
         self.num_stages = 0
-        """Number of stages in force."""
+        """Number of stages whose placement came into force."""
         self.num_moved = 0
-        """Number of slots filled."""
+        """Number of expert slots that these stages have filled."""
         self.num_bytes = 0
-        """Bytes moved."""
+        """Bytes of expert weights moved, including those of a failed stage."""
         self.report: dict[str, Any] | None = None
-        """The field ``last`` of rebalancing in ``status``; None while the change runs."""
+        """Result, the field ``last`` of rebalancing in the status; None while this one runs."""
         self.ended_at = 0.0
-        """Monotonic seconds."""
+        """Monotonic time at which the rebalancing ended, in seconds; 0 while it runs."""
         self.is_proved = True
-        """Whether the effect of the ended change has been measured or cannot be."""
+        """False from the end of a successful rebalancing until its effect has been measured."""
         self._cluster = cluster
         self._plans = plans
         self._opened = cluster.begin_trace(names.REBALANCE)
 
     @property
     def is_over(self) -> bool:
-        """Whether the change was applied, failed or was cancelled."""
+        """Whether the rebalancing was applied, failed or was cancelled."""
         return self.report is not None
 
     @property
     def loading(self) -> list[dict[str, str]]:
-        """The running transfers, see ``EpochChange.loading``."""
+        """The running transfers of experts: names of ``worker`` and ``from`` (``EpochChange``)."""
         return self.change.loading if self.change is not None else []
 
     @property
     def phase(self) -> str:
-        """Current phase, for messages."""
+        """Current phase of the rebalancing, as a text for users."""
         change = self.change
         if change is None:
             return "plan"
@@ -89,7 +89,7 @@ class RunningRebalance:
         self._advance(now)
 
     def tick(self, now: float) -> None:
-        """Abandon the change if a drain or scaling runs, otherwise check its time limit."""
+        """Abandon the rebalancing if a drain or scaling runs; otherwise check its time limit."""
         running = self._cluster.operations.running
         if running is not None and running.kind in ("drain", "scale"):
             reason = f"{running.id} takes precedence"
@@ -100,7 +100,10 @@ class RunningRebalance:
         self._advance(now)
 
     def abandon(self, outcome: RebalanceOutcome, reason: str, now: float) -> bool:
-        """End the change before its next stage takes effect; returns False if it is too late."""
+        """End the rebalancing before its running stage takes effect.
+
+        Returns False if it is too late for that. ``reason`` is a text for users.
+        """
         is_planning = self._plans.drop(_SHARES)
         if is_planning or (self.change is not None and self.change.cancel(reason)):
             self._end(outcome, reason, now)
@@ -121,7 +124,7 @@ class RunningRebalance:
             self.begin_stage(now)
 
     def begin_stage(self, now: float) -> None:
-        """Begin the next stage, or end the change if there is none."""
+        """Begin the next stage, or end the rebalancing if no stage is left."""
         cluster, target = self._cluster, self.decision.target
         devices = frozenset(m.device for m in cluster.generation.experts)
         stage = next_stage(cluster.placement, target, cluster.num_slots, devices)
@@ -201,7 +204,7 @@ class RunningRebalance:
         )
 
     def _report(self, outcome: str, text: str, epoch: int, now: float) -> dict[str, Any]:
-        """Return the field ``last`` of rebalancing in ``status``."""
+        """Return the result of the rebalancing: the field ``last`` of rebalancing in the status."""
         return {
             "outcome": outcome,
             "text": text,
@@ -217,7 +220,7 @@ class RunningRebalance:
         }
 
     def _attributes(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """Return attributes for the trace of the ended change; ``report`` is from ``_report``."""
+        """Return attributes for the trace of the rebalancing; ``report`` is from ``_report``."""
         return {
             names.OUTCOME: report["outcome"],
             names.PLACEMENT_EPOCH: report["epoch"],

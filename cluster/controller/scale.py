@@ -36,7 +36,7 @@ class Scaling:
     """Carries out scale operations, one at a time. Owned by the controller."""
 
     def __init__(self, cluster: Cluster, rebalancing: Rebalancing, draining: Draining) -> None:
-        """``rebalancing`` begins no change during a scaling; ``draining`` drains workers."""
+        """``draining`` drains the workers that the scaling removes."""
         self._cluster = cluster
         self._rebalancing = rebalancing
         self._draining = draining
@@ -54,12 +54,12 @@ class Scaling:
         return start_operation(command, self, self._cluster, now)
 
     def target(self, command: ScaleCommand) -> str:
-        """See ``OperationKind``."""
+        """Describe the pool sizes after a scale command (``OperationKind.target``)."""
         cause = f" ({command.cause})" if command.cause else ""
         return describe_pools(self._wanted(command)) + cause
 
     def prepare(self, command: ScaleCommand) -> Callable[[Operation, float], None]:
-        """See ``OperationKind``."""
+        """Check a scale command; return its first step (``OperationKind.prepare``)."""
         if leaving := self._leaving(self._wanted(command)):
             stage_without(leaving, self._cluster)
         return partial(self._start, command)
@@ -73,7 +73,7 @@ class Scaling:
         self._cluster.send_snapshot()
 
     def cancel(self, operation: Operation, now: float) -> None:
-        """Roll back a scaling. Raises ``ConflictError`` if it is too late."""
+        """Roll back the scaling of ``operation``. Raises ``ConflictError`` if it is too late."""
         scale = self._cluster.scale
         if scale is not None and scale.operation is operation:
             if self._all_serve(scale):
@@ -92,9 +92,9 @@ class Scaling:
             scale.outcome = scale.outcome or (OperationState.FAILED, text)
 
     def tick(self, scale: Scale, now: float) -> dict[str, str]:
-        """Take the next step if the last one is done.
+        """Take the next step of the scaling if its current step is done.
 
-        Returns workers (name -> reason) that must end because the scaling has ended.
+        Returns workers (name -> reason) to end, because the scaling has removed their places.
         """
         cluster = self._cluster
         if not cluster.can_accept_operations:
@@ -120,7 +120,10 @@ class Scaling:
     # ---- how many -----------------------------------------------------------------------------
 
     def _wanted(self, command: ScaleCommand) -> dict[Role, int]:
-        """Return the pool sizes after a command. Raises ``RequestError`` and ``ConflictError``."""
+        """Return the pool sizes that a command requests.
+
+        Raises ``RequestError`` for invalid sizes, and ``ConflictError`` in local mode.
+        """
         cluster, pools = self._cluster, self._cluster.places.pools()
         if cluster.config.workers.mode == "local":
             raise ConflictError("one worker holds everything (--mode local): it cannot be scaled")
@@ -146,12 +149,12 @@ class Scaling:
         return wanted
 
     def _going(self, wanted: Mapping[Role, int]) -> list[str]:
-        """Return the places to remove."""
+        """Return the names of the places to remove, so that the pools shrink to ``wanted``."""
         places = self._cluster.places
         return [name for role, count in wanted.items() for name in places.to_remove(role, count)]
 
     def _leaving(self, wanted: Mapping[Role, int]) -> list[str]:
-        """Return the ready workers of the places to remove."""
+        """Return the ready workers whose places must go, so that the pools shrink to ``wanted``."""
         workers = self._cluster.workers
         newest = self._cluster.places.workers_of(self._going(wanted))
         return sorted(n for n in newest if n in workers and workers[n].is_ready)
@@ -164,7 +167,7 @@ class Scaling:
         return scale.step is ScaleStep.JOIN and cluster.runs and not cluster.new_workers
 
     def _add_places(self, scale: Scale) -> None:
-        """Add places for new workers, which the next tick starts."""
+        """Add places for the new workers, which the next tick of recovery starts."""
         cluster, places = self._cluster, self._cluster.places
         wanted = self._wanted(scale.command)
         scale.added = tuple(
@@ -181,7 +184,7 @@ class Scaling:
         self._enter(scale, ScaleStep.START)
 
     def _finish(self, scale: Scale, now: float) -> dict[str, str]:
-        """Remove surplus places and drain their workers, after all new workers serve.
+        """Remove surplus places and drain their workers, once all new workers serve.
 
         Returns workers (name -> reason) of removed places that have not served yet and must end.
         """
@@ -212,7 +215,7 @@ class Scaling:
         return ended
 
     def _count_moves(self, scale: Scale, now: float) -> None:
-        """Count the experts that new workers have loaded as moved."""
+        """Count the experts that new workers have loaded as moved, in the metrics."""
         table = self._cluster.workers
         added = self._cluster.places.workers_of(scale.added)
         holders = [r for n in added if n in table and (r := table[n]).member.holds_experts]
@@ -228,7 +231,10 @@ class Scaling:
     def _give_up(
         self, scale: Scale, state: OperationState, text: str, now: float
     ) -> dict[str, str]:
-        """Remove new places whose workers have not served; returns workers (name -> reason)."""
+        """Roll back the scaling: remove new places whose workers have not served.
+
+        Returns the workers (name -> reason) of these places, which must end.
+        """
         cluster = self._cluster
         new = [place for place in scale.added if cluster.places.is_new(place)]
         if scale.before is not None and len(new) == len(scale.added):
@@ -239,7 +245,7 @@ class Scaling:
         return ended
 
     def _remove(self, places: Collection[str], why: str) -> dict[str, str]:
-        """Remove places without a serving worker; returns workers (name -> reason) to end."""
+        """Remove places without a serving worker; return their workers to end (name -> reason)."""
         cluster = self._cluster
         newest = cluster.places.workers_of(places)
         before = cluster.places.devices()

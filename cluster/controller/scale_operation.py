@@ -11,7 +11,7 @@ from cluster.core.states import next_state
 
 
 class ScaleCommand(OperationCommand, frozen=True, kw_only=True):
-    """Set the number of workers of each pool."""
+    """Command to set the number of workers of each pool."""
 
     kind = "scale"
     content = ("attention", "expert")
@@ -21,15 +21,15 @@ class ScaleCommand(OperationCommand, frozen=True, kw_only=True):
     expert: int | None = None
     """New number of expert workers, in colocated mode of all workers; None for no change."""
     cause: str = ""
-    """Reason of a command by the controller itself; empty for a client's command."""
+    """Reason of a command that the controller itself gives; empty for a client's command."""
     nodes: frozenset[str] = frozenset()
     """Ids of the new nodes if the node follower scales for them; otherwise empty."""
     limit_s: float
-    """Time limit for new workers to serve, and then for removed workers to leave."""
+    """Time limit, in seconds, for new workers to serve, and then for removed workers to leave."""
 
 
 class ScaleStep(Enum):
-    """Step of a scale operation before workers leave; the value is shown to operators."""
+    """Step of a scale operation, before surplus workers leave; the value is shown to users."""
 
     SETTLE = "wait for a running generation"
     START = "start workers"
@@ -45,23 +45,23 @@ _NEXT = {
 
 @dataclass(kw_only=True, slots=True)
 class Scale(TimedOperation):
-    """A scale operation that starts workers; workers store it for the next controller."""
+    """State of a running scale operation, which the workers store for the next controller."""
 
     command: ScaleCommand
     step: ScaleStep = ScaleStep.SETTLE
     added: tuple[str, ...] = ()
-    """Names of the new places."""
+    """Names of the places (positions for workers) that the scaling has added."""
     before: ExpertPlacement | None = None
     """The desired placement without the new places; None before they are added."""
     outcome: tuple[OperationState, str] | None = None
-    """Final state and reason once the operation is aborted."""
+    """Final state and reason of an aborted scaling, which is to be rolled back; None otherwise."""
 
     def enter(self, step: ScaleStep) -> None:
-        """Begin the next step."""
+        """Begin the next step of the scaling. Raises ``IllegalTransitionError``."""
         self.resume(next_state(self.step, step, _NEXT))
 
     def resume(self, step: ScaleStep) -> None:
-        """Begin a step, or continue one of an earlier controller."""
+        """Begin a step of the scaling, or continue it after a restart of the controller."""
         self.step = step
         self.operation.phase = step.value
         self.operation.progress = list(ScaleStep).index(step) / (len(ScaleStep) + 1)

@@ -10,27 +10,27 @@ from cluster.config.cluster import ClusterConfig
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerSettings:
     detection_limit_s: float = 2.0
-    """Longest time without heartbeat or progress before a worker is declared lost."""
+    """Longest time without sign of life or progress before a worker is declared lost."""
     hold_limit_s: float = 30.0
-    """Longest time that workers are not declared lost while most other hosts are silent."""
+    """Longest time for which no silent worker is declared lost if most other hosts are silent."""
     confirm_s: float = 0.2
-    """Time from a peer's report of a lost worker until the worker is declared lost for it."""
+    """Time from a peer's report that a worker is lost until the worker is declared lost."""
     mismatch_s: float = 1.0
     """Longest time for which a member may report a generation or epoch that is not in force."""
     start_limit_s: float = 600.0
-    """Limit of the whole start; later of a new worker, from process start and from registration."""
+    """Time limit of the cluster's start; later, of each new worker: to register, and to load."""
     start_silence_s: float = 30.0
-    """``detection_limit_s`` while workers start, since imports and loading starve other threads."""
+    """Detection limit while workers start, because imports and loading delay other threads."""
     load_limit_s: float = 600.0
     """Time limit for a running worker to load experts."""
     retry_s: float = 5.0
-    """Pause before experts that no worker could load are tried again; doubles each time."""
+    """Pause before workers retry to load experts that none could load; doubles each time."""
     generation_limit_s: float = 15.0
     """Time limit for a member to join a new generation."""
     join_limit_s: float = 4.0
-    """Longest time that running workers wait for new workers to join a generation."""
+    """Longest time for which running workers wait for a new worker to join a generation."""
     collect_limit_s: float = 10.0
-    """Time in which workers must connect to a restarted controller to avoid being lost."""
+    """Time in which workers must connect to a restarted controller; others are declared lost."""
 
     @classmethod
     def of(cls, config: ClusterConfig) -> ControllerSettings:

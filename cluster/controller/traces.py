@@ -1,6 +1,6 @@
 """Traces of cluster changes, with span ids that gateways know while a change runs.
 
-Gateways link requests that run at that time to the spans (``changes`` in the snapshot). Pure.
+Gateways link requests that run during a change to its span (``changes`` in the snapshot). Pure.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _KEPT = 16
 
 @dataclass(slots=True)
 class OpenTrace:
-    """A running or ended change."""
+    """Trace of a change of the cluster that runs or has ended."""
 
     name: str
-    """Name of its span."""
+    """Name of the change's span."""
     span_id: bytes
     seconds: float | None = None
     """Duration; None while the change runs."""
@@ -56,12 +56,12 @@ class ChangeTraces:
     def end(
         self, opened: OpenTrace, seconds: float, attributes: Mapping[str, Any], error: str = ""
     ) -> RecordTrace:
-        """End a change; return the effect that records it."""
+        """End the trace of a change; return the effect that records the trace."""
         opened.seconds = seconds
         return RecordTrace(opened.name, seconds, attributes, error, opened.span_id)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Changes for the snapshot, oldest first."""
+        """Return the newest changes, oldest first, for the snapshot that gateways get."""
         return [
             {"name": t.name, "span_id": t.span_id.hex(), "seconds": t.seconds}
             for t in (self._newest if self._is_on else ())

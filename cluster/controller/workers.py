@@ -1,4 +1,4 @@
-"""The controller's table of workers: a record of each, and facts that all share."""
+"""The controller's table of workers: a record of each worker, and facts about the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cluster.policy.silence import GapWindow
 MODEL_FACTS = ("model_type", "dtype", "kv_cache_dtype", "max_model_len", "vocab_size")
 _MAX_LOST = 32
 _FORGET_S = 600.0
-"""Time for which a worker that has ended stays in the table."""
+"""Seconds for which a worker that was lost or drained stays in the controller's table."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,70 +32,76 @@ class WorkerRecord:
     """One worker as the controller sees it. Owned and changed by the controller only."""
 
     member: Member
-    """The controller sets name, role, rank and device, the worker its process and addresses."""
+    """Identity of the worker: name, role, rank, device, process and addresses.
+
+    The worker reports its process and addresses when it registers.
+    """
     heard_at: float
-    """Monotonic time of the last frame."""
+    """Monotonic time at which the last frame of the worker arrived."""
     progress_at: float
-    """Monotonic time at which its step loop last made progress or was idle."""
+    """Monotonic time at which the worker's step loop last made progress or was idle."""
     since: float = 0.0
-    """Monotonic time of the start of its process, and later of its registration."""
+    """Monotonic time at which the worker's process started; once it registers, of that."""
     has_process: bool = False
-    """Whether its process runs, although it has not connected yet."""
+    """Whether the worker's process has started; it may not have connected yet."""
     started_with: ExpertPlacement | None = None
-    """Placement whose part it loads at its start; None once it was in a generation that ran."""
+    """Placement of which a new worker loads its part; None once it was in a running generation.
+
+    Also None for workers of the cluster's first start.
+    """
     state: WorkerState = WorkerState.STARTING
     reason: str = ""
-    """Reason of the loss."""
+    """Reason why the worker was lost or drained; empty before."""
     operation: str = ""
-    """Id of the operation that drained it."""
+    """Id of the operation that drained the worker; empty if it was not drained."""
     drains: bool = False
-    """Whether it takes no new requests, while its running ones move to other workers."""
+    """Whether gateways send the worker no new requests and move its requests to other workers."""
     loaded_bytes: int = 0
-    """Bytes of weights read so far."""
+    """Bytes of weights that the worker has read so far."""
     total_bytes: int = 0
-    """Bytes of weights to read; 0 while unknown."""
+    """Bytes of weights that the worker reads at its start; 0 while unknown."""
     build: Build | None = None
-    """Build of the worker; None before ``Register``."""
+    """Release, checkpoint and configuration of the worker; None before it has registered."""
     info: dict[str, Any] = field(default_factory=dict)
-    """Facts from ``Register`` and ``WorkerReady``."""
+    """Facts that the worker reported when it registered and when it was ready."""
     stats: dict[str, float] = field(default_factory=dict)
-    """Stats of its last heartbeat or status reply."""
+    """Gauges and counters from the worker's last heartbeat or status reply."""
     pending_status_token: int | None = None
-    """Token of the pending status request; None without one."""
+    """Token of the status request that the worker has not answered yet; None without one."""
     answered_status_token: int = 0
-    """Token of the newest status request that it has answered."""
+    """Token of the newest status request that the worker has answered; 0 before the first."""
     mismatch: tuple[int, float] | None = None
-    """Generation in which its heartbeats name another generation or epoch, and since when."""
+    """(generation in force, time since which the worker's heartbeats contradict it), or None."""
     generation: int = 0
-    """Generation that it ran or was joining at its last heartbeat."""
+    """Generation that the worker ran or was joining at its last heartbeat."""
     starved_s: float = 0.0
-    """Seconds for which it has waited for a processor since its last sign of life."""
+    """Seconds for which the worker has waited for a processor since its last sign of life."""
     starved_steps_s: float = 0.0
-    """Seconds for which it has waited for a processor since its last progress."""
+    """Seconds for which the worker has waited for a processor since its last progress."""
     gaps: GapWindow = field(default_factory=GapWindow)
-    """Lengths of silences on its host; shared by the workers of the host."""
+    """Recent gaps between frames of the workers on the worker's host, which share this object."""
     disconnected: str = ""
-    """Reason why its control connection has closed; empty while it is open."""
+    """Reason why the worker's control connection has closed; empty while it is open."""
     call_again_by: float = 0.0
-    """Monotonic time until which a disconnected worker may connect again."""
+    """Monotonic time by which a disconnected worker must connect again."""
     is_waiting: bool = False
-    """Whether it waited for a peer within a step at its last heartbeat."""
+    """Whether the worker waited for a peer within a step at its last heartbeat."""
     stalled_s: float | None = None
-    """Seconds for which its step was stalled, from its last heartbeat."""
+    """Seconds for which the worker's step had stalled at its last heartbeat; None without one."""
     waits_for: tuple[str, ...] = ()
-    """Peers that its step waited for, from its last heartbeat."""
+    """Names of the peers for which the worker's step waited at its last heartbeat."""
     low_disks: tuple[frames.LowDisk, ...] = ()
-    """Nearly full disks of its host, from its last heartbeat."""
+    """Nearly full disks of the worker's host, from its last heartbeat."""
     adapters: tuple[str, ...] = ()
-    """Keys of the adapters that its requests use, from its last heartbeat."""
+    """Keys of the adapters that the worker's requests used at its last heartbeat."""
     problems: tuple[str, ...] = ()
-    """Texts about its parts that do not work, from its last heartbeat."""
+    """Texts about parts of the worker that do not work, from its last heartbeat."""
     kept_version: int = 0
-    """Version of the newest controller snapshot that it has stored."""
+    """Version of the newest controller snapshot that the worker has stored; 0 for none."""
     gone_at: float | None = None
-    """Monotonic time at which ``WorkerTable.forget`` first saw it lost or drained."""
+    """Monotonic time at which ``WorkerTable.forget`` first saw the worker lost or drained."""
     awaits_adapters: bool = False
-    """Whether it may join other workers only once it has all adapters."""
+    """Whether the worker still lacks adapters without which it may not join a generation."""
     _progress: int = -1
 
     @property
@@ -104,50 +110,50 @@ class WorkerRecord:
 
     @property
     def is_pending(self) -> bool:
-        """Whether it starts or loads, and has never been ready."""
+        """Whether the worker starts or loads weights, and has never been ready."""
         return self.state in (WorkerState.STARTING, WorkerState.LOADING)
 
     @property
     def is_starting(self) -> bool:
-        """Whether it is pending and does not wait for resources."""
+        """Whether the worker is starting or loading, and not only waiting for resources."""
         return self.is_pending and (self.has_process or self.state is WorkerState.LOADING)
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is alive with its weights in memory, so that it may serve."""
+        """Whether the worker is alive with its weights in memory."""
         return self.state in (WorkerState.READY, WorkerState.SERVING)
 
     @property
     def loads_adapters(self) -> bool:
-        """Whether its weights are in memory, but not all adapters."""
+        """Whether the worker's weights are in memory, but not yet all adapters."""
         return self.is_ready and self.awaits_adapters
 
     @property
     def may_join(self) -> bool:
-        """Whether it is ready and has all adapters."""
+        """Whether the worker has its weights and all adapters in memory, and may join."""
         return self.is_ready and not self.awaits_adapters
 
     @property
     def is_lost(self) -> bool:
-        """Whether it is lost or drained, so that the controller expects no more frames."""
+        """Whether the worker is lost or drained: the controller expects no more frames from it."""
         return self.state in GONE
 
     @property
     def num_requests(self) -> int | None:
-        """Requests that run or wait there, from its last stats; None without stats."""
+        """Number of requests that run or wait on the worker; None before it has reported stats."""
         running, waiting = (self.stats.get(f"num_requests_{k}") for k in ("running", "waiting"))
         return None if running is None else int(running + (waiting or 0.0))
 
     def enter(self, state: WorkerState, reason: str = "") -> None:
-        """Change the state. Raises ``IllegalTransitionError``."""
+        """Change the state of the worker. Raises ``IllegalTransitionError``."""
         self.state = next_state(self.state, state)
         self.reason = reason or self.reason
 
     def register(self, frame: frames.Register) -> None:
-        """Record the first frame of the worker, with its process id and addresses.
+        """Record the registration of the worker, with its process id and addresses.
 
-        Raises ``ProtocolError`` for another worker and ``DuplicateRegistrationError`` for a second
-        registration.
+        Raises ``ProtocolError`` if the frame names another worker, and
+        ``DuplicateRegistrationError`` for a second registration.
         """
         claimed = frame.member
         if claimed.name != self.name:
@@ -167,7 +173,10 @@ class WorkerRecord:
         self.total_bytes = frame.total_bytes
 
     def ready(self, frame: frames.WorkerReady) -> None:
-        """Record that its weights are in memory. Raises ``ProtocolError`` if it was not loading."""
+        """Record that the worker's weights are in memory.
+
+        Raises ``ProtocolError`` if the worker was not loading.
+        """
         if self.state is not WorkerState.LOADING:
             raise ProtocolError(f"{self.name} is ready while {self.state.value}")
         self.info.update(frame.info)
@@ -190,7 +199,7 @@ class WorkerRecord:
         self.take_numbers(frame)
 
     def take_numbers(self, frame: frames.Heartbeat | frames.StatusReply) -> None:
-        """Record the finite stats of a heartbeat, or of a status reply even if it is late."""
+        """Replace the worker's stats by the finite numbers of a heartbeat or status reply."""
         if isinstance(frame, frames.StatusReply):
             self.answered_status_token = max(self.answered_status_token, frame.token)
             if frame.token == self.pending_status_token:
@@ -202,13 +211,17 @@ class WorkerRecord:
         }
 
     def credit(self, seconds: float, now: float) -> None:
-        """Advance its clocks by a pause of the controller."""
+        """Advance the worker's clocks by a pause of the controller, which is not silence."""
         self.call_again_by += seconds
         self.heard_at = min(now, self.heard_at + seconds)
         self.progress_at = min(now, self.progress_at + seconds)
 
     def starve(self, seconds: float, at_most: float, now: float) -> None:
-        """Advance its clocks by a wait for a processor, each by at most ``at_most`` in total."""
+        """Advance the worker's clocks by ``seconds`` of waiting for a processor.
+
+        Each clock advances by at most ``at_most`` seconds in total since the last sign of life or
+        progress.
+        """
         silence_s = min(seconds, max(0.0, at_most - self.starved_s))
         stall_s = min(seconds, max(0.0, at_most - self.starved_steps_s))
         self.starved_s += silence_s
@@ -217,7 +230,7 @@ class WorkerRecord:
         self.progress_at = min(now, self.progress_at + stall_s)
 
     def liveness(self) -> Liveness:
-        """Return the input of the failure policy. Gaps count only while it serves."""
+        """Return the worker's input of the failure policy; its patience is finite if it serves."""
         return Liveness(
             name=self.name,
             heard_at=self.heard_at,
@@ -229,7 +242,7 @@ class WorkerRecord:
         )
 
     def step_progress(self) -> StepProgress:
-        """Return the input of the progress policy."""
+        """Return the worker's input of the policy that finds workers for which steps wait."""
         return StepProgress(
             name=self.name,
             heard_at=self.heard_at,
@@ -239,7 +252,7 @@ class WorkerRecord:
         )
 
     def to_dict(self, num_slots: int) -> dict[str, Any]:
-        """Return its entry in a snapshot; ``num_slots``: its expert slots per bank, if any."""
+        """Return the worker's entry in the status; ``num_slots``: its expert slots per bank."""
         shown = self.state
         if self.drains and not self.is_lost:
             shown = WorkerState.DRAINING
@@ -274,10 +287,10 @@ class WorkerTable:
     """Worker records by name, in rank order, including lost ones. Owned by the controller."""
 
     def __init__(self, members: Sequence[Member], *, model: ModelSection, now: float) -> None:
-        """``model``: first facts of the model; attention workers add others once they are ready."""
+        """``model`` has the model's name and path; attention workers add facts once ready."""
         self._records: dict[str, WorkerRecord] = {}
         self.lost_at = -math.inf
-        """Monotonic time of the last loss."""
+        """Monotonic time at which a worker was last lost; negative infinity before."""
         for member in members:
             self.add(member, now)
         names = {"name": model.served_model_name, "path": model.path}
@@ -294,7 +307,10 @@ class WorkerTable:
         return name in self._records
 
     def add(self, member: Member, now: float, started_with: ExpertPlacement | None = None) -> None:
-        """Add a worker that is about to start. Keeps the last ``_MAX_LOST`` lost workers only."""
+        """Add a worker that is about to start; drop all but the newest ``_MAX_LOST`` lost ones.
+
+        ``started_with``: placement of which the worker loads its part; None at the first start.
+        """
         self._records[member.name] = WorkerRecord(
             member=member, heard_at=now, progress_at=now, since=now, started_with=started_with
         )
@@ -303,7 +319,7 @@ class WorkerTable:
             del self._records[name]
 
     def lose(self, reasons: Mapping[str, str], now: float) -> dict[str, str]:
-        """Declare workers lost; returns those (name -> reason) that were not lost before."""
+        """Declare workers (name -> reason) lost; return the ones that were not lost before."""
         fresh = {n: r for n, r in reasons.items() if not self._records[n].is_lost}
         for name, reason in fresh.items():
             self._records[name].enter(WorkerState.LOST, reason)
@@ -311,7 +327,7 @@ class WorkerTable:
         return fresh
 
     def forget(self, now: float) -> None:
-        """Drop ended workers after ``_FORGET_S``: lost ones only once they have a successor."""
+        """Drop drained workers, and lost workers with a successor, after ``_FORGET_S``."""
         last_of_place = {place_of(name): name for name in self._records}
         for name, record in list(self._records.items()):
             if not record.is_lost:
@@ -323,13 +339,13 @@ class WorkerTable:
                 del self._records[name]
 
     def find(self, name: str) -> WorkerRecord:
-        """Return the record of ``name``. Raises ``ProtocolError`` for an unknown name."""
+        """Return the record of worker ``name``. Raises ``ProtocolError`` for an unknown name."""
         if name not in self._records:
             raise ProtocolError(f"{name} is no worker of this cluster")
         return self._records[name]
 
     def alive(self) -> list[WorkerRecord]:
-        """Return the workers that are not lost."""
+        """Return the workers that are neither lost nor drained."""
         return [r for r in self if not r.is_lost]
 
     def pulses(self, loading: bool) -> list[Liveness]:
@@ -339,10 +355,10 @@ class WorkerTable:
         return [r.liveness() for r in self.alive() if not r.is_pending]
 
     def incompatibility(self, name: str, generation: Generation) -> str | None:
-        """Return the reason why a registered worker cannot serve with the others; None if it can.
+        """Return why worker ``name`` cannot serve with the other workers; None if it can.
 
-        The worker is compared with a member of the newest generation or, before the first one, with
-        any worker.
+        The worker is compared with a member of the newest generation (``generation``) or, before
+        the first one, with any registered worker.
         """
         names = {m.name for m in generation.members}
         others = [r for r in self.alive() if r.build is not None and r.name != name]
@@ -357,7 +373,7 @@ class WorkerTable:
 
     @property
     def status_complete(self) -> bool:
-        """Whether every worker has answered its status request or is lost."""
+        """Whether every live worker has answered its last status request."""
         return all(r.pending_status_token is None for r in self.alive())
 
     def learn_model(self, record: WorkerRecord) -> None:
@@ -366,7 +382,7 @@ class WorkerTable:
             self.model.update({k: record.info[k] for k in MODEL_FACTS if k in record.info})
 
     def by_device(self, num_devices: int) -> list[WorkerRecord | None]:
-        """Return ``[device]`` -> the newest worker that holds or held its experts, if known."""
+        """Return ``[device]`` -> newest worker that holds or held the device's experts, or None."""
         by_life = sorted(self, key=lambda r: not r.is_lost)  # live workers last
         found = {r.member.device: r for r in by_life if r.member.holds_experts}
         found = found or {0: list(self)[-1]}  # local mode
