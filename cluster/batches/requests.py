@@ -19,17 +19,17 @@ from cluster.core.errors import RequestError
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 """Endpoints to which a request of a batch may be sent."""
 MAX_REQUESTS = 50_000
-"""Maximum number of requests of a file, as at OpenAI."""
+"""Maximum number of requests in a batch file, equal to OpenAI's limit."""
 MAX_ID_CHARS = 512
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 _MAX_DEPTH = 128
-"""Maximum nesting of objects and arrays in a line; servers have lower limits for bodies."""
+"""Maximum nesting of JSON objects and arrays in a line; servers have lower limits for bodies."""
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Limits of a batch file."""
+    """Limits of a batch file: endpoints, number of requests, and size of a line."""
 
     endpoints: Sequence[str] = ENDPOINTS
     max_requests: int = MAX_REQUESTS
@@ -38,12 +38,12 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """One line of a batch file."""
+    """One request, which is one line of a batch file."""
 
     custom_id: str
-    """The client's id for it, which its response repeats."""
+    """Client's id of the request, which the response repeats."""
     url: str
-    """One of the endpoints."""
+    """Endpoint that the request calls, for example ``/v1/chat/completions``."""
     body: dict[str, Any]
 
 
@@ -54,7 +54,7 @@ class LineError(RequestError):
         super().__init__(message, param, code)
         self.args = (message, param, code, line)
         self.line = line
-        """Number of the line, counted from 1."""
+        """Number of the invalid line, counted from 1."""
 
 
 class RequestFile:
@@ -64,11 +64,15 @@ class RequestFile:
         self._path = path
         self._offsets = places
         self.ids = ids
-        """``custom_id`` of each request."""
+        """The ``custom_id`` of every request in the file."""
 
     @classmethod
     def check(cls, path: Path, limits: BatchLimits | None = None) -> Self:
-        """Read and validate a whole file.
+        """Read and validate a whole batch file.
+
+        Args:
+            path: path of the file.
+            limits: limits of the file; None for the defaults.
 
         Raises:
             RequestError: for the first invalid line (``LineError``), or if there is no request.
@@ -108,7 +112,10 @@ class RequestFile:
 
 
 def read_request(line: bytes, number: int, endpoints: Sequence[str] | None) -> BatchRequest:
-    """Parse the request in a line; None for ``endpoints`` allows any. Raises ``RequestError``."""
+    """Parse line ``number`` of a batch file as a request.
+
+    ``endpoints``: allowed URLs; None allows any. Raises ``RequestError``.
+    """
     found = _parsed(line, number)
     if not isinstance(found, dict):
         raise _line_error(number, "", "must be an object")

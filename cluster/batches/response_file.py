@@ -1,4 +1,4 @@
-"""Append-only file with the responses of a batch that survives disk errors and killed processes."""
+"""Append-only file of a batch's responses; survives disk errors and killed processes."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from cluster.disk.files import RecordFile, sync_folder, write_all
 logger = logging.getLogger(__name__)
 
 LINE_ID = "batch_req_"
-"""Prefix of a response's id, which is the first value of its line."""
+"""Prefix of a response's id; the id is the first value of the response's JSON line."""
 _BEGIN = f'{{"id": "{LINE_ID}'.encode()
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 _PROBE_BYTES = 64 * 1024
 _MAX_BEGINS = 8
-"""Maximum number of positions in a damaged line at which a response is looked for."""
+"""Maximum number of positions in a damaged line at which a response is searched."""
 
 
 class InUseError(ConflictError):
-    """Another process has the file open."""
+    """Another process has the response file open."""
 
 
 class ResponseFile:
     """File of response lines, at most one for each request.
 
-    After an error the file is truncated to its whole lines. When the file is opened, a partial line
-    that a killed process left is removed; whole lines stay. Lines that are not synced yet also stay
-    in memory and are written again if a sync fails. Only one process can have the file open at a
-    time (``flock(2)``).
+    After a failed write, the file is truncated to its whole lines. When the file is opened, a
+    partial line that a killed process left is removed; whole lines stay. Lines that are not synced
+    yet also stay in memory and are written again if a sync fails. Only one process can have the
+    file open at a time (``flock(2)``).
     """
 
     def __init__(self, path: Path, *, is_private: bool = False) -> None:
@@ -44,21 +44,21 @@ class ResponseFile:
 
         Args:
             path: path of the file.
-            is_private: only this class writes the file, so that every line without a response is
-                damage. Otherwise only partial responses are.
+            is_private: whether only this class writes the file. If so, every line without a
+                response is damage, which is removed. Otherwise only a partial response is damage.
 
         Raises:
-            InUseError: another process has it open.
-            ConflictError: it is not a file of responses; it is left unchanged.
-            OSError: it cannot be read or repaired; it keeps all its responses.
+            InUseError: another process has the file open.
+            ConflictError: the file has other lines than responses; it is left unchanged.
+            OSError: the file cannot be read or repaired; it keeps all its responses.
         """
         self._path = path
         self._is_private = is_private
         self._fd = os.open(path, _OPEN, 0o644)
         self.answered_ids = set[str]()
-        """Ids of the requests that have a response."""
+        """The ``custom_id`` of each request that has a response in the file."""
         self.num_failed = 0
-        """Number of responses with an error."""
+        """Number of responses in the file whose HTTP status is an error."""
         try:
             self._lock(self._fd)
             lines = list(self._read())
@@ -80,11 +80,14 @@ class ResponseFile:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all responses."""
+        """Size of all responses in the file, in bytes."""
         return self._records.num_bytes
 
     def append(self, custom_id: str, line: Mapping[str, Any]) -> None:
-        """Append a response. After an ``OSError`` the file has the responses before it."""
+        """Append the response to request ``custom_id``.
+
+        After an ``OSError`` the file has only the earlier responses.
+        """
         assert custom_id not in self.answered_ids, custom_id
         text = json.dumps(line, ensure_ascii=False, allow_nan=False)
         raw = text.encode(errors="backslashreplace") + b"\n"  # escapes lone surrogates
@@ -101,7 +104,7 @@ class ResponseFile:
         self._records.truncate(before)
 
     def sync(self) -> None:
-        """Wait until the responses are on disk. After an ``OSError`` a later call tries again."""
+        """Wait until all responses are on disk. After an ``OSError`` a later call tries again."""
         self._write_doubtful()
         if not self._unsynced:
             return
@@ -117,13 +120,13 @@ class ResponseFile:
         self._num_synced_bytes = self.num_bytes
 
     def close(self) -> None:
-        """Sync the file and let other processes open it."""
+        """Sync the file, ignoring errors, and close it; other processes may then open it."""
         with contextlib.suppress(OSError):
             self.sync()
         os.close(self._fd)
 
     def _lock(self, fd: int) -> None:
-        """Raise ``InUseError`` unless this process can lock the file at the path."""
+        """Lock the file. Raises ``InUseError`` if another process has locked or replaced it."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_there = os.path.samestat(os.fstat(fd), os.stat(self._path))
@@ -133,7 +136,10 @@ class ResponseFile:
             raise InUseError(f"{self._path.name} is being written by another process")
 
     def _read(self) -> Iterator[_Line]:
-        """Read the responses in the file and record each. Raises ``ConflictError``."""
+        """Read and record the responses in the file; yield the position of each.
+
+        Raises ``ConflictError`` if a line is neither a response nor damage.
+        """
         with open(self._fd, "rb", closefd=False) as file:
             begin = 0
             for number, raw in enumerate(file, 1):
@@ -152,7 +158,7 @@ class ResponseFile:
                 begin += len(raw)
 
     def _repair(self, lines: list[_Line]) -> None:
-        """Remove everything except these lines from the file. Raises ``OSError``."""
+        """Remove everything except the ``lines`` from the file. Raises ``OSError``."""
         num_bytes = sum(line.num_bytes for line in lines)
         if lines and lines[-1].end != num_bytes:
             logger.warning("repairing %s, which has damaged lines", self._path.name)
@@ -160,7 +166,7 @@ class ResponseFile:
         self._records.truncate(num_bytes)
 
     def _rewrite(self, lines: list[_Line]) -> None:
-        """Replace the file atomically with one that has only these lines."""
+        """Replace the file atomically with a file that has only the ``lines`` of this file."""
         path = Path(os.path.realpath(self._path))
         draft = path.with_name(f"{path.name}.new")
         fd = os.open(draft, _OPEN | os.O_TRUNC, os.fstat(self._fd).st_mode & 0o777)
@@ -182,7 +188,7 @@ class ResponseFile:
         os.close(old)
 
     def _write_doubtful(self) -> None:
-        """Write lines again that a failed sync may have lost; the next sync would not report it."""
+        """Write again the lines that a failed sync may have lost; a later sync may miss them."""
         if self._is_doubtful:
             self._records.truncate(self._num_synced_bytes)
             self._records.append(b"".join(self._unsynced))
@@ -195,7 +201,7 @@ class ResponseFile:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """The position of a response in the file."""
+    """Position of a response in the response file, in bytes."""
 
     begin: int
     num_bytes: int
@@ -207,29 +213,32 @@ class _Line:
 
 @dataclass(frozen=True, slots=True)
 class _LineResponse:
-    """The response at the end of a line."""
+    """Response at the end of a line of the response file."""
 
     begin: int
-    """Number of bytes before it."""
+    """Number of bytes in the line before the response."""
     response: dict[str, Any]
 
 
 def is_success(status: int) -> bool:
-    """Whether an HTTP status means success."""
+    """Return whether an HTTP status means success."""
     return 200 <= status < 300
 
 
 def _is_partial(line: bytes) -> bool:
-    """Whether a line is the beginning of a response, which is not complete.
+    """Return whether a line is an incomplete response of which only the beginning was written.
 
-    Some file systems leave trailing zeros when a machine fails.
+    Trailing zeros are ignored, because some file systems leave them when a machine fails.
     """
     part = line.rstrip(b"\0")
     return part.startswith(_BEGIN) or (_BEGIN.startswith(part) and not line.endswith(b"\n"))
 
 
 def _response_in(line: bytes) -> _LineResponse | None:
-    """Return the response in a line, which may follow a part of another one."""
+    """Return the response at the end of a line, or None if there is none.
+
+    Part of another response may precede it in the line.
+    """
     if not line.endswith(b"\n"):
         return None
     begin = 0

@@ -1,4 +1,4 @@
-"""Runs a batch: sends its requests without a response, several at a time, and writes responses."""
+"""Runs a batch: sends the requests without a response, several at a time, and writes responses."""
 
 from __future__ import annotations
 
@@ -23,49 +23,50 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _FULL, _AWAY = frozenset({408, 429}), frozenset({502, 503})
-"""HTTP statuses of full servers (408: the request timed out before it started) and of servers that
-cannot serve now."""
+"""HTTP statuses after which a request is sent again: ``_FULL`` of full servers (408: the request
+timed out before it started), ``_AWAY`` of servers that cannot serve now.
+"""
 _FIRST_WAIT_S, _MAX_WAIT_S = 0.5, 30.0
 _READ_AHEAD = 16
-"""Number of requests that are read ahead."""
+"""Number of requests that are read from the batch file at a time."""
 _SYNC_S = 1.0
-"""Time between two syncs; a crash of the machine loses at most the responses since the last."""
+"""Seconds between syncs; a crash of the machine loses at most the responses since the last sync."""
 
 
 class UnreachableError(Exception):
-    """No response arrived: the connection failed or broke."""
+    """No server was reachable: the connection failed or broke, or the server cannot serve now."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchResponse:
-    """A server's response to a request."""
+    """A server's response to one request of a batch."""
 
     status: int
-    """HTTP status."""
+    """HTTP status code."""
     body: Any
     request_id: str = ""
     retry_after_s: float | None = None
-    """Seconds after which to retry, if the server sent them."""
+    """Seconds after which the server wants the request again; None if it sent no such value."""
 
 
 SendRequest = Callable[[BatchRequest], Awaitable[BatchResponse]]
-"""Sends a request. Raises ``UnreachableError``."""
+"""Function that sends a request and returns the response. Raises ``UnreachableError``."""
 
 
 class RunInThread(Protocol):
-    """Runs a disk call in a thread; it completes even if the caller is cancelled."""
+    """Runs a disk call in a thread; the call completes even if the caller is cancelled."""
 
     async def __call__(self, call: Callable[[], Result], /) -> Result: ...
 
 
 async def in_asyncio_thread(call: Callable[[], Result]) -> Result:
-    """Run a call in one of asyncio's threads; see ``RunInThread``."""
+    """Run a call in a thread of asyncio; the call completes even if the caller is cancelled."""
     return await run_to_completion(asyncio.to_thread(call))
 
 
 @dataclass(slots=True)
 class BatchCounts:
-    """Progress of a batch."""
+    """Progress of a batch: numbers of requests, in total, with success and with an error."""
 
     total: int
     completed: int = 0
@@ -73,7 +74,7 @@ class BatchCounts:
 
     @property
     def left(self) -> int:
-        """Requests without a response."""
+        """Number of requests without a response."""
         return self.total - self.completed - self.failed
 
 
@@ -81,9 +82,9 @@ class BatchCounts:
 class BatchRun:
     """Runs one batch: continues from its response file and ends when every request has a response.
 
-    If the process dies before a response is written, the request is sent again: it may run twice,
-    but gets one response. While the disk rejects responses, they wait in memory and no request is
-    sent. Raises ``ConflictError`` if the files belong to another batch.
+    If the process dies before a response is written, the request is sent again: the request may run
+    twice, but gets one response. While the disk rejects responses, they wait in memory and no
+    further request is sent. Raises ``ConflictError`` if the files belong to another batch.
     """
 
     requests: RequestFile
@@ -94,13 +95,13 @@ class BatchRun:
     concurrency: int
     """Maximum number of requests that run at a time."""
     give_up_s: float
-    """Time without a reachable server after which the batch fails."""
+    """Time in seconds without a reachable server after which the batch fails."""
     on_progress: Callable[[BatchCounts], None] = lambda counts: None
     clock: Callable[[], float] = time.monotonic
     in_thread: RunInThread = in_asyncio_thread
-    """Runs every call that waits for the disk."""
+    """Function that runs every disk call in a thread."""
     disk_limit_s: float = 0.0
-    """Longest time that responses wait while the disk rejects them."""
+    """Time in seconds for which rejected writes of responses are retried; 0: no retry."""
     counts: BatchCounts = field(init=False)
     _reached_s: float = field(init=False)
     _read: deque[BatchRequest] = field(init=False, default_factory=deque)
@@ -185,9 +186,9 @@ class BatchRun:
         return self.clock() - self._reached_s > self.give_up_s
 
     async def _write(self, call: Callable[[], None]) -> None:
-        """Make a write call, and retry it while the disk rejects it.
+        """Run the disk write ``call``, and retry while the disk rejects it.
 
-        Other writes wait for it. Raises ``OSError`` after ``disk_limit_s``.
+        Other writes wait meanwhile. Raises ``OSError`` after ``disk_limit_s``.
         """
         async with self._writing:
             wait_s, failed_s = _FIRST_WAIT_S, None
@@ -220,7 +221,7 @@ class BatchRun:
 
 
 def response_line(request: BatchRequest, answer: BatchResponse) -> dict[str, Any]:
-    """Make a line of the response file in OpenAI's format."""
+    """Return a line of the response file as a dict, in OpenAI's batch format."""
     return {
         "id": f"{LINE_ID}{uuid.uuid4().hex}",
         "custom_id": request.custom_id,

@@ -41,13 +41,13 @@ class CheckpointFacts:
 
     model_type: str
     dtype: str
-    """The dtype of ``--dtype auto``."""
+    """Compute dtype that ``--dtype auto`` selects for the checkpoint."""
     context_tokens: int
     """Context length in tokens."""
     kv_vectors_per_token: int
     """Number of key and value vectors of one token in the KV cache, over all layers and heads."""
     head_dim: int
-    """Length of each of these vectors."""
+    """Number of elements of a key or value vector of one head."""
     state_bytes: int = 0
     """Bytes of a sequence's recurrent states over all layers; 0 if the model has none."""
     attention_values: int
@@ -55,34 +55,35 @@ class CheckpointFacts:
     attention_weights: int
     """Number of weights that an attention rank holds."""
     banks: tuple[dict[str, Any], ...]
-    """Expert banks in the order of their use: ``bank``, ``layer`` and the fields of a
-    ``cluster.sizing.roofline.BankSize``."""
+    """Expert banks (sets of routed experts of a layer) in the order of their use, as dicts of
+    ``bank``, ``layer`` and the fields of ``cluster.sizing.roofline.BankSize``.
+    """
     torch_has_cuda: bool
     """Whether the installed torch supports CUDA."""
     gpu: str = ""
-    """Name of this host's first GPU; empty without one."""
+    """Name of this host's first GPU; empty without a GPU."""
     gpu_bandwidth_bytes_s: float = 0.0
-    """Memory bandwidth of that GPU; 0 if the GPU does not report it."""
+    """Memory bandwidth of this host's first GPU, in bytes per second; 0 if it is not reported."""
     ignored_keys: tuple[str, ...] = ()
     """Keys of ``config.json`` that expertmesh ignores."""
     has_tokenizer: bool = True
-    """Whether the folder has a tokenizer; without one, requests must contain token ids."""
+    """Whether the checkpoint has a tokenizer; without it, requests must contain token ids."""
     has_weights: bool = True
-    """Whether the folder has weights; a start needs them, a plan does not."""
+    """Whether the checkpoint has weights, which a start needs and a plan does not."""
 
     def itemsize(self, dtype: str) -> int:
-        """Bytes of a value in a compute dtype; ``auto`` is that of the checkpoint."""
+        """Return the bytes of a value in a compute dtype; ``auto``: the checkpoint's dtype."""
         return _ITEMSIZES[self.dtype if dtype == "auto" else dtype]
 
     def kv_bytes_per_token(self, dtype: str, kv_cache_dtype: KvCacheDType = "auto") -> int:
-        """Bytes of one token in the KV cache."""
+        """Return the bytes of one token in the KV cache, over all layers."""
         each = kv_vector_bytes(kv_cache_dtype, self.head_dim, self.itemsize(dtype))
         return self.kv_vectors_per_token * each
 
     def size(
         self, dtype: str, profile: LoadProfile | None, kv_cache_dtype: KvCacheDType = "auto"
     ) -> ModelSize:
-        """Sizes of the model, with the experts' loads if ``profile`` has them."""
+        """Return the sizes of the model, with the experts' loads if ``profile`` has them."""
         return ModelSize(
             banks=bank_sizes(self.banks, profile),
             attention_values=self.attention_values,
@@ -93,7 +94,7 @@ class CheckpointFacts:
 
 
 class CheckpointCheck:
-    """A running check, which overlaps with other work of the start."""
+    """Check of a checkpoint in a child process, which overlaps with other work of the start."""
 
     def __init__(
         self,
@@ -107,10 +108,11 @@ class CheckpointCheck:
         """Start the check of ``folder``.
 
         Args:
+            environment: environment variables of the child process.
             allow_bare: accept a folder without weights, as plans do.
             quantize: as in ``ModelSection``.
-            has_predictor: the model is served with the layer that predicts further tokens.
-            lora: adapters that are loaded at the start.
+            has_predictor: whether the model is served with the layer that predicts further tokens.
+            lora: LoRA adapters that are loaded at the start; None without adapters.
         """
         flags = {_ALLOW_BARE: allow_bare, _HAS_PREDICTOR: has_predictor}
         given = (flag for flag, is_set in flags.items() if is_set)
@@ -120,7 +122,7 @@ class CheckpointCheck:
         self._child = _start_child(words, environment)
 
     def result(self) -> CheckpointFacts:
-        """Wait for the result. Raises ``CheckpointError`` with the reason."""
+        """Wait for the end of the check; return the facts. Raises ``CheckpointError``."""
         try:
             output, errors = self._child.communicate(timeout=CHECK_LIMIT_S)
         except subprocess.TimeoutExpired as err:
@@ -159,7 +161,7 @@ def check(
     has_predictor: bool = False,
     lora: LoraSection = LoraSection(),  # noqa: B008  # immutable
 ) -> CheckpointFacts:
-    """Compare config and headers with the model; read the tokenizer and adapters.
+    """Compare a checkpoint's config and tensor headers with the model; read tokenizer and adapters.
 
     ``allow_bare``, ``quantize``, ``has_predictor`` and ``lora`` are as in ``CheckpointCheck``.
     Raises ``CheckpointError``, and ``ConfigError`` if the model cannot be quantized.

@@ -1,4 +1,4 @@
-"""Inspects an existing Ray cluster: its nodes, its Serve, a running expertmesh cluster.
+"""Inspects an existing Ray cluster: its nodes, its Ray Serve, a running expertmesh cluster.
 
 Options that the joined Ray cannot satisfy are rejected here, before anything is created.
 """
@@ -24,27 +24,28 @@ from cluster.sizing.start_plan import plan_start
 logger = logging.getLogger(__name__)
 
 GATEWAY = "gateway"
-"""Role label of the nodes for gateway replicas and the controller."""
+"""Value of the role label of nodes that run gateway replicas and the controller."""
 _POLL_S = 0.2
 _ANSWER_LIMIT_S = 60.0
 _CALL_LIMIT_S = 10.0
 _FREE_LIMIT_S = 10.0
-"""Time limit for Ray to count ended actors' resources as free; nodes report 10 times a second."""
+"""Seconds for Ray to count ended actors' resources as free; nodes report 10 times a second."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class JoinedRay:
-    """State of the joined Ray cluster, and the plan adapted to it."""
+    """State of the joined Ray cluster, and the launch plan adapted to it."""
 
     plan: LaunchPlan
-    """The plan with mode and addresses resolved."""
+    """Launch plan with mode and addresses resolved for the joined Ray cluster."""
     gateway_nodes: tuple[str, ...] = ()
-    """Addresses of the nodes labelled for the gateway; if empty, it runs on Ray's head node."""
+    """Addresses of nodes labelled for the gateway; if empty, Ray's head node runs the gateway."""
     selector: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Ray's label selector of those nodes."""
+    """Ray label selector of the nodes labelled for the gateway; empty without such nodes."""
     free_cpus: float | None = None
-    """CPUs that other users of the joined Ray left before expertmesh started anything; None for a
-    private Ray, or if the cluster is running."""
+    """Number of CPUs that other users of the joined Ray left free before expertmesh started
+    anything; None for a private Ray, or if the cluster is running.
+    """
     is_running: bool = False
     """Whether the planned cluster is already running or starting."""
 
@@ -79,9 +80,10 @@ def inspect_ray(plan: LaunchPlan, address: str) -> JoinedRay:
 
 
 def wait_nodes(count: int, limit_s: float) -> tuple[NodeResources, ...]:
-    """Wait until Ray has ``count`` live nodes, and return them.
+    """Wait until Ray has at least ``count`` live nodes, and return all live nodes.
 
-    Raises ``StartError`` after ``limit_s``, and ``ConfigError`` for an invalid expertmesh label.
+    Raises ``StartError`` after ``limit_s`` seconds, and ``ConfigError`` for an invalid expertmesh
+    label.
     """
     from cluster.actors.ray_tools import cluster_nodes
 
@@ -100,7 +102,7 @@ def _free_cpus() -> float:
 
 
 def _reserved_cpus() -> float:
-    """Number of CPUs of live nodes that expertmesh's placement groups reserve."""
+    """Return the number of CPUs on live nodes that the workers' placement group reserves."""
     from ray.util.placement_group import placement_group_table
 
     from cluster.actors.ray_tools import WORKERS_GROUP, cluster_nodes
@@ -116,7 +118,7 @@ def _reserved_cpus() -> float:
 
 
 def wait_free_cpus(wanted: float, limit_s: float, count: Callable[[], float] = _free_cpus) -> None:
-    """Wait until Ray counts ``wanted`` CPUs as free; log a warning after ``limit_s``.
+    """Wait until Ray counts ``wanted`` CPUs as free; log a warning after ``limit_s`` seconds.
 
     Other users of the Ray cluster may have taken some of the CPUs.
     """
@@ -129,9 +131,10 @@ def wait_free_cpus(wanted: float, limit_s: float, count: Callable[[], float] = _
 
 
 def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
-    """Configuration of the running cluster; None if its start failed, after ending its actors.
+    """Return the running cluster's configuration, or None if the start of that cluster failed.
 
-    Raises ``ConfigError`` if it differs from the present request.
+    Ends the actors of a failed start. Raises ``ConfigError`` if the options of the running cluster
+    differ from the options of ``plan``.
     """
     try:
         origin = ask_controller("origin", limit_s=_ANSWER_LIMIT_S)
@@ -153,7 +156,7 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
 
 
 def _resolve(plan: LaunchPlan, nodes: tuple[NodeResources, ...], free_cpus: float) -> LaunchPlan:
-    """Resolve ``--mode auto`` and check that the workers fit."""
+    """Return the plan with ``--mode auto`` resolved; check that the workers fit on the nodes."""
     plan = plan.resolved(nodes, free_cpus)
     workers = plan.config.workers
     if workers.mode_reason:
@@ -177,7 +180,7 @@ def _gateway_address(plan: LaunchPlan, gateways: tuple[NodeResources, ...]) -> s
 
 
 def _check_ports(plan: LaunchPlan, is_here: bool) -> None:
-    """Reject an unsuitable Serve in the joined Ray, and ports in use on this host."""
+    """Raise ``ConfigError`` for ports in use on this host, or an unsuitable joined Ray Serve."""
     from cluster.actors.ray_tools import node_address
 
     section = plan.config.gateway
@@ -190,7 +193,7 @@ def _check_ports(plan: LaunchPlan, is_here: bool) -> None:
 
 
 def _head_address() -> str:
-    """IP address of Ray's live head node, or of this node if there is none."""
+    """Return the IP address of Ray's live head node, or of this node if there is none."""
     import ray
 
     from cluster.actors.ray_tools import HEAD_NODE, node_address
@@ -201,7 +204,7 @@ def _head_address() -> str:
 
 
 def check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` unless the running Serve has the proxy ``serve_proxy`` describes."""
+    """Raise ``ConfigError`` if Ray Serve's port or certificate differs from ``section``."""
     port = None if options["location"] == "Disabled" else int(options["port"])
     if port != section.serve_proxy:
         rule = f"differs from {port}, the one HTTP port of Serve on the joined Ray cluster"
@@ -213,8 +216,9 @@ def check_serve(section: GatewaySection, options: Mapping[str, Any]) -> None:
 
 
 def running_serve() -> Mapping[str, Any] | None:
-    """Return HTTP options of the joined Ray's running Serve and the ``location`` of its proxies;
-    None without Serve.
+    """Return the HTTP options of the joined Ray's Serve; None if Serve does not run.
+
+    The result also has the ``location`` of Serve's proxies.
     """
     import ray
     from ray import serve
@@ -229,7 +233,10 @@ def running_serve() -> Mapping[str, Any] | None:
 
 
 def check_ray_token(plan: LaunchPlan, nodes: Sequence[NodeResources], address: str) -> None:
-    """Reject a Ray of several hosts without authentication."""
+    """Raise ``ConfigError`` if a Ray of several hosts accepts calls without a token.
+
+    ``--allow-unauthenticated`` permits such a Ray.
+    """
     is_lax = plan.config.gateway.allow_unauthenticated or len({n.address for n in nodes}) < 2
     if not is_lax and allows_unauthenticated(address):
         rule = "lets every host of the network run code: start Ray on every host with token "
@@ -238,9 +245,10 @@ def check_ray_token(plan: LaunchPlan, nodes: Sequence[NodeResources], address: s
 
 
 def allows_unauthenticated(address: str) -> bool:
-    """Whether a Ray accepts calls without a token, tested by a call to its GCS at ``address``.
+    """Return whether the Ray at ``address`` accepts calls without a token.
 
-    The Ray client of this process cannot tell: a Ray without tokens accepts a client with one.
+    The test is a call to Ray's GCS. The Ray client of this process cannot tell, because a Ray
+    without tokens also accepts a client with a token.
     """
     import grpc
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
@@ -257,7 +265,7 @@ def allows_unauthenticated(address: str) -> bool:
 
 
 def is_deployed(app: str) -> bool:
-    """Whether the connected Ray's Serve runs or deploys the application ``app``."""
+    """Return whether the connected Ray's Serve runs or deploys the application ``app``."""
     from ray import serve
     from ray.serve.schema import ApplicationStatus
 

@@ -41,7 +41,7 @@ from cluster.tracing import logs
 logger = logging.getLogger("cluster.launch.launch")  # its __name__ is "__main__"
 
 DETACH = "detach"
-"""Word on stdin after which the launcher survives the CLI process."""
+"""Word on stdin after which the launcher keeps running when the CLI process ends."""
 DRAIN = "drain"
 """Word on stdin after which the launcher stops once the running requests have ended."""
 _WATCH_S = 1.0
@@ -50,11 +50,14 @@ _DRAIN_POLL_S = 0.1
 
 
 class _StopRequested(BaseException):
-    """Raised on the main thread during the start. ``except Exception`` does not catch it."""
+    """A stop was requested during the start.
+
+    Raised on the main thread; ``except Exception`` does not catch this class.
+    """
 
 
 class EventSink:
-    """Writes events to the CLI process, which may have ended."""
+    """Writes JSON events to the CLI process; events are lost if that process has ended."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -139,7 +142,7 @@ class Launcher:
 
     @property
     def _outlives_launcher(self) -> bool:
-        """Whether the cluster continues without this process: ``up`` in a joined Ray."""
+        """Whether the cluster continues without this process (command ``up`` in a joined Ray)."""
         return bool(self._plan.address) and self._plan.command == "up"
 
     def _watch(self) -> int:
@@ -152,8 +155,10 @@ class Launcher:
         return 0
 
     def _drain(self) -> None:
-        """Give load balancers time to redirect clients, then running requests time to end. A
-        second stop ends both waits."""
+        """Wait while load balancers redirect clients, and then until running requests have ended.
+
+        Each wait has a time limit, and a second stop request ends both.
+        """
         section = self._parts.plan.config.gateway
         logger.info("draining")
         self._parts.send_shutdown_stage("lead")
@@ -167,7 +172,10 @@ class Launcher:
             self._second_stop.wait(min(_DRAIN_POLL_S, left_s))
 
     def _end(self, status: int, has_left: bool) -> None:
-        """End the services within a limit unless the cluster runs on (``has_left``), then Ray."""
+        """End the services within a time limit, then Ray.
+
+        ``has_left``: whether the cluster continues without the launcher, so that the services stay.
+        """
         if not has_left:
             helper = threading.Thread(target=self._parts.stop_services, daemon=True)
             helper.start()
@@ -223,7 +231,10 @@ class Launcher:
 
 
 def _follow_cli(stream: TextIO, launcher: Launcher) -> None:
-    """Stop the launcher when the CLI process has ended, unless it has detached."""
+    """Stop the launcher when the CLI process ends, unless that process has sent ``DETACH``.
+
+    After ``DRAIN``, the running requests end first.
+    """
     for line in stream:
         if line.strip() == DETACH:
             return
@@ -234,7 +245,7 @@ def _follow_cli(stream: TextIO, launcher: Launcher) -> None:
 
 
 def _redirect_stdout() -> TextIO:
-    """Return the real stdout for events, and redirect all other output to the log."""
+    """Return the original stdout for events, and redirect stdout to stderr, which is the log."""
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return events

@@ -1,7 +1,8 @@
 """Starts and ends a private Ray, without effect on other Ray clusters.
 
 ``ray.init(address="local")`` runs in the launcher: the kernel ends gcs, raylet and monitor with the
-launcher, and then the raylet's workers end. Two agents survive them and are found by their files.
+launcher, and then the raylet's workers end. Two agents survive the raylet and are found by their
+open files.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ from cluster.tracing.output_files import LIMIT_VARIABLE, MAX_BYTES
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
-"""Size of Ray's object store, through which no tensor is sent. The smallest that works is 75
-MiB."""
+"""Size of Ray's object store in bytes; 75 MiB is the smallest that works. It holds no tensors."""
 START_ATTEMPTS = 3
 _SYSTEM_CONFIG = {
     "worker_niceness": 0,
@@ -38,33 +38,36 @@ _SYSTEM_CONFIG = {
     "maximum_gcs_destroyed_actor_cached_count": 64,
     "maximum_gcs_dead_worker_cached_count": 64,
 }
-"""Ray's default niceness of workers is 15, so that other load on this host would delay heartbeats.
-Ray also records every call of an actor by default: its gcs grew by 17% in half an hour of traffic
-(``tests/long/soak.py``), and expertmesh does not read these records. Ray keeps 100,000 actors and
-1,000 processes that have ended, of which expertmesh reads only the newest."""
+"""Settings of Ray's processes. Ray's default niceness of workers is 15, so that other load on this
+host would delay heartbeats. Ray also records every call of an actor by default: its gcs grew by 17%
+in half an hour of traffic (``tests/long/soak.py``), and expertmesh does not read these records. Ray
+keeps 100,000 actors and 1,000 processes that have ended, of which expertmesh reads only the newest.
+"""
 _ALLOCATOR = {
     "RAY_JEMALLOC_PROFILE": "raylet",
     "RAY_JEMALLOC_CONF": "narenas:1,tcache:false",
     "MALLOC_ARENA_MAX": "1",
 }
-"""The raylet's 29 threads each keep freed memory in caches of 8 arenas: 12 MiB that grow for hours,
-with 1.4 MiB in use. One arena without caches holds a constant 7 MiB (soak test). The arenas of
-glibc, one for each of a process's first threads, fragment too.
+"""Environment variables that limit the caches of memory allocators. The raylet's 29 threads each
+keep freed memory in caches of 8 arenas: 12 MiB that grow for hours, with 1.4 MiB in use. One arena
+without caches holds a constant 7 MiB (soak test). The arenas of glibc, one for each of a process's
+first threads, fragment too.
 """
 _SLOW_STARTS = ("timed out during startup", "Timed out waiting for file")
-"""Ray's messages about a node or a gcs that took too long."""
+"""Parts of Ray's error messages about a node or a gcs that took too long to start."""
 _END_LIMIT_S = 10.0
 _CONNECT_LIMIT_S = 5.0
 _CONNECT_RETRY_S = 0.5
 _SOCKET_PATH_LIMIT = 107
 _RAY_PATH_CHARS = 75
-"""Characters that Ray appends to its folder for its longest socket path."""
+"""Number of characters of Ray's longest socket path that follow the path of Ray's folder."""
 
 
 def make_temp_dir() -> Path:
     """Create a folder for one private Ray, readable by this user only, with short socket paths.
 
-    Ray makes its own folder readable by every user, therefore it gets ``ray`` inside this one.
+    Ray makes its own folder readable by every user, therefore Ray gets the folder ``ray`` inside
+    the created folder.
     """
     return Path(tempfile.mkdtemp(prefix="em-", dir=temp_base()))
 
@@ -78,9 +81,9 @@ def temp_base() -> str:
 
 
 def private_environment(folder: Path) -> dict[str, str]:
-    """Make the environment of a launcher with a private Ray; write the token that Ray requires.
+    """Return the environment of a launcher with a private Ray; write the token that Ray requires.
 
-    Ray reads the environment on import, so it must be set before the process starts.
+    Ray reads the environment on import, so the variables must be set before the process starts.
     """
     token = folder / "token"
     replace_file(token, secrets.token_hex(32).encode(), mode=0o600)
@@ -101,7 +104,7 @@ def private_environment(folder: Path) -> dict[str, str]:
 
 
 def common_environment() -> dict[str, str]:
-    """Environment of every launcher, with a private or a joined Ray."""
+    """Return the environment variables of every launcher, with a private or a joined Ray."""
     source = str(Path(__file__).resolve().parents[2])
     path = os.environ.get("PYTHONPATH")
     return {
@@ -136,11 +139,13 @@ class PrivateRay:
     interface."""
 
     folder: Path
-    """Folder made by ``make_temp_dir``; ``stop`` removes it."""
+    """Folder of the private Ray, made by ``make_temp_dir``; ``stop`` removes the folder."""
 
     def start(self, num_cpus: int, num_gpus: int | None) -> str:
-        """Start Ray, connect to it and return its address. Call on the main thread, which must
-        stay alive: the kernel ends Ray's processes with the thread that started them.
+        """Start Ray, connect to it and return its address.
+
+        Call on the main thread, which must stay alive: the kernel ends Ray's processes with the
+        thread that started them.
         """
         from cluster.actors.ray_tools import NAMESPACE
 
@@ -156,7 +161,7 @@ class PrivateRay:
         return str(context.address_info["gcs_address"])
 
     def processes(self) -> list[ProcessIdentity]:
-        """Running processes of this Ray."""
+        """Return the running processes of this Ray."""
         return find_by_files(self.folder)
 
     def stop(self) -> None:
@@ -170,7 +175,7 @@ class PrivateRay:
 def init_ray(folder: Path, **options: Any) -> Any:
     """Call ``ray.init`` for a new Ray with its files in ``folder``; return its context.
 
-    Ray gives its node 30 s to start, which no setting changes and a busy host may exceed. It also
+    Ray gives its node 30 s to start, which no setting changes and a busy host may exceed. Ray also
     forks with Python code in the child, which may deadlock on locks of other threads. A failed
     attempt is cleaned up and retried.
     """
@@ -196,7 +201,7 @@ def init_ray(folder: Path, **options: Any) -> Any:
 
 
 def _release_processes(err: Exception) -> None:
-    """Reap the ended processes that the error's traceback refers to; Ray does not."""
+    """Reap ended processes of Ray, to which the traceback of ``err`` keeps references."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         err.__traceback__ = None
@@ -208,7 +213,8 @@ def join_ray(
 ) -> str:
     """Connect to an existing Ray and return its address.
 
-    Raises ``ConnectionError`` if nothing listens there for ``patience_s``, or if Ray refuses.
+    Raises ``ConnectionError`` if nothing listens at ``address`` for ``patience_s`` seconds, or if
+    Ray refuses the connection.
     """
     import ray
 

@@ -1,5 +1,4 @@
-"""Resolves MODEL to a folder on this host: the bundled one, a local one, or a download of the
-hub."""
+"""Resolves the argument MODEL to a local folder: bundled, given, or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from cluster.core.errors import CheckpointError, first_line
 BUNDLED_NAME = "expertmesh-demo"
 """Name of the bundled checkpoint."""
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-"""Files of a hub repository that are downloaded."""
+"""Name patterns of the files of a hub repository that are downloaded."""
 PROGRESS_INTERVAL_S = 5.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -28,11 +27,11 @@ class ModelSource:
     folder: Path
     """Folder with the model's files."""
     name: str
-    """Default of ``served_model_name``."""
+    """Default of ``served_model_name``, the model's name in requests."""
 
 
 def find_model(text: str | None, say: Callable[[str], None]) -> ModelSource:
-    """Resolve the bundled checkpoint (None), a folder, or a hub id, which is downloaded.
+    """Return the model for argument MODEL: a folder, a hub id to download, or None (bundled).
 
     ``say`` prints a line of progress. Raises ``CheckpointError``.
     """
@@ -50,7 +49,7 @@ def find_model(text: str | None, say: Callable[[str], None]) -> ModelSource:
 
 
 def bundled_checkpoint() -> Path:
-    """Folder of the bundled checkpoint."""
+    """Return the folder of the bundled checkpoint. Raises ``CheckpointError``."""
     folder = Path(str(resources.files("workers.demo"))) / "checkpoint"
     if not (folder / "config.json").is_file():
         raise CheckpointError("the bundled checkpoint is missing from this installation")
@@ -58,9 +57,10 @@ def bundled_checkpoint() -> Path:
 
 
 def download(hub_id: str, say: Callable[[str], None]) -> Path:
-    """Download a repository of the hub (``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HOME`` apply).
+    """Download a repository of the Hugging Face hub; return its folder.
 
-    Raises ``CheckpointError`` with the hub's own message.
+    The variables ``HF_ENDPOINT``, ``HF_TOKEN`` and ``HF_HOME`` apply. ``say`` prints a line of
+    progress. Raises ``CheckpointError`` with the hub's own message.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

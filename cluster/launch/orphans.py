@@ -34,10 +34,11 @@ def host_id() -> str:
 
 
 def find_by_files(folder: Path) -> list[ProcessIdentity]:
-    """Find processes of this user that have a file open below ``folder`` or name it as argument.
+    """Find this user's processes that have a file below ``folder`` open or name the folder.
 
-    Every process of a private Ray writes its log below Ray's folder, even one that has replaced its
-    command line and environment by a title.
+    A process names the folder in its arguments. Every process of a private Ray writes its log below
+    Ray's folder, even one that has replaced its command line and environment by a title. The
+    calling process is left out.
     """
     prefix = f"{folder}/"
     pids = [
@@ -56,7 +57,7 @@ def _uses_folder(process: psutil.Process, prefix: str) -> bool:
 
 
 def end_all(processes: Iterable[ProcessIdentity], timeout_s: float) -> list[ProcessIdentity]:
-    """Kill the processes, wait, and return the ones that still run after ``timeout_s``."""
+    """Kill the processes; return the processes that still run after ``timeout_s`` seconds."""
     running = [p for p in processes if is_running(p)]
     for process in running:
         kill_process(process)
@@ -68,9 +69,10 @@ def end_all(processes: Iterable[ProcessIdentity], timeout_s: float) -> list[Proc
 
 
 def end_private_ray(folder: Path, recorded: Sequence[ProcessIdentity]) -> int:
-    """End the remaining processes of a private Ray, remove its folder, and return their number.
+    """End the remaining processes of a private Ray, and remove its folder.
 
-    Two rounds are needed because a dying raylet may still start a worker.
+    Returns the number of processes. ``recorded``: processes from the cluster's state file. Two
+    rounds are needed because a dying raylet may still start a worker.
     """
     ended = 0
     for _ in range(2):

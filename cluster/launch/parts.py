@@ -38,7 +38,7 @@ _TELL_LIMIT_S = 1.0
 _FAIL_LIMIT_S = 1.0
 _DEAD_LIMIT_S = 5.0
 _JOIN_PATIENCE_S = 30.0
-"""Time limit for a joined Ray to accept connections, since it may be starting."""
+"""Seconds for a joined Ray to accept connections, since Ray may be starting."""
 
 ProgressFn = Callable[[str, int, int], None]
 """Callback for progress: stage, amount done, total amount (0 if unknown)."""
@@ -49,11 +49,11 @@ class ClusterParts:
 
     def __init__(self, plan: LaunchPlan, progress: ProgressFn) -> None:
         self.plan = plan
-        """The plan; ``start_ray`` adapts it to the joined Ray."""
+        """Launch plan; ``start_ray`` adapts the plan to a joined Ray."""
         self.compute_threads = ""
         """Text about the workers' compute threads; set by ``start_services``."""
         self.admin = {"http": "", "grpc": ""}
-        """``host:port`` of a gateway's admin ports; set by ``start_services``."""
+        """Address ``host:port`` of a gateway's admin port, by protocol; from ``start_services``."""
         self._progress = progress
         self._ray = PrivateRay(folder=Path(plan.temp_dir)) if plan.temp_dir else None
         self._joined = JoinedRay(plan=plan)
@@ -63,9 +63,10 @@ class ClusterParts:
         self._heard_at = 0.0
 
     def start_ray(self) -> str:
-        """Start the private Ray or join the given one; return its address. Main thread only.
+        """Start the private Ray or join the given one; return Ray's address. Main thread only.
 
-        Raises ``ConfigError`` if the joined Ray is unsuitable, ``StartError`` if there is none.
+        Raises ``ConfigError`` if the joined Ray is unsuitable, ``StartError`` if Ray cannot be
+        joined.
         """
         self._progress("ray", 0, 0)
         loader = threading.Thread(target=_import_services, daemon=True)
@@ -104,10 +105,10 @@ class ClusterParts:
         self._heard_at = time.monotonic()
 
     def find_loss(self) -> str | None:
-        """Return the reason why the cluster cannot continue; None while it can.
+        """Return the reason why the cluster cannot continue; None while the cluster can continue.
 
-        A killed controller is no reason: Ray restarts it in seconds, and the workers serve until
-        then.
+        A killed controller is no reason: Ray restarts the controller in seconds, while the workers
+        keep serving.
         """
         import ray
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
@@ -125,13 +126,13 @@ class ClusterParts:
         return "the controller is lost, see the log" if lost else None
 
     def processes(self) -> list[ProcessIdentity]:
-        """Processes of the private Ray on this host."""
+        """Return the processes of the private Ray on this host; empty for a joined Ray."""
         return self._ray.processes() if self._ray is not None and self._is_connected else []
 
     def send_shutdown_stage(self, stage: ShutdownStage) -> int:
-        """Tell every replica the stage of the shutdown; return the number of running requests.
+        """Tell every gateway replica the shutdown stage; return the number of running requests.
 
-        Has no effect on a cluster that existed before.
+        Has no effect, and returns 0, if this launcher did not start the gateway.
         """
         if not self._has_app or not self._heard_at:
             return 0
@@ -142,10 +143,10 @@ class ClusterParts:
         return sum(found)
 
     def stop_services(self) -> None:
-        """End the Serve app, the workers and the controller, in this order.
+        """End the gateway, the workers and the controller, in this order.
 
         Running requests end with an error that names the shutdown. Has no effect on a cluster that
-        existed before.
+        another launcher started.
         """
         if not self._is_connected or self._joined.is_running:
             return
@@ -249,7 +250,7 @@ class ClusterParts:
         serve.run(app, name=APP_NAME, route_prefix=prefix)
 
     def _not_ready_reasons(self) -> list[str]:
-        """Reasons for which a gateway replica is not ready, requested through Ray."""
+        """Ask a gateway replica through Ray why it is not ready; an empty list means ready."""
         try:
             reasons: list[str] = self._ask_gateway("not_ready_reasons")
         except StartError as err:
@@ -278,10 +279,12 @@ class ClusterParts:
 
 
 def describe_threads(workers: Iterable[Mapping[str, Any]]) -> str:
-    """Describe the compute threads of ``workers``, dicts with ``threads`` and ``state``. Workers
-    that have not loaded or have ended are left out.
+    """Describe in a text how many compute threads the ``workers`` have.
 
     2, 1 and 1 threads -> "1 worker with 2 compute threads, 2 workers with 1 compute thread each"
+
+    ``workers`` are dicts with ``threads`` and ``state``. Workers that have not loaded or have ended
+    are left out.
     """
     counts = Counter(
         worker["threads"]
@@ -296,7 +299,10 @@ def describe_threads(workers: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _send_stage(stage: ShutdownStage) -> list[int]:
-    """Tell every replica the stage; return the number of running requests of each that responds."""
+    """Tell every gateway replica the shutdown stage; return numbers of running requests.
+
+    The list has one number for each replica that responds.
+    """
     from ray import serve
 
     from gateway.app import APP_NAME, DEPLOYMENT_NAME
@@ -308,18 +314,21 @@ def _send_stage(stage: ShutdownStage) -> list[int]:
 
 
 def warm_up() -> None:
-    """Import what every start needs, while the CLI process still checks the request."""
+    """Import Ray, which every start needs, while the CLI process still checks the request."""
     import ray  # noqa: F401
 
 
 def _import_services() -> None:
-    """Import the gateway while Ray's processes start. Import errors recur at its use."""
+    """Import the gateway while Ray's processes start.
+
+    Import errors are ignored; a later import fails.
+    """
     with contextlib.suppress(ImportError):
         import gateway.app  # noqa: F401
 
 
 def _wait_all(futures: Iterable[Future[None]]) -> None:
-    """Wait for all futures; raise the first error at once. Short waits let signals through."""
+    """Wait for all futures; raise the first error at once. Short waits let signal handlers run."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)

@@ -30,36 +30,36 @@ from cluster.sizing.gpus import gpu_spec
 from cluster.sizing.mode_choice import resolve_mode
 
 _PORTS = (20_000, 30_000)
-"""Range of free ports, between those of Ray's workers and the node ports of Kubernetes."""
+"""Range of ports for ``free_port``, between the ports of Ray's workers and of Kubernetes nodes."""
 _PORT_TRIES = 50
 START_LIMIT_S = 1800.0
-"""Default time limit of a start; large checkpoints on slow disks take minutes."""
+"""Default time limit of a start in seconds; large checkpoints on slow disks take minutes."""
 EVERY_INTERFACE = ("0.0.0.0", "::")
 """Values of ``host`` that stand for every interface."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchPlan:
-    """The input of a launcher, sent to it as JSON."""
+    """Input of a launcher process, sent to the launcher as JSON."""
 
     command: Command
-    """``serve`` or ``up``."""
+    """Command that starts the cluster: ``serve`` or ``up``."""
     name: str
-    """Name of the state file."""
+    """Name of the cluster and of its state file."""
     asked: dict[str, str]
-    """The user's options by flag, so that a second ``up`` can compare them."""
+    """The user's options by flag, which a second ``up`` compares with its own options."""
     config: ClusterConfig
     facts: CheckpointFacts
     profile: dict[str, Any] | None
-    """Expert load profile of the checkpoint, if it has one."""
+    """Load profile (token counts of experts) for the first placement; None without a profile."""
     address: str
-    """Ray cluster to join; empty for a private one."""
+    """Address of the Ray cluster to join; empty for a private Ray."""
     temp_dir: str
-    """Folder of the private Ray; empty when joining."""
+    """Folder of the private Ray; empty for a joined Ray."""
     num_cpus: int
-    """CPUs of the private Ray."""
+    """Number of CPUs of the private Ray."""
     num_gpus: int
-    """GPUs of the private Ray."""
+    """Number of GPUs of the private Ray."""
     wait_nodes: int = 0
     """Number of nodes of the joined Ray to wait for before planning."""
     start_limit_s: float = START_LIMIT_S
@@ -68,7 +68,7 @@ class LaunchPlan:
 
     @property
     def private_nodes(self) -> tuple[NodeResources, ...]:
-        """Resources of this host as the node of a private Ray."""
+        """Resources of this host, which is the only node of a private Ray."""
         cpus, gpus = float(self.num_cpus), float(self.num_gpus)
         return (NodeResources(node_id="", address="here", cpus=cpus, gpus=gpus),)
 
@@ -93,7 +93,7 @@ class LaunchPlan:
 
     @property
     def serve_proxy_url(self) -> str:
-        """URL of Ray Serve's own proxy; empty without one."""
+        """URL of Ray Serve's own proxy; empty without that proxy."""
         section = self.config.gateway
         if section.serve_proxy is None:
             return ""
@@ -101,7 +101,7 @@ class LaunchPlan:
 
     @property
     def grpc_target(self) -> str:
-        """``host:port`` for gRPC clients."""
+        """Address ``host:port`` for gRPC clients."""
         return f"{self._reachable}:{self.config.gateway.grpc_port}"
 
     @property
@@ -125,7 +125,7 @@ def option_differences(there: Mapping[str, str], here: Mapping[str, str]) -> lis
 
 
 def check_ports(host: str, ports: Mapping[str, int]) -> None:
-    """Raise ``ConfigError`` if a port cannot be bound. ``ports``: setting -> number."""
+    """Raise ``ConfigError`` if a port cannot be bound. ``ports``: port number by setting name."""
     for name, port in ports.items():
         try:
             _probe_port(host, port).close()
@@ -139,10 +139,11 @@ def check_ports(host: str, ports: Mapping[str, int]) -> None:
 
 
 def claim_ports(host: str, ports: Mapping[str, int]) -> list[socket.socket]:
-    """Keep other clusters of this host from opening the same ports while the sockets are open.
+    """Claim ports against other clusters of this host; return the sockets that hold the claims.
 
-    Gateways share ports with SO_REUSEPORT, so the kernel would let two clusters share them that
-    start at the same time. The sockets are abstract Unix sockets, which exist on Linux only.
+    The claims end when the sockets are closed. Gateways share ports with SO_REUSEPORT, so the
+    kernel would let two clusters share ports that start at the same time. The sockets are abstract
+    Unix sockets, which exist on Linux only; elsewhere, the result is empty.
 
     Raises:
         ConfigError: another cluster has claimed a port.
@@ -163,7 +164,7 @@ def claim_ports(host: str, ports: Mapping[str, int]) -> list[socket.socket]:
 
 
 def _port_owner(port: int) -> str:
-    """`` by python3 (pid 7)``: the process that listens on a port; empty if it cannot be read.
+    """Return which process listens on a port, as `` by python3 (pid 7)``; empty if unknown.
 
     If the port belongs to a recorded cluster of this host, the text names the cluster.
     """
@@ -183,7 +184,7 @@ def _port_owner(port: int) -> str:
 def free_port(host: str) -> int:
     """Return a free port, if possible outside the kernel's range of ephemeral ports.
 
-    The port is opened only after Ray and the workers have opened many ports of that range.
+    The port is opened only after Ray and the workers have opened many ephemeral ports.
     """
     first, last = _PORTS
     if (lowest := _lowest_ephemeral_port()) > first:
@@ -203,7 +204,7 @@ def _lowest_ephemeral_port() -> int:
 
 
 def _probe_port(host: str, port: int) -> socket.socket:
-    """Bind a socket without SO_REUSEPORT, so that any existing listener makes it fail."""
+    """Return a listening socket without SO_REUSEPORT. Raises ``OSError`` if the port is in use."""
     family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     probe = socket.socket(family, kind, number)
     try:
@@ -217,7 +218,7 @@ def _probe_port(host: str, port: int) -> socket.socket:
 
 
 def count_gpus() -> int:
-    """Number of NVIDIA devices that this process may use."""
+    """Return the number of NVIDIA devices that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])

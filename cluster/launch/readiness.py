@@ -22,10 +22,10 @@ def wait_ready(
 
     Args:
         url: URL of the gateway, without a path.
-        section: its configuration.
-        ask: returns reasons why the gateway is not ready; used if clients need a certificate,
-            which this process does not have.
-        limit_s: time limit for the gateway to become ready after the other parts.
+        section: configuration of the gateway.
+        ask: returns reasons why the gateway is not ready; used if clients need a certificate, which
+            this process does not have.
+        limit_s: time limit in seconds for the gateway to become ready after the other parts.
 
     Raises ``StartError`` after the limit.
     """
@@ -37,7 +37,7 @@ def wait_ready(
 
 
 def _ask_ready(url: str, has_tls: bool) -> list[str]:
-    """Return reasons why ``/ready`` does not respond with 200; empty if it does."""
+    """Return reasons why ``/ready`` does not respond with status 200; empty if it does."""
     context = None
     if has_tls:  # unverified: it is the own server, and the request contains no secret
         context = ssl.create_default_context()

@@ -31,50 +31,50 @@ RecordState = Literal["starting", "ready"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterRecord:
-    """A cluster that was started on this host."""
+    """Record of a cluster that was started on this host."""
 
     name: str
-    """Name of the file."""
+    """Name of the cluster and of its state file."""
     command: Command
-    """Command that started it: with ``serve`` it ends with the CLI process, with ``up`` not."""
+    """Command that started the cluster. After ``serve``, the cluster ends with the CLI process."""
     state: RecordState
-    """``ready`` once clients can call it."""
+    """State of the start: ``starting``, or ``ready`` once clients can call the cluster."""
     launcher: ProcessIdentity
     """Process that owns the cluster."""
     asked: dict[str, str]
-    """The user's options by flag, so that a second ``up`` can compare them."""
+    """The user's options by flag, which a second ``up`` compares with its own options."""
     http: str
-    """URL of the HTTP port."""
+    """URL of the gateway's HTTP port."""
     grpc: str
-    """``host:port`` of the gRPC port."""
+    """Address ``host:port`` of the gateway's gRPC port."""
     address: str
     """Ray's address; empty until Ray runs."""
     joined: bool
-    """Whether Ray existed before the cluster and keeps running after it."""
+    """Whether Ray existed before the cluster and keeps running after the cluster ends."""
     temp_dir: str
-    """Folder of the private Ray; empty when joined."""
+    """Folder of the private Ray; empty for a joined Ray."""
     host: str
-    """Host and process table to which the pids belong."""
+    """Id of the host and process table in which the recorded pids are valid (``host_id``)."""
     processes: tuple[ProcessIdentity, ...] = ()
     """Processes that the launcher started on this host."""
     schema: Literal[1] = 1
-    """Version of the file format."""
+    """Version of the state file's format."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.http})"
 
     @property
     def is_alive(self) -> bool:
-        """Whether its launcher runs on this host; False for a record of another host."""
+        """Whether the cluster's launcher runs on this host; False for a record of another host."""
         return self.host == host_id() and is_running(self.launcher)
 
     @property
     def is_detached(self) -> bool:
-        """Whether ``up`` started it in an existing Ray, so that no process on this host owns it."""
+        """Whether ``up`` started the cluster in a joined Ray, so that no process here owns it."""
         return self.joined and self.command == "up" and self.state == "ready"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as the content of the file, the most useful ones first."""
+        """Return the content of the state file: all fields, and the ports and pids separately."""
         ports = {"http": split_address(self.http)[1], "grpc": split_address(self.grpc)[1]}
         pids = {"launcher": self.launcher.pid, "others": [p.pid for p in self.processes]}
         return {**asdict(self), "ports": ports, "pids": pids}
@@ -89,14 +89,17 @@ def state_dir() -> Path:
 
 
 def record_path(name: str) -> Path:
-    """File of a cluster's record. Raises ``ConfigError`` if ``name`` is no valid file name."""
+    """Return the path of a cluster's record.
+
+    Raises ``ConfigError`` if ``name`` is no valid file name.
+    """
     if not _NAME.fullmatch(name):
         raise ConfigError("name", name, "must be letters, digits, dot, dash or underscore")
     return state_dir() / f"{name}.json"
 
 
 def log_path(name: str) -> Path:
-    """Log of a cluster's launcher; the next start overwrites it."""
+    """Return the path of the log of a cluster's launcher; the next start overwrites the log."""
     return record_path(name).with_suffix(".log")
 
 
@@ -113,7 +116,7 @@ def write_record(record: ClusterRecord) -> None:
 
 
 def read_record(name: str) -> ClusterRecord | None:
-    """Read the record of that name; None if there is no readable one."""
+    """Read the record of the cluster ``name``; None if there is no readable record."""
     try:
         return from_plain(json.loads(record_path(name).read_text()), ClusterRecord)
     except (OSError, ValueError, ProtocolError):
@@ -126,7 +129,7 @@ def remove_record(name: str) -> None:
 
 
 def all_records() -> Iterator[ClusterRecord]:
-    """All readable records, by name."""
+    """Yield all readable records, sorted by name."""
     for path in sorted(state_dir().glob("*.json")):
         record = read_record(path.stem)
         if record is not None:
@@ -134,12 +137,15 @@ def all_records() -> Iterator[ClusterRecord]:
 
 
 def running_records() -> list[ClusterRecord]:
-    """Records of running clusters, by name."""
+    """Return the records of running clusters, sorted by name."""
     return [r for r in all_records() if r.is_alive or r.is_detached]
 
 
 def clean_up_dead() -> list[str]:
-    """Clean up after killed launchers; return one line of text for each cluster."""
+    """Clean up after killed launchers of this host; return one line of text for each cluster.
+
+    Remaining processes of private Rays are killed; records and logs are removed.
+    """
     lines = []
     for record in all_records():
         if record.is_alive or record.joined or record.host != host_id():

@@ -1,7 +1,7 @@
 """Ends expertmesh's app and actors in a joined Ray: ``python -m cluster.launch.teardown ADDRESS``.
 
-``down`` uses it if no launcher owns them or the launcher has ended. It changes nothing else in that
-Ray. Exits with 3 if nothing listens at the address.
+The command ``down`` runs this module if no launcher owns the cluster or the launcher has ended.
+Nothing else in the joined Ray changes. Exits with 3 if nothing listens at the address.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _STOP_LIMIT_S = 20.0
 
 
 def end_joined(address: str) -> list[str]:
-    """End the app and actors by name; return the names of the actors that were found.
+    """End expertmesh's Serve app and actors in the Ray at ``address``; return the actors' names.
 
-    Raises ``ConnectionError`` without a Ray.
+    Raises ``ConnectionError`` if there is no Ray.
     """
     import ray
     from ray import serve

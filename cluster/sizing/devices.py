@@ -27,17 +27,20 @@ prepacked); a product of 256 x 2048 x 2048 runs at 98 GFLOPS in float32 and 155 
 loopback TCP transfers 6 GB/s in large frames, and a small frame from one Python process to another
 costs about 50 us at each end and as much between."""
 NETWORK_LATENCY_S = 100e-6
-"""Latency between two hosts, through the kernel's TCP."""
+"""Latency between two hosts in seconds, through the kernel's TCP."""
 CPU_NETWORK_BYTES_S = 1.25e9
-"""10 GbE, common for hosts without GPUs."""
+"""Network rate of a host without GPUs, in bytes per second (10 Gbit/s Ethernet)."""
 GPU_NETWORK_BYTES_S = 50e9
-"""One 400 Gbit/s adapter for each GPU."""
+"""Network rate of each GPU, in bytes per second (one 400 Gbit/s adapter for each GPU)."""
 _DECODE_ROWS = 16
-"""Rows of a decode step if the load does not specify them."""
+"""Number of rows in a decode step if the load does not specify it."""
 
 
 def worker_device(share: WorkerShare, num_nodes: int, gpu: DeviceSpec = UNKNOWN_GPU) -> DeviceSpec:
-    """Characteristics of one worker with that share; nodes are linked by the network."""
+    """Return characteristics of a worker with ``share`` of a device.
+
+    With several nodes, the network connects the workers. ``gpu``: GPU of workers on CUDA.
+    """
     on_gpu = share.device == "cuda"
     device = gpu if on_gpu else CPU_CORE
     device = device.share(share.gpus if on_gpu else share.cpus or 1.0)
@@ -59,11 +62,11 @@ def expert_step_cost(
     """Return the cost of an expert step according to the device's roofline.
 
     Each activated slot costs reading its weights, each (row, expert) pair two operations per
-    weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The policy uses only ratios,
-    so a share of a device counts as a whole one.
+    weight. ``rebalance.slot_cost_pairs`` replaces the time of a slot. The rebalancing policy uses
+    only ratios, so a share of a device counts as a whole device.
 
-    ``expert_bytes``: of the largest expert; ``dtype``: as workers name it; ``gpu``: the GPU of
-    workers on CUDA.
+    ``expert_bytes``: bytes of the largest expert; ``dtype``: dtype of weights, as workers name it;
+    ``gpu``: the GPU of workers on CUDA.
     """
     device = gpu if config.workers.device == "cuda" else CPU_CORE
     weights = expert_bytes / (4 if dtype == "float32" else 2)

@@ -20,13 +20,13 @@ H100 = DeviceSpec(
     latency_s=10e-6,
     message_s=2e-6,
 )
-"""SXM: 3.35 TB/s of HBM3, 989 TFLOPS, NVLink of 900 GB/s. Also used for unknown GPUs."""
+"""H100 SXM: 3.35 TB/s of HBM3, 989 TFLOPS, NVLink of 900 GB/s. Also used for unknown GPUs."""
 A100 = replace(
     H100, name="NVIDIA A100", bandwidth_bytes_s=2.039e12, flops_s=312e12, link_bytes_s=300e9
 )
-"""80 GB SXM: 2,039 GB/s of HBM2e, 312 TFLOPS, NVLink of 600 GB/s."""
+"""A100 SXM with 80 GB: 2,039 GB/s of HBM2e, 312 TFLOPS, NVLink of 600 GB/s."""
 H200 = replace(H100, name="NVIDIA H200", bandwidth_bytes_s=4.8e12)
-"""SXM: HBM3e at 4.8 TB/s, otherwise an H100."""
+"""H200 SXM: HBM3e at 4.8 TB/s, otherwise like an H100."""
 _PCIE_4 = 32e9
 _KNOWN_GPUS = {
     # a part of the name that CUDA reports; the first match counts
@@ -40,21 +40,21 @@ _KNOWN_GPUS = {
     "L40S": replace(H100, bandwidth_bytes_s=864e9, flops_s=362e12, link_bytes_s=_PCIE_4),
     "L4": replace(H100, bandwidth_bytes_s=300e9, flops_s=121e12, link_bytes_s=_PCIE_4),
 }
-"""B200: the DGX B200 divided by its eight GPUs."""
+"""GPU characteristics by a part of the GPU's name. B200: a DGX B200 divided by its eight GPUs."""
 
 
 def _contains(words: list[str], part: list[str]) -> bool:
-    """Whether ``words`` contains all of ``part``; ``A100-SXM4-80GB`` also counts as ``A100``."""
+    """Return whether ``words`` has all of ``part``; ``A100-SXM4-80GB`` also counts as ``A100``."""
     products = {word.partition("-")[0] for word in words} | set(words)
     return products.issuperset(part)
 
 
 def gpu_spec(name: str, bandwidth_bytes_s: float = 0.0) -> DeviceSpec:
-    """Characteristics of a GPU by the name that CUDA reports, such as ``NVIDIA H100 80GB HBM3``.
+    """Return characteristics of a GPU by the name that CUDA reports (``NVIDIA H100 80GB HBM3``).
 
-    ``bandwidth_bytes_s`` is the value that the GPU reports, 0 if none: memory differs between the
-    versions of a product. An unknown GPU, or none (an empty name), gets the numbers of an H100 and
-    a name that states this.
+    ``bandwidth_bytes_s`` is the memory bandwidth that the GPU reports, 0 if unknown: memory differs
+    between the versions of a product. An unknown GPU, or none (an empty name), gets the numbers of
+    an H100 and a name that states this.
     """
     words = name.split()
     wanted = (part for part in _KNOWN_GPUS if _contains(words, part.split()))
@@ -67,10 +67,13 @@ def gpu_spec(name: str, bandwidth_bytes_s: float = 0.0) -> DeviceSpec:
 
 
 UNKNOWN_GPU = gpu_spec("")
-"""Used if the GPU is unknown."""
+"""Characteristics that are used if the GPU is unknown: numbers of an H100."""
 
 
 def slowest_gpu(facts: Iterable[tuple[str, float]]) -> DeviceSpec:
-    """Return the slowest of GPUs given by (name, bandwidth), for which every step waits."""
+    """Return characteristics of the slowest GPU, for which every step waits.
+
+    ``facts``: name and memory bandwidth in bytes per second of each GPU; may be empty.
+    """
     gpus = [gpu_spec(*known) for known in facts]
     return min(gpus, key=lambda gpu: gpu.bandwidth_bytes_s, default=UNKNOWN_GPU)

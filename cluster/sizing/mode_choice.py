@@ -1,7 +1,7 @@
 """``--mode auto``: chooses the layout that serves a model faster on the same workers. Pure.
 
 The given workers form either two pools or one: 1 attention and 2 expert workers, or 3 colocated
-ones. The layout with the faster decode step of a full batch wins (``cluster.sizing.roofline``).
+workers. The layout with the faster decode step of a full batch wins (``cluster.sizing.roofline``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cluster.sizing.roofline import (
 )
 
 _CONTEXT_SHARE = 0.5
-"""Assumed average length of a sequence, as a share of the maximum."""
+"""Assumed average length of a sequence, as a share of the maximum length."""
 
 
 def resolve_mode(
@@ -63,9 +63,10 @@ def choose_mode(
     context_tokens: float,
     device: DeviceSpec,
 ) -> WorkersSection:
-    """Return the pools of the faster layout, with mode and reason; disaggregated if equal.
+    """Return ``workers`` with mode and pools of the faster layout; disaggregated if equal.
 
-    Both layouts have the same number of workers and the same ``batch``.
+    ``mode_reason`` is set. Both layouts have the same number of workers and the same ``batch``.
+    ``context_tokens``: average length of a sequence. ``device``: characteristics of one worker.
     """
     total = workers.num_attention_ranks + workers.num_expert_workers
     obstacle = _obstacle(workers, size, total)
@@ -95,7 +96,10 @@ def choose_mode(
 def bank_sizes(
     banks: Sequence[Mapping[str, Any]], profile: LoadProfile | None
 ) -> tuple[BankSize, ...]:
-    """Convert banks (``bank``, ``layer`` and fields of ``BankSize``) and add their load."""
+    """Convert dicts of banks to ``BankSize``, with the experts' load if ``profile`` is given.
+
+    ``banks``: dicts of ``bank``, ``layer`` and fields of ``BankSize``.
+    """
     found = []
     for bank in banks:
         numbers = {name: value for name, value in bank.items() if name not in ("bank", "layer")}
@@ -105,7 +109,7 @@ def bank_sizes(
 
 
 def _obstacle(workers: WorkersSection, size: ModelSize, total: int) -> str:
-    """Reason why colocated workers are impossible; empty if they are possible."""
+    """Return the reason why colocated workers are impossible; empty if they are possible."""
     experts = min((b.num_experts for b in size.banks), default=0)
     if workers.placement_file is not None:
         return f"the placement file is for {workers.num_expert_workers} expert workers"
@@ -117,7 +121,7 @@ def _obstacle(workers: WorkersSection, size: ModelSize, total: int) -> str:
 def _reason(
     apart: StepTime, together: StepTime, batch: int, context_tokens: float, device: DeviceSpec
 ) -> str:
-    """Describe both predictions and their parts in one line, the faster layout first."""
+    """Describe the predictions for both layouts in one line, the faster layout first."""
     is_colocated = together.step_s < apart.step_s
     first, second = (together, apart) if is_colocated else (apart, together)
     price = "; two pools would give elasticity and failure isolation, not speed" * is_colocated

@@ -22,24 +22,24 @@ from cluster.sizing.roofline import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolChoice:
-    """The best pool sizes for one batch."""
+    """The best pool sizes for one batch size."""
 
     batch: int
-    """Rows of a decode step, over all attention ranks."""
+    """Number of rows of a decode step, over all attention ranks."""
     num_attention: int
-    """Attention workers of the best two pools; 0 if two pools are impossible."""
+    """Number of attention workers in the best split into two pools; 0 if no split is possible."""
     num_experts: int
-    """Expert workers of the best two pools."""
+    """Number of expert workers in the best split into two pools; 0 if no split is possible."""
     disaggregated: StepTime | None
-    """Decode step of the best two pools; None if two pools are impossible."""
+    """Predicted decode step of the best split into two pools; None if no split is possible."""
     colocated: StepTime | None
-    """Decode step of one pool; None if there are more workers than experts."""
+    """Predicted decode step of one colocated pool; None if there are more workers than experts."""
     activated: float
     """Number of experts that the batch activates in a layer, averaged over the banks."""
 
     @property
     def best(self) -> StepTime:
-        """The faster layout; disaggregated if equal."""
+        """Predicted decode step of the faster layout; disaggregated if equal."""
         found = [s for s in (self.disaggregated, self.colocated) if s is not None]
         return min(found, key=lambda step: step.step_s)
 
@@ -62,7 +62,7 @@ def size_pools(
     device: DeviceSpec,
     balancedness: float = 1.0,
 ) -> list[PoolChoice]:
-    """Return the best pools of ``num_workers`` for each batch.
+    """Return the best pool sizes of ``num_workers`` workers for each batch size.
 
     No expert pool has more workers than a bank has experts. Raises ``ConfigError`` for invalid
     counts.

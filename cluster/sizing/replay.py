@@ -1,4 +1,4 @@
-"""Simulates a recorded load that changes, to compare policies of rebalancing without a cluster.
+"""Simulates a recorded load that changes, to compare rebalancing policies without a cluster.
 
 A trace is a list of load profiles, one for each window of time. Each window runs with the placement
 that was planned from the previous window, because a real cluster knows a load only afterwards.
@@ -25,13 +25,15 @@ from cluster.planner.assess import placed_groups
 from cluster.planner.base import Floats, Plan, PlannedTopology, PlanOptions, relative_speeds
 
 Policy = Literal["never", "eplb", "mesh"]
-"""``never`` keeps the plan that mesh makes for the first window; the others replan every window."""
+"""Rebalancing policy: ``never`` keeps the plan that mesh makes for the first window; ``eplb`` and
+``mesh`` replan every window.
+"""
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertStepCost:
-    """Time of a device for its experts of a layer, and the bytes of an expert that moves."""
+    """Cost of a device's experts in one layer, and the bytes of an expert that moves."""
 
     slot_s: float = 10e-6
     """Seconds to read the weights of one activated expert slot."""
@@ -39,9 +41,9 @@ class ExpertStepCost:
     """Seconds to compute one (token, expert) pair."""
     expert_bytes: int = 34_603_008
     prefill_tokens: int = 8192
-    """Tokens of a prefill step, over all attention ranks."""
+    """Number of tokens in a prefill step, over all attention ranks."""
     decode_tokens: int = 256
-    """Rows of a decode step, over all attention ranks."""
+    """Number of rows in a decode step, over all attention ranks."""
 
     def __post_init__(self) -> None:
         rule = "must be finite and not negative"
@@ -52,18 +54,18 @@ class ExpertStepCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulatedWindow:
-    """Predicted costs of one window under one policy."""
+    """Predicted costs of one time window of a trace under one rebalancing policy."""
 
     balancedness: float
-    """Balancedness for the window's own load, averaged over layers."""
+    """Balancedness of the placement for the window's own load, averaged over banks."""
     prefill_step_s: float
-    """Seconds of the experts in a prefill step, over all layers."""
+    """Predicted seconds of expert computation in a prefill step, over all layers."""
     decode_step_s: float
-    """Seconds of the experts in a decode step, over all layers."""
+    """Predicted seconds of expert computation in a decode step, over all layers."""
     slots_moved: int
     """Number of expert slots that changed before this window."""
     bytes_moved: int
-    """Bytes of the experts that moved into these slots."""
+    """Bytes of the experts that moved into the changed slots before this window."""
 
 
 def load_trace(path: Path) -> list[LoadProfile]:
@@ -89,9 +91,10 @@ def simulate(
     step: ExpertStepCost,
     max_move_fraction: float = 0.05,
 ) -> list[SimulatedWindow]:
-    """Simulate all windows except the first, which is only used for planning.
+    """Simulate ``trace`` under a rebalancing policy; return each window's predicted costs.
 
-    Raises ``ConfigError`` for fewer than two windows or windows of different models.
+    The first window is only used for planning and has no result. Raises ``ConfigError`` for fewer
+    than two windows or windows of different models.
     """
     check(len(trace) >= 2, "trace", len(trace), "must have at least 2 windows")
     shapes = {profile.shape() for profile in trace}
@@ -128,7 +131,7 @@ def simulate_window(
     step: ExpertStepCost,
     moved: int = 0,
 ) -> SimulatedWindow:
-    """Compute the cost of a window with a placement: the sum over banks of the slowest device.
+    """Return the predicted cost of a window: for each bank, the slowest device counts.
 
     ``moved`` is the number of expert slots that changed before the window.
     """
@@ -153,7 +156,7 @@ def simulate_window(
 
 
 def _prefill_s(slot_loads: Floats, speeds: Floats, top_k: int, step: ExpertStepCost) -> float:
-    """Seconds of the slowest device, summed over banks; ``speeds`` are relative."""
+    """Return the seconds of the slowest device, summed over banks; ``speeds`` are relative."""
     active = (1.0 - (1.0 - np.minimum(slot_loads * top_k, 1.0)) ** step.prefill_tokens).sum(2)
     tokens = slot_loads.sum(2) * top_k * step.prefill_tokens
     seconds = (step.slot_s * active + step.token_s * tokens) / relative_speeds(speeds)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 MAX_MICRO_BATCHES = 2
 """Maximum number of micro-batches that the engine has in flight."""
 SUM_BYTES = 4
-"""Bytes of an element of a partial sum (float32). NCCL sends the model's dtype instead; ignored."""
+"""Bytes of an element of a partial sum (float32). NCCL sends the model's dtype; this is ignored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,11 +34,11 @@ class DeviceSpec:
     flops_s: float
     """Rate of dense products in the model's dtype, in operations per second."""
     link_bytes_s: float
-    """Rate between two workers, one direction, in bytes per second."""
+    """Transfer rate between two workers in one direction, in bytes per second."""
     latency_s: float
-    """Seconds from one worker's send to another's wake-up."""
+    """Seconds from the send of a message on one worker to the wake-up of the receiving worker."""
     message_s: float
-    """Seconds of work that one message costs each of its ends."""
+    """Seconds of work that one message costs the sender, and also the receiver."""
 
     def share(self, part: float) -> DeviceSpec:
         """Return a worker that owns ``part`` of the device; link and latency do not change."""
@@ -58,27 +58,31 @@ class BankSize:
     expert_values: int
     num_exchanges: int = 1
     in_values: int
-    """Elements of a row sent to the experts, over all exchanges."""
+    """Number of elements that a row sends to the experts, over all exchanges of the bank."""
     out_values: int
-    """Elements returned from the experts."""
+    """Number of elements that the experts return for a row, over all exchanges of the bank."""
     expert_bytes: int = 0
-    """Bytes of one quantized expert; 0 if all its values have the size of a weight."""
+    """Bytes of one quantized expert; 0 if the expert's values have the model's dtype."""
     activation: tuple[float, ...] = ()
-    """``[expert]`` -> share of the rows that choose it, sums to ``top_k``; empty if equal."""
+    """Share of rows that choose each expert, by expert; sums to ``top_k``. Empty if all are equal.
+    """
 
     def memory_bytes(self, itemsize: int) -> int:
-        """Bytes of one expert in a worker's memory. ``itemsize``: bytes of the model's dtype."""
+        """Return the bytes of one expert in a worker's memory.
+
+        ``itemsize``: bytes of a value of the model's dtype.
+        """
         return self.expert_bytes or self.expert_values * itemsize
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """``activation``, or equal shares if it is unknown."""
+        """Share of rows that choose each expert; equal shares if ``activation`` is empty."""
         return self.activation or (self.top_k / self.num_experts,) * self.num_experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSize:
-    """Sizes of a model that the formulas use."""
+    """Sizes of a model that the roofline formulas use."""
 
     banks: tuple[BankSize, ...]
     attention_values: int
@@ -88,7 +92,7 @@ class ModelSize:
     state_bytes: int = 0
     """Bytes of a sequence's recurrent state, which each step reads and writes."""
     itemsize: int
-    """Bytes of a weight and of a dispatched row's element."""
+    """Bytes of a weight and of an element of a dispatched row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,19 +102,19 @@ class StepTime:
     layout: str
     """Text such as ``1 attention + 2 expert workers``."""
     num_micro_batches: int
-    """Number of micro-batches, 1 or 2, with the faster step."""
+    """Number of micro-batches (1 or 2) with which the step is faster."""
     attention_s: float
-    """Attention and all other work except experts."""
+    """Seconds of attention and all other work except experts, for one micro-batch."""
     experts_s: float
-    """Experts of the most loaded worker."""
+    """Seconds of the experts on the most loaded worker, for one micro-batch."""
     exchange_s: float
-    """Transport of rows and outputs."""
+    """Seconds to transport rows and expert outputs, for one micro-batch."""
     step_s: float
-    """The whole step with all its micro-batches."""
+    """Seconds of the whole step with all its micro-batches."""
 
 
 def activated_experts(probabilities: Iterable[float], batch: float) -> float:
-    """Expected number of experts that at least one of ``batch`` rows chooses.
+    """Return the expected number of experts that at least one of ``batch`` rows chooses.
 
     4 experts of 0.5 each, 2 rows: 4 x (1 - 0.25) = 3
     """
@@ -118,9 +122,10 @@ def activated_experts(probabilities: Iterable[float], batch: float) -> float:
 
 
 def distinct_devices(num_experts: int, top_k: int, num_devices: int) -> float:
-    """Expected number of devices that hold any of a row's experts, if they choose evenly.
+    """Return the expected number of devices that hold any of a row's ``top_k`` experts.
 
-    64 experts, top-8, 8 devices: 8 x (1 - C(56, 8) / C(64, 8)) = 5.43
+    All experts are chosen equally often. 64 experts, top-8, 8 devices:
+    8 x (1 - C(56, 8) / C(64, 8)) = 5.43
     """
     each = num_experts / num_devices
     missed = 1.0
@@ -138,7 +143,7 @@ def expert_step(
     device: DeviceSpec,
     balancedness: float = 1.0,
 ) -> float:
-    """Seconds of one bank for ``batch`` rows of all ranks, on the most loaded device."""
+    """Return the seconds of one bank on the most loaded device, for ``batch`` rows of all ranks."""
     activated = activated_experts(bank.probabilities, batch)
     read_s = activated * bank.memory_bytes(itemsize) / device.bandwidth_bytes_s
     compute_s = 2.0 * batch * bank.top_k * bank.expert_values / device.flops_s
@@ -148,7 +153,10 @@ def expert_step(
 def attention_step(
     model: ModelSize, batch: float, context_tokens: float, device: DeviceSpec
 ) -> float:
-    """Seconds of everything except experts for ``batch`` rows of one rank, over all layers."""
+    """Return the seconds of everything except experts, over all layers.
+
+    ``batch``: number of rows of one attention rank.
+    """
     kv_bytes = batch * context_tokens * model.kv_bytes_per_token
     read_bytes = model.attention_values * model.itemsize + kv_bytes + 2 * batch * model.state_bytes
     return read_bytes / device.bandwidth_bytes_s
@@ -164,7 +172,10 @@ def disaggregated_step(
     device: DeviceSpec,
     balancedness: float = 1.0,
 ) -> StepTime:
-    """A decode step of ``batch`` rows on two pools, with the better number of micro-batches."""
+    """Return a predicted decode step of ``batch`` rows on separate attention and expert pools.
+
+    The step has the number of micro-batches with which it is faster.
+    """
 
     def micro_batches(m: int) -> StepTime:
         rows = batch / m
@@ -196,7 +207,11 @@ def colocated_step(
     device: DeviceSpec,
     balancedness: float = 1.0,
 ) -> StepTime:
-    """A decode step of ``batch`` rows on colocated workers; a worker's own rows need no link."""
+    """Return a predicted decode step of ``batch`` rows on colocated workers.
+
+    A worker's own rows need no link. The step has the number of micro-batches with which it is
+    faster.
+    """
     others = num_workers - 1
 
     def micro_batches(m: int) -> StepTime:
@@ -221,20 +236,20 @@ def colocated_step(
 
 
 def _fastest(micro_batches: Callable[[int], StepTime]) -> StepTime:
-    """The step with the better number of micro-batches; the smaller number if equal."""
+    """Return the step with the faster number of micro-batches; the smaller number if equal."""
     steps = map(micro_batches, range(1, MAX_MICRO_BATCHES + 1))
     return min(steps, key=lambda step: step.step_s)
 
 
 def _message_s(model: ModelSize, num_peers: int, device: DeviceSpec) -> float:
-    """Seconds of work for a micro-batch's messages to and from all peers."""
+    """Return the seconds of work for a micro-batch's messages to and from all peers."""
     return 2 * num_peers * sum(b.num_exchanges for b in model.banks) * device.message_s
 
 
 def _experts(
     model: ModelSize, batch: float, num_devices: int, device: DeviceSpec, balancedness: float
 ) -> float:
-    """Seconds of all banks in sequence."""
+    """Return the seconds of all banks in sequence."""
     return sum(
         expert_step(
             bank,
@@ -251,7 +266,10 @@ def _experts(
 def _exchange(
     model: ModelSize, rows: float, num_devices: int, away: float, device: DeviceSpec
 ) -> float:
-    """Seconds of dispatch and combine over one worker's link; ``away``: share over the link."""
+    """Return the seconds of dispatch and combine over one worker's link.
+
+    ``away``: share of the rows that use the link.
+    """
     seconds = 0.0
     for bank in model.banks:
         copies = rows * distinct_devices(bank.num_experts, bank.top_k, num_devices) * away
@@ -263,7 +281,7 @@ def _exchange(
 
 
 def activation_shares(counts: Sequence[float], top_k: int) -> tuple[float, ...]:
-    """``BankSize.activation`` of an expert load; empty if the counts are zero.
+    """Return ``BankSize.activation`` for token counts of experts; empty if the counts are zero.
 
     A row chooses an expert at most once, so that no share exceeds 1.
     """

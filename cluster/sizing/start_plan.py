@@ -23,20 +23,20 @@ from cluster.planner import mesh
 from cluster.planner.base import PlannedDevice, PlannedTopology, planned_device
 
 WorkerArguments = tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]
-"""Configuration, member, the controller's address, and further arguments, as plain data."""
+"""Constructor arguments of a worker actor: config, member, controller address, other arguments."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExistingWorker:
-    """A worker that an earlier controller started."""
+    """A running worker that an earlier controller started."""
 
     name: str
     config: ClusterConfig
     """The cluster's configuration with resolved shares."""
     num_slots: int
-    """Expert slots per bank; 0 if it holds no experts."""
+    """Number of expert slots per bank; 0 if the worker holds no experts."""
     has_connected: bool = True
-    """Whether it has connected to a controller, and so may have been in a generation."""
+    """Whether the worker has connected to a controller, and so may have been in a generation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +47,11 @@ class StartPlan:
     """The configuration for the workers, with resolved device and shares."""
     placement: ExpertPlacement
     num_slots: int
-    """Expert slots per bank of each expert worker: the most in the plan, plus recovery slots."""
+    """Expert slots per bank of an expert worker: the most in ``placement``, plus recovery slots."""
     load: LoadProfile | None = None
-    """Expected load; None if the workers are running already."""
+    """Expected load of the experts; None if the workers are running already."""
     holders: tuple[ExpertHolder, ...] = ()
-    """Serving workers that hold experts of a new worker."""
+    """Serving workers from whose memory a new worker can copy its experts."""
 
     @property
     def share(self) -> WorkerShare:
@@ -59,7 +59,7 @@ class StartPlan:
         return resolved_share(self.config.workers)
 
     def with_members(self, members: Sequence[Member]) -> StartPlan:
-        """Return the plan with a placement for ``members``, whose nodes are known now."""
+        """Return the plan with a placement for ``members``, whose nodes are known."""
         holders = sorted((m for m in members if m.holds_experts), key=lambda m: m.device)
         devices = [planned_device(m) for m in holders]
         if not devices or self.load is None:
@@ -67,7 +67,7 @@ class StartPlan:
         return replace(self, placement=first_placement(self.config, self.load, devices))
 
     def arguments(self, member: Member, control_address: str) -> WorkerArguments:
-        """Arguments of a worker's actor class."""
+        """Return the constructor arguments of the actor of a worker."""
         extra: dict[str, Any] = {"threads": self.share.threads}
         if member.holds_experts or self.config.workers.mode == "local":
             extra |= {"placement": self.placement.to_dict(), "num_slots": self.num_slots}
@@ -82,11 +82,12 @@ def plan_start(
     free_cpus: float | None = None,
     profile: Mapping[str, Any] | None = None,
 ) -> StartPlan:
-    """Plan the start; ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``.
+    """Plan the start of a cluster; creates nothing.
 
-    ``profile`` is the expected load. The workers' nodes are known later:
-    ``StartPlan.with_members``. Raises ``ConfigError`` for requests that the model or nodes cannot
-    satisfy. Creates nothing.
+    ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``. ``profile`` is the expected
+    load. ``free_cpus``: number of CPUs that other users of Ray leave free; None without other
+    users. Nodes of workers are decided later: ``StartPlan.with_members``. Raises ``ConfigError``
+    for requests that the model or nodes cannot satisfy.
     """
     assert config.workers.mode != "auto", "the mode is decided before the start"
     _check_labels(config, nodes)
@@ -114,7 +115,7 @@ def plan_start(
 
 
 def _check_labels(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None:
-    """Reject ``follow_nodes`` without labelled nodes, which would give no number of workers."""
+    """Raise ``ConfigError`` for ``follow_nodes`` if a role of workers has no labelled nodes."""
     labelled = {node.labels.role for node in nodes}
     for role in config.workers.pools if config.workers.follow_nodes else ():
         rule = f"needs nodes that are labelled {ROLE}={role}, and there are none"
@@ -122,7 +123,7 @@ def _check_labels(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None
 
 
 def matches_banks(profile: LoadProfile, banks: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a profile has exactly these banks and their numbers of experts."""
+    """Return whether a load profile has exactly these banks with these numbers of experts."""
     wanted = {(b["bank"], b["layer"], b["num_experts"]) for b in banks}
     return {(b.bank, b.layer, len(b.counts)) for b in profile.banks} == wanted
 
@@ -130,7 +131,10 @@ def matches_banks(profile: LoadProfile, banks: Sequence[Mapping[str, Any]]) -> b
 def expected_load(
     config: ClusterConfig, banks: Sequence[Mapping[str, Any]], profile: Mapping[str, Any] | None
 ) -> LoadProfile:
-    """The profile with its banks in the model's order; an even load without a matching profile."""
+    """Return ``profile`` with its banks in the model's order, or an even load if it differs.
+
+    A profile differs if its banks or their numbers of experts are not those of ``banks``.
+    """
     known = LoadProfile.from_dict(profile) if profile else None
     if known is not None and not matches_banks(known, banks):
         known = None
@@ -150,11 +154,11 @@ def expected_load(
 def first_placement(
     config: ClusterConfig, load: LoadProfile, devices: Sequence[PlannedDevice]
 ) -> ExpertPlacement:
-    """Return the placement of the file, or one planned for the load, or the contiguous one.
+    """Return the first placement: of the placement file, or planned for the load, or contiguous.
 
-    It is planned if a load profile was given, if one exists and rebalancing is on, if devices with
-    spare slots are in several failure domains, or if devices differ in speed. Local mode has one
-    device. Raises ``ConfigError``.
+    The placement is planned if a load profile was given, if a load profile exists and rebalancing
+    is on, if devices with spare slots are in several failure domains, or if devices differ in
+    speed. Local mode has one device. Raises ``ConfigError``.
     """
     workers = config.workers
     shapes = load.bank_shapes

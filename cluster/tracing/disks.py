@@ -12,9 +12,11 @@ from cluster.core.frames import LowDisk
 
 LOW_BYTES = 64 * 1024 * 1024
 LOW_PART = 20
-"""A disk is nearly full with less than 64 MiB and less than 5% (one part in 20) of free space."""
+"""Divisor of a disk's size: a disk is nearly full if less than 1/20 of it and less than
+``LOW_BYTES`` are free.
+"""
 CHECK_INTERVAL_S = 2.0
-"""Shortest time between two checks."""
+"""Shortest time between the starts of two disk checks, in seconds."""
 
 
 def low_disks(
@@ -37,7 +39,7 @@ class DiskMonitor:
     """Checks the disks of some folders periodically without blocking the calling thread.
 
     A check may hang if the disk's server is lost (NFS). Therefore each check runs in its own
-    thread, and the next one starts after it has ended.
+    thread, and the next check starts after the thread has ended.
     """
 
     def __init__(
@@ -45,7 +47,10 @@ class DiskMonitor:
         folders: Callable[[], Iterable[Path | None]],
         look: Callable[[Sequence[Path]], tuple[LowDisk, ...]] = low_disks,
     ) -> None:
-        """``folders`` is called before each check; None entries in its result are skipped."""
+        """``folders`` returns the folders to check; None entries are skipped.
+
+        Called before each check.
+        """
         self._folders = folders
         self._check = look
         self._low: tuple[LowDisk, ...] = ()
@@ -53,7 +58,7 @@ class DiskMonitor:
         self._check_thread: threading.Thread | None = None
 
     def low(self, now: float) -> tuple[LowDisk, ...]:
-        """Return the nearly full disks of the last finished check; start another one if it is due.
+        """Return the nearly full disks of the last finished check; start a further check if due.
 
         ``now`` is in monotonic seconds.
         """

@@ -1,4 +1,4 @@
-"""Tracer of a process, and the export of its spans.
+"""OpenTelemetry tracer of a process, and the export of its spans.
 
 OpenTelemetry's SDK and exporter (the extra ``otel``) are imported only if an endpoint is set.
 """
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 _STOP_S = 1.0
 _NEXT_SPAN_ID: ContextVar[SpanId | None] = ContextVar("_NEXT_SPAN_ID", default=None)
-"""Id for the next span, if it was reserved before the span starts."""
+"""Reserved id of the span that is about to start; None for a random id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class SpanId:
 
     trace_id: int
     number: int
-    """The span id within its trace."""
+    """OpenTelemetry's span id, which is unique within the trace ``trace_id``."""
 
     @classmethod
     def of(cls, span: Span) -> SpanId:
@@ -81,7 +81,7 @@ class SpanId:
 
 
 class TraceExport:
-    """Tracer whose spans a background thread of the SDK exports, so that ending one never waits.
+    """Tracer whose spans a background thread of the SDK exports, so that ending a span never waits.
 
     Args:
         provider: the SDK's provider. Its id generator is replaced.
@@ -93,7 +93,7 @@ class TraceExport:
         self._provider = provider
 
     def new_id(self, span: Span) -> SpanId:
-        """Reserve the id of a later span in the trace of ``span``."""
+        """Reserve an id for a span that starts later, in the same trace as ``span``."""
         trace_id = span.get_span_context().trace_id
         return SpanId(trace_id, self._provider.id_generator.generate_span_id())
 
@@ -113,9 +113,10 @@ class TraceExport:
         error: str = "",
         span_id: bytes = b"",
     ) -> None:
-        """Record an event that has just ended as a new trace, without attributes that are None.
+        """Record a span that took ``seconds`` and has just ended, as a new trace.
 
-        An empty ``span_id`` gets a new id.
+        Attributes that are None are omitted. ``error``: reason of a failure; empty for success.
+        ``span_id``: id that ``new_id`` reserved, serialized; empty for a random id.
         """
         now_ns = time.time_ns()
         known = {name: value for name, value in attributes.items() if value is not None}
@@ -130,7 +131,11 @@ class TraceExport:
     def record_child(
         self, parent: bytes, name: str, began_ns: int, ended_ns: int, found: Mapping[str, Any]
     ) -> None:
-        """Record a child span of another process's span; times are from ``time.monotonic_ns``."""
+        """Record a child span of a span of another process.
+
+        ``parent``: serialized ``SpanId``. Times are from ``time.monotonic_ns``. ``found``:
+        attributes.
+        """
         day_ns = time.time_ns() - time.monotonic_ns()
         above = NonRecordingSpan(SpanId.from_bytes(parent).context)
         span = self.tracer.start_span(
@@ -142,7 +147,7 @@ class TraceExport:
         span.end(day_ns + ended_ns)
 
     def stop(self) -> None:
-        """Export the remaining spans within a second; later spans are dropped."""
+        """Export the remaining spans, for at most one second; later spans are dropped."""
         stopper = threading.Thread(target=self._provider.shutdown, daemon=True)
         stopper.start()
         stopper.join(_STOP_S)
@@ -168,9 +173,9 @@ def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
     """Import the exporter; return a function that starts the OTLP export to ``endpoint``.
 
     The function takes the name of this process. An https endpoint uses TLS. A slow, missing or
-    wrong collector only loses spans. The SDK's own variables also apply
+    wrong collector only loses spans. The SDK's own environment variables also apply
     (``OTEL_TRACES_SAMPLER``, ``OTEL_EXPORTER_OTLP_HEADERS``, ``OTEL_BSP_...``). Raises
-    ``ConfigError`` if its packages are missing.
+    ``ConfigError`` if OpenTelemetry's packages are missing.
     """
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -195,7 +200,10 @@ def load_exporter(endpoint: str) -> Callable[[str], TraceExport]:
 
 
 def start_traces(endpoint: str | None, instance: str) -> TraceExport | None:
-    """Start the export of this process; None without an endpoint or the required packages."""
+    """Start to export the spans of this process, named ``instance``.
+
+    Returns None if there is no endpoint or OpenTelemetry's packages are missing.
+    """
     if endpoint is None:
         return None
     try:
@@ -206,9 +214,9 @@ def start_traces(endpoint: str | None, instance: str) -> TraceExport | None:
 
 
 def parent_context(headers: Mapping[str, Sequence[str]]) -> Context:
-    """Return the parent in ``traceparent`` and ``tracestate``; each may have several values.
+    """Return the parent span's context from the headers ``traceparent`` and ``tracestate``.
 
-    Invalid headers count as absent (W3C Trace Context).
+    Invalid or repeated ``traceparent`` headers count as absent (W3C Trace Context).
     """
     if len(headers.get("traceparent", ())) != 1:
         return Context()
@@ -216,7 +224,7 @@ def parent_context(headers: Mapping[str, Sequence[str]]) -> Context:
 
 
 def add_link(span: Span, span_id: bytes, attributes: Mapping[str, AttributeValue]) -> None:
-    """Link a span to a span of another process."""
+    """Link a span to a span of another process, with the serialized ``SpanId`` ``span_id``."""
     span.add_link(SpanId.from_bytes(span_id).context, attributes)
 
 

@@ -1,4 +1,4 @@
-"""Counters and samples of all gateways, which each gateway and the controller store.
+"""Store of the counters and samples of all gateways; each gateway and the controller has one.
 
 The gateways and the controller exchange new records, so that the history and totals of the web page
 survive the end of any of these processes. Pure; times are seconds since 1970.
@@ -10,32 +10,32 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 RETENTION_S = 600.0
-"""Maximum age of a sample, relative to the newest one."""
+"""Maximum age of a stored sample in seconds, relative to the newest record."""
 MAX_GATEWAYS = 64
-"""Maximum number of gateways whose records are kept; the most recent ones stay."""
+"""Maximum number of gateways whose records are kept; the oldest records are dropped."""
 
 
 class GatewayRecord(TypedDict):
     """Counters and samples of one gateway."""
 
     time: float
-    """Time of the record."""
+    """Time of the record, in seconds since 1970."""
     created: float
-    """Time of the gateway's start."""
+    """Time of the gateway's start, in seconds since 1970."""
     totals: dict[str, float]
-    """Counters by name."""
+    """Values of the gateway's counters, by counter name."""
     samples: list[dict[str, Any]]
-    """Samples with their ``time``, oldest first: see ``gateway.observability.samples.Sample``."""
+    """Samples of the gateway, oldest first: ``gateway.observability.samples.Sample`` as dicts."""
 
 
 class GatewayCounts:
-    """Stores the records of running and ended gateways by name."""
+    """Stores the records of running and ended gateways by gateway name."""
 
     def __init__(self) -> None:
         self._records: dict[str, GatewayRecord] = {}
 
     def merge(self, records: Mapping[str, GatewayRecord]) -> None:
-        """Merge newer records; append their samples to the known ones."""
+        """Merge records by gateway name: keep the newer counters, and append newer samples."""
         for name, record in records.items():
             known = self._records.get(name)
             samples = known["samples"] if known else []
@@ -46,7 +46,7 @@ class GatewayCounts:
         self._drop_old_records()
 
     def newer_than(self, times: Mapping[str, float]) -> dict[str, GatewayRecord]:
-        """Return the records newer than ``times`` by gateway, each with only its newer samples."""
+        """Return records newer than ``times`` (both by gateway), each with only newer samples."""
         return {
             name: {
                 **record,
@@ -57,21 +57,22 @@ class GatewayCounts:
         }
 
     def times(self) -> dict[str, float]:
-        """Time of each record."""
+        """Return the time of each gateway's record, by gateway name."""
         return {name: record["time"] for name, record in self._records.items()}
 
     def exchange(
         self, records: Mapping[str, GatewayRecord], times: Mapping[str, float]
     ) -> dict[str, Any]:
-        """Merge ``records`` from a gateway; ``times`` are those of the records that it has.
+        """Merge ``records`` from a gateway, and return the records that the gateway lacks.
 
-        Returns the ``records`` that the gateway lacks, and the ``times`` of all records here.
+        ``times``: time of each record that the gateway has, by gateway name. Returns ``records``,
+        and ``times`` of all records in this store.
         """
         self.merge(records)
         return {"records": self.newer_than(times), "times": self.times()}
 
     def ended(self, running: Iterable[str]) -> dict[str, GatewayRecord]:
-        """Records of gateways that are not in ``running``."""
+        """Return, by gateway name, the records of gateways that are not in ``running``."""
         known = set(running)
         return {name: record for name, record in self._records.items() if name not in known}
 

@@ -13,17 +13,17 @@ from typing import TextIO
 logger = logging.getLogger(__name__)
 
 LIMIT_S = 0.5
-"""Longest wait of a thread until its line is written."""
+"""Longest wait of a thread until its log line is written, in seconds."""
 MAX_WAITING = 10_000
-"""Maximum number of lines that wait for the disk; further lines are lost."""
+"""Maximum number of log lines that wait for the disk; further lines are lost."""
 
 
 class LineWriter:
-    """Writes lines in order. May be called on any thread.
+    """Writes lines in order, in a background thread. May be called on any thread.
 
-    ``put`` returns once the line is written, so that the last lines of a process are in its log. It
-    waits at most ``LIMIT_S``, does not wait again until the disk has written the pending lines, and
-    never waits on a thread with an event loop.
+    ``put`` returns once the line is written, so that the last lines of a process are in its log.
+    ``put`` waits at most ``LIMIT_S``; after such a timeout, it does not wait until all pending
+    lines are written. ``put`` never waits on a thread that runs an event loop.
 
     Args:
         write: writes a line to a stream; must not raise.
@@ -38,7 +38,7 @@ class LineWriter:
         self._thread: Thread | None = None
 
     def put(self, stream: TextIO, line: str) -> None:
-        """Write a line."""
+        """Write a line to ``stream``; may wait, and may drop the line (``MAX_WAITING``)."""
         if sys.is_finalizing():  # threads have ended
             self._write(stream, line)
             return
@@ -56,7 +56,10 @@ class LineWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until all lines so far are written, with the limits of the class."""
+        """Wait until all lines so far are written, at most ``LIMIT_S``.
+
+        Returns immediately while an earlier timeout's lines are still pending.
+        """
         with self._changed:
             if not self._is_late and current_thread() is not self._thread:
                 last = self._num_put
@@ -82,7 +85,7 @@ class LineWriter:
 
 
 def _has_event_loop() -> bool:
-    """Whether this thread runs an event loop."""
+    """Return whether the calling thread runs an event loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,7 +1,7 @@
 """Log records of every process in one format, with their request and generation.
 
-Records are written to stderr, which Ray redirects to a file. The newest ones also stay in memory,
-where ``expertmesh logs`` reads them on any host. Other libraries log only warnings.
+Records are written to stderr, which Ray redirects to a file. The newest records also stay in
+memory, from which ``expertmesh logs`` reads them on any host. Other libraries log only warnings.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from cluster.tracing.output_files import OutputFiles
 
 LogForm = Literal["text", "json"]
 PACKAGES = ("cluster", "workers", "gateway")
-"""Packages that log at level INFO."""
+"""Names of the packages that log at level INFO."""
 MAX_LINES = 2000
-"""Maximum number of lines that stay in memory."""
+"""Maximum number of log lines that stay in memory."""
 MAX_LINE_CHARACTERS = 4000
-"""Maximum length of a record's text; the rest is cut off."""
+"""Maximum length of a log line that stays in memory; the rest is cut off."""
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
     "message",
     "asctime",
     "taskName",
 }
-"""Standard attributes of a record; other attributes are ``extra`` fields."""
+"""Standard attributes of a ``logging.LogRecord``; other attributes are ``extra`` fields."""
 
 
 class Context:
-    """Fields that all records of this process share."""
+    """Fields that all log records of this process share."""
 
     def __init__(self) -> None:
         self.process = ""
         """Name of the worker, the gateway or the controller."""
         self.generation = 0
-        """The running generation; 0 before the first."""
+        """Number of the running generation (membership of the cluster); 0 before the first one."""
         self.request_id: Callable[[], str] = lambda: ""
-        """Id of the request that the running code serves."""
+        """Returns the id of the request that the running code serves; empty outside a request."""
 
 
 CONTEXT = Context()
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """Convert a record to plain data with its ``extra`` fields; ``ts``: seconds since 1970."""
+    """Convert a log record to a dict with its ``extra`` fields; ``ts``: seconds since 1970."""
     found: dict[str, Any] = {
         "ts": round(record.created, 6),
         "level": record.levelname,
@@ -68,14 +68,18 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats each record as one line with a JSON object."""
+    """Formats each log record as one line with a JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps(fields_of(record), default=str, ensure_ascii=False)
 
 
 class TextFormatter(logging.Formatter):
-    """``2026-11-27T12:01:02.345+00:00 WARNING expert-0 g3 req-1 lost attention-0 cause=killed``."""
+    """Formats each log record as a line of text.
+
+    Example: ``2026-11-27T12:01:02.345+00:00 WARNING expert-0 g3 req-1 lost attention-0
+    cause=killed``.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         found = fields_of(record)
@@ -91,20 +95,20 @@ class TextFormatter(logging.Formatter):
 
 
 class RecentLines(logging.StreamHandler[TextIO]):
-    """Writes each record and keeps the newest lines. Thread-safe; see ``LineWriter``."""
+    """Logging handler that writes each record and keeps the newest lines. Thread-safe."""
 
     def __init__(self, size: int = MAX_LINES, stream: TextIO | None = None) -> None:
-        """``stream``: output stream; None for stderr."""
+        """``size``: number of lines kept in memory. ``stream``: output stream; None for stderr."""
         super().__init__(stream or sys.stderr)
         self._lines: deque[str] = deque(maxlen=size)
         self._number = 0
         self._guard = threading.Lock()
         self.output = OutputFiles()
-        """Ray's files to which the lines are written, if any; they are rotated."""
+        """Rotates Ray's files to which the lines are written, if any."""
         self._writer = LineWriter(self._write)
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Handle a record without the handler's lock, because a thread may wait here."""
+        """Handle a record without the handler's lock, because writing the record may wait."""
         if is_wanted := bool(self.filter(record)):
             self.emit(record)
         return is_wanted
@@ -122,7 +126,7 @@ class RecentLines(logging.StreamHandler[TextIO]):
         self._writer.put(self.stream, f"{line}{self.terminator}")
 
     def flush(self) -> None:
-        """Wait until all lines so far are written, unless the disk hangs."""
+        """Wait until all lines so far are written, but not for a disk that hangs."""
         self._writer.wait()
 
     def _write(self, stream: TextIO, line: str) -> None:
@@ -133,14 +137,17 @@ class RecentLines(logging.StreamHandler[TextIO]):
             stream.flush()
 
     def since(self, number: int, at_most: int = MAX_LINES) -> tuple[int, list[str]]:
-        """Return the total number of lines, and the stored ones after line ``number``."""
+        """Return the number of all lines so far, and the stored lines after line ``number``.
+
+        If there are more than ``at_most`` such lines, only the newest are returned.
+        """
         with self._guard:
             wanted = min(self._number - number, len(self._lines), at_most)
             return self._number, list(self._lines)[len(self._lines) - max(wanted, 0) :]
 
 
 RECENT_LINES = RecentLines()
-"""The handler of this process."""
+"""Logging handler of this process."""
 OUTPUT = RECENT_LINES.output
 
 

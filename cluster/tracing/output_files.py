@@ -1,9 +1,9 @@
 """Rotates the files to which standard output and standard error of this process are written.
 
-The launcher has one file for both streams; Ray gives each of its processes two. If Ray rotates them
-(``RAY_ROTATION_MAX_BYTES``), it inserts a pipe and a thread of the same process, and the contents
-of the pipe are lost when the process crashes or is killed. Therefore this module redirects the
-streams to their files.
+The launcher has one file for both streams; Ray gives each of its processes two files. If Ray
+rotates the files (``RAY_ROTATION_MAX_BYTES``), it inserts a pipe and a thread of the same process,
+and the contents of the pipe are lost when the process crashes or is killed. Therefore this module
+redirects the streams to their files.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ import stat
 from pathlib import Path
 
 MAX_BYTES = 16 * 1024 * 1024
-"""Size at which a new file is started; the previous one is kept."""
+"""Size in bytes at which a new log file is started; the previous file is kept."""
 LIMIT_VARIABLE = "RAY_ROTATION_MAX_BYTES"
-"""Ray's own variable for another size; 0 or less disables rotation."""
+"""Ray's environment variable for the size at which log files rotate; 0 or less: no rotation."""
 _OPEN = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-"""Every user may write to a folder of Ray's in ``/tmp``, so symbolic links are not followed."""
+"""Flags to open a log file. Symbolic links are not followed, because every user may write to Ray's
+folder in ``/tmp``.
+"""
 _STREAMS = {1: ".out", 2: ".err"}
-"""Descriptors of the streams, and Ray's suffixes of their files."""
+"""Ray's suffix of the log file of each output stream, by file descriptor."""
 _DESCRIPTORS = Path("/proc/self/fd")
 
 
 class OutputFiles:
-    """The files of this process's streams. Not thread-safe."""
+    """Files of standard output and standard error of this process. Not thread-safe."""
 
     def __init__(self) -> None:
         self._streams: dict[Path, tuple[int, ...]] = {}
@@ -33,16 +35,16 @@ class OutputFiles:
 
     @property
     def folder(self) -> Path | None:
-        """Folder of the files; None if the streams are not known files."""
+        """Folder of the output files; None if the streams go to no file of Ray or the launcher."""
         return next((path.parent for path in self._streams), None)
 
     @property
     def error_file(self) -> Path | None:
-        """The file of standard error; None if it is not a known file."""
+        """File of standard error; None if standard error goes to no file of Ray or the launcher."""
         return next((path for path, streams in self._streams.items() if 2 in streams), None)
 
     def redirect_streams(self) -> None:
-        """Redirect the streams to the files that Ray opened for this process, if any."""
+        """Redirect standard output and error to the files that Ray opened for them, if any."""
         self._max_bytes = _limit(os.environ.get(LIMIT_VARIABLE, ""))
         for stream, suffix in _STREAMS.items():
             with contextlib.suppress(OSError):
@@ -57,9 +59,9 @@ class OutputFiles:
                 self._streams[path] = tuple(_STREAMS)
 
     def rotate(self) -> None:
-        """Start new files in place of files that have reached their size.
+        """Start a new file in place of each file that has reached its size limit.
 
-        On a full disk the old ones continue. Only log records trigger the check: a file that other
+        On a full disk the old files continue. Only log records trigger the check: a file that other
         code fills grows until the next record.
         """
         if self._max_bytes is None:
@@ -71,16 +73,17 @@ class OutputFiles:
 
 
 def rotated_path(path: Path) -> Path:
-    """Return the name of a file's previous version; Ray's files follow Ray's scheme."""
+    """Return the path of a log file's previous version; Ray's files follow Ray's naming scheme."""
     if path.suffix in _STREAMS.values():
         return path.with_name(f"{path.stem}.1{path.suffix}")
     return path.with_name(f"{path.name}.1")
 
 
 def _limit(text: str) -> int | None:
-    """Size limit in bytes from the value of ``LIMIT_VARIABLE``; None: no limit, as in Ray.
+    """Return the size limit in bytes from the value of ``LIMIT_VARIABLE``; None: no limit.
 
-    A value that is not a number counts as unset: Ray's own processes do not start with it.
+    A value that is not a number counts as unset: Ray's own processes do not start with such a
+    value.
     """
     try:
         num_bytes = int(text)
@@ -90,9 +93,10 @@ def _limit(text: str) -> int | None:
 
 
 def _start_new_file(streams: tuple[int, ...], path: Path) -> None:
-    """Start a new file. Raises ``OSError``; the streams then still write to the file at its path.
+    """Start a new file at ``path`` and redirect the ``streams`` to it.
 
-    The new file is created before the old one is renamed.
+    The new file is created before the old file is renamed. Raises ``OSError``; the streams then
+    still write to the old file.
     """
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
@@ -123,8 +127,9 @@ def _redirect(stream: int, path: Path) -> None:
 
 
 def _file_of(stream: int, suffix: str) -> Path | None:
-    """Return the file of a stream: its own, or the one that Ray's thread writes.
+    """Return the path of the file that Ray opened for a stream, or None if there is none.
 
+    The stream is this file or, if Ray rotates files, a pipe to a thread that writes the file.
     Raises ``OSError`` if the stream is closed or there is no ``/proc``.
     """
     own = f"-{os.getpid()}{suffix}"
