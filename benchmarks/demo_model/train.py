@@ -41,7 +41,7 @@ SAMPLES = (
     ("KING RICHARD III:\nThe night is", 23),
 )
 """(prompt, seed) of the continuations shown in the card."""
-CHAT_SAMPLE = ("Who goes there? What news from the king?", 5)
+CHAT_SAMPLE = ("Who goes there? What says the king?", 5)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,7 +72,7 @@ class ExchangeSpec:
 
     @property
     def product_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Shape [out, in] of each matrix that an expert multiplies rows by, in the order of use."""
+        """Shape [out, in] of each matrix that an expert multiplies rows by, first applied first."""
         if self.expert_kind == "linear":
             return ((self.out_width, self.in_width),)
         inner = self.expert_width
@@ -118,7 +118,7 @@ class BankSpec:
     @property
     def matrices(self) -> list[tuple[int, int, tuple[int, int]]]:
         """(exchange index, matrix index, shape [out, in]) of each matrix of an expert, in the order
-        of use."""
+        in which they are applied."""
         return [(e.index, i, s) for e in self.exchanges for i, s in enumerate(e.matrix_shapes)]
 
     def num_bytes(self, itemsize: int) -> int:
