@@ -3,8 +3,9 @@
 Results are exact if the tokens and log-probabilities of a request depend, to the last bit, on the
 request alone. For this, every worker computes each row independently, and all workers compute
 matrix products in one way, called an arithmetic. A worker offers the arithmetics that it supports.
-The first generation agrees on one, and later ones keep it, as KV blocks and running requests
-contain its values. If a new member does not support it, no later generation has exact results.
+The first generation agrees on one arithmetic, and later generations keep it, as KV blocks and
+running requests contain its values. If a new member does not support it, no later generation has
+exact results.
 """
 
 from __future__ import annotations
@@ -16,29 +17,34 @@ from cluster.core.codec import Message
 
 
 class ArithmeticOffer(Message, frozen=True, kw_only=True):
-    """Arithmetics in which one worker can compute each row independently of other rows."""
+    """Arithmetics (ways to compute matrix products) in which one worker can compute each row
+    independently of other rows."""
 
     kernels: tuple[str, ...] = ()
-    """Supported arithmetics of its matrix products, fastest first; empty if it supports none."""
+    """Arithmetics of matrix products that the worker supports, fastest first; empty if none."""
     torch: str = ""
-    """Digest of results that torch computes on it; empty if torch does not affect any bit."""
+    """Digest of results that torch computes on the worker; empty if torch does not affect any
+    bit."""
     obstacle: str = "has not reported its arithmetic"
-    """Why it supports none: the rest of a sentence that begins with the worker's name."""
+    """Why the worker supports no arithmetic: the rest of a sentence that begins with the worker's
+    name."""
     is_strict: bool = False
     """Whether the worker only serves in a cluster with exact results."""
     computation: str = ""
-    """Its device, kernels and libraries, which determine the bits of results that are not exact."""
+    """Device, kernels and libraries of the worker, which determine the bits of results that are not
+    exact."""
 
 
 class ArithmeticAgreement(Message, frozen=True, kw_only=True):
-    """The arithmetic that the members of a generation use."""
+    """The arithmetic (way to compute matrix products) that the members of a generation use."""
 
     kernels: str = ""
     """Arithmetic of all matrix products; empty if results are not exact."""
     torch: str = ""
-    """As in ``ArithmeticOffer``, equal on all members."""
+    """Digest of results that torch computes, equal on all members; empty if torch does not affect
+    any bit."""
     reason: str = "no worker has reported its arithmetic"
-    """Why results are not exact; empty if they are."""
+    """Why results are not exact; empty if results are exact."""
 
     @property
     def is_exact(self) -> bool:
@@ -54,7 +60,8 @@ def agree(
 ) -> ArithmeticAgreement:
     """Return the fastest arithmetic that all workers offer, or why there is none.
 
-    ``former``: agreement of the previous generation, kept if all support it; None before the first.
+    ``offers``: by worker name. ``former``: agreement of the previous generation, kept if all
+    workers support it; None before the first generation.
 
         Example: workers with (dot, fma) and (fma) use fma; with (dot) and (fma), no result is exact
     """

@@ -10,7 +10,8 @@ from cluster.core.errors import ConfigError
 
 
 def check(ok: bool, name: str, value: object, rule: str) -> None:
-    """Raise ``ConfigError`` unless ``ok``."""
+    """Raise ``ConfigError`` for a field ``name`` with ``value``, which breaks ``rule``, unless
+    ``ok``."""
     if not ok:
         raise ConfigError(name, value, rule)
 
@@ -26,7 +27,8 @@ def check_each(
 ) -> None:
     """Raise ``ConfigError`` unless every field in ``names`` (separated by blanks) satisfies ``ok``.
 
-    A field that is None passes; an infinite value is an error. ``prefix`` precedes the name.
+    A field that is None passes; an infinite value is an error. ``prefix`` precedes the field's name
+    in the error.
     """
     for name in names.split():
         value = getattr(section, name)
@@ -47,7 +49,7 @@ def is_not_negative(value: float) -> bool:
 
 
 def is_deeper(data: object, max_depth: int) -> bool:
-    """Return whether objects and arrays are nested more than ``max_depth`` deep."""
+    """Return whether objects and arrays of JSON data are nested more than ``max_depth`` deep."""
     level: list[Any] = [data]
     for _ in range(max_depth):
         level = [

@@ -23,28 +23,28 @@ from cluster.core.errors import ConfigError, ProtocolError
 
 T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-"""A count. Negative values are refused."""
+"""Type of a count from 0 to 2**32 - 1 in a message; a decoder refuses other values."""
 TRACE_ID_BYTES = 16
 SPAN_ID_BYTES = TRACE_ID_BYTES + 8
-"""Bytes of a span id between processes: trace id and span id of W3C Trace Context."""
+"""Number of bytes of a span id between processes: trace id and span id of W3C Trace Context."""
 SpanIdBytes = Annotated[bytes, msgspec.Meta(min_length=SPAN_ID_BYTES, max_length=SPAN_ID_BYTES)]
 _MISFITS = (msgspec.MsgspecError, ValueError, LookupError, RecursionError)
 """Errors that a decoder raises for invalid data."""
 _INTEGERS = ("u1", "u2", "u4", "u8")
 MAX_NUMBERS = 1 << 22
-"""Maximum number of values of an array."""
+"""Maximum number of values of an array in a message."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base class of encoded messages. Immutable; unknown fields are refused."""
+    """Base class of internal messages. Immutable; decoders refuse unknown fields."""
 
 
 class Codec(Generic[T]):
     """Encodes and decodes messages of one type, or of a union of tagged types. Thread-safe."""
 
     def __init__(self, kind: Any, what: str, error: type[ProtocolError] = ProtocolError) -> None:
-        """``kind``: the type or union ``T``. ``what``: its name in errors, such as "a ping".
-        ``error``: the type of errors."""
+        """``kind``: the type or union ``T`` of the messages. ``what``: its name in errors, such as
+        "a ping". ``error``: the exception type that ``decode`` raises."""
         self._what = what
         self._error = error
         self._encoder = msgspec.msgpack.Encoder(enc_hook=_array_to_wire)
@@ -55,7 +55,7 @@ class Codec(Generic[T]):
         return self._encoder.encode(message)
 
     def decode(self, data: bytes | memoryview) -> T:
-        """Decode a message. Raises the codec's ``ProtocolError`` if ``data`` is not valid."""
+        """Decode a message. Raises the ``error`` type of this codec if ``data`` is not valid."""
         try:
             message: T = self._decoder.decode(data)
         except (*_MISFITS, ConfigError) as err:
@@ -64,13 +64,16 @@ class Codec(Generic[T]):
 
 
 def to_plain(value: Any) -> Any:
-    """Convert a message to dicts, lists and scalars, as in JSON."""
+    """Convert a message to dicts, lists and scalars, as JSON has."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_number))
 
 
 def from_plain(data: Any, kind: type[T], error: Callable[[str], Exception] = ProtocolError) -> T:
-    """Inverse of ``to_plain``. Raises ``error`` for wrong types, and ``ConfigError`` for values
-    that break a rule."""
+    """Convert dicts, lists and scalars to a message of type ``kind``: the inverse of ``to_plain``.
+
+    Raises the exception that ``error`` makes for wrong types, and ``ConfigError`` for values that
+    break a rule.
+    """
     try:
         return msgspec.convert(data, kind)
     except _MISFITS as err:
@@ -84,8 +87,8 @@ def _number(value: Any) -> Any:
 
 
 def _array_to_wire(array: Any) -> Any:
-    """Return shape, type and bytes of an integer array, in the smallest type that can represent
-    its values."""
+    """Return shape, type and bytes of an integer array, in the smallest integer type for its
+    values."""
     if not isinstance(array, np.ndarray):
         return _number(array)
     largest = int(array.max(initial=0))

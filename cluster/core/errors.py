@@ -70,7 +70,7 @@ class StartError(ExpertMeshError):
 
 
 class _TextError:
-    """An error whose text is its first argument."""
+    """Base of errors whose text is their first argument."""
 
     args: tuple[object, ...]
 
@@ -189,7 +189,7 @@ class ConflictError(ExpertMeshError):
 
 
 UNDER_WAY = "is under way"
-"""Ends the message of a ``ConflictError`` that is caused only by another running operation."""
+"""End of the message of a ``ConflictError`` that is caused only by another running operation."""
 
 
 class UnknownNameError(ExpertMeshError):

@@ -21,15 +21,16 @@ class ExpertHolder(Message, frozen=True, kw_only=True):
     address: str
     """``host:port`` at which the worker provides the weights of its experts."""
     experts: tuple[tuple[int, ...], ...]
-    """``[bank]``: logical experts, ascending."""
+    """``[bank]``: logical experts that the new worker can copy, ascending."""
 
 
 def expert_holders(
     members: Sequence[Member], current: ExpertPlacement, target: ExpertPlacement, device: int
 ) -> tuple[ExpertHolder, ...]:
-    """Return the members that hold experts which ``target`` gives to ``device``.
+    """Return the members that hold experts which ``target`` assigns to ``device``.
 
-    ``current`` is the placement that the members run. Their experts may change later.
+    ``current`` is the placement that the members run. The experts that a member holds may change
+    later.
     """
     wanted = _by_bank(target, device)
     holders = []
@@ -46,7 +47,8 @@ def expert_holders(
 
 
 def _by_bank(placement: ExpertPlacement, device: int) -> list[set[int]]:
-    """``[bank]``: logical experts of a device."""
+    """Return the logical experts of a device, as ``[bank]``; empty sets for a device beyond the
+    placement."""
     return [
         set(bank.physical_to_logical[device]) - {FREE_SLOT}
         if 0 <= device < bank.num_devices

@@ -1,4 +1,4 @@
-"""Load profiles: the number of tokens by logical expert and bank, in memory and in files.
+"""Load profiles: the number of tokens that each logical expert computed, in memory and in files.
 
 File format (``load --save``, ``plan --profile``):
 
@@ -24,18 +24,18 @@ from cluster.core.errors import ConfigError
 from cluster.core.placement import FREE_SLOT, BankPlacement, BankShape
 
 SCHEMA = 1
-"""Version of the file format."""
+"""Version of the file format of load profiles."""
 
 
 class BankLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """The load of one expert bank."""
+    """The load of one expert bank: how many tokens chose each expert."""
 
     bank: str
     """Kind of bank within its layer, ``mlp`` or ``attention``."""
     layer: int
-    """Layer of the model."""
+    """Index of the bank's layer in the model."""
     counts: tuple[int | float, ...]
-    """``[logical expert]``: number of tokens that chose it."""
+    """``[logical expert]``: number of tokens that chose the expert."""
 
     def __post_init__(self) -> None:
         where = f"load of bank {self.bank} layer {self.layer}"
@@ -52,9 +52,9 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int
     """Number of experts that each token chooses."""
     tokens: int
-    """Number of counted tokens."""
+    """Number of tokens over which the experts' tokens were counted."""
     banks: tuple[BankLoad, ...]
-    """One entry per bank."""
+    """Load of each bank, one entry per bank."""
 
     def __post_init__(self) -> None:
         check(self.top_k >= 1, "load_profile.top_k", self.top_k, "must be at least 1")
@@ -70,11 +70,12 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     def counts(self, bank: str, layer: int) -> tuple[float, ...]:
-        """Counts of one bank; empty if the profile does not have the bank."""
+        """Token counts of one bank's experts; empty if the profile does not have the bank."""
         return next((b.counts for b in self.banks if (b.bank, b.layer) == (bank, layer)), ())
 
     def merge(self, other: LoadProfile) -> LoadProfile:
-        """Sum of two profiles. Raises ``ConfigError`` if they are of different models."""
+        """Return the sum of two profiles. Raises ``ConfigError`` if banks, experts or top_k
+        differ."""
         check(
             self.shape() == other.shape(),
             "load_profile",
@@ -92,12 +93,13 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
         return self.top_k, frozenset((b.bank, b.layer, len(b.counts)) for b in self.banks)
 
     def to_dict(self) -> dict[str, Any]:
-        """The profile as plain data in the file format."""
+        """Return the profile as plain data in the file format."""
         return {"schema": SCHEMA, **to_plain(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoadProfile:
-        """Read plain data of the file format. Raises ``ConfigError`` with the invalid field."""
+        """Read a profile from plain data in the file format. Raises ``ConfigError`` with the
+        invalid field."""
         schema = data.get("schema") if isinstance(data, Mapping) else data
         check(schema == SCHEMA, "load_profile.schema", schema, "must be 1")
         return from_plain(
@@ -106,7 +108,7 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_profile(path: Path) -> LoadProfile:
-    """Read a profile from a file. Raises ``ConfigError`` with the file's name."""
+    """Read a load profile from a file. Raises ``ConfigError`` with the file's name."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as err:
@@ -115,9 +117,10 @@ def load_profile(path: Path) -> LoadProfile:
 
 
 def device_loads(placement: BankPlacement, counts: Sequence[float]) -> tuple[float, ...]:
-    """Number of tokens by device, if each copy gets its share of its expert's tokens.
+    """Return the number of tokens of each device, if each copy of an expert gets its split weight's
+    share.
 
-    Devices without any copy (lost ones) are left out.
+    ``counts``: tokens of each expert. Devices without any copy (lost ones) are left out.
     """
     return tuple(
         sum(

@@ -19,17 +19,19 @@ BankKey = tuple[str, int]
 
 
 class BankCounts(Message, frozen=True, kw_only=True):
-    """Counts of one bank: (row, chosen expert) pairs of committed steps."""
+    """Counts of (row, chosen expert) pairs of one bank, in committed steps of one attention
+    worker."""
 
     prefill: Counts
     """[num_experts]: pairs of prompt rows since the worker's start."""
     decode: Counts
     """[num_experts]: pairs of decode rows since the worker's start."""
     epoch_prefill: Counts
-    """[num_experts, copies]: pairs of prompt rows in this placement epoch, by the copy that served
-    them. Copies are in the order of ``BankPlacement.logical_to_physical``."""
+    """[num_experts, copies]: pairs of prompt rows in the current placement epoch, by the copy that
+    computed them. Copies are in the order of ``BankPlacement.logical_to_physical``."""
     epoch_decode: Counts
-    """[num_experts]: pairs of decode rows in this epoch, which one copy of each expert served."""
+    """[num_experts]: pairs of decode rows in the current placement epoch, which the primary copy of
+    each expert computed."""
 
     def __post_init__(self) -> None:
         experts, copies = len(self.prefill), self.epoch_prefill.shape[-1]
@@ -55,7 +57,7 @@ class BankCounts(Message, frozen=True, kw_only=True):
 
 
 class LoadReport(Message, frozen=True, kw_only=True):
-    """All counts of one attention worker at one time."""
+    """Expert load that one attention worker has counted since its start."""
 
     epoch: int
     """Placement epoch of ``epoch_prefill`` and ``epoch_decode``."""
@@ -66,7 +68,8 @@ class LoadReport(Message, frozen=True, kw_only=True):
 
 
 def sum_by_copy(one: Counts, other: Counts) -> Counts:
-    """Add [num_experts, copies] arrays that may differ in the number of copies."""
+    """Return the sum of two [num_experts, copies] arrays, which may differ in the number of
+    copies."""
     total = np.zeros((len(one), max(one.shape[1], other.shape[1])), dtype=np.int64)
     total[:, : one.shape[1]] = one
     total[:, : other.shape[1]] += other

@@ -15,13 +15,14 @@ from prometheus_client.registry import RestrictedRegistry
 from prometheus_client.utils import floatToGoString
 
 PlainFamily = dict[str, Any]
-"""``name``, ``text`` (help), ``type`` and ``samples``: [name, labels, value]."""
+"""Metric family as a dict: ``name``, ``text`` (help), ``type`` and ``samples``:
+[name, labels, value]."""
 _MOST_SERIES = 16_384
-"""Number of series whose text is cached, more than most clusters have."""
+"""Maximum number of series whose text is cached, more than most clusters have."""
 
 
 def new_registry() -> CollectorRegistry:
-    """Create an empty registry whose metrics have no ``_created`` series."""
+    """Create an empty Prometheus registry whose metrics have no ``_created`` series."""
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     return CollectorRegistry()
 
@@ -40,14 +41,16 @@ def to_plain(registry: CollectorRegistry | RestrictedRegistry) -> list[PlainFami
 
 
 class MergedFamilies:
-    """Merges families of several processes. Each appears once, with ``prefix`` in its name."""
+    """Metric families of several processes, merged: each family appears once, with ``prefix`` in
+    its name."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._families: dict[str, list[str]] = {}
 
     def add(self, added: Iterable[PlainFamily], **labels: str) -> None:
-        """Add families of one process. ``labels`` are added to its samples, or replace labels."""
+        """Add the metric families of one process. ``labels`` are added to all samples, or replace
+        labels of the same names."""
         for found in added:
             name = self._prefix + found["name"]
             if (lines := self._families.get(name)) is None:
@@ -60,14 +63,14 @@ class MergedFamilies:
     def render(self) -> bytes:
         """Return the families in Prometheus' text format, in the order in which they were added.
 
-        ``prometheus_client.generate_latest`` checks and escapes every name and label in each scrape
-        again, so it would block the gateway's event loop five times as long.
+        ``prometheus_client.generate_latest`` would check and escape every name and label again in
+        each scrape, and block the gateway's event loop five times as long.
         """
         return "".join(line for lines in self._families.values() for line in lines).encode()
 
 
 def _head(name: str, text: str, kind: str) -> str:
-    """Return the lines before a family's samples."""
+    """Return the ``HELP`` and ``TYPE`` lines before a family's samples."""
     shown = f"{name}_total" if kind == "counter" else name
     escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
     return f"# HELP {shown} {escaped}\n# TYPE {shown} {kind}\n"
@@ -75,7 +78,8 @@ def _head(name: str, text: str, kind: str) -> str:
 
 @lru_cache(maxsize=_MOST_SERIES)
 def _series(name: str, *labels: tuple[str, str]) -> str:
-    """Return a sample's name and sorted labels; of two labels with one name, the last is used."""
+    """Return a sample's name with sorted labels as text; of two labels with one name, the last is
+    used."""
     distinct = sorted(dict(labels).items())
     escaped = (f'{label}="{_escaped(value)}"' for label, value in distinct)
     return f"{name}{{{','.join(escaped)}}}" if labels else name

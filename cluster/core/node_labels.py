@@ -15,29 +15,32 @@ from dataclasses import dataclass
 from cluster.core.errors import ConfigError
 
 ROLE = "expertmesh/role"
-"""Label of the role of the node's workers: one of ``ROLES``."""
+"""Name of the Ray node label with the role of the node's workers: one of ``ROLES``."""
 ROLES = ("attention", "expert", "colocated", "gateway")
 """Values of the role label; ``gateway`` is for gateway replicas and the controller."""
 FAILURE_DOMAIN = "expertmesh/failure-domain"
-"""Label of the failure domain. If slots allow, an expert has copies in two domains."""
+"""Name of the Ray node label with the failure domain. If slots allow, an expert has copies in two
+domains."""
 LINK_CLASS = "expertmesh/link-class"
-"""Label of the link class. Links in a class are fast, so weights are read from its nodes first."""
+"""Name of the Ray node label with the link class. Nodes of one class have fast links, so weights
+are read from them first."""
 DEVICE_SPEED = "expertmesh/device-speed"
-"""Label of the relative speed of the node's devices, to which their load is proportional."""
+"""Name of the Ray node label with the relative speed of the node's devices, to which their load is
+proportional."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeLabels:
-    """The values of a node's labels."""
+    """The values of the labels that an operator set on a Ray node."""
 
     role: str = ""
-    """Role; empty for every role for which no node has a label."""
+    """Role of the node's workers; empty: every role for which no node has a label."""
     domain: str = ""
-    """Failure domain; empty for the node itself."""
+    """Failure domain; empty: the node is a failure domain of its own."""
     link_class: str = ""
-    """Link class; empty for the node itself."""
+    """Link class; empty: the node is a link class of its own."""
     speed: float = 1.0
-    """Relative speed of a device."""
+    """Relative speed of a device of the node in computing experts."""
 
     @classmethod
     def of(cls, labels: Mapping[str, str], node: str) -> NodeLabels:
@@ -55,7 +58,10 @@ class NodeLabels:
 
 
 def selector_for(role: str, places: Iterable[NodeLabels]) -> dict[str, str]:
-    """Ray's label selector for the nodes that a role may run on; empty for any node."""
+    """Return Ray's label selector for the nodes on which a role may run; empty for any node.
+
+    ``places``: labels of all nodes.
+    """
     labelled = {place.role for place in places if place.role}
     if role in labelled:
         return {ROLE: role}

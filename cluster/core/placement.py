@@ -6,7 +6,7 @@ Example, one bank of 4 experts on 2 devices with one redundant expert each (3 ex
     logical_to_physical(2) = ((0, 2), (1, 0))     (device, expert slot) of each copy
     replica_count = (2, 1, 2, 1)
 
-``split`` is the share of its expert's prefill tokens that each copy gets. ``decode_device`` is the
+``split`` is the share of an expert's prefill tokens that each copy gets. ``decode_device`` is the
 only device that serves an expert's decode tokens, as prefill and decode are balanced separately.
 Placement files have the format of ``expertmesh plan placement --json``.
 """
@@ -26,24 +26,26 @@ from cluster.core.codec import Message, to_plain
 from cluster.core.errors import ConfigError
 
 FREE_SLOT = -1
-"""Stands for the expert of an empty slot."""
+"""Value that stands for the expert of an empty slot."""
 
 
 class BankPlacement(Message, frozen=True, kw_only=True):
-    """The maps of one expert bank. A device is the index ``Member.device`` of an expert worker."""
+    """The expert placement of one bank. A device is the index ``Member.device`` of an expert
+    worker."""
 
     bank: str
     """Kind of bank within its layer, ``mlp`` or ``attention``."""
     layer: int
-    """Layer of the model."""
+    """Index of the bank's layer in the model."""
     num_experts: int
     """Number of logical experts of the bank."""
     physical_to_logical: tuple[tuple[int, ...], ...]
     """``[device][expert slot]``: logical expert, or ``FREE_SLOT`` for an empty slot."""
     split: tuple[tuple[float, ...], ...]
-    """``[device][expert slot]``: share of its expert's prefill tokens; an expert's sum is 1."""
+    """``[device][expert slot]``: share of the expert's prefill tokens that the copy in the slot
+    computes; the shares of an expert's copies sum to 1."""
     decode_device: tuple[int, ...]
-    """``[logical expert]``: device that serves its decode tokens."""
+    """``[logical expert]``: device that computes the expert's decode tokens."""
 
     def __post_init__(self) -> None:
         where = f"placement of bank {self.bank} layer {self.layer}"
@@ -78,34 +80,38 @@ class BankPlacement(Message, frozen=True, kw_only=True):
 
     @property
     def num_devices(self) -> int:
-        """Number of devices in the maps."""
+        """Number of devices in the placement, including devices without experts."""
         return len(self.physical_to_logical)
 
     def copies(self) -> Iterator[tuple[int, int, int]]:
-        """Yield all copies as (device, expert slot, logical expert), by device and slot."""
+        """Yield all copies of experts as (device, expert slot, logical expert), by device and
+        slot."""
         for device, slots in enumerate(self.physical_to_logical):
             for slot, expert in enumerate(slots):
                 if expert != FREE_SLOT:
                     yield device, slot, expert
 
     def num_at_risk(self, domains: Sequence[str]) -> int:
-        """Number of experts whose copies are all in one failure domain. ``domains``: by device."""
+        """Return the number of experts whose copies are all in one failure domain.
+
+        ``domains``: failure domain of each device.
+        """
         found: list[set[str]] = [set() for _ in range(self.num_experts)]
         for device, _, expert in self.copies():
             found[expert].add(domains[device])
         return sum(len(where) == 1 for where in found)
 
     def holders(self, expert: int) -> tuple[int, ...]:
-        """Devices that hold an expert, ascending."""
+        """Return the devices that hold a copy of an expert, ascending."""
         return tuple(device for device, _ in self.logical_to_physical(expert))
 
     @property
     def replica_count(self) -> tuple[int, ...]:
-        """``[logical expert]``: number of copies."""
+        """``[logical expert]``: number of copies of the expert."""
         return tuple(len(self.logical_to_physical(e)) for e in range(self.num_experts))
 
     def logical_to_physical(self, expert: int) -> tuple[tuple[int, int], ...]:
-        """(device, expert slot) of all copies of an expert, by device."""
+        """Return (device, expert slot) of all copies of an expert, by device."""
         return tuple(
             (device, slots.index(expert))
             for device, slots in enumerate(self.physical_to_logical)
@@ -123,7 +129,8 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         split: Sequence[Sequence[float]] | None = None,
         decode_device: Sequence[int] | None = None,
     ) -> BankPlacement:
-        """Build the maps with defaults: equal shares, and decode on each expert's lowest device."""
+        """Build a bank's placement with defaults: equal shares, and decode on each expert's lowest
+        device."""
         maps = tuple(tuple(int(e) for e in slots) for slots in physical_to_logical)
         holders: list[list[int]] = [[] for _ in range(num_experts)]
         for device, slots in enumerate(maps):
@@ -148,11 +155,13 @@ class BankPlacement(Message, frozen=True, kw_only=True):
     def with_slots(
         self, rows: Sequence[Sequence[int]], decode_device: Sequence[int] | None = None
     ) -> BankPlacement:
-        """Return the maps for other slot contents, in which the copies that stay keep their roles.
+        """Return a placement with other slot contents, in which copies that stay on their device
+        keep their roles.
 
         ``rows``: ``[device][slot]``, with every expert. Shares of removed copies go to the other
-        copies of the expert in proportion. If the decode device of an expert no longer has it, the
-        lowest device that does replaces it. ``decode_device``, if given, sets all decode devices.
+        copies of the expert in proportion. If the decode device of an expert no longer holds it,
+        the lowest device that does becomes the decode device. ``decode_device``, if given, sets all
+        decode devices.
         """
         share = {(d, expert): self.split[d][slot] for d, slot, expert in self.copies()}
         totals = [0.0] * self.num_experts
@@ -181,9 +190,10 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         )
 
     def without_devices(self, lost: frozenset[int]) -> BankPlacement | None:
-        """Return the maps with the ``lost`` devices empty; None if an expert has no copy left.
+        """Return the placement without experts on the ``lost`` devices; None if an expert has no
+        copy left.
 
-        See ``with_slots``. Device indices do not change.
+        Shares and decode devices change as in ``with_slots``. Device indices do not change.
         """
         rows = [
             (FREE_SLOT,) * len(slots) if d in lost else slots
@@ -194,22 +204,24 @@ class BankPlacement(Message, frozen=True, kw_only=True):
 
 
 class ExpertPlacement(Message, frozen=True, kw_only=True):
-    """The maps of all banks in one placement epoch."""
+    """The expert placement of all banks in one placement epoch."""
 
     epoch: int
-    """Number of the placement epoch, which only grows."""
+    """Number of the placement epoch; each new placement has a higher one."""
     banks: tuple[BankPlacement, ...]
-    """One entry per bank, in the order of the model's bank list."""
+    """Placement of each bank, in the order of the model's bank list."""
 
     @property
     def num_devices(self) -> int:
-        """Number of devices in the maps."""
+        """Number of devices in the placement, including devices without experts."""
         return self.banks[0].num_devices if self.banks else 0
 
     def missing(self, device: int, held: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
-        """Yield (bank, slot, expert) for each expert that is missing in a device's slots.
+        """Yield (bank, slot, expert) for each expert that the placement assigns to a device's slot
+        and that is not in this slot.
 
-        ``held``: ``[bank][slot]``, the expert in the slot or ``FREE_SLOT``. It may be shorter.
+        ``held``: ``[bank][slot]``, the expert in each slot, or ``FREE_SLOT``. Banks and slots
+        beyond its end are empty.
         """
         for bank, maps in enumerate(self.banks):
             row, wanted = tuple(held[bank] if bank < len(held) else ()), maps.physical_to_logical
@@ -220,7 +232,7 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
                     yield bank, slot, expert
 
     def packed(self) -> ExpertPlacement:
-        """Return a placement with the same experts on each device, but no free slots between."""
+        """Return a placement with the same experts on each device, but without free slots."""
         banks = (
             b.with_slots([[e for e in row if e != FREE_SLOT] for row in b.physical_to_logical])
             for b in self.banks
@@ -228,7 +240,8 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
         return replace(self, banks=tuple(banks))
 
     def up_to(self, num_devices: int) -> ExpertPlacement:
-        """Return the maps without the devices from ``num_devices`` on, which must be empty."""
+        """Return the placement of the first ``num_devices`` devices; all further devices must be
+        empty."""
         banks = (
             replace(
                 b,
@@ -240,13 +253,14 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
         return replace(self, banks=tuple(banks))
 
     def with_shares(self, other: ExpertPlacement) -> ExpertPlacement:
-        """Return these slots with the shares and decode devices of another placement."""
+        """Return this placement's slots with the shares and decode devices of ``other``."""
         by_key = {(b.bank, b.layer): b for b in other.banks}
         banks = (by_key[b.bank, b.layer].with_slots(b.physical_to_logical) for b in self.banks)
         return replace(self, banks=tuple(banks))
 
     def without_devices(self, lost: frozenset[int], epoch: int) -> ExpertPlacement | None:
-        """Return placement ``epoch`` without ``lost`` devices; None if an expert has no copy."""
+        """Return the placement without experts on ``lost`` devices, with the number ``epoch``; None
+        if an expert has no copy left."""
         left = [b.without_devices(lost) for b in self.banks]
         kept = tuple(b for b in left if b is not None)
         return ExpertPlacement(epoch=epoch, banks=kept) if len(kept) == len(left) else None
@@ -259,7 +273,8 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
     def from_dict(
         cls, data: Mapping[str, Any], num_experts: Mapping[tuple[str, int], int] | None = None
     ) -> ExpertPlacement:
-        """Read plain data of the file format. Raises ``ConfigError`` with the invalid bank.
+        """Read a placement from plain data in the file format. Raises ``ConfigError`` with the
+        invalid bank.
 
         ``num_experts``: by (bank, layer), for data without these numbers.
         """
@@ -290,7 +305,7 @@ class BankShape:
     bank: str
     """Kind of bank within its layer, ``mlp`` or ``attention``."""
     layer: int
-    """Layer of the model."""
+    """Index of the bank's layer in the model."""
     num_experts: int
 
 
@@ -338,7 +353,7 @@ def contiguous(
 def load_placement(path: Path, banks: Sequence[BankShape], num_devices: int) -> ExpertPlacement:
     """Read a placement file and check it against the model and the number of devices.
 
-    Raises ``ConfigError`` with the name of the file and the rule that it breaks.
+    Raises ``ConfigError`` with the name of the file and the rule that the file breaks.
     """
     wrong = partial(ConfigError, "placement_file", path.name)
     try:

@@ -1,4 +1,4 @@
-"""Identifies processes by id and start time, as ids are reused."""
+"""Identification of processes by process id and start time, as the system reuses process ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessIdentity:
-    """Identifies one process of one host."""
+    """Process id and start time, which together identify one process of a host."""
 
     pid: int
     started_at: float
@@ -38,7 +38,7 @@ def is_running(process: ProcessIdentity) -> bool:
 
 
 def kill_process(process: ProcessIdentity) -> None:
-    """Send SIGKILL, which also ends a stopped process. Does nothing if it has ended."""
+    """Send SIGKILL to a process, even if it is stopped. Do nothing if the process has ended."""
     if is_running(process):
         os.kill(process.pid, signal.SIGKILL)
 
@@ -54,8 +54,8 @@ def wait_gone(process: ProcessIdentity, limit_s: float) -> bool:
 
 
 def count_cpus() -> int:
-    """Return the number of cores that this process may use, at least 1. Affinity and container
-    limits count."""
+    """Return the number of cores that this process may use, at least 1, within its CPU affinity and
+    the CPU quota of its cgroup."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux

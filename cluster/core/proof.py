@@ -1,7 +1,7 @@
 """Proofs that a side of an internal connection knows the cluster token, made from two nonces.
 
-A proof is an HMAC over both nonces, the kind of connection and the side, so that it cannot be
-reflected or reused.
+A proof is an HMAC over both nonces, the kind of connection and the side, so that nothing can
+reflect or reuse the proof.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from msgspec import msgpack
 
 
 class TokenProof:
-    """Makes the proof of one side of a connection, and checks the proof of the other side."""
+    """Makes the proof that one side of a connection knows the cluster token, and checks the other
+    side's."""
 
     def __init__(self, token: str, channel: str, *, is_caller: bool, their_nonce: str = "") -> None:
         """``channel``: kind of connection. ``is_caller``: whether this side has connected."""
@@ -26,11 +27,12 @@ class TokenProof:
         """Nonce of the other side; empty until it is known."""
 
     def make_proof(self, words: bytes = b"") -> str:
-        """Return the proof that this side knows the token and has sent ``words``."""
+        """Return the proof that this side knows the cluster token and has sent ``words``."""
         return self._proof(self._is_caller, words)
 
     def is_peer_proof(self, given: str, words: bytes = b"") -> bool:
-        """Return, in constant time, whether the other side's proof is valid."""
+        """Return, in constant time, whether ``given`` proves that the other side knows the token
+        and has sent ``words``."""
         expected = self._proof(not self._is_caller, words)
         return hmac.compare_digest(given.encode(), expected.encode())
 

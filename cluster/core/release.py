@@ -23,25 +23,26 @@ RELEASE = installed_version("expertmesh") or "0+unknown"
 
 
 def check_release(theirs: str, peer: str, ours: str, me: str) -> None:
-    """Raise ``HandshakeError`` if the releases of ``peer`` and ``me`` differ."""
+    """Raise ``HandshakeError`` if the release of ``peer`` (``theirs``) and of ``me`` (``ours``)
+    differ."""
     if theirs != ours:
         known = f"release {theirs[:64]}" if theirs else "no release"
         raise HandshakeError(f"{known} of {peer}, {ours} of {me}: releases must be equal")
 
 
 class Build(Message, frozen=True, kw_only=True):
-    """Properties that must be equal on all workers."""
+    """Properties of a worker's program and configuration that must be equal on all workers."""
 
     release: str = RELEASE
     checkpoint_id: str = ""
     config_hash: str = ""
-    """Value of ``ClusterConfig.fingerprint``."""
+    """Fingerprint of the configuration, from ``ClusterConfig.fingerprint``."""
     kv_cache_dtype: str = ""
-    """``EngineSection.kv_cache_dtype``, the type in which attention workers exchange blocks. Also
-    part of ``config_hash``, but compared before it for a clearer error."""
+    """Type in which attention workers exchange KV blocks (``EngineSection.kv_cache_dtype``). Also
+    part of ``config_hash``, but compared first for a clearer error."""
     expert_form: str = ""
-    """Quantization format of the worker's experts, in which they are transferred; empty for the
-    model dtype."""
+    """Quantization format of the worker's experts, in which they are transferred; empty if they are
+    in the model dtype."""
 
 
 _BUILD_ITEMS = {

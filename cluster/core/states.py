@@ -1,4 +1,4 @@
-"""States of the cluster and of one worker, and the allowed transitions.
+"""States of the cluster, of a worker and of a LoRA adapter, and the allowed transitions.
 
     STARTING ──▶ SERVING ◀──▶ RECOVERING ◀──▶ DEGRADED ◀──▶ SERVING
         └──────────┴── any ──────┴───────────────┘
@@ -6,8 +6,8 @@
                  DRAINING ──▶ STOPPED
 
 A start succeeds completely or not at all: STARTING leads to SERVING or, through DRAINING, to
-STOPPED. If scaling removes the empty places of a degraded cluster, it serves again without another
-generation.
+STOPPED. If scaling removes the empty places of a degraded cluster, the cluster serves again without
+another generation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TypeVar
 
 StateT = TypeVar("StateT", bound=Enum)
 Transitions = Mapping[StateT, Set[StateT]]
-"""Allowed next states by state. A state that is not a key is final."""
+"""Allowed next states, by state. A state that is not a key is final."""
 
 
 class ClusterState(Enum):
@@ -29,43 +29,45 @@ class ClusterState(Enum):
     SERVING = "SERVING"
     """A generation of all desired workers runs."""
     DEGRADED = "DEGRADED"
-    """Workers are missing, or (``experts_complete`` false) experts have no copy."""
+    """Workers are missing, or (``experts_complete`` false) experts have no copy; the cluster still
+    serves."""
     RECOVERING = "RECOVERING"
-    """The remaining workers form a new generation; requests wait."""
+    """The remaining workers form a new generation; meanwhile requests wait."""
     DRAINING = "DRAINING"
-    """Workers are being ended."""
+    """The cluster is ending: its workers are being ended."""
     STOPPED = "STOPPED"
-    """All workers have ended."""
+    """All workers of the cluster have ended."""
 
 
 class WorkerState(Enum):
     """State of one worker."""
 
     STARTING = "STARTING"
-    """Its process was requested, but it has not registered yet."""
+    """The worker's process was requested, but the worker has not registered yet."""
     LOADING = "LOADING"
-    """It has registered and reads weights. Shown instead of READY also while it reads adapters."""
+    """The worker has registered and reads weights. Shown instead of READY also while it reads
+    adapters."""
     READY = "READY"
-    """Its weights are in memory, but it is in no running generation."""
+    """The worker's weights are in memory, but it is in no running generation."""
     SERVING = "SERVING"
-    """It takes part in the running generation."""
+    """The worker takes part in the running generation."""
     DRAINING = "DRAINING"
-    """Only shown, instead of READY or SERVING, while it accepts no new requests."""
+    """The worker accepts no new requests. This state is only shown, instead of READY or SERVING."""
     LOST = "LOST"
-    """It has ended unexpectedly or was declared lost. Its name is never reused."""
+    """The worker has ended unexpectedly or was declared lost. Its name is never reused."""
     DRAINED = "DRAINED"
-    """It was drained and ended by a command. Its name is never reused."""
+    """The worker was drained and ended by a command. Its name is never reused."""
 
 
 class AdapterState(Enum):
-    """State of an adapter."""
+    """State of a LoRA adapter."""
 
     LOADING = "LOADING"
-    """Workers read it; requests cannot use it yet."""
+    """Workers read the adapter; requests cannot use it yet."""
     READY = "READY"
-    """Requests can use it."""
+    """Requests can use the adapter."""
     UNLOADING = "UNLOADING"
-    """New requests cannot use it; running ones continue."""
+    """New requests cannot use the adapter; running requests continue to use it."""
 
 
 GONE = frozenset({WorkerState.LOST, WorkerState.DRAINED})
@@ -90,16 +92,19 @@ _NEXT: Transitions[Enum] = {
 
 
 class IllegalTransitionError(AssertionError):
-    """An invalid state transition: a bug in expertmesh."""
+    """A state transition that is not allowed: a bug in expertmesh."""
 
 
 def next_state(old: StateT, new: StateT, allowed: Transitions[StateT] | None = None) -> StateT:
-    """Return ``new`` if it may follow ``old``. Raises ``IllegalTransitionError``."""
+    """Return ``new`` if it may follow ``old``; raise ``IllegalTransitionError`` if not.
+
+    ``allowed``: next states by state; by default the transitions of cluster, workers and adapters.
+    """
     if new not in (_NEXT if allowed is None else allowed).get(old, ()):
         raise IllegalTransitionError(f"{type(old).__name__}: {old.value} -> {new.value}")
     return new
 
 
 def is_gone(state: str) -> bool:
-    """Return whether the text of a worker's state is of a final state."""
+    """Return whether the text of a worker's state (such as ``LOST``) names a final state."""
     return any(state == gone.value for gone in GONE)

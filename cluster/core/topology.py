@@ -19,7 +19,7 @@ def runs_attention(role: Role) -> bool:
 
 
 def holds_experts(role: Role) -> bool:
-    """Return whether a worker of this role holds experts."""
+    """Return whether a worker of this role holds weights of experts."""
     return role != "attention"
 
 
@@ -27,44 +27,48 @@ class Member(Message, frozen=True, kw_only=True):
     """One worker of a generation."""
 
     name: str
-    """Never reused: a replacement gets a new name (``expert-1``, later ``expert-1.2``)."""
+    """Name of the worker, never reused: a replacement gets a new name (``expert-1``, later
+    ``expert-1.2``)."""
     role: Role
-    """Role, which determines the pool; ``colocated`` is in both pools."""
+    """Role, which determines the worker's pool; ``colocated`` is in both pools."""
     rank: int
-    """Position in its pool (or both pools), constant, and unique within a generation."""
+    """Rank of the worker in its pool (or both pools): constant, and unique within a generation."""
     device: int = -1
-    """Index of its device in the placement if it holds experts; else -1."""
+    """Index of the worker's device in the expert placement; -1 if it holds no experts."""
     node: str = ""
-    """Host name or Ray node id, for display."""
+    """Host name or Ray node id of the worker, for display."""
     domain: str = ""
-    """Failure domain; empty for the node."""
+    """Failure domain of the worker's node; empty: the node is a failure domain of its own."""
     link_class: str = ""
-    """Link class, whose members have fast links to each other; empty for the node."""
+    """Link class of the worker's node, whose members have fast links to each other; empty: the node
+    is a link class of its own."""
     speed: float = 1.0
-    """Relative speed of its device in computing experts."""
+    """Relative speed of the worker's device in computing experts."""
     pid: int = 0
-    """Process id on its host."""
+    """Process id of the worker on its host."""
     data_address: str = ""
     """``host:port`` of the worker's data-plane listener (edges and step channel)."""
     engine_address: str = ""
-    """``host:port`` of the engine stream if it runs attention; else empty."""
+    """``host:port`` of the engine stream; empty if the worker does not run attention."""
     weights_address: str = ""
-    """``host:port`` from which peers read the weights of its experts; else empty."""
+    """``host:port`` from which peers read the weights of experts; empty if the worker holds no
+    experts."""
     kv_address: str = ""
-    """``host:port`` from which peers read KV blocks if it runs attention; else empty."""
+    """``host:port`` from which peers read KV blocks; empty if the worker does not run attention."""
     store_address: str = ""
-    """``host:port`` of the rendezvous store if it runs attention (collective transport)."""
+    """``host:port`` of torch's rendezvous store for the collective transport; empty if the worker
+    does not run attention."""
     offer: ArithmeticOffer = ArithmeticOffer()
     """Arithmetics that the worker offers."""
 
     @property
     def runs_attention(self) -> bool:
-        """Whether it serves requests, as an attention rank."""
+        """Whether the worker serves requests, as an attention rank."""
         return runs_attention(self.role)
 
     @property
     def holds_experts(self) -> bool:
-        """Whether it holds experts, as an expert rank."""
+        """Whether the worker holds weights of experts, as an expert rank."""
         return holds_experts(self.role)
 
 
@@ -72,22 +76,23 @@ class Generation(Message, frozen=True, kw_only=True):
     """The workers that run steps together. Messages of another generation are ignored."""
 
     number: int
-    """Generation number, 1 for the first; it only grows."""
+    """Generation number: 1 for the first generation, and 1 more for each next one."""
     members: tuple[Member, ...]
-    """All members."""
+    """All workers of the generation."""
     agreement: ArithmeticAgreement = ArithmeticAgreement()
-    """Arithmetic that the members use."""
+    """Arithmetic (way to compute matrix products) that the members use."""
 
     def successor(self, members: Sequence[Member]) -> Generation:
-        """Return the next generation. An empty generation 0 precedes the first."""
+        """Return the next generation, with ``members``. An empty generation 0 precedes the
+        first."""
         former = self.agreement if self.number else None
         agreement = agree({m.name: m.offer for m in members}, former)
         return Generation(number=self.number + 1, members=tuple(members), agreement=agreement)
 
     @property
     def returns_slots(self) -> bool:
-        """Whether expert ranks return an output for each expert slot, as sums would depend on the
-        placement."""
+        """Whether expert ranks return the output of each (row, expert) pair, not a sum per row,
+        because sums would depend on the placement."""
         return self.agreement.is_exact and len(self.experts) > 1
 
     @property
@@ -101,16 +106,19 @@ class Generation(Message, frozen=True, kw_only=True):
         return tuple(sorted((m for m in self.members if m.holds_experts), key=attrgetter("rank")))
 
     def peers_of(self, role: Role) -> tuple[Member, ...]:
-        """Return the peers of a worker of this role, by rank: the other pool, or all workers."""
+        """Return the workers with which a worker of this role exchanges rows, by rank: the other
+        pool, or all workers if it is colocated."""
         return self.experts if runs_attention(role) else self.attention
 
     @property
     def leader(self) -> Member:
-        """The lowest attention rank, which decides on steps and sends the step headers."""
+        """The attention worker with the lowest rank, which decides on steps and sends the step
+        headers."""
         return self.attention[0]
 
 
 ADDRESS_FIELDS = tuple(name for name in Member.__struct_fields__ if name.endswith("_address"))
-"""Names of the address fields, which the worker itself reports."""
+"""Names of the address fields of ``Member``, which the worker itself reports."""
 NODE_FIELDS = ("domain", "link_class", "speed")
-"""Names of the fields that depend on the node. The worker reports them if its node was unknown."""
+"""Names of the fields of ``Member`` that depend on the worker's node. The worker reports them if
+its node was unknown at its start."""

@@ -1,8 +1,9 @@
 """The controller's watchdog: a small process that kills the controller if its event loop hangs.
 
-Ray restarts an actor whose process has ended, but not one that hangs, and without a controller the
-cluster cannot recover from losses. The controller writes a byte every ``BEAT_S``; this file, run as
-a script, reads them. It ends when the pipe closes, as it does when the controller ends.
+Ray restarts an actor whose process has ended, but not an actor that hangs, and without a controller
+the cluster cannot recover from losses. The controller writes a byte (a beat) every ``BEAT_S``; this
+file, run as a script, reads the beats. The watchdog ends when the pipe closes, as it does when the
+controller ends.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 
 BEAT_S = 1.0
 MAX_MISSING = 10
-"""Number of consecutive beats that may be missing. A pause of the whole host counts as one."""
+"""Number of consecutive beats of the controller that may be missing. A pause of the whole host
+counts as one."""
 
 
 def start_watchdog(beat_s: float = BEAT_S, log: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start the watchdog of the calling process, which must write to its ``stdin``, unbuffered.
+    """Start the watchdog of the calling process, which must write beats to the ``stdin`` of the
+    returned process.
 
     The watchdog appends its messages to the file ``log``, which it opens for each message, because
     log files are rotated. With None, it uses the caller's standard error.
@@ -40,7 +43,8 @@ def start_watchdog(beat_s: float = BEAT_S, log: Path | None = None) -> subproces
 
 
 def _watch(pid: int, beat_s: float, log: str = "") -> None:
-    """Read beats from stdin until it closes; kill the parent ``pid`` when too many are missing."""
+    """Read beats from stdin until it closes; kill the parent ``pid`` when too many beats are
+    missing."""
     num_missing = 0
     while num_missing < MAX_MISSING:
         if not select.select([sys.stdin.fileno()], [], [], beat_s)[0]:
@@ -55,7 +59,7 @@ def _watch(pid: int, beat_s: float, log: str = "") -> None:
 
 
 def _say(line: str, log: str) -> None:
-    """Write a line to standard error, or append it to a file; errors are ignored."""
+    """Write a line to standard error, or append it to the file ``log``; errors are ignored."""
     with contextlib.suppress(OSError):
         if log:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK

@@ -1,4 +1,4 @@
-"""Writes files that stay consistent if the disk fills or fails, or the process is killed.
+"""Writes of files that stay consistent if the disk fills or fails, or the process is killed.
 
 ``RecordFile`` appends whole records. ``new_file`` and ``replace_file`` write a temporary file and
 rename it: readers see the old content or the new one.
@@ -32,10 +32,10 @@ class RecordFile:
         self._fd = fd
         self._is_torn = False
         self.num_bytes = num_bytes
-        """Bytes of all records in the file."""
+        """Size in bytes of all complete records in the file."""
 
     def append(self, record: bytes) -> None:
-        """Append a record. After an ``OSError`` the file has the records before this one."""
+        """Append a record. After an ``OSError``, the file contains only the earlier records."""
         if self._is_torn:
             self.truncate(self.num_bytes)
         self._is_torn = True
@@ -56,7 +56,8 @@ class RecordFile:
 
 
 def write_all(fd: int, content: bytes) -> None:
-    """Write all bytes. Raises ``OSError``, possibly after a part was written."""
+    """Write all of ``content`` to a file descriptor. Raises ``OSError``, possibly after a part was
+    written."""
     left = memoryview(content)
     while left:
         num_written = os.write(fd, left)
@@ -67,9 +68,9 @@ def write_all(fd: int, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path, mode: int = 0o600) -> Iterator[int]:
-    """Create a file and yield its descriptor; it is synced at the end of the ``with`` block.
+    """Create a file and yield its descriptor; the file is synced at the end of the ``with`` block.
 
-    After an error the file does not exist. Raises ``OSError``.
+    After an error the file does not exist. Raises ``OSError``, also if the file already exists.
     """
     fd = os.open(path, _NEW, mode)
     try:
@@ -85,10 +86,10 @@ def new_file(path: Path, mode: int = 0o600) -> Iterator[int]:
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Replace a file's content atomically.
+    """Replace a file's content atomically, or create the file.
 
     A symbolic link stays a link; a pipe or a device is written to directly. ``mode`` applies to a
-    new file; an existing one keeps its own. Raises ``OSError``.
+    new file; an existing file keeps its mode. Raises ``OSError``.
     """
     path = Path(os.path.realpath(path))
     try:
@@ -113,7 +114,7 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder, so that its new file names survive a crash. Raises ``OSError``."""
+    """Sync a folder to its disk, so that its new file names survive a crash. Raises ``OSError``."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

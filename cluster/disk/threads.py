@@ -21,13 +21,14 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 END_S = 5.0
-"""Time that running disk calls get when their gateway ends."""
+"""Time in seconds that running disk calls get to finish when their gateway ends."""
 _IDLE_S = 5.0
-"""Time after which an idle thread ends."""
+"""Time in seconds without a call after which a thread for disk calls ends."""
 
 
 async def run_to_completion(work: Awaitable[Result]) -> Result:
-    """Await ``work`` and return its result. A cancellation waits until ``work`` has ended."""
+    """Await ``work`` and return its result. If the caller is cancelled, the cancellation takes
+    effect only after ``work`` has ended."""
     future = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(future)
@@ -71,11 +72,12 @@ class DiskThreads:
         *args: Any,
         release: Callable[[Result], object] | None = None,
     ) -> Result:
-        """Run a call in a thread and return its result. Raises the call's exception; raises
-        ``error`` on a timeout, if a timed-out call blocks every thread, or if too many calls wait.
+        """Run a call in a thread and return its result.
 
-        A running call cannot be stopped and may still take effect. If the caller no longer waits
-        when the result arrives, one of the threads passes the result to ``release``.
+        Raises the call's exception; raises ``error`` after a timeout, if timed-out calls block all
+        threads, or if too many calls wait. A running call cannot be stopped and may still take
+        effect. If the caller no longer waits when the result arrives, one of the threads passes the
+        result to ``release``.
         """
         self._check_capacity()
         job = _Job(partial(call, *args))
@@ -98,11 +100,12 @@ class DiskThreads:
         return found
 
     def run_later(self, call: Callable[[], object]) -> None:
-        """Run a call in one of the threads without waiting for it."""
+        """Run a call in one of the disk threads; return at once, without waiting for the call."""
         self._executor.submit(call)
 
     async def run_to_completion(self, call: Callable[..., Result], *args: Any) -> Result:
-        """Run a call without a time limit and return its result; a cancellation waits for it."""
+        """Run a call in a disk thread without a time limit and return its result. If the caller is
+        cancelled, the cancellation takes effect only after the call has ended."""
         return await run_to_completion(self._start(_Job(partial(call, *args))))
 
     def _start(self, job: _Job) -> asyncio.Future[Any]:
@@ -121,7 +124,7 @@ class DiskThreads:
 
 
 class _Job:
-    """A call and its state; the thread that runs it changes the state."""
+    """A call for a disk thread, and its state, which the thread that runs the call changes."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._call = call
@@ -129,7 +132,7 @@ class _Job:
         self._release: Callable[[Any], object] | None = None
         self.is_running = False
         self.result: Any = None
-        """The result once the call has returned."""
+        """Result of the call; None until the call has returned."""
 
     def run(self) -> Any:
         self.is_running = True
@@ -144,7 +147,8 @@ class _Job:
             self.is_running = False
 
     def has_result(self, release: Callable[[Any], object]) -> bool:
-        """Whether the result has arrived; if not, ``release`` will be called with it later."""
+        """Whether the call's result has arrived; if not, ``release`` will be called with it
+        later."""
         with self._changed:
             self._release = release
             return self.result is not None
@@ -163,7 +167,7 @@ class _DaemonExecutor(Executor):
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._num_threads = self._num_idle = 0
         self.num_calls = 0
-        """Calls that run or wait, including calls that were cancelled while waiting."""
+        """Number of calls that run or wait, including calls that were cancelled while waiting."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future = Future[Any]()
@@ -195,7 +199,8 @@ class _DaemonExecutor(Executor):
             future.set_result(found)
 
     def _next_call(self) -> tuple[Future[Any], Callable[[], Any]] | None:
-        """Wait for the next call; None after ``_IDLE_S`` without one, so that the thread ends."""
+        """Wait for the next call; return None after ``_IDLE_S`` without a call, so that the thread
+        ends."""
         with self._changed:
             self._num_idle += 1
             has_work = self._changed.wait_for(lambda: bool(self._waiting), _IDLE_S)

@@ -1,8 +1,8 @@
 """Expert load of the whole cluster over time: totals, windows, exponential averages. Pure.
 
 Attention workers report their counts since their start (``cluster.core.load_report``). The tracker
-sums them; the difference between two times is a window. Each ``half_life_s`` of time with load
-halves the weight of a window in the average; idle time does not change it.
+sums these counts; the difference between the sums at two times is a window. Each ``half_life_s`` of
+time with load halves the weight of a window in the average; idle time does not change the average.
 """
 
 from __future__ import annotations
@@ -20,30 +20,33 @@ from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.load_report import BankKey, Counts, LoadReport, sum_by_copy
 
 Source = Literal["total", "window", "average"]
-"""Period of a load: since the start, the newest window with load, or the exponential average."""
+"""Period over which load is counted: since the start, the newest window with load, or the
+exponential average of windows."""
 Phase = Literal["prefill", "decode"]
 Floats = npt.NDArray[np.float64]
 TOP_EXPERTS = 8
-"""Number of experts of a bank that have their own metric by default."""
+"""Number of experts of each bank that have a metric of their own by default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadSums:
-    """Sums over attention workers at one time, or the difference between two times."""
+    """Tokens by expert, summed over attention workers at one time, or the difference between two
+    times."""
 
     rows: float
-    """Rows of committed steps."""
+    """Number of rows (token positions) of committed steps."""
     prefill: Mapping[BankKey, Floats]
-    """[num_experts] tokens of prompt rows, by bank."""
+    """[num_experts] number of prompt rows that chose each expert, by bank."""
     decode: Mapping[BankKey, Floats]
-    """[num_experts] tokens of decode rows, by bank."""
+    """[num_experts] number of decode rows that chose each expert, by bank."""
 
     def counts(self, key: BankKey) -> Floats:
-        """[num_experts] tokens of a bank in both phases."""
+        """Return [num_experts] tokens of a bank's experts, prefill and decode together."""
         return self.prefill[key] + self.decode[key]
 
     def combined(self, factor: float, other: LoadSums, other_factor: float) -> LoadSums:
-        """Return a weighted sum; a bank that one side lacks counts as zero."""
+        """Return ``factor`` times these sums plus ``other_factor`` times ``other``. A bank that
+        only one of them has counts as zero in the other."""
         sides = ((self, factor), (other, other_factor))
         return LoadSums(
             rows=factor * self.rows + other_factor * other.rows,
@@ -57,12 +60,13 @@ _NOTHING = LoadSums(rows=0.0, prefill={}, decode={})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyLoad:
-    """Tokens of one bank in the placement epoch in force, by copy."""
+    """Tokens that each copy of a bank's experts computed in the current placement epoch."""
 
     prefill: Counts
-    """[num_experts, copies] prompt rows; copies as in ``BankPlacement.logical_to_physical``."""
+    """[num_experts, copies] prompt rows; copies are in the order of
+    ``BankPlacement.logical_to_physical``."""
     decode: Counts
-    """[num_experts] decode rows, all on the expert's decode device."""
+    """[num_experts] decode rows, all computed by the expert's decode device."""
 
     def plus(self, prefill: Counts, decode: Counts) -> CopyLoad:
         return CopyLoad(prefill=sum_by_copy(self.prefill, prefill), decode=self.decode + decode)
@@ -70,48 +74,52 @@ class CopyLoad:
 
 @dataclass(frozen=True, slots=True)
 class LoadWindow:
-    """The load of a span of time."""
+    """Expert load in a span of time."""
 
     began_at: float
-    """Monotonic seconds."""
+    """Start of the window in monotonic seconds."""
     sums: LoadSums
     epoch: int
-    """Placement epoch at its end."""
+    """Placement epoch at the end of the window."""
     copies: Mapping[BankKey, CopyLoad]
-    """Load of that epoch by copy."""
+    """Load of each copy of the experts in the window, as far as it was in ``epoch``."""
 
 
 class LoadTracker:
-    """Collects the load reports. Owned by the controller; ``now`` is in monotonic seconds."""
+    """Collects the expert load that attention workers report. Owned by the controller; ``now`` is
+    in monotonic seconds."""
 
     def __init__(self, section: LoadSection, now: float) -> None:
         self._section = section
         self._reports: dict[str, LoadReport] = {}
         self._base = LoadWindow(now, _NOTHING, 0, {})
-        """Load before the window, with the time at which it ended."""
+        """Load up to the start of the current window; ``began_at`` is the start."""
         self._average = _NOTHING
         self.watched: dict[BankKey, tuple[int, ...]] = {}
-        """The busiest experts of a bank, chosen again at each placement epoch; constant between
-        epochs."""
+        """The busiest experts of each bank, which have metrics of their own; chosen again at each
+        placement epoch, and constant between epochs."""
         self._watched_epoch: int | None = None
         self._own: dict[BankKey, Floats] = {}
-        """[num_experts] by bank: tokens counted while the expert was among the busiest, up to the
-        latest choice."""
+        """[num_experts] by bank: tokens of each expert that were counted while it was among the
+        watched (busiest) ones, up to the latest choice of the watched experts."""
         self._chosen_at: dict[BankKey, Floats] = {}
-        """[num_experts] by bank: all tokens at the latest choice."""
+        """[num_experts] by bank: all tokens of each expert at the latest choice of the watched
+        (busiest) experts."""
         self.num_windows = 0
-        """Windows with load that have ended so far."""
+        """Number of windows with load that have ended so far."""
         self.windows: deque[LoadWindow] = deque(maxlen=section.num_windows)
         """The newest windows that had load, oldest first."""
 
     def take(self, worker: str, report: LoadReport | None) -> None:
-        """Record the newest counts of a worker, if any; older reports are ignored."""
+        """Record the newest counts of a worker. A report of None, or one older than the recorded
+        report, is ignored."""
         known = self._reports.get(worker)
         if report is not None and (known is None or report.rows >= known.rows):
             self._reports[worker] = report
 
     def tick(self, now: float) -> LoadWindow | None:
-        """End the window if its time is over; return it if it had load."""
+        """End the current window if its time is over; return the ended window if it had load, else
+        None."""
         base, epoch = self._base, self.epoch
         if now - base.began_at < self._section.window_s:
             return None
@@ -139,7 +147,8 @@ class LoadTracker:
         return max((r.epoch for r in self._reports.values()), default=0)
 
     def totals(self) -> LoadSums:
-        """Load since the cluster's start, including that of lost workers."""
+        """Return the load since the cluster's start, including the load that lost workers
+        reported."""
         reports = tuple(self._reports.values())
         return LoadSums(
             rows=float(sum(r.rows for r in reports)),
@@ -148,7 +157,8 @@ class LoadTracker:
         )
 
     def copies(self, epoch: int) -> dict[BankKey, CopyLoad]:
-        """Load in a placement epoch by copy; empty unless it is the newest epoch."""
+        """Return the load of each copy of the experts in a placement epoch, by bank; empty unless
+        it is the newest epoch."""
         found: dict[BankKey, CopyLoad] = {}
         for report in self._reports.values() if epoch == self.epoch else ():
             for key, counts in report.banks.items() if report.epoch == epoch else ():
@@ -159,7 +169,7 @@ class LoadTracker:
         return found
 
     def sums(self, source: Source) -> LoadSums:
-        """Return the sums of one source."""
+        """Return the load in a period; all zero if there was none."""
         if source == "total":
             return self.totals()
         if source == "average":
@@ -167,7 +177,7 @@ class LoadTracker:
         return self.windows[-1].sums if self.windows else _NOTHING
 
     def profile(self, source: Source, model: str, top_k: int) -> LoadProfile | None:
-        """Return the load of a source as a load profile; None without load."""
+        """Return the load in a period as a load profile; None without load."""
         sums = self.sums(source)
         if sums.rows <= 0:
             return None
@@ -178,12 +188,13 @@ class LoadTracker:
         return LoadProfile(model=model, top_k=top_k, tokens=round(sums.rows), banks=banks)
 
     def watched_tokens(self, key: BankKey, counts: Floats) -> tuple[list[int], int]:
-        """Return tokens of each watched expert of a bank, and of the rest, as counters that never
-        fall.
+        """Return tokens of each watched (busiest) expert of a bank, and of the rest, as counters
+        that never fall.
 
         Tokens of an expert that is not watched count as the rest. For example, if expert 5 has 70
         tokens when it is chosen, these remain in the rest, and its own counter begins at 0. The
-        counter stops when another expert replaces it, and continues if it is chosen again.
+        counter stops when another expert replaces expert 5, and continues if expert 5 is chosen
+        again.
 
         ``counts``: [num_experts], all tokens of the bank so far.
         """
@@ -192,7 +203,8 @@ class LoadTracker:
         return [round(tokens) for tokens in watched.tolist()], round(float((counts - own).sum()))
 
     def _own_tokens(self, key: BankKey, counts: Floats) -> Floats:
-        """[num_experts]: tokens counted while an expert was watched."""
+        """Return [num_experts]: tokens of each expert that were counted while the expert was
+        watched."""
         if key not in self.watched:
             return np.zeros_like(counts)
         own, watched = self._own[key].copy(), list(self.watched[key])

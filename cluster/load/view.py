@@ -1,4 +1,4 @@
-"""Makes the documents of expert load for commands and the admin API.
+"""Documents about expert load and balancedness, for commands and the admin API.
 
 All devices run the same layer at a time. Therefore the balancedness of all layers is the sum of
 their mean device loads divided by the sum of their largest device loads.
@@ -18,13 +18,14 @@ from cluster.load.tracker import CopyLoad, Floats, LoadTracker, Phase
 
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
 DeviceLoads = Mapping[BankKey, Sequence[float]]
-"""Load of each device with experts, by bank."""
+"""Number of tokens of each device that holds experts, by bank."""
 
 
 def slot_tokens(bank: BankPlacement, load: CopyLoad, phase: Phase | None = None) -> list[list[int]]:
-    """Return ``[device][expert slot]`` -> tokens of one phase, or of both.
+    """Return the tokens that the copy in each slot computed, as ``[device][expert slot]``.
 
-    The counts must be of this placement, because they are by copy.
+    ``phase`` None: prefill and decode together. ``load`` must be counted in the epoch of ``bank``,
+    because its counts are by copy.
     """
     tokens = [[0] * len(slots) for slots in bank.physical_to_logical]
     by_copy, by_expert = load.prefill.tolist(), load.decode.tolist()
@@ -41,8 +42,8 @@ def slot_tokens(bank: BankPlacement, load: CopyLoad, phase: Phase | None = None)
 def achieved_loads(
     placement: ExpertPlacement, load: LoadTracker, phase: Phase | None = None
 ) -> DeviceLoads:
-    """Return tokens of each device in this placement epoch, of the newest window or else in
-    total."""
+    """Return the tokens that each device computed in this placement epoch, by bank: those of the
+    newest load window, or else all of the epoch."""
     newest, epoch = load.windows[-1] if load.windows else None, placement.epoch
     copies = newest.copies if newest and newest.epoch == epoch else load.copies(epoch)
     return {
@@ -55,9 +56,11 @@ def achieved_loads(
 def expected_loads(
     placement: ExpertPlacement, profile: LoadProfile | None, phase: Phase | None = None
 ) -> DeviceLoads:
-    """Return device loads under the profile; prefill by split weights, decode by decode device.
+    """Return the load of each device, by bank, if tokens choose experts as in ``profile``; empty
+    without a profile.
 
-    Without a phase, all tokens count as prefill.
+    Prefill tokens follow the split weights, decode tokens the decode devices. Without a phase, all
+    tokens count as prefill.
     """
     if profile is None:
         return {}
@@ -77,7 +80,10 @@ def expected_loads(
 
 
 def balancedness_of(loads: Sequence[Sequence[float]]) -> float | None:
-    """Return mean over maximum of the device loads, summed over layers; None without load."""
+    """Return the balancedness of device loads ``[layer][device]``; None without load.
+
+    The result is the sum of the layers' mean loads divided by the sum of their largest loads.
+    """
     peaks = sum(max(each, default=0.0) for each in loads)
     means = sum(sum(each) / max(len(each), 1) for each in loads)
     return means / peaks if peaks > 0 else None
@@ -89,8 +95,8 @@ def placement_report(
     """Return the document of ``placement --json``: maps, observed load, and the resulting balance.
 
     ``load`` of a bank is its tokens by logical expert since the start. Balancedness is
-    ``predicted`` from the load profile of the placement, and ``achieved`` by the device loads of
-    this epoch; None without load.
+    ``predicted`` from ``profile``, and ``achieved`` by the device loads in this placement epoch;
+    None without load.
     """
     totals = load.totals()
     both = _balancedness(placement, load, profile)
@@ -118,11 +124,11 @@ def load_document(
     """Return the document of ``load --json``: a load profile since the start, with more fields.
 
     Fields of a bank: ``prefill`` and ``decode`` are the two parts of ``counts``; ``window`` counts
-    the newest load window, ``average`` is an exponential average; ``slots`` has the tokens of this
-    epoch by device and expert slot, None while no worker has counted any; ``watched`` lists the
-    busiest experts, ``watched_tokens`` and ``rest_tokens`` count theirs and all others
-    (``LoadTracker.watched_tokens``); ``copies`` counts the copies of each expert. ``load`` and
-    ``balancedness`` are as in ``placement_report``.
+    the newest load window, ``average`` is an exponential average; ``slots`` has the tokens of the
+    current placement epoch by device and expert slot, None while no worker has counted any;
+    ``watched`` lists the busiest experts, ``watched_tokens`` and ``rest_tokens`` count their tokens
+    and those of all others (``LoadTracker.watched_tokens``); ``copies`` counts the copies of each
+    expert. ``load`` and ``balancedness`` are as in ``placement_report``.
     """
     totals, window, average = (load.sums(s) for s in ("total", "window", "average"))
     copies = load.copies(placement.epoch)
@@ -174,7 +180,8 @@ def _balancedness(
     profile: LoadProfile | None,
     phase: Phase | None = None,
 ) -> dict[BankKey | None, dict[str, float | None]]:
-    """Return ``predicted`` and ``achieved`` of each bank, and under None of all layers."""
+    """Return ``predicted`` and ``achieved`` balancedness of each bank, and of all layers under
+    None."""
     names = {
         "predicted": expected_loads(placement, profile, phase),
         "achieved": achieved_loads(placement, load, phase),
@@ -196,5 +203,5 @@ def _of_holders(bank: BankPlacement, loads: Sequence[float]) -> list[float]:
 
 
 def _numbers(counts: Floats) -> list[float]:
-    """Round values: whole numbers as integers, others to a tenth."""
+    """Return counts rounded to a tenth, whole numbers as integers."""
     return [int(c) if c.is_integer() else round(c, 1) for c in counts.tolist()]

@@ -69,7 +69,7 @@ _METADATA = "__metadata__"
 
 
 def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) -> AdapterFolder:
-    """Check and read an adapter folder. Raises ``CheckpointError``, which states what is wrong.
+    """Check and read an adapter folder. Raises ``CheckpointError``, which states the fault.
 
     ``targets``: modules that adapters may change, by name; see ``catalog.targets_of``.
     ``max_rank``: maximum rank of a module.
