@@ -1,4 +1,7 @@
-"""Finds the answer in a text that arrives in pieces. Stop strings apply only to the answer."""
+"""Separates a model's answer from its reasoning in a text that arrives in pieces.
+
+Stop strings apply only to the answer.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from gateway.core.thinking import BEGIN, END, Thinking
 from gateway.text.harmony.special_tokens import ENDS, MESSAGE, START
 
 _MAX_MARK_CHARS = 256
-"""Longest delimiter that is found across pieces; a Harmony header may contain a content type."""
+"""Maximum length of a delimiter that is found across pieces of text. This suffices for a Harmony
+header with a content type."""
 _END_OF_REASONING = re.compile(re.escape(END))
 _END_OF_MESSAGE = re.compile("|".join(map(re.escape, (*ENDS, START))))
 _MESSAGE_OR_CALL = re.compile(
@@ -27,10 +31,11 @@ class AnswerRegion:
         may_have_none: bool,
         skips_line_breaks: bool,
     ) -> None:
-        """``begin_pattern`` matches the delimiter before the answer, ``end_pattern`` one after
-        which reasoning and more of the answer may follow. With ``may_have_none``, a text that
-        does not start with ``<think>`` is all answer. With ``skips_line_breaks``, line breaks
-        after the first delimiter are not part of the answer.
+        """``begin_pattern`` matches the delimiter before the answer. ``end_pattern`` matches a
+        delimiter after which reasoning and more of the answer may follow; None if the answer does
+        not end before the text. With ``may_have_none``, a text that does not start with
+        ``<think>`` is all answer. With ``skips_line_breaks``, line breaks after the first
+        delimiter are not part of the answer.
         """
         self._begin_pattern = begin_pattern
         self._end_pattern = end_pattern
@@ -39,17 +44,20 @@ class AnswerRegion:
         self._has_begun = False
         self._seen = ""
         self.is_open = False
-        """Whether the current position is in the answer."""
+        """Whether the end of the text so far is in the answer, not in reasoning."""
 
     @classmethod
     def after_thinking(cls, thinking: Thinking) -> AnswerRegion:
-        """Create the region of a text with reasoning between ``<think>`` and ``</think>``."""
+        """Create an instance for text with reasoning between ``<think>`` and ``</think>``."""
         is_possible = thinking is Thinking.POSSIBLE
         return cls(_END_OF_REASONING, may_have_none=is_possible, skips_line_breaks=True)
 
     @classmethod
     def for_harmony(cls, open_message: str) -> AnswerRegion:
-        """Create the region of a Harmony text after a prompt that ends with ``open_message``."""
+        """Create an instance for text in the Harmony format (gpt-oss).
+
+        ``open_message`` is the header of the message that the prompt leaves open; empty if none.
+        """
         region = cls(
             _MESSAGE_OR_CALL, _END_OF_MESSAGE, may_have_none=False, skips_line_breaks=False
         )
@@ -59,7 +67,10 @@ class AnswerRegion:
         return region
 
     def split(self, new: str) -> list[tuple[str, bool]]:
-        """Split a piece into pairs (text, whether it is answer). Undecided text is held back."""
+        """Split the next piece of text into pairs (text, whether the text is in the answer).
+
+        Text that may be the beginning of ``<think>`` is held back.
+        """
         if self._is_undecided:
             self._seen += new
             stripped = self._seen.lstrip()
@@ -99,7 +110,10 @@ class AnswerRegion:
         return end
 
     def _find_end(self, pattern: re.Pattern[str], new: str) -> int | None:
-        """Return the end of the delimiter in ``new``, or None; it may begin in earlier pieces."""
+        """Return the end in ``new`` of the first match of ``pattern``, or None if it has no match.
+
+        The match may begin in earlier pieces.
+        """
         text = self._seen + new
         match = pattern.search(text)
         end = None if match is None else match.end() - len(self._seen)
@@ -107,7 +121,7 @@ class AnswerRegion:
         return end
 
     def flush(self) -> str:
-        """Return the text that is still held back at the end, which belongs to the answer."""
+        """Return the text that is held back at the end of the output; it belongs to the answer."""
         if not self._is_undecided:
             return ""
         self._is_undecided, self.is_open = False, True

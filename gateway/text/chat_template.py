@@ -47,7 +47,7 @@ _MARK = "expertmesh-end-of-final-message "
 _USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _MAX_SHOWN_CHARS = 64
 _MAX_LEADING_ROLES = 8
-"""Maximum number of leading instruction roles that a template is probed with."""
+"""Maximum number of system and developer messages at the start with which a template is probed."""
 _ASSISTANT = "assistant"
 
 
@@ -103,7 +103,8 @@ class ChatTemplate:
         self.tool_format: ToolCallFormat | None = (
             self._find_tool_format() if other is None else other.tool_format
         )
-        """Format of the model's tool calls; None if unknown, or without tools (except Harmony)."""
+        """Format of the model's tool calls. None if the format is unknown, or if the template does
+        not support tools; Harmony (gpt-oss) is found even without tools."""
         self.has_thinking: bool = END in source or (other is not None and other.has_thinking)
         """Whether the model may write reasoning before its answer."""
 
@@ -154,8 +155,9 @@ class ChatTemplate:
     ) -> tuple[str, Sequence[Mapping[str, Any]]]:
         """Render the conversation and return the prompt with the messages that it contains.
 
-        If the template rejects the conversation, other positions of the instructions are tried.
-        The result is the first prompt that contains all instructions, else the first prompt.
+        If the template rejects the conversation, other positions of the instructions (system and
+        developer messages) are tried. The result is the first prompt that contains all
+        instructions, else the first prompt.
         """
         first_result: tuple[str, Sequence[Mapping[str, Any]]] | None = None
         refusal: Exception | None = None
@@ -194,7 +196,7 @@ class ChatTemplate:
     def _move_instructions(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> Sequence[Mapping[str, Any]]:
-        """Move instructions to positions at which the template includes their text."""
+        """Move system and developer messages to positions at which the template includes them."""
         leading = leading_roles(messages)[:_MAX_LEADING_ROLES]
         if leading and leading != (SYSTEM,) and not self._includes_all((*leading, USER), tools):
             messages, leading = merge_leading_instructions(messages), (SYSTEM,)
@@ -207,7 +209,7 @@ class ChatTemplate:
         return messages if is_shown or not leading else instructions_to_user(messages)
 
     def _find_tool_format(self) -> ToolCallFormat | None:
-        """Return the tool call format; Harmony is detected even without support for tools."""
+        """Return the model's tool call format, or None. Harmony is found even without tools."""
         formats = (form for form in ToolCallFormat if form.is_shown_by(self._source))
         return next((f for f in formats if self.has_tools or f is ToolCallFormat.HARMONY), None)
 
@@ -237,7 +239,7 @@ class ChatTemplate:
     def _included_roles(
         self, roles: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None
     ) -> frozenset[int] | None:
-        """Return the indices of the roles that the template includes; None if it rejects them."""
+        """Return the indices of roles whose messages are in the prompt; None if rendering fails."""
         key = (roles, bool(tools))
         if key not in self._probe_results:
             self._probe_results[key] = self._probe(roles, tools)

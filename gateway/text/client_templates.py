@@ -21,7 +21,7 @@ from gateway.text.render_template import CPU_LIMIT_S, PARAM
 
 MAX_AT_ONCE = 2
 MAX_WAITING = 16
-"""Maximum number of requests that wait for a process."""
+"""Maximum number of requests whose chat templates are being rendered or wait for a process."""
 _WALL_LIMIT_S = 20.0
 _RETRY_S = 2.0
 
@@ -30,11 +30,11 @@ _RETRY_S = 2.0
 class RenderedTemplate:
     has_tools: bool
     tool_format: ToolCallFormat | None
-    """Format of the model's tool calls; see ``ChatTemplate.tool_format``."""
+    """Format of the model's tool calls; None if unknown, or without tools in the template."""
     has_thinking: bool
     """Whether the model may write reasoning before its answer."""
     text: str | None
-    """The prompt; None if ``error`` is set."""
+    """The rendered prompt; None if ``error`` is set."""
     error: RequestError | None = None
     """The template's error; None if ``text`` is set."""
 
@@ -51,11 +51,14 @@ class ClientTemplateRenderer:
         messages: Sequence[Mapping[str, Any]],
         options: Mapping[str, Any],
     ) -> RenderedTemplate:
-        """Render a conversation. ``options`` are the arguments of ``ChatTemplate.render``.
+        """Render a conversation with the client's chat template ``source`` in a new process.
+
+        ``variables`` are special tokens by name; ``options`` are further arguments of
+        ``ChatTemplate.render``. An error of the template about the conversation is in the result.
 
         Raises:
             RequestError: the template is invalid, or needs too much time or memory.
-            QueueFullError: too many requests wait.
+            QueueFullError: too many requests wait for a process.
         """
         if self._num_waiting >= MAX_WAITING:
             message = f"{MAX_WAITING} chat templates of clients are waiting"

@@ -32,7 +32,7 @@ class Detokenizer(Protocol):
 
 
 class ByteDetokenizer:
-    """Detokenizer for byte-level vocabularies. The result equals decoding the whole list."""
+    """Detokenizer for byte-level vocabularies. The pieces together equal the text of all tokens."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -49,7 +49,8 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """Detokenizer for other vocabularies: the difference between two decodings of a short window.
+    """Detokenizer for vocabularies that are not byte-level: decodes a short window of tokens twice,
+    without and with the new tokens, and returns the difference.
 
     Source: the scheme of Hugging Face text-generation-inference (``decode_token``). The window
     starts with the end of the prompt, so that a leading space is kept.
@@ -114,10 +115,10 @@ def locate_tokens(
 def align_offsets(
     original: str, text: str, tokens: Sequence[TokenText]
 ) -> tuple[str, list[TokenText]]:
-    """Convert token offsets in the decoded ``text`` into offsets in the original text ``original``.
+    """Convert token offsets in the decoded ``text`` of a prompt into offsets in ``original``.
 
-    The decoded text may start with special tokens, or with a space that some tokenizers add. Some
-    decoders omit a space of the first token.
+    ``original`` is the client's text. The decoded text may start with special tokens, or with a
+    space that some tokenizers add. Some decoders omit a space of the first token.
     """
     is_end = text.endswith(original) or original.endswith(text)
     shift = len(text) - len(original) if is_end else 0
@@ -147,7 +148,7 @@ class StopStringFinder:
         """Text that is held back: a proper prefix of a stop string, or empty."""
 
     def feed(self, new: str, can_stop: bool = True) -> tuple[str, str | None]:
-        """Add ``new``; return the text that is final and the stop string that ended it, or None.
+        """Add the next piece; return the final text, and the stop string that ended it or None.
 
         If ``can_stop`` is False, a stop string that ends within ``new`` is ordinary text.
         """
@@ -197,7 +198,7 @@ class ChoiceText:
         stop: the stop strings.
         min_tokens: minimum number of tokens before a stop takes effect.
         region: the part of the text in which stops take effect; None for the whole text.
-        stop_ids: stop tokens that the engine does not know.
+        stop_ids: ids of stop tokens at which the engine itself does not stop.
     """
 
     def __init__(
@@ -217,7 +218,7 @@ class ChoiceText:
         self._text = ""
         self._tokens: list[TokenText] = []
         self.num_tokens = 0
-        """Number of tokens, including the one that completed a stop string."""
+        """Number of added tokens, including the token that completed a stop string."""
 
     def feed(
         self, token_id: int, logprob: TokenLogprob | None, hidden: bool = False
@@ -253,7 +254,10 @@ class ChoiceText:
                 self._text += self._stop.flush()
 
     def take(self, always: bool = False) -> tuple[str, tuple[TokenText, ...]]:
-        """Return the text and tokens that are ready; tokens without text only with ``always``."""
+        """Return and remove the text and tokens that are ready.
+
+        While there is no text, tokens are returned only if ``always`` is True.
+        """
         if not self._text and not always and self._detokenizer is not None:
             return "", ()
         text, self._text = self._text, ""

@@ -36,9 +36,9 @@ class TextToEncode(msgspec.Struct, frozen=True, kw_only=True):
     """Indices of the special tokens in the parts of a ``HarmonyPrompt``; None for a plain text."""
     add_special_tokens: bool
     start: int | None
-    """Start of the slice."""
+    """Start of the requested slice of the token ids; None for the first id."""
     stop: int | None
-    """End of the slice."""
+    """End (exclusive) of the requested slice of the token ids; None for all further ids."""
 
     @property
     def text(self) -> str:

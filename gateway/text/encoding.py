@@ -1,4 +1,4 @@
-"""Encodes texts outside the event loop: in threads, or in a process for long texts."""
+"""Tokenizes texts outside the event loop: in threads, or in a process for long texts."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from gateway.text.long_text_encoder import LONG_CHARS, LongTextEncoder
 from gateway.text.tokenizer import Tokenizer
 
 MAX_TOKENS = MAX_ENTRIES
-"""Maximum number of tokens of a text that need not fit the context, as in ``/tokenize``."""
+"""Maximum number of tokens of a text that need not fit the model's context, as in ``/tokenize``."""
 _INLINE_CHARS = 2048
-"""Number of characters above which a text is tokenized in a thread."""
+"""Number of characters above which texts are tokenized in a thread, not on the event loop."""
 
 
 class EncodedText(NamedTuple):
     ids: tuple[int, ...]
-    """The requested slice of the token ids."""
+    """The requested slice of the token ids of a text."""
     num_tokens: int
     """Number of tokens of the whole text."""
 
 
 class TextEncoder:
-    """Encodes prompts; ``long_work`` runs work that holds the GIL."""
+    """Tokenizes prompts outside the event loop; ``long_work`` runs work that holds the GIL."""
 
     def __init__(self, tokenizer: Tokenizer, long_work: LongWork) -> None:
         self._tokenizer = tokenizer
@@ -37,7 +37,10 @@ class TextEncoder:
     async def encode(
         self, prompts: Sequence[str | tuple[int, ...]], add_special_tokens: bool, token_slice: slice
     ) -> list[EncodedText]:
-        """Return the slice ``token_slice`` of the token ids of each prompt."""
+        """Return the slice ``token_slice`` of the token ids of each prompt.
+
+        A prompt is a text or its token ids.
+        """
         encoder = self._long_text_encoder
         if encoder is None or all(len(one) <= LONG_CHARS for one in _texts(prompts)):
             return await self._encode_in_thread(prompts, add_special_tokens, token_slice)
@@ -71,13 +74,13 @@ class TextEncoder:
         return EncodedText(prompt[token_slice], len(prompt))
 
     async def stop(self) -> None:
-        """Stop the process for long texts."""
+        """Stop the process that tokenizes long texts."""
         if self._long_text_encoder is not None:
             await self._long_text_encoder.stop()
 
 
 def check_num_tokens(name: str, count: int) -> None:
-    """Raise ``RequestError`` if ``count`` exceeds ``MAX_TOKENS``."""
+    """Raise ``RequestError`` for the field ``name`` if the token count exceeds ``MAX_TOKENS``."""
     if count > MAX_TOKENS:
         raise RequestError(f"{name} has {count} tokens, at most {MAX_TOKENS} are allowed", name)
 

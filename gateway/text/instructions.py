@@ -16,24 +16,24 @@ SYSTEM, DEVELOPER, USER = "system", "developer", "user"
 _TOOL = "tool"
 INSTRUCTION_ROLES = frozenset({SYSTEM, DEVELOPER})
 _SEPARATOR = "\n\n"
-"""Separator between texts that are merged."""
+"""Separator between the texts of messages that are merged into one message."""
 
 Message = Mapping[str, Any]
 
 
 def leading_roles(messages: Sequence[Message]) -> tuple[str, ...]:
-    """Return the roles of the instructions at the start of a conversation."""
+    """Return the roles of the system and developer messages at the start of a conversation."""
     return tuple(m["role"] for m in takewhile(_is_instruction, messages))
 
 
 def late_roles(messages: Sequence[Message]) -> frozenset[str]:
-    """Return the roles of instructions after the start."""
+    """Return the roles of system and developer messages after a message of another role."""
     rest = messages[len(leading_roles(messages)) :]
     return frozenset(m["role"] for m in rest if _is_instruction(m))
 
 
 def merge_leading_instructions(messages: Sequence[Message]) -> list[Message]:
-    """Merge the instructions at the start into one system message."""
+    """Merge the system and developer messages at the start into one system message."""
     number = len(leading_roles(messages))
     if number == 0:
         return list(messages)
@@ -42,20 +42,20 @@ def merge_leading_instructions(messages: Sequence[Message]) -> list[Message]:
 
 
 def merge_all_instructions(messages: Sequence[Message]) -> list[Message]:
-    """Merge all instructions into one system message at the start."""
+    """Merge all system and developer messages into one system message at the start."""
     instructions = [m for m in messages if _is_instruction(m)]
     rest = [m for m in messages if not _is_instruction(m)]
     return merge_leading_instructions([*instructions, *rest])
 
 
 def late_instructions_to_user(messages: Sequence[Message]) -> list[Message]:
-    """Convert instructions after the start into user text."""
+    """Convert system and developer messages that are not at the start into user text."""
     number = len(leading_roles(messages))
     return [*messages[:number], *instructions_to_user(messages[number:])]
 
 
 def instructions_to_user(messages: Sequence[Message]) -> list[Message]:
-    """Convert instructions to user text, joined with an adjacent user message if there is one.
+    """Convert system and developer messages to user text, joined with an adjacent user message.
 
     Adjacent user messages are merged, since some templates reject consecutive ones. Tool results
     stay next to their calls.
@@ -83,14 +83,17 @@ class _MessageMerger:
     def __init__(self) -> None:
         self._messages: list[Message] = []
         self._texts: list[list[str] | None] = []
-        """User texts of each message; None for messages that are not changed."""
+        """User texts to join for each message; None for messages that are not changed."""
 
     def add(self, message: Message) -> None:
         self._messages.append(message)
         self._texts.append([message["content"]] if _is_text_of_user(message) else None)
 
     def add_user_text(self, texts: Sequence[str], message: Message | None = None) -> None:
-        """Append texts to a user message at the end, else add a copy of ``message`` with them."""
+        """Append texts to the last message if it has user text, else add a user message with them.
+
+        The added message is a copy of ``message`` with ``texts`` as content.
+        """
         if not texts:
             return
         if self._texts and (last := self._texts[-1]) is not None:
@@ -115,7 +118,7 @@ def _is_instruction(message: Message) -> bool:
 
 
 def contains_instructions(text: str, messages: Sequence[Message]) -> bool:
-    """Whether a prompt contains the instructions of a conversation in order."""
+    """Whether a prompt contains the system and developer messages of a conversation in order."""
     position = 0
     for message in filter(_is_instruction, messages):
         text_part = message["content"].strip()

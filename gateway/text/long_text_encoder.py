@@ -12,11 +12,13 @@ from cluster.core.errors import RequestFailedError
 from gateway.text.encode_texts import ID_TYPE, REPLY, encode_message
 
 LONG_CHARS = 262_144
-"""Number of characters above which a text is tokenized in the process instead of a thread."""
+"""Number of characters above which a text is tokenized in a process instead of a thread."""
 
 
 class LongTextEncoder:
-    """Client of the process. The process starts for the first long text and keeps running.
+    """Client of the process that tokenizes long texts.
+
+    The process starts for the first long text and keeps running.
 
     Args:
         file: path of ``tokenizer.json``.

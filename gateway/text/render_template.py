@@ -17,12 +17,12 @@ from cluster.core.errors import CheckpointError, RequestError
 from gateway.text.chat_template import ChatTemplate
 
 CPU_LIMIT_S = 3
-"""CPU time limit in seconds, including the start of the interpreter."""
+"""CPU time limit in seconds to render a client's template, including the start of Python."""
 MEMORY_LIMIT_BYTES = 1024**3
 MAX_TEXT_CHARS = 16 * 1024 * 1024
-"""Maximum length of the prompt."""
+"""Maximum length of a rendered prompt in characters."""
 PARAM = "chat_template"
-"""The request field that contains the template."""
+"""Name of the request field that contains the client's chat template."""
 
 
 def render_request(request: dict[str, Any]) -> dict[str, Any]:

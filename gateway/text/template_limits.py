@@ -20,13 +20,13 @@ from jinja2.visitor import NodeTransformer
 TIME_LIMIT_S = 10.0
 """Maximum time in seconds to render one prompt."""
 MAX_CHARS = 16 * 1024 * 1024
-"""Maximum length of a prompt, and of a text or list within a template."""
+"""Maximum length of a prompt, and of each text or list that a template makes."""
 _CHECK_EVERY = 256
 _TICK, _JOIN = "bounded_tick", "bounded_join"
 _MAX_POWER_BITS = 4096
 BoundedTemplate = jinja2.Template  # noqa: TID251  # made by the environment below
 _GROWING_FILTERS = ("center", "indent", "join", "replace", "format", "wordwrap")
-"""Filters that can return a much longer text than their input."""
+"""Jinja filters that can return a much longer text than their input."""
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ _BUDGET: contextvars.ContextVar[_Budget | None] = contextvars.ContextVar("budget
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox that raises ``TemplateRuntimeError`` if a template exceeds a limit."""
+    """Jinja sandbox that limits a template's time and sizes; raises ``TemplateRuntimeError``."""
 
     intercepted_binops = frozenset({"*", "**", "+"})
 
@@ -50,7 +50,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = _limited_filter(self.filters[name])
 
     def compile_bounded(self, source: str) -> BoundedTemplate:
-        """Compile a template with checks in its loops and joins. Raises ``TemplateError``."""
+        """Compile a template with limit checks in its loops and concatenations.
+
+        Raises ``TemplateError`` if the template is invalid.
+        """
         return self.from_string(_CheckInserter().visit(self.parse(source)))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -64,7 +67,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def render(template: BoundedTemplate, values: Mapping[str, Any]) -> str:
-    """Render a template of ``BoundedEnvironment``. Raises the exceptions of the template."""
+    """Render a template of ``BoundedEnvironment`` within the time and size limits.
+
+    Raises the exceptions of the template, and ``TemplateRuntimeError`` beyond a limit.
+    """
     token = _BUDGET.set(_Budget(time.monotonic() + TIME_LIMIT_S))
     try:
         return "".join(_pieces(template, values))
@@ -81,7 +87,7 @@ def _pieces(template: BoundedTemplate, values: Mapping[str, Any]) -> Iterator[st
 
 
 class _CheckInserter(NodeTransformer):
-    """Adds calls that check the limits to the syntax tree of a template."""
+    """Adds calls that check the time and size limits to the syntax tree of a template."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)

@@ -23,14 +23,15 @@ from gateway.text.tokenizer_files import DEFAULT, TOOL_USE, read_tokenizer_files
 
 logger = logging.getLogger(__name__)
 _NORMALIZER_SHRINK = 4
-"""Maximum factor by which a normalizer (NFC) shortens text, for ``is_surely_longer_than``."""
+"""Maximum factor by which a normalizer (NFC) shortens a text, for estimates of token counts."""
 _REPLACED = (
     "the server writes chat prompts in the Harmony format and does not use the chat template of "
     "the checkpoint; pass its file as --chat-template to use it"
 )
 _NO_DEFAULT = "{{ raise_exception('the checkpoint has a template for tools only') }}"
 _SHORT_CHARS = 2048
-"""Length above which texts and lists use the library's batch methods, which release the GIL."""
+"""Length above which texts and token lists use batch methods of ``tokenizers``, which release the
+GIL."""
 
 
 class Tokenizer:
@@ -61,12 +62,15 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Ids of the special tokens by text."""
+        """Ids of the special tokens by their text."""
         return {self._added[number]: number for number in self._special}
 
     @property
     def grammar_token_ids(self) -> dict[str, int]:
-        """Ids of the tokens that grammars refer to by id, by text; see ``_is_grammar_token``."""
+        """Ids of the tokens that grammars must refer to by id, by the tokens' text.
+
+        These are the special tokens and added tokens like ``<a>``.
+        """
         return {
             text: number for number, text in self._added.items() if self._is_grammar_token(number)
         }
@@ -87,7 +91,10 @@ class Tokenizer:
         return made
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Return token ids. Special tokens in the texts of a ``HarmonyPrompt`` are plain text."""
+        """Return the token ids of a text.
+
+        In the client texts of a ``HarmonyPrompt``, names of special tokens are plain text.
+        """
         if isinstance(text, HarmonyPrompt):
             return self._encode_marked(text, add_special_tokens)
         if len(text) <= _SHORT_CHARS:
@@ -96,7 +103,7 @@ class Tokenizer:
         return tuple(encodings[0].ids)
 
     def _encode_marked(self, text: HarmonyPrompt, add_special_tokens: bool) -> tuple[int, ...]:
-        """Encode special tokens as such and the other parts as plain text."""
+        """Encode a Harmony prompt: special tokens as such, and the other parts as plain text."""
         texts = [part for part in text.parts if not isinstance(part, SpecialToken)]
         if len(text) <= _SHORT_CHARS:
             encodings = [self._plain_backend.encode(one, add_special_tokens=False) for one in texts]
@@ -132,7 +139,7 @@ class Tokenizer:
         return token_id in self._special
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the exact bytes that a token adds to the text, maybe a part of a character."""
+        """Return the exact bytes that a token adds to the text; they may be part of a character."""
         cached = self._bytes.get(token_id)
         if cached is None:
             cached = self._bytes[token_id] = self._make_bytes(token_id)
@@ -194,7 +201,11 @@ def load_tokenizer(folder: str, chat_template: str | None = None) -> Tokenizer |
 def _load_template(
     folder: Path, override: str | None, special_ids: Mapping[str, int]
 ) -> ChatTemplate | HarmonyTemplate | None:
-    """Return ``override``, else our Harmony template if it fits, else the checkpoint's template."""
+    """Return the chat template of a model; None if there is none.
+
+    The order is: ``override``, the built-in template for models in the Harmony format, the template
+    of the checkpoint.
+    """
     files = read_tokenizer_files(folder)
     variables = files.tokens
     if override:

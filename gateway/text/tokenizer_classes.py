@@ -42,7 +42,10 @@ _DEFAULTS: Mapping[str, Mapping[str, str]] = {
 def default_special_tokens(
     tokenizer_config: Mapping[str, Any], config: Mapping[str, Any], *, is_byte_level: bool
 ) -> Mapping[str, str]:
-    """Return special tokens by name; empty for the generic class and for unknown classes."""
+    """Return the default special tokens of a checkpoint's tokenizer class, by name.
+
+    The result is empty for the generic class and for unknown classes.
+    """
     named = tokenizer_config.get("tokenizer_class") or config.get("tokenizer_class")
     name = str(named).removesuffix("Fast")
     if name == "LlamaTokenizer" and is_byte_level:

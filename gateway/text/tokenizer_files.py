@@ -24,14 +24,15 @@ from cluster.core.errors import CheckpointError
 from gateway.text.tokenizer_classes import default_special_tokens
 
 DEFAULT, TOOL_USE = "default", "tool_use"
-"""Names of templates: for all conversations, and for conversations with tools."""
+"""Names of a checkpoint's chat templates: for all conversations, and for those with tools."""
 _ENTRY = "chat_template"
 _FIELDS = ("name", "template")
 _TOKEN = "_token"
 """Suffix of the names of special tokens in templates, for example ``bos_token``."""
 _USUAL = frozenset(f"{name}{_TOKEN}" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"])
 _MODEL_SPECIFIC, _EXTRA = "model_specific_special_tokens", "extra_special_tokens"
-"""Entries with more tokens by name. ``_EXTRA`` and top-level entries override the first one."""
+"""Entries of ``tokenizer_config.json`` with additional special tokens by name. The second entry and
+top-level entries override the first entry."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +40,16 @@ class TokenizerFiles:
     """Chat templates and special tokens of a checkpoint."""
 
     templates: Mapping[str, str]
-    """Jinja texts by name."""
+    """Jinja texts of the chat templates by template name."""
     tokens: Mapping[str, str]
-    """Texts of special tokens by their name in templates."""
+    """Texts of the special tokens by their name in templates, for example ``bos_token``."""
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Read the files that exist. Raises ``CheckpointError`` if one of them cannot be read."""
+    """Read the chat templates and special tokens from the checkpoint files that exist.
+
+    Raises ``CheckpointError`` if a file cannot be read.
+    """
     config = _read_json(folder / "tokenizer_config.json")
     is_byte_level = '"ByteLevel"' in _read(folder / "tokenizer.json")
     model = _read_json(folder / "config.json")
@@ -90,7 +94,7 @@ def _template_files(folder: Path) -> dict[str, str]:
 
 
 def _templates_of(entry: Any) -> dict[str, str]:
-    """Parse the entry ``chat_template``: one text, or several templates by name."""
+    """Return templates by name from the entry ``chat_template``: one text, or several templates."""
     if isinstance(entry, str):
         return {DEFAULT: entry}
     if isinstance(entry, dict):

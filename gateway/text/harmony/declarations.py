@@ -29,13 +29,13 @@ def declare_functions(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _arguments(schema: ResolvedSchema) -> str:
-    """Return the parameter list of a function; empty if it takes no arguments."""
+    """Return the TypeScript parameter list of a function; empty if it takes no arguments."""
     has_any = schema.has_properties or schema.has_variants
     return f"_: {_described(schema, _type(schema, ''))}" if has_any else ""
 
 
 def _described(schema: ResolvedSchema, type_text: str) -> str:
-    """Return a type, preceded by its description if it is an object."""
+    """Return ``type_text``, preceded by the schema's description if the schema is an object."""
     lines = comment(schema.get("description")) if schema.has_properties else []
     return "\n".join([*lines, type_text])
 
@@ -56,7 +56,7 @@ def _choices(schema: ResolvedSchema, indent: str) -> list[str]:
 
 
 def _of_kind(kind: str, schema: ResolvedSchema, indent: str) -> str:
-    """Return the type of values with the JSON type ``kind``."""
+    """Return the TypeScript type of values with the JSON type ``kind``."""
     if kind == ARRAY:
         return _array(schema, indent)
     if kind == OBJECT and schema.has_properties:
@@ -83,7 +83,7 @@ def _object(schema: ResolvedSchema, indent: str) -> str:
 
 
 def _property(key: str, schema: ResolvedSchema, indent: str) -> list[str]:
-    """Return the lines of one property, without indentation."""
+    """Return the lines that declare one property of an object, without indentation."""
     lines = [*comment(schema.get("title")), "//"] if schema.get("title") else []
     lines += comment(schema.get("description"))
     if examples := schema.entries("examples"):
@@ -106,7 +106,9 @@ def _variant(variant: ResolvedSchema, owner: ResolvedSchema, indent: str) -> str
 
 
 def _default(schema: ResolvedSchema) -> str:
-    """Return a note with the default value, or an empty text. ``enum`` values have no quotes."""
+    """Return a note with the schema's default value; empty without one. ``enum`` values are
+    unquoted.
+    """
     if "default" not in schema.data:
         return ""
     value = schema.data["default"]
@@ -115,7 +117,7 @@ def _default(schema: ResolvedSchema) -> str:
 
 
 def comment(text: object) -> list[str]:
-    """Return the lines of a text as comments."""
+    """Return the lines of a text as TypeScript comments; empty without a text."""
     return [f"// {line}".rstrip() for line in str(text).splitlines()] if text else []
 
 

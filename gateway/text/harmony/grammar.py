@@ -1,4 +1,4 @@
-"""Grammars of answers in the Harmony format.
+"""Grammars of answers in the Harmony format of gpt-oss.
 
 Reasoning and text before tool calls are always allowed. Tools constrain the calls; structured
 output constrains the text of the channel ``final``. Text cannot contain special tokens.
@@ -48,15 +48,16 @@ def harmony_grammar(
     answer: Grammar | None,
     opened: str = OPENED,
 ) -> Grammar | None:
-    """Return the grammar of an answer, or None for any text. Only the last message may be a call.
+    """Return the grammar of an answer in the Harmony format; None allows any text.
 
-    If the vocabulary lacks the special tokens of the format, the grammar is ``answer``.
+    Only the last message may be a call. If the vocabulary lacks the special tokens of the format,
+    the grammar is ``answer``.
 
     Args:
         use: the tools; None without tools.
         special_ids: ids of the special tokens by text.
-        answer: grammar of the text of the channel ``final``.
-        opened: the open message of the prompt, as for ``HarmonyParser``.
+        answer: grammar of the text of the channel ``final``; None for any text.
+        opened: header of the message that the prompt leaves open and the answer continues.
 
     Raises:
         RequestError: the tools are too large, or cannot be combined with ``answer`` or this
@@ -94,7 +95,7 @@ def _grammar_without_tokens(use: ToolUse | None, answer: Grammar | None) -> Gram
 
 
 def _start_rules(use: ToolUse | None, special_ids: Mapping[str, int], opened: str) -> list[str]:
-    """Return the start rules: an answer begins with ``<|start|>``, a header or message text."""
+    """Return the rules for the start of an answer: ``<|start|>``, a header or message text."""
     must_call = use is not None and use.must_call
     ends = ["final"] * (not must_call) + ["call"] * (use is not None)
     turn = f"turn: before* ({' | '.join(ends)})"

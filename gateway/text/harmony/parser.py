@@ -35,14 +35,15 @@ from gateway.text.tool_formats.delimiters import (
 from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 
 MAX_HEADER_CHARS = 256
-"""Maximum length of a header. A longer one is text, so that clients do not wait for its end."""
+"""Maximum length of a message header in characters. A longer header counts as text, so that clients
+do not wait for the end of the header."""
 _PIECE_CHARS = 4096
-"""Number of characters read at a time, so that the work is linear in the length of the text."""
+"""Number of characters parsed at a time, so that the work is linear in the length of the text."""
 _TEXT_ENDS = (*ENDS, START)
 _HEADER_ENDS = (MESSAGE, *_TEXT_ENDS)
 _WINDOW_CHARS = MAX_HEADER_CHARS + max(map(len, _HEADER_ENDS))
 _FIRST_WORDS = (*SPECIAL_TOKENS, "to=")
-"""Possible beginnings of a header after its role."""
+"""Possible beginnings of a message header after its role."""
 
 
 class _HarmonyState(Enum):
@@ -58,7 +59,9 @@ def _text_state(header: MessageHeader) -> _HarmonyState:
 
 
 class HarmonyParser:
-    """Parses one answer. The result does not depend on how the text is split into pieces.
+    """Parses one answer in the Harmony format into reasoning, content and calls, piece by piece.
+
+    The result does not depend on how the text is split into pieces.
 
     ``<|channel|>analysis<|message|>Look.<|end|><|start|>assistant<|channel|>final<|message|>Yes.``
     is the reasoning ``Look.`` and the content ``Yes.`` No text is lost, except words of a header:
@@ -77,27 +80,27 @@ class HarmonyParser:
         self._has_role = not opened.startswith(OPENED)
         """Whether the current header begins with a role."""
         self._may_be_text = opened == OPENED
-        """Whether the answer may have no header."""
+        """Whether the answer may begin with text instead of a header."""
         self._arguments: list[str] = []
         self.num_begun = 0
-        """Number of calls with a known name."""
+        """Number of tool calls in the answer whose function name is known."""
         self.num_complete = 0
-        """Number of calls with complete arguments."""
+        """Number of tool calls in the answer with complete arguments."""
         if opened.endswith(MESSAGE):
             self._waiting = ""
             self._state = _text_state(read_header(opened))
 
     @property
     def has_calls(self) -> bool:
-        """Whether there are calls and the last one is complete."""
+        """Whether the answer has tool calls and all of them are complete."""
         return 0 < self.num_complete == self.num_begun
 
     def feed(self, text: str, is_last: bool = False, ends_with_token: bool = False) -> ParsedPiece:
-        """Add ``text`` and return the parsed output that is final.
+        """Add the next piece of the answer and return the parsed output that is final.
 
         Args:
             text: the next piece.
-            is_last: whether the answer ends; no text is held back.
+            is_last: whether the answer ends with ``text``; if so, no text is held back.
             ends_with_token: whether a special token, which is not in the text, ended the answer.
         """
         output = PieceBuilder()
@@ -115,7 +118,7 @@ class HarmonyParser:
             pass
 
     def _step(self, output: PieceBuilder, is_last: bool) -> bool:
-        """Parse the next part; return whether another call may parse more."""
+        """Parse the next part of the waiting text; return whether another step may parse more."""
         if self._state is _HarmonyState.BETWEEN:
             return self._read_between(is_last)
         if self._state is _HarmonyState.HEADER:
@@ -174,7 +177,7 @@ class HarmonyParser:
             self._state = _text_state(header)
 
     def _begin_incomplete(self, header: str, output: PieceBuilder) -> None:
-        """Begin a call with a header that the end of the answer cuts, if its function is known."""
+        """Begin a call whose header the end of the answer cuts off, if its function is known."""
         recipient = read_header(header).recipient
         begun = recipient.removeprefix(FUNCTIONS)
         name = resolve_partial_name(begun, header, self._names) if begun != recipient else ""
@@ -187,7 +190,7 @@ class HarmonyParser:
         self._arguments = []
 
     def _add_header_text(self, header: str, is_whole: bool, output: PieceBuilder) -> _HarmonyState:
-        """Add the text in a header to ``output`` and return the state for such text."""
+        """Add the message text in a header to ``output``; return the parser state for this text."""
         has_tokens = is_whole or CHANNEL in header or CONSTRAIN in header
         is_text = self._may_be_text and not has_tokens
         text = header if is_text else text_in_header(header, self._has_role, is_whole)
@@ -196,7 +199,7 @@ class HarmonyParser:
         return state
 
     def _read_text(self, output: PieceBuilder, is_last: bool) -> bool:
-        """Read the text of a message that is final; return whether the message ends."""
+        """Read the final part of a message's text; return whether the message ends."""
         text, token, rest = split_at_delimiter(self._waiting, _TEXT_ENDS)
         if not token and not is_last and (kept := partial_delimiter_length(text, _TEXT_ENDS)):
             text, rest = text[:-kept], text[-kept:]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 
 class SpecialToken(str):
-    """A special token of the format; equal letters in a plain text are not a special token."""
+    """A special token of the Harmony format; equal characters in a plain text are not a token."""
 
     __slots__ = ()
 
@@ -35,16 +35,16 @@ ENDS: tuple[str, ...] = (END, RETURN, CALL)
 SPECIAL_TOKENS: tuple[str, ...] = (CHANNEL, MESSAGE, CONSTRAIN, START, *ENDS)
 ANALYSIS, COMMENTARY, FINAL = "analysis", "commentary", "final"
 CHANNELS = (ANALYSIS, COMMENTARY, FINAL)
-"""Channels: for reasoning; for calls and text to the user before them; for the answer."""
+"""Message channels: for reasoning; for calls and text to the user before calls; for the answer."""
 ROLE = "assistant"
 ROLES = (ROLE, "system", "developer", "user", "tool")
 OPENED = f"{START}{ROLE}"
-"""End of a prompt if the answer begins with a header."""
+"""End of a Harmony prompt after which the answer begins with the rest of a message header."""
 FUNCTIONS = "functions."
-"""Prefix of the name of a called function."""
+"""Prefix of the name of a called function in a message header."""
 
 _SIGNS = r"[^\w<=\[\]{}()\"'`]{0,64}"
-"""White space, and characters such as ``??`` that models sometimes write into headers."""
+"""Pattern of white space, and of characters such as ``??`` that models write into headers."""
 _CHANNEL_NAME = re.compile(rf"{re.escape(CHANNEL)}{_SIGNS}(\w+)")
 _RECIPIENT = re.compile(r"\bto=\s*([\w.:/-]+)")
 _ROLE_WORD = re.compile(r"[\w.:-]*")
@@ -55,14 +55,14 @@ _WORDS = re.compile(
     rf"{_TO}(?:{_SIGNS}{re.escape(CHANNEL)}\s*(?:{_SIGNS}(?=\w))?(\w*))?{_TO}"
     rf"(?:{_SIGNS}{re.escape(CONSTRAIN)}\s*\w*)?\s*"
 )
-"""A header after its role, in the usual order, possibly incomplete. The group is the channel."""
+"""Pattern of a message header after its role, possibly incomplete. The group is the channel."""
 
 
 class HarmonyPrompt(str):
-    """A prompt that distinguishes special tokens from client texts that look like them."""
+    """A Harmony prompt that distinguishes special tokens from client texts that look like them."""
 
     parts: tuple[str, ...]
-    """Special tokens and texts in order."""
+    """Parts of the prompt in order: special tokens (``SpecialToken``) and texts (``str``)."""
 
     def __new__(cls, parts: Iterable[str]) -> HarmonyPrompt:
         whole = tuple(parts)
@@ -77,12 +77,12 @@ class HarmonyPrompt(str):
 
 @dataclass(frozen=True, slots=True)
 class MessageHeader:
-    """The parsed header of a message."""
+    """The parsed header of a message in the Harmony format."""
 
     channel: str
-    """Name of the channel; empty without one."""
+    """Name of the message's channel; empty if the header has no channel."""
     recipient: str
-    """Recipient of the message; empty for the user."""
+    """Recipient of the message, for example a function; empty for the user."""
 
     @property
     def is_content(self) -> bool:
@@ -91,21 +91,21 @@ class MessageHeader:
 
 
 def read_header(text: str) -> MessageHeader:
-    """Parse a header; its parts may be in any order."""
+    """Parse the header of a Harmony message; the parts of the header may be in any order."""
     channel, recipient = _CHANNEL_NAME.search(text), _RECIPIENT.search(text)
     return MessageHeader(channel[1] if channel else "", recipient[1] if recipient else "")
 
 
 def text_in_header(header: str, has_role: bool, is_whole: bool) -> str:
-    """Return message text in ``header``, for messages that lack some of their special tokens.
+    """Return the message text in ``header``, for messages that lack some of their special tokens.
 
-    For example ``<|channel|>analysis I must refuse`` has the text ``I must refuse``. One more word,
-    after a recipient or in a complete header, is the type of the text and is skipped.
+    For example ``<|channel|>analysis I must refuse`` has the text ``I must refuse``. A single word
+    after a recipient or in a complete header is the type of the text, not text. Empty without text.
 
     Args:
         header: the header up to the special token that ends it.
-        has_role: whether it begins with a role.
-        is_whole: whether ``<|message|>`` ends it.
+        has_role: whether the header begins with a role.
+        is_whole: whether ``<|message|>`` ends the header.
     """
     position = _role_end(header) if has_role else 0
     while (match := _WORDS.match(header, position)) and match.end() > position:
@@ -130,15 +130,15 @@ def _begins_one_of(names: tuple[str, ...], text: str) -> bool:
 
 
 def strip_signs(text: str) -> str:
-    """Return a text without white space and signs at its start."""
+    """Return a text without white space and signs such as ``??`` at its start."""
     return re.sub(_SIGNS, "", text.lstrip(), count=1)
 
 
 def open_message(prompt: str) -> str:
     """Return the header of the open message at the end of a prompt, including ``<|start|>``.
 
-    It ends with ``<|message|>`` if the answer continues the text of this message. It is empty if
-    the prompt has no open message.
+    The result ends with ``<|message|>`` if the answer continues the text of this message, and is
+    empty if the prompt has no open message.
     """
     position = prompt.rfind(START)
     if position < 0 or any(prompt.find(end, position) >= 0 for end in ENDS):
@@ -148,7 +148,10 @@ def open_message(prompt: str) -> str:
 
 
 def open_header(ids: Sequence[int], special_ids: Mapping[str, int]) -> Sequence[int]:
-    """Like ``open_message`` for token ids: texts that look like special tokens are ignored.
+    """Return the token ids of the header of the open message at the end of a prompt.
+
+    The result includes ``<|start|>`` and, if present, ``<|message|>``; it is empty if no message is
+    open. Texts that look like special tokens are ignored.
 
     Args:
         ids: the token ids of the prompt.

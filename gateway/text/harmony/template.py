@@ -49,7 +49,7 @@ _EFFORTS = {
     "high": "high",
     "xhigh": "high",
 }
-"""Reasoning efforts of the model by effort in OpenAI's API."""
+"""Maps each reasoning effort of OpenAI's API to a reasoning effort of the model."""
 _EFFORT = "reasoning_effort"
 _DEFAULTS = {
     "model_identity": "You are ChatGPT, a large language model trained by OpenAI.",
@@ -63,7 +63,8 @@ _UNNAMED = "response"
 _INSTRUCTING = ("system", "developer")
 _Message = Mapping[str, Any]
 _Parts = list[str]
-"""A message of the prompt: special tokens and texts in order; the last two are text and end."""
+"""Type of a message in a Harmony prompt: special tokens and texts in order; the last two are the
+message text and the end token."""
 
 
 def _today() -> str:
@@ -71,10 +72,10 @@ def _today() -> str:
 
 
 class HarmonyTemplate:
-    """The template of models with this format, in place of a ``ChatTemplate``.
+    """Renders conversations for models with the Harmony format, in place of a ``ChatTemplate``.
 
     Args:
-        variables: special tokens by name, for templates of clients.
+        variables: special tokens by name, for chat templates that clients send.
         today: returns the date in prompts; by default the date in UTC.
     """
 
@@ -132,7 +133,7 @@ class HarmonyTemplate:
 
 
 class _MessageRenderer:
-    """Renders the messages after the first instructions.
+    """Renders the messages after the system and developer messages at the start.
 
     Args:
         kept_from: index of the first message that is rendered with its reasoning.
@@ -186,7 +187,7 @@ class _MessageRenderer:
         return _render_parts(header, arguments.text.strip() or "{}", CALL)
 
     def _function_of_result(self, message: _Message, index: int) -> str:
-        """Return the function of a result: by call id, by name, or the last called function."""
+        """Return the function name for a tool result: by call id, by name, or the last call's."""
         called = self._names.get(message.get("tool_call_id") or "")
         name_field = str(message.get("name") or "")
         name = called or (_checked_name(name_field, index) if name_field else self._last_name)
@@ -196,7 +197,7 @@ class _MessageRenderer:
 
 
 def _checked_name(name: str, index: int) -> str:
-    """Return the name of a function without the prefix of headers."""
+    """Return a function's name without ``functions.``. Raises ``RequestError`` if it is invalid."""
     plain = name.removeprefix(FUNCTIONS)
     if not is_function_name(plain):
         raise _template_error(f"the function's name in messages[{index}] {NAME_RULE}")
@@ -232,7 +233,7 @@ def _developer_message(
     tools: Sequence[Mapping[str, Any]],
     output_schema: OutputSchema | None,
 ) -> tuple[_Parts, ...]:
-    """Return the message with the first instructions, tools and answer format, if there are any."""
+    """Return the developer message: instructions, tools and answer format; empty without them."""
     texts = [str(message["content"]) for message in messages[: _num_instructions(messages)]]
     sections = [_INSTRUCTIONS, *texts] if any(texts) else []
     if tools:
@@ -253,24 +254,24 @@ def _format_sections(output_schema: OutputSchema) -> list[str]:
 
 
 def _num_instructions(messages: Sequence[_Message]) -> int:
-    """Return the number of instruction messages at the beginning."""
+    """Return the number of system and developer messages at the start of a conversation."""
     return sum(1 for _ in takewhile(lambda message: message.get("role") in _INSTRUCTING, messages))
 
 
 def _is_answer(message: _Message) -> bool:
-    """Whether a message ends a turn of the model."""
+    """Whether a message of a conversation ends a turn of the model."""
     has_text = bool(message.get("content")) or not any(map(message.get, REASONING_NAMES))
     goes_on = message.get("tool_calls") or _is_commentary(message)
     return message.get("role") == ROLE and has_text and not goes_on
 
 
 def _is_commentary(message: _Message) -> bool:
-    """Whether more messages of the same turn followed a message."""
+    """Whether a message has the phase ``commentary``: more messages of its turn follow."""
     return message.get(PHASE) == COMMENTARY_PHASE
 
 
 def _reasoning_text(message: _Message, index: int) -> str:
-    """Return the reasoning of a message, which is a text or a list of text parts."""
+    """Return the reasoning of a message, which is a text or a list of text parts, as one text."""
     reasoning = next(filter(None, map(message.get, REASONING_NAMES)), "")
     parts = reasoning if isinstance(reasoning, list) else [{"type": "text", "text": reasoning}]
     reasoning = [part.get("text") if isinstance(part, dict) else None for part in parts]
@@ -285,7 +286,10 @@ def _render_parts(header: Sequence[str], text: str, end: str = END) -> _Parts:
 
 
 def _without_last_end(turns: list[_Parts]) -> list[_Parts]:
-    """Return the messages without the end token of the last one."""
+    """Return the messages without the end token of the last message.
+
+    Raises ``RequestError`` if the last message has no text.
+    """
     *before, last = turns or [[""]]
     has_text = last[-1] == END and bool(last[-2])
     require(has_text, "continue_final_message", "needs a final message with content")

@@ -1,4 +1,4 @@
-"""Expands a clean schema into alternatives: a value matches the schema if it matches one of them.
+"""Expands a JSON schema into alternatives: a value matches the schema if it matches an alternative.
 
 ``{"anyOf": [A, B], "allOf": [C]}`` has the alternatives ``A and C``, ``B and C``: each is a tuple
 of pieces that a value must match. Pieces have no ``$ref``, ``anyOf``, ``oneOf`` or ``allOf``.
@@ -28,14 +28,18 @@ _JSON_TYPES: Mapping[type, str] = {
 
 
 class UnsupportedSchemaError(Exception):
-    """A schema cannot be expressed as a grammar. The message is the reason."""
+    """Raised if a JSON schema cannot be expressed as a grammar. The message is the reason."""
 
 
 def alternatives(schema: Any, clean: CleanSchema, is_strict: bool) -> list[Alternative]:
     """Return the alternatives of ``schema``, which is a part of ``clean``.
 
+    Each alternative is a tuple of schemas without references and combinations. A value matches
+    ``schema`` if it matches all schemas of one alternative.
+
     Raises:
-        UnsupportedSchemaError: too many alternatives or levels, or overlapping ``oneOf`` if strict.
+        UnsupportedSchemaError: too many alternatives or levels; or ``is_strict``, and members of a
+            ``oneOf`` may overlap.
     """
     try:
         return _Expansion(clean, is_strict).expand(schema, frozenset())
@@ -72,7 +76,10 @@ class _Expansion:
         return expanded
 
     def _own_piece(self, schema: Piece) -> Alternative:
-        """Return the own keywords of a schema, cached so that pieces are compared by identity."""
+        """Return the keywords of a schema other than references and combinations, as one piece.
+
+        The piece is cached, so that pieces are compared by identity.
+        """
         if id(schema) not in self._own_pieces:
             own_keywords = {key: value for key, value in schema.items() if key not in _APPLICATORS}
             self._own_pieces[id(schema)] = (own_keywords,)
@@ -92,7 +99,10 @@ class _Expansion:
         return combined
 
     def _expand_definition(self, name: str, above: frozenset[str]) -> list[Alternative]:
-        """Return the alternatives of a definition, cached unless they depend on ``above``."""
+        """Return the alternatives of a definition; they are cached unless they depend on ``above``.
+
+        A definition that is being expanded (a cycle) has no alternatives.
+        """
         if name in above:
             self._num_cycles += 1
             return []
@@ -132,8 +142,8 @@ def _check_disjoint(groups: Sequence[Sequence[Alternative]]) -> None:
 
 
 def are_disjoint(one: Alternative, other: Alternative) -> bool:
-    """Whether two alternatives are certainly disjoint: by type, by values, by the values of a
-    property, or because one requires a property that the other forbids."""
+    """Whether certainly no value matches both alternatives: by type, by values, by the values of a
+    property, or because one alternative requires a property that the other forbids."""
     if types_of_alternative(one).isdisjoint(types_of_alternative(other)):
         return True
     first_values, second_values = _alternative_values(one), _alternative_values(other)

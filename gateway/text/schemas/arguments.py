@@ -24,20 +24,23 @@ from gateway.text.schemas.clean_schema import CleanSchema, unsupported_schema
 from gateway.text.schemas.one_of import argument_schema
 
 _MAX_SET_ARGUMENTS = 2000
-"""Maximum number of arguments of all sets, as the size of grammars is limited."""
+"""Maximum number of arguments in all argument sets of a tool, since grammar sizes are limited."""
 _KEY = "arguments"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArgumentSet:
-    """One set of arguments that may be given together. All schemas are clean."""
+    """One set of a function's arguments that may be given together.
+
+    All schemas have only keywords that grammars support.
+    """
 
     properties: Mapping[str, Any]
     required: frozenset[str] = frozenset()
     patterns: Mapping[str, Any]
-    """Schemas of additional arguments by a pattern of their names."""
+    """Schemas of additional arguments, by a regular expression of the arguments' names."""
     others: Any = False
-    """Schema of all other arguments; False forbids them."""
+    """Schema of arguments that match no name or pattern; False forbids these arguments."""
     min_arguments: int = 0
     """Minimum number of arguments."""
     max_arguments: int | None = None
@@ -52,7 +55,7 @@ class ToolArguments:
     argument_sets: Sequence[ArgumentSet]
 
     def schema_of(self, name: str) -> Any:
-        """Return the schema of one argument in any of the sets."""
+        """Return a schema for the argument ``name`` in any argument set; True allows any value."""
         schemas = [s.properties[name] for s in self.argument_sets if name in s.properties]
         if not schemas:
             others = (
@@ -106,7 +109,7 @@ def _arguments(tool: Tool, is_strict: bool) -> ToolArguments:
 
 
 def _argument_set(pieces: Alternative, is_strict: bool) -> ArgumentSet | None:
-    """Return the arguments that all pieces allow; None if no value can match them."""
+    """Return the argument set that all schemas ``pieces`` allow; None if no arguments match all."""
     names = dict.fromkeys(chain(*(piece.get("properties", {}) for piece in pieces)))
     required = dict.fromkeys(chain(*(piece.get("required", ()) for piece in pieces)))
     limiting = [p for p in pieces if "additionalProperties" in p or p.get("patternProperties")]
@@ -137,7 +140,7 @@ def _argument_set(pieces: Alternative, is_strict: bool) -> ArgumentSet | None:
 
 
 def _argument_schema(piece: Piece, name: str) -> Any:
-    """Return the schema of an argument in a piece."""
+    """Return the schema of the argument ``name`` in ``piece``, a schema of an object."""
     if name in piece.get("properties", {}):
         return piece["properties"][name]
     if piece.get("patternProperties"):
@@ -146,7 +149,7 @@ def _argument_schema(piece: Piece, name: str) -> Any:
 
 
 def _all_of(schemas: Sequence[Any]) -> Any:
-    """Combine schemas that a value must all match."""
+    """Combine schemas that a value must all match into one schema."""
     if any(schema is False for schema in schemas):
         return False
     distinct = {id(schema): schema for schema in schemas if schema is not True}

@@ -1,4 +1,4 @@
-"""Cleans schemas of arguments for grammars: resolves references, keeps only supported keywords.
+"""Cleans schemas of tool arguments for grammars: resolves references, keeps supported keywords.
 
 Clients send schemas with annotations, custom formats, keywords of other drafts and references of
 every kind. With ``strict``, a keyword that a grammar cannot express is rejected by name; without
@@ -28,11 +28,11 @@ from gateway.text.schemas.references import (
 
 TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 DEFINITION = "#/$defs/"
-"""Prefix of every reference of a clean schema."""
+"""Prefix of every reference in a clean schema (with only keywords that grammars support)."""
 _MAX_NODES = 10_000
-"""Maximum number of schemas within a schema, counted again in each target of a reference."""
+"""Maximum number of schemas within a client's schema, including targets of references."""
 _MAX_VALUES = 5000
-"""Maximum number of values of an ``enum``."""
+"""Maximum number of values of an ``enum`` in a schema."""
 _UNSUPPORTED = frozenset(
     {
         *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems"),
@@ -40,13 +40,13 @@ _UNSUPPORTED = frozenset(
         *("unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
     }
 )
-"""Keywords that constrain values in ways that grammars cannot express."""
+"""JSON Schema keywords that constrain values in ways that grammars cannot express."""
 _NAMING = frozenset({"then", "else", "dependencies", "dependentSchemas"})
-"""Keywords of ``_UNSUPPORTED`` with schemas that may name additional arguments."""
+"""Unsupported JSON Schema keywords whose schemas may name additional arguments."""
 _OPENING = frozenset(
     {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 )
-"""Keywords that may allow arguments in addition to ``properties``."""
+"""JSON Schema keywords that may allow arguments in addition to ``properties``."""
 _NEUTRAL: Mapping[str, Any] = MappingProxyType(
     {
         "uniqueItems": False,
@@ -55,30 +55,30 @@ _NEUTRAL: Mapping[str, Any] = MappingProxyType(
         "propertyNames": {"type": "string"},
     }
 )
-"""For keywords of ``_UNSUPPORTED``, the values that have no effect."""
+"""Values of unsupported JSON Schema keywords that have no effect, by keyword."""
 _NOT_REGULAR = re.compile(r"\(\?(?:=|!|<=|<!|>)|\\[1-9kbBG]")
-"""Matches look-around, atomic groups, back-references and word boundaries in a pattern."""
+"""Matches look-around, atomic groups, back-references and word boundaries in a schema's pattern."""
 _LOWER_BOUNDS = ("minimum", "exclusiveMinimum")
 BOUNDS = (*_LOWER_BOUNDS, "maximum", "exclusiveMaximum")
 _HIGHEST = 2**63 - 1024
-"""Largest float64 within the int64 range; the compiler reads bounds as float64."""
+"""Largest float64 within the int64 range; the grammar compiler reads bounds as float64."""
 _ANY = MappingProxyType[str, Any]({})
 
 
 class _InvalidValueError(Exception):
-    """The value of a keyword is invalid. The message is the rule."""
+    """Raised if the value of a schema's keyword is invalid. The message is the violated rule."""
 
 
 @dataclass(frozen=True, slots=True)
 class CleanSchema:
-    """A clean schema of a function's arguments."""
+    """Schema of a function's arguments that has only keywords that grammars support."""
 
     root: Mapping[str, Any]
     definitions: Mapping[str, Any]
-    """Targets of references by the text after ``DEFINITION``."""
+    """Target schemas of references, by the text after ``#/$defs/`` in the reference."""
 
     def document(self, schema: Any) -> dict[str, Any]:
-        """Return a part of the schema as a complete schema with its definitions."""
+        """Return ``schema``, a part of this schema, with the definitions that it refers to."""
         if not isinstance(schema, Mapping):
             return {} if schema else {"not": {}}
         needed: dict[str, Any] = {}
@@ -91,7 +91,7 @@ class CleanSchema:
         return {**schema, "$defs": needed} if needed else dict(schema)
 
     def resolve(self, schema: Any) -> Any:
-        """Return the target if ``schema`` is only a reference, else ``schema``."""
+        """Return the final target if ``schema`` is only a reference, else ``schema``."""
         for _ in range(len(self.definitions)):
             if not isinstance(schema, Mapping) or list(schema) != ["$ref"]:
                 break
@@ -116,7 +116,7 @@ def forbid_additional(schema: Any) -> Mapping[str, Any]:
 
 
 def clean_schema(tool: Tool, is_strict: bool) -> CleanSchema:
-    """Return the clean schema of a tool's arguments.
+    """Return the schema of a tool's arguments with only keywords that grammars support.
 
     Args:
         tool: the tool of the client.
@@ -135,7 +135,10 @@ def clean_schema(tool: Tool, is_strict: bool) -> CleanSchema:
 
 
 def unsupported_schema(tool: Tool, path: Sequence[str], rule: str) -> RequestError:
-    """Make the error for a strict tool. ``path`` leads to the unsupported keyword."""
+    """Make the error for a strict tool whose schema a grammar cannot express.
+
+    ``path`` leads to the unsupported keyword; empty for the whole schema.
+    """
     location = ".".join(path) or "the schema"
     return RequestError(
         f"{tool.path} of {tool.name!r}: {location} {rule} (strict is true)", tool.path
@@ -168,7 +171,7 @@ class _Cleaner:
     def _schema(
         self, schema: Any, base: Mapping[str, Any], path: tuple[str, ...], depth: int
     ) -> Any:
-        """Return a clean schema, which is a dict or a bool."""
+        """Return the clean form of ``schema``, which is a dict or a bool."""
         self._num_nodes += 1
         is_much = self._num_nodes > _MAX_NODES or depth > MAX_SCHEMA_DEPTH
         if is_much or not isinstance(schema, (Mapping, bool)):
@@ -268,7 +271,7 @@ class _Cleaner:
         schema["$ref"] = f"{DEFINITION}{number}"
 
     def _final_target(self, reference: str, base: Mapping[str, Any]) -> ReferenceTarget | None:
-        """Follow a chain of references to its final target; None if the chain is a cycle."""
+        """Follow a chain of references to its final target; None without a target or in a cycle."""
         seen: set[int] = set()
         target = self.references.find(reference, base)
         while target is not None and id(target.schema) not in seen:
@@ -287,7 +290,7 @@ class _Cleaner:
 
 
 def is_regular_pattern(pattern: object) -> bool:
-    """Whether a pattern is a regular expression that an automaton can match."""
+    """Whether a schema's pattern is a regular expression that a finite automaton can match."""
     return isinstance(pattern, str) and _NOT_REGULAR.search(pattern) is None
 
 
@@ -327,8 +330,8 @@ def _number(value: Any) -> int | float | bool:
 
 
 def clamp_bound(key: str, bound: Any) -> Any:
-    """Limit a bound to the int64 range, so that the grammar compiler accepts it. A bound moves only
-    in the direction that allows fewer numbers."""
+    """Limit a numeric bound to the int64 range, so that the grammar compiler accepts the bound. The
+    bound moves only in the direction that allows fewer numbers."""
     if not isinstance(bound, (int, float)):
         return bound
     return max(bound, -_HIGHEST) if key in _LOWER_BOUNDS else min(bound, _HIGHEST)
@@ -371,4 +374,5 @@ _CONVERTERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         **dict.fromkeys(("minProperties", "maxProperties"), _count),
     }
 )
-"""Functions that check and convert the value of a keyword; None removes the keyword."""
+"""Functions that check and convert the value of a JSON Schema keyword, by keyword. The result None
+removes the keyword."""

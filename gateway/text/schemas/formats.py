@@ -53,16 +53,19 @@ FORMATS = MappingProxyType(
         "uri": rf"[a-zA-Z][a-zA-Z0-9+\-.]*:(?:{_CHAR}|/)+(?:\?{_QUERY})?(?:#{_QUERY})?",
     }
 )
-"""Formats that the grammar compiler supports, as regular expressions."""
+"""Regular expressions of the text formats that the grammar compiler supports, by format name."""
 
 
 def is_known_format(name: object) -> bool:
-    """Whether a format constrains texts. Others are annotations (JSON Schema, validation, 7)."""
+    """Whether a format constrains texts.
+
+    Other formats are annotations (JSON Schema, validation, section 7).
+    """
     return isinstance(name, str) and name in FORMATS
 
 
 def without_annotations(schema: Any) -> Any:
-    """Remove the formats that are annotations from a schema."""
+    """Return a schema without the formats that are annotations (do not constrain texts)."""
     return without_keywords(schema, _is_annotation)
 
 

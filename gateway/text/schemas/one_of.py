@@ -1,6 +1,7 @@
-"""Replaces ``oneOf`` by ``anyOf`` if its members are disjoint. Members may be references.
+"""Replaces ``oneOf`` in JSON schemas by ``anyOf`` if its members are disjoint.
 
-The grammar compiler itself detects disjoint members only without references.
+Members may be references: the grammar compiler itself detects disjoint members only without
+references.
 """
 
 from __future__ import annotations
@@ -16,22 +17,29 @@ from gateway.text.schemas.clean_schema import BOUNDS, CleanSchema, clamp_bound, 
 from gateway.text.schemas.references import BY_NAME, CONTENTS, References
 
 _MAX_COMPARED = 400
-"""Maximum number of compared pairs of members without a tag. Beyond it, ``oneOf`` is kept."""
+"""Maximum number of pairs of ``oneOf`` members that are compared in one schema. Beyond this number,
+``oneOf`` is kept."""
 _MAX_TAGS = 16
-"""Maximum number of required properties that are tried as the tag."""
+"""Maximum number of required properties that are tried as the tag, which distinguishes members."""
 _MAX_STEPS = 64
-"""Maximum length of a chain of references."""
+"""Maximum length of a chain of references that is followed in a client's schema."""
 Resolve = Callable[[Any], Any]
 """Returns the target of a schema that is only a reference; returns other schemas unchanged."""
 
 
 def replace_one_of(schema: Any, resolve: Resolve) -> Any:
-    """Replace ``oneOf`` with disjoint members by ``anyOf``, and clamp bounds for the compiler."""
+    """Return a schema with ``anyOf`` for each ``oneOf`` with disjoint members.
+
+    Bounds of numbers are clamped to the range of the grammar compiler.
+    """
     return _Rewriter(resolve).rewrite(schema)
 
 
 def argument_schema(tool: Tool, is_strict: bool) -> CleanSchema:
-    """Return ``clean_schema(tool)``, for strict tools after ``replace_one_of``."""
+    """Return the schema of a tool's arguments with only keywords that grammars support.
+
+    In schemas of strict tools, ``anyOf`` replaces each ``oneOf`` with disjoint members.
+    """
     clean = clean_schema(tool, is_strict)
     if not is_strict:
         return clean
@@ -99,7 +107,7 @@ class _Rewriter:
 
 
 def _have_tag(pieces: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all members are objects with a tag: a required property with distinct texts."""
+    """Whether all members are objects with a tag: a required property with other texts in each."""
     if any(list(piece.get("type", ())) != ["object"] for piece in pieces):
         return False
     for name in islice(pieces[0].get("required", ()), _MAX_TAGS):
@@ -131,7 +139,7 @@ def _properties(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _limits(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords that distinguish members, without invalid values."""
+    """Return the valid keywords that may distinguish a schema from other ``oneOf`` members."""
     limits = {"const": schema["const"]} if "const" in schema else {}
     if isinstance(values := schema.get("enum"), list):
         limits["enum"] = values

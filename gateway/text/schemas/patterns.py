@@ -1,4 +1,4 @@
-"""Converts regular expressions of JSON schemas for grammars.
+"""Converts regular expressions of JSON schemas to regular expressions of grammars.
 
 A schema's pattern (ECMA 262) may match any part of a text. Grammars match whole texts, with the
 syntax of Rust's ``regex`` and without anchors.
@@ -16,7 +16,7 @@ _CLASSES = {
     "W": "[^A-Za-z0-9_]",
     "/": "/",
 }
-"""ASCII replacements of escapes that match all of Unicode in Rust."""
+"""ASCII replacements of regular expression escapes that match all of Unicode in Rust."""
 _PART = re.compile(r"\\.|\[\^?\]?|.", re.DOTALL)
 _PART_OF_CLASS = re.compile(r"\\.|.", re.DOTALL)
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})")
@@ -25,7 +25,8 @@ _QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})")
 def full_match(pattern: str) -> str | None:
     """Return a pattern that matches exactly the texts in which ``pattern`` is found.
 
-    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None for anchors at other positions.
+    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None if ``pattern`` has
+    anchors elsewhere than at the ends of a top-level branch.
     """
     branches, depth, is_class, is_after_quantifier = [""], 0, False, False
     starts, ends = [False], [False]
@@ -84,7 +85,7 @@ def pattern_without(end: str) -> str:
 
 
 def grammar_regex(pattern: str) -> str:
-    """Return a regular expression between slashes: ``a/b`` becomes ``/a\\/b/``."""
+    """Return a regular expression as grammars write it, in slashes: ``a/b`` becomes ``/a\\/b/``."""
     parts: list[str] = []
     is_escaped = False
     for char in pattern:
@@ -99,7 +100,7 @@ def _escaped(part: str) -> str:
 
 
 def _in_class(part: str) -> str:
-    """Escape a part of a class: brackets, ``&&`` and ``~~`` have another meaning in Rust."""
+    """Escape a part of a character class: ``[``, ``&&`` and ``~~`` have another meaning in Rust."""
     return f"\\{part}" if part in ("[", "&", "~") else _escaped(part)
 
 

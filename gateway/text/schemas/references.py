@@ -14,19 +14,19 @@ from urllib.parse import unquote, urljoin
 MAX_SCHEMA_DEPTH = 32
 """Maximum nesting of objects and lists in a JSON schema, without following references."""
 MAX_LEVELS = 500
-"""Maximum nesting of objects and lists, with references followed. The grammar compiler follows them
-recursively, and its stack suffices for 1,800 levels."""
+"""Maximum nesting of objects and lists in a JSON schema, with references followed. The grammar
+compiler follows references recursively, and its stack suffices for 1,800 levels."""
 _MAX_VISITS = 20_000
-"""Maximum number of objects and lists to visit. A schema with more counts as too deep."""
+"""Maximum number of objects and lists in a schema; a schema with more counts as too deep."""
 BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-"""Keywords with values that are schemas by name."""
+"""JSON Schema keywords whose values map names to schemas."""
 CONTENTS = frozenset({"enum", "const", "default", "examples"})
-"""Keywords with values that are not schemas."""
+"""JSON Schema keywords whose values contain no schemas."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceTarget:
-    """The target of a reference."""
+    """The target of a reference (``$ref``) in a JSON schema."""
 
     schema: Any
     base: Mapping[str, Any]
@@ -34,7 +34,7 @@ class ReferenceTarget:
 
 
 class References:
-    """Resolves references.
+    """Finds the targets of references (``$ref``) within one JSON schema.
 
     Args:
         root: the whole schema.
@@ -46,7 +46,11 @@ class References:
         self._by_id: dict[str, ReferenceTarget] | None = None
 
     def find(self, reference: str, base: Mapping[str, Any] | None = None) -> ReferenceTarget | None:
-        """Return the target of a reference, for example ``#/$defs/a%20b`` or ``#name``, or None."""
+        """Return the target of a reference, for example ``#/$defs/a%20b`` or ``#name``.
+
+        None if there is no target. ``base`` is the schema to which pointers are relative; None
+        means the whole schema.
+        """
         base = self.root if base is None else base
         address, _, fragment = reference.partition("#")
         if address:
@@ -104,7 +108,7 @@ def base_of(schema: Any, base: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def is_too_deep(references: References) -> bool:
-    """Whether the nesting may exceed ``MAX_LEVELS`` if each reference is followed once.
+    """Whether a schema's nesting may exceed ``MAX_LEVELS`` if each reference is followed once.
 
     A path enters a group of schemas that refer to each other (a strongly connected component) once,
     so the sum of the levels in the group is an upper bound.
@@ -124,14 +128,14 @@ def is_too_deep(references: References) -> bool:
 
 
 class _ReferenceGraph:
-    """The graph of references. Its nodes are the whole schema and all targets of references."""
+    """Graph of a schema's references. Its nodes are the whole schema and all reference targets."""
 
     def __init__(self, references: References) -> None:
         self._numbers: dict[int, int] = {}
         self._targets: list[ReferenceTarget] = []
         self._node_of(ReferenceTarget(references.root, references.root))
         self.levels: list[int] = []
-        """Nesting of each node without following references."""
+        """Number of nesting levels of each node, without following references."""
         self.successors: list[list[int]] = []
         self.visits_left = _MAX_VISITS
         while self.visits_left > 0 and len(self.levels) < len(self._targets):
@@ -206,7 +210,7 @@ def _inner(schema: Any) -> Iterator[Any]:
 
 
 def inner_schemas(schema: Any, contents: Collection[str]) -> Iterator[Any]:
-    """Yield the values directly within a schema or list, except those of keywords ``contents``."""
+    """Yield the values directly within a schema or list, except values of keywords ``contents``."""
     if isinstance(schema, list):
         yield from schema
     elif isinstance(schema, Mapping):

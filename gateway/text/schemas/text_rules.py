@@ -1,4 +1,4 @@
-"""Constraints of a clean schema on texts, for tool call formats that write texts without quotes."""
+"""Constraints of a JSON schema on texts, for tool call formats that write texts without quotes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gateway.text.schemas.patterns import full_match, grammar_regex, pattern_wit
 
 @dataclass(frozen=True, slots=True)
 class TextRule:
-    """Constraints that a text must all match."""
+    """Constraints on a text argument, all of which the text must match."""
 
     values: tuple[str, ...] | None = None
     """The allowed texts; None allows any text."""
@@ -41,7 +41,9 @@ class TextRule:
 
 
 def text_rules(expanded: Sequence[Alternative], is_strict: bool) -> list[TextRule]:
-    """Return rules of which a text must match at least one; empty if no text is allowed.
+    """Return rules, at least one of which a text must match; empty if no text is allowed.
+
+    ``expanded`` has the alternatives of a schema.
 
     Raises:
         UnsupportedSchemaError: ``is_strict``, and a pattern is not supported.

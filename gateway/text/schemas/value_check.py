@@ -18,7 +18,7 @@ _MOST = {"string": "maxLength", "array": "maxItems", "object": "maxProperties"}
 
 
 class ValueChecker:
-    """Checks one value.
+    """Checks whether one value matches a JSON schema, with limited work.
 
     Args:
         clean: the clean schema that contains the schemas to check.

@@ -37,7 +37,7 @@ def answer_grammar(
     answer: Grammar | None,
     thinking: Thinking | None = None,
 ) -> Grammar | None:
-    """Return the grammar of an answer: free text (or ``answer``), or calls. None allows any text.
+    """Return the grammar of an answer: free text, ``answer`` or tool calls. None allows any text.
 
     Args:
         use: the tools, and whether one must be called; None without tools.
@@ -73,7 +73,9 @@ def answer_grammar(
 def _reasoning_rules(
     thinking: Thinking | None, token_ids: Mapping[str, int], allows_text: bool
 ) -> tuple[str, list[str]]:
-    """Return an expression for reasoning at the start of the answer, and its rules.
+    """Return a grammar expression for reasoning at the start of an answer, and its rules.
+
+    The expression is empty if the grammar needs no rule for reasoning.
 
     Args:
         allows_text: whether free text may follow, which includes reasoning without tag tokens.
@@ -97,7 +99,7 @@ def _reasoning_rules(
 def _answer_body(
     use: ToolUse, syntax: CallSyntax, token_ids: Mapping[str, int], answer: Grammar | None
 ) -> tuple[str, list[GrammarRule | str]]:
-    """Return an expression for an answer with tools, and its rules."""
+    """Return a grammar expression for an answer after reasoning, with tools, and its rules."""
     first = terminal(syntax.first_delimiter, token_ids)
     begin, next_begin = (
         terminal(text.strip(), token_ids)
@@ -120,7 +122,7 @@ def _answer_body(
 def _tool_rules(
     use: ToolUse, syntax: CallSyntax, token_ids: Mapping[str, int]
 ) -> list[GrammarRule]:
-    """Return the rule ``call``, a call without its first delimiter, and the rules that it uses."""
+    """Return the grammar rule ``call`` (a call without its first delimiter), and its rules."""
     expressions_around: dict[str, tuple[str, str]] = {}
     for tool in use.allowed:
         substitutions = {

@@ -30,7 +30,7 @@ from gateway.text.tool_formats.lookahead import Lookahead
 from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece, PieceBuilder
 
 _PIECE_CHARS = 4096
-"""Number of characters read at a time, so that the work is linear in the length of the text."""
+"""Number of characters parsed at a time, so that the work is linear in the length of the text."""
 
 
 class _ParserState(Enum):
@@ -38,20 +38,22 @@ class _ParserState(Enum):
     """At the start of the answer, where reasoning may begin."""
     TEXT = auto()
     BEFORE_CALL = auto()
-    """In a section, before a call or the end of the section."""
+    """In a section (delimited list of calls), before a call or the end of the section."""
     HEAD = auto()
     ARGUMENTS = auto()
     TAIL = auto()
     AFTER_CALL = auto()
-    """After a call, in formats without sections."""
+    """After a call, in formats without sections (delimited lists of calls)."""
 
 
 class AnswerParser:
-    """Parses one answer. The result does not depend on how the text is split into pieces.
+    """Parses one answer of a model into reasoning, content and tool calls, piece by piece.
 
-    For example ``<think>Hm.</think>On it. <tool_call>\\n{"name": "f", "arguments": {"a": 1}}\\n
+    The result does not depend on how the text is split into pieces. For example
+    ``<think>Hm.</think>On it. <tool_call>\\n{"name": "f", "arguments": {"a": 1}}\\n
     </tool_call>`` is the reasoning ``Hm.``, the content ``On it. `` and one call of ``f``. Line
-    breaks next to its tags do not belong to the reasoning, which the head of a call also ends.
+    breaks next to ``<think>`` and ``</think>`` do not belong to the reasoning. The head of a call
+    also ends the reasoning.
 
     No text is lost: a delimiter without the head of a call is text, also if the end of the answer
     cuts it, unless the answer must be a call. Arguments are returned as they arrive: a call with
@@ -85,17 +87,20 @@ class AnswerParser:
         self._arguments = ArgumentsReader(pairs, self._tools, self._lookahead)
         self._unconfirmed_text = ""  # text since a delimiter; content if no call follows
         self.num_begun = 0
-        """Number of calls with a known name."""
+        """Number of tool calls in the answer whose function name is known."""
         self.num_complete = 0
-        """Number of calls with complete arguments."""
+        """Number of tool calls in the answer with complete arguments."""
 
     @property
     def has_calls(self) -> bool:
-        """Whether there are calls and the last one is complete."""
+        """Whether the answer has tool calls and all of them are complete."""
         return 0 < self.num_complete == self.num_begun
 
     def feed(self, text: str, is_last: bool = False) -> ParsedPiece:
-        """Add ``text`` and return the final output; with ``is_last``, no text is held back."""
+        """Add the next piece of the answer and return the parsed output that is final.
+
+        With ``is_last``, the answer ends with ``text`` and no text is held back.
+        """
         output = PieceBuilder()
         for start in range(0, max(len(text), 1), _PIECE_CHARS):
             piece = text[start : start + _PIECE_CHARS]
@@ -108,7 +113,7 @@ class AnswerParser:
         return output.build()
 
     def _step(self, output: PieceBuilder) -> bool:
-        """Parse the next part; return whether another call may parse more."""
+        """Parse the next part of the waiting text; return whether another step may parse more."""
         match self._state:
             case _ParserState.START:
                 return self._read_start()
@@ -159,7 +164,7 @@ class AnswerParser:
 
     @property
     def _keeps_partial_delimiters(self) -> bool:
-        """Whether a delimiter that is cut off by the end of the answer is text."""
+        """Whether a delimiter that the end of the answer cuts off is kept as text."""
         return self._is_reasoning or not self._must_call
 
     def _add_text(self, text: str, output: PieceBuilder) -> None:
@@ -185,7 +190,7 @@ class AnswerParser:
         return self._syntax
 
     def _read_before_call(self, output: PieceBuilder) -> bool:
-        """Read up to the delimiter of a call, or up to the end of the section."""
+        """Read up to the delimiter of a tool call, or up to the end of the section of calls."""
         form, is_first = self._call_syntax, bool(self._unconfirmed_text)
         begin = form.begin if is_first or not form.next_begin else form.next_begin
         delimiters = [begin.strip()] + [form.section_end] * (not is_first)
@@ -262,7 +267,7 @@ class AnswerParser:
         self.num_begun += 1
 
     def _continue_as_text(self, output: PieceBuilder, is_cut: bool) -> None:
-        """Continue with text: the delimiter did not begin a call.
+        """Continue with text, since a delimiter did not begin a tool call.
 
         Args:
             is_cut: whether the end of the answer cuts off the possible call.
@@ -309,7 +314,7 @@ class AnswerParser:
 
 
 def _check_head(reading: TemplateMatch, text: str, ahead: tuple[str, ...]) -> MatchOutcome:
-    """Return the outcome of matching a head, after which one of the texts ``ahead`` must follow."""
+    """Return the outcome of matching a call's head, after which a text of ``ahead`` must follow."""
     if reading.outcome is not MatchOutcome.WHOLE:
         return reading.outcome
     following = text[reading.end :].lstrip()

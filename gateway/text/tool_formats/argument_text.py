@@ -1,4 +1,7 @@
-"""Finds the end of arguments in a text that arrives in pieces: a JSON object, or one value."""
+"""Finds the end of a tool call's arguments in a text that arrives in pieces.
+
+The arguments are a JSON object, or single values.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from gateway.text.tool_formats.call_syntax import PairSyntax
 from gateway.text.tool_formats.delimiters import partial_delimiter_length, split_at_delimiter
 
 _STRING_REST = re.compile(r'(?:[^"\\]|\\.)*("?)', re.DOTALL)
-"""The rest of a JSON string, up to its end or to an incomplete escape."""
+"""Pattern of the rest of a JSON string, up to its end or to an incomplete escape."""
 
 
 class JsonObjectScanner:
-    """Finds the end of a JSON object, piece by piece."""
+    """Finds the end of a JSON object in a text that arrives in pieces."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -21,7 +24,7 @@ class JsonObjectScanner:
         self._is_escaped = False
 
     def read(self, text: str) -> tuple[str, bool]:
-        """Return the part of ``text`` in the object, and whether the object ends with it."""
+        """Read the next piece; return its part in the object, and whether the object ends there."""
         for index, char in enumerate(text):
             if self._is_string:
                 if self._is_escaped:
@@ -42,7 +45,7 @@ class JsonObjectScanner:
 
 
 class ArgumentReader:
-    """Reads one value, for formats that write arguments one by one."""
+    """Reads the value of one argument, for tool call formats that write arguments one by one."""
 
     def __init__(self, writer: ValueWriter, syntax: PairSyntax) -> None:
         self._writer = writer
@@ -54,7 +57,10 @@ class ArgumentReader:
         self._delimiter_finder = _DelimiterFinder()
 
     def read(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        """Return the unread text, the JSON of the read text, and whether the value ends."""
+        """Read the next piece of the value.
+
+        Returns the unread text, the JSON of the read text, and whether the value ends.
+        """
         if not self._is_begun and (text or is_last):
             text, self._is_begun = text.removeprefix("\n"), True
         if self._is_json is None:
@@ -76,7 +82,10 @@ class ArgumentReader:
         return rest, self._writer.feed(certain), False
 
     def _read_json(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        """Like ``read``, for JSON. If a string does not end, the first delimiter ends the value."""
+        """Read a value that is JSON, with the result of ``read``.
+
+        If a string in the value does not end, the first delimiter ends the value.
+        """
         pending = self._pending_json + text
         position = self._delimiter_finder.find(pending, self._end)
         if position < 0 and not is_last:

@@ -20,7 +20,8 @@ from gateway.text.schemas.text_rules import text_rules
 from gateway.text.schemas.value_check import ValueChecker
 
 _WORDS = {"True": "true", "False": "false", "None": "null"}
-"""JSON for Python literals, which models write because some templates show earlier arguments so."""
+"""JSON for Python literals, which models write because some chat templates show earlier arguments
+as Python literals."""
 _ALL = frozenset(TYPES)
 ANY_OPENING = "*"
 _JSON_OPENINGS = '{["-0123456789tfn'
@@ -28,7 +29,7 @@ _JSON_OPENINGS = '{["-0123456789tfn'
 
 
 class ValueWriters:
-    """Creates writers for the arguments of one function.
+    """Creates the writers that convert argument values of one function to JSON.
 
     Args:
         tool: the function.
@@ -38,11 +39,12 @@ class ValueWriters:
         self._arguments = tool_arguments(tool, is_strict=False)
 
     def make_writer(self, name: str, is_text_flag: str | None = None) -> ValueWriter:
-        """Return the writer of an argument.
+        """Return the writer that converts the value of one argument to JSON.
 
         Args:
             name: name of the argument.
-            is_text_flag: ``true`` or ``false`` if the call states whether it is a text, else None.
+            is_text_flag: ``true`` or ``false`` if the call states whether the value is a text, else
+                None.
         """
         schema = self._arguments.schema_of(name)
         kinds, openings = self._types_and_openings(schema)
@@ -54,7 +56,8 @@ class ValueWriters:
         return writer
 
     def _types_and_openings(self, schema: Any) -> tuple[frozenset[str], str]:
-        """Return the allowed types, and the first characters that only JSON values can have."""
+        """Return the JSON types that a schema allows, and the first characters that only JSON
+        values, not texts, can have."""
         try:
             schema_alternatives = alternatives(schema, self._arguments.clean, is_strict=False)
             rules = text_rules(schema_alternatives, is_strict=False)
@@ -70,7 +73,10 @@ class ValueWriters:
 
 
 class ValueWriter(ABC):
-    """Converts one value to JSON incrementally, independent of how its text is split."""
+    """Converts the text of one argument value to JSON, piece by piece.
+
+    The JSON does not depend on how the text is split into pieces.
+    """
 
     json_openings = ""
     """A value that begins with one of these characters is JSON, in whose strings any delimiter may
@@ -78,15 +84,15 @@ class ValueWriter(ABC):
 
     @abstractmethod
     def feed(self, text: str) -> str:
-        """Add ``text`` and return the JSON text that is final."""
+        """Add the next piece of the value and return the JSON text that is final."""
 
     @abstractmethod
     def finish(self) -> str:
-        """Return the rest at the end of the value."""
+        """Return the rest of the JSON text at the end of the value."""
 
     @abstractmethod
     def finish_incomplete(self) -> str:
-        """Return the rest if the answer ends within the value."""
+        """Return the rest of the JSON text if the answer ends within the value."""
 
 
 class _TextWriter(ValueWriter):

@@ -15,14 +15,14 @@ from gateway.text.tool_formats.lookahead import Lookahead
 
 
 class ArgumentsState(Enum):
-    """The next part of the text of a call."""
+    """State of reading a tool call's arguments, named after the next part of the text."""
 
     OBJECT = auto()
-    """The rest of a JSON object."""
+    """The rest of a JSON object with all arguments."""
     PAIR = auto()
-    """The next argument, or the end of all arguments."""
+    """The next single argument, or the end of the arguments."""
     VALUE = auto()
-    """The rest of a value."""
+    """The rest of the value of a single argument."""
     COMPLETE = auto()
     """Text after the arguments, which are complete."""
     BROKEN = auto()
@@ -30,12 +30,12 @@ class ArgumentsState(Enum):
 
 
 class ArgumentsReader:
-    """Reads the arguments of successive calls and finds their ends.
+    """Reads the arguments of successive tool calls as JSON text, and finds the arguments' ends.
 
     Args:
         pairs: format of individual values; None if arguments are a JSON object.
         tools: the functions by name.
-        ahead: the text to read, which grows.
+        ahead: the unparsed text of the answer, which grows.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ArgumentsReader:
             self._has_pairs, self.state = False, ArgumentsState.PAIR
 
     def read(self) -> str:
-        """Read the next part and return the JSON text that is final."""
+        """Read the next part of the arguments and return the JSON text that is final."""
         if self._pairs is None:
             return self._read_object()
         if self.state is ArgumentsState.VALUE:

@@ -21,25 +21,25 @@ FIELD = "tools"
 ANY_TEXT = r"/(.|\n)*/"
 _OPTIONS = "x-guidance"
 _COMPACT = {"whitespace_pattern": " "}
-"""Limits white space within arguments: small models may otherwise write it endlessly."""
+"""Grammar option that limits white space in JSON: small models may otherwise write it endlessly."""
 _LENIENT = {"lenient": True}
-"""Ignores keywords of a schema that a grammar cannot express."""
+"""Grammar option that ignores schema keywords that a grammar cannot express."""
 _ANY_OBJECT = {"type": "object"}
 _COUNTS = frozenset({"minProperties", "maxProperties"})
 _OBJECT = frozenset({"type", "properties", "additionalProperties"})
-"""Keywords that each make a schema describe an object."""
+"""JSON Schema keywords, each of which makes a schema describe an object."""
 
 
 @dataclass(frozen=True, slots=True)
 class GrammarRule:
-    """A rule of a grammar, one line."""
+    """A rule of a grammar in Lark syntax, written on one line."""
 
     name: str
     body: str
     label: str = ""
     """Name of the client's schema part for error messages; empty if the rule always compiles."""
     fallback: str | None = None
-    """Replacement if the body does not compile; None rejects the request."""
+    """Body to use if ``body`` does not compile; None means that the request is rejected."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.body}"
@@ -56,12 +56,12 @@ def check_combinable_with_tools(answer: Grammar | None) -> None:
 
 
 def terminal(text: str, token_ids: Mapping[str, int]) -> str:
-    """Return the expression for a text: by id if it is a token, else as a literal."""
+    """Return a grammar expression for a text: a token id if the text is a token, else a string."""
     return f"<[{token_ids[text]}]>" if text in token_ids else json.dumps(text)
 
 
 def text_up_to(text: str, token_ids: Mapping[str, int], rule: str) -> tuple[str, list[str]]:
-    """Return an expression for any text up to and with the delimiter ``text``, and its rules.
+    """Return a grammar expression for any text up to and with a delimiter, and the rules it uses.
 
     The grammar must define the rule ``TEXT``, which cannot contain a delimiter that is a token.
     """
@@ -71,7 +71,7 @@ def text_up_to(text: str, token_ids: Mapping[str, int], rule: str) -> tuple[str,
 
 
 def object_rules(tool: Tool, index: int) -> list[GrammarRule]:
-    """Return the rules for arguments as a JSON object."""
+    """Return the grammar rules for a tool's arguments as a JSON object."""
     clean = argument_schema(tool, tool.is_strict)
     root = forbid_additional(clean.resolve(clean.root))
     schema = {"type": "object", **clean.document(root)}
@@ -87,7 +87,7 @@ def call_rules(
     expressions_around: Mapping[str, tuple[str, str]],
     arguments: ArgumentRules = object_rules,
 ) -> list[GrammarRule]:
-    """Return the rule ``call`` and the rules that it uses.
+    """Return the grammar rule ``call`` (a call of one of the tools) and the rules that it uses.
 
     If the rules are too large, the largest tools that are not strict accept any arguments.
 
@@ -135,7 +135,10 @@ def _num_bytes(rules: Sequence[GrammarRule]) -> int:
 
 
 def json_rule(schema: Mapping[str, Any], is_strict: bool = True) -> str:
-    """Return an expression for JSON text that matches a clean schema."""
+    """Return a grammar expression for JSON text that matches a schema.
+
+    If ``is_strict`` is False, keywords that a grammar cannot express are ignored.
+    """
     options = _COMPACT if is_strict else {**_COMPACT, **_LENIENT}
     followed = schema if is_strict else without_keywords(schema, _is_miscounted)
     plain = {**followed, _OPTIONS: options}
@@ -145,7 +148,7 @@ def json_rule(schema: Mapping[str, Any], is_strict: bool = True) -> str:
 def _is_miscounted(schema: Mapping[str, Any], keyword: str) -> bool:
     """Whether ``keyword`` limits the number of keys in a way that the compiler miscounts.
 
-    It counts only additional keys, which is wrong if named keys are optional.
+    The compiler counts only additional keys, which is wrong if named keys are optional.
     """
     if keyword not in _COUNTS or schema.get("additionalProperties") is False:
         return False
@@ -154,7 +157,7 @@ def _is_miscounted(schema: Mapping[str, Any], keyword: str) -> bool:
 
 
 def answer_rule(answer: Grammar) -> str:
-    """Return the rule ``answer`` for structured output."""
+    """Return the grammar rule ``answer``, which matches structured output."""
     match answer.kind:
         case GrammarKind.JSON_SCHEMA:
             return f"answer: {json_rule(json.loads(answer.text))}"

@@ -26,7 +26,7 @@ _REQUIRED_PATTERNS = {ToolCallFormat.MISTRAL: _MISTRAL, ToolCallFormat.KIMI: _KI
 
 
 class CallIdGenerator:
-    """Creates unique ids.
+    """Creates the ids of tool calls, which are unique in one conversation.
 
     Args:
         form: format of the calls; None and most formats allow any ids.
@@ -56,7 +56,10 @@ class CallIdGenerator:
         return call_id
 
     def fit(self, client_id: str | None, name: str) -> str:
-        """Return an id that the template accepts for an earlier call, from the client's id."""
+        """Return an id for an earlier call that the model's chat template accepts.
+
+        The result is ``client_id`` if the template accepts this id and no other call has it.
+        """
         pattern = _REQUIRED_PATTERNS.get(self._form) if self._form is not None else None
         is_free = client_id is not None and client_id not in self._used
         if client_id is not None and is_free and (pattern is None or pattern.fullmatch(client_id)):
@@ -69,7 +72,7 @@ class CallIdGenerator:
         return call_id
 
     def _register(self, call_id: str) -> None:
-        """Record that a call has this id."""
+        """Record that a call has the id ``call_id``."""
         self._used.add(call_id)
         if written := _KIMI.fullmatch(call_id):
             self._next_number = max(self._next_number, int(written[1]) + 1)
@@ -102,7 +105,7 @@ class CallIdGenerator:
 def conversation_call_ids(
     messages: Sequence[Mapping[str, Any]], form: ToolCallFormat | None
 ) -> Collection[str]:
-    """Return the ids of the calls in a conversation, in the form that its template gets."""
+    """Return the ids of the tool calls in a conversation, as the chat template gets them."""
     fitted = fit_call_ids(messages, form)
     named = [call.get("id") for message in fitted for call in _calls(message)]
     return {one for one in named if isinstance(one, str)}
@@ -111,7 +114,7 @@ def conversation_call_ids(
 def fit_call_ids(
     messages: Sequence[Mapping[str, Any]], form: ToolCallFormat | None
 ) -> Sequence[Mapping[str, Any]]:
-    """Replace call ids that the template rejects, in calls and results.
+    """Replace ids of tool calls that the chat template rejects, in calls and results.
 
     If several calls have the same id, results are assigned to them in order.
     """

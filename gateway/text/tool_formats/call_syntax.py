@@ -1,8 +1,8 @@
 """The syntax of tool calls in each format, for the parser and for grammars.
 
 A call consists of a delimiter, a head that names the function, the arguments and a tail. Some
-formats have a section around all calls. The texts here include the white space that models write
-between delimiters; the parser accepts any white space, or none.
+formats have a section around all calls. The texts of this module include the white space that
+models write between delimiters; the parser accepts any white space, or none.
 
 Sources: chat templates of Qwen3-Coder, GLM-4.6 and 4.7, DeepSeek V3, V3.1 and V3.2, Kimi K2 and
 MiniMax-M2.
@@ -19,18 +19,18 @@ from gateway.core.tool_use import ToolCallFormat
 
 
 class Placeholder(Enum):
-    """A variable part of a call."""
+    """A variable part in the syntax of a tool call."""
 
     NAME = auto()
-    """Name of a function."""
+    """Name of the called function."""
     NUMBER = auto()
-    """Digits."""
+    """Number of the call, in digits."""
     KEY = auto()
-    """Name of an argument, up to the text that follows."""
+    """Name of an argument, up to the next fixed text."""
     IS_TEXT = auto()
-    """``true`` or ``false``, which states whether the value is a text."""
+    """``true`` or ``false``, which states whether an argument's value is a text."""
     BREAK = auto()
-    """Optional line break, which some versions of a model write."""
+    """Optional line break, which some versions of the model write."""
 
 
 Part = str | Placeholder
@@ -41,42 +41,42 @@ class PairSyntax:
     """Syntax of arguments that are written one by one, each with a name and a value."""
 
     head: tuple[Part, ...]
-    """Text before a value."""
+    """Parts before the value of an argument, including the argument's name."""
     end: str
-    """Delimiter after a value. A value cannot contain it."""
+    """Delimiter after the value of an argument. The value cannot contain the delimiter."""
     close: str
-    """Delimiter after the last value."""
+    """Delimiter after the last argument of a call."""
     has_breaks: bool = False
     """Whether a line break before and after a value is not part of the value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallSyntax:
-    """Syntax of calls in one format."""
+    """Syntax of tool calls in one format."""
 
     section: str = ""
-    """Delimiter before all calls; empty without one."""
+    """Delimiter before the first call of an answer; empty if the format has no section of calls."""
     begin: str
-    """Delimiter before a call."""
+    """Delimiter before each call."""
     next_begin: str = ""
     """Delimiter before all calls except the first; empty means ``begin``."""
     head: tuple[Part, ...]
-    """Text between delimiter and arguments."""
+    """Parts between the delimiter of a call and its arguments, including the function's name."""
     pairs: PairSyntax | None = None
     """Syntax of individual arguments; None if the arguments are a JSON object."""
     tail: tuple[Part, ...] = ()
-    """Text after the arguments."""
+    """Parts after the arguments of a call."""
     section_end: str = ""
-    """Delimiter after all calls."""
+    """Delimiter after the last call of an answer; empty if the format has no section of calls."""
 
     @property
     def first_delimiter(self) -> str:
-        """The first delimiter of an answer with calls."""
+        """First delimiter of an answer with calls: ``section``, or ``begin`` without a section."""
         return self.section or self.begin
 
     @property
     def texts_after_head(self) -> tuple[str, ...]:
-        """Texts that may follow a head, without white space."""
+        """Texts that may follow the head of a call, without white space."""
         if self.pairs is None:
             return ("{",)
         first = self.pairs.head[0]
@@ -170,4 +170,4 @@ SYNTAXES: Mapping[ToolCallFormat, CallSyntax] = MappingProxyType(
         ),
     }
 )
-"""Syntax of each format except Harmony, which has a separate parser and grammar."""
+"""Syntax of each tool call format except Harmony, which has a separate parser and grammar."""

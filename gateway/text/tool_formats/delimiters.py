@@ -45,11 +45,13 @@ def is_delimiter_prefix(text: str, delimiters: Sequence[str]) -> bool:
 
 
 def resolve_partial_name(partial_name: str, text: str, names: Collection[str]) -> str:
-    """Return the function named in a head that is cut off by the answer's end; empty if ambiguous.
+    """Return the function that an incomplete tool call at the end of an answer names.
+
+    The result is empty if no function or several functions fit.
 
     Args:
         partial_name: the name of the function or its beginning.
-        text: the head so far.
+        text: the beginning of the call so far.
         names: names of the functions.
     """
     if partial_name in names and not text.endswith(partial_name):
@@ -61,24 +63,24 @@ def resolve_partial_name(partial_name: str, text: str, names: Collection[str]) -
 class MatchOutcome(Enum):
     WHOLE = auto()
     PARTIAL = auto()
-    """The text ends before the parts are complete."""
+    """The text ends before all parts are matched."""
     BROKEN = auto()
-    """The text does not match."""
+    """The text does not match the parts."""
 
 
 @dataclass(slots=True)
 class TemplateMatch:
-    """Result of matching the beginning of a text with parts of a call."""
+    """Result of matching the beginning of a text with the syntax parts of a tool call."""
 
     outcome: MatchOutcome
     end: int
     """Number of characters of the text that are matched by complete parts."""
     values: dict[Placeholder, str] = field(default_factory=dict)
-    """Text of each variable part. The text of the last one may be incomplete."""
+    """Text of each variable part. The text of the last variable part may be incomplete."""
 
 
 def match_parts(parts: Sequence[Part], text: str) -> TemplateMatch:
-    """Match the beginning of a text with parts of a call, ignoring white space.
+    """Match the beginning of a text with the syntax parts of a tool call, ignoring white space.
 
     For example ``("<f=", NAME, ">")`` and ``"<f=now> x"`` give ``WHOLE``, 7, ``NAME: "now"``.
     """

@@ -1,4 +1,4 @@
-"""The end of an answer's text that is not parsed yet, which grows as text arrives."""
+"""The text at the end of an answer that is not parsed yet, which grows as text arrives."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from gateway.text.tool_formats.delimiters import is_delimiter_prefix
 
 MAX_WAITING_CHARS = 512
-"""Maximum length of a call head or another delimiter. Longer text is content, so that clients need
-not wait for its end."""
+"""Maximum length in characters of a tool call's head or a delimiter. Longer text is content, so
+that clients need not wait for its end."""
 
 
 class Lookahead:
-    """Text that is not parsed yet; decides whether to wait for more text."""
+    """Text of an answer that is not parsed yet, and whether to wait for more text."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -21,35 +21,37 @@ class Lookahead:
 
     @property
     def window(self) -> str:
-        """The text to examine, of limited length so that decisions do not depend on the pieces."""
+        """The first part of the unparsed text. Its length is limited, so that decisions do not
+        depend on how the text is split into pieces."""
         return self.text[:MAX_WAITING_CHARS]
 
     @property
     def stripped_window(self) -> str:
-        """The window without leading white space."""
+        """The first part (window) of the unparsed text without leading white space."""
         return self.window.lstrip()
 
     @property
     def may_grow(self) -> bool:
-        """Whether the text does not fill the window, so that an incomplete match may complete."""
+        """Whether the unparsed text is so short that an incomplete match may become complete."""
         return len(self.text) < MAX_WAITING_CHARS
 
     @property
     def needs_more_text(self) -> bool:
-        """Whether an incomplete match may still become complete with more text."""
+        """Whether an incomplete match may become complete, as the answer has not ended."""
         return not self.is_last and self.may_grow
 
     def is_prefix_of(self, delimiters: Sequence[str]) -> bool:
-        """Whether the text is a proper prefix of one of ``delimiters``."""
+        """Whether the unparsed text is a proper prefix of one of ``delimiters``."""
         return is_delimiter_prefix(self.stripped_window, delimiters)
 
     def skip_delimiter(self, delimiter: str) -> bool:
-        """If the delimiter is next, drop it and white space before it; return whether it was."""
+        """If the unparsed text begins with ``delimiter``, drop the delimiter and white space before
+        it, and return True; otherwise return False."""
         if not self.stripped_window.startswith(delimiter):
             return False
         self.text = self.text.lstrip()[len(delimiter) :]
         return True
 
     def drop(self, num_chars: int | None = None) -> None:
-        """Drop the first ``num_chars`` characters; None drops all."""
+        """Drop the first ``num_chars`` characters of the unparsed text; None drops all of it."""
         self.text = "" if num_chars is None else self.text[num_chars:]

@@ -1,7 +1,7 @@
-"""Grammars for formats that write arguments one by one.
+"""Grammars for tool call formats that write arguments one by one.
 
 Strings are written without quotes and end at the delimiter after the value; other values are JSON.
-Both support the schema keywords that grammars of JSON support.
+Texts and JSON values support all schema keywords that grammars of JSON support.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _MAX_COUNTED = 1000
 _TEXT, _NO_TEXT = '"true"', '"false"'
 _ANY_TEXT = "VALUE"
 _OTHER_KEY = r"/[^\s\x00-\x1f\"<>\x7f]([^\x00-\x1f\"<>\x7f]{0,62}[^\s\x00-\x1f\"<>\x7f])?/"
-"""Names of additional arguments, without characters of delimiters and without outer spaces."""
+"""Regular expression of the names of additional arguments, without characters of delimiters and
+without outer spaces."""
 
 
 def parts_expression(
@@ -40,7 +41,10 @@ def parts_expression(
     token_ids: Mapping[str, int],
     substitutions: Mapping[Placeholder, str],
 ) -> str:
-    """Return a grammar expression for parts of a call; ``substitutions`` has the variable parts."""
+    """Return a grammar expression for the parts of a tool call.
+
+    ``substitutions`` has the expressions for the variable parts.
+    """
     return " ".join(
         substitutions[part] if isinstance(part, Placeholder) else terminal(part, token_ids)
         for part in parts
@@ -49,17 +53,17 @@ def parts_expression(
 
 @dataclass(frozen=True, slots=True)
 class PairRules:
-    """Creates the rules for the arguments of each tool."""
+    """Creates the grammar rules for arguments that a format writes one by one."""
 
     syntax: PairSyntax
     token_ids: Mapping[str, int]
 
     def shared_rules(self) -> list[GrammarRule]:
-        """Return the rules that all tools share."""
+        """Return the grammar rules that all tools share."""
         return [GrammarRule(_ANY_TEXT, self.text_terminal(TextRule().expression(self.syntax.end)))]
 
     def tool_rules(self, tool: Tool, index: int) -> list[GrammarRule]:
-        """Return the rule ``args_INDEX`` and the rules that it uses.
+        """Return the grammar rule ``args_INDEX`` for a tool's arguments, and the rules it uses.
 
         Raises:
             RequestError: the tool is strict, and a grammar cannot express its schema.
@@ -68,7 +72,10 @@ class PairRules:
         return _ToolRules(self, tool, index, arguments).make()
 
     def text_terminal(self, expression: str) -> str:
-        """Return a terminal of texts, including the delimiter after them unless it is a token."""
+        """Return a grammar terminal for a text value that matches ``expression``.
+
+        The terminal includes the delimiter after the value unless the delimiter is a token.
+        """
         end = self.syntax.end
         suffix = "\n" if self.syntax.has_breaks else ""
         suffix += "" if end in self.token_ids else end
@@ -76,7 +83,7 @@ class PairRules:
 
     @property
     def after_text(self) -> str:
-        """Expression of the delimiter after a text if it is a token, else empty."""
+        """Expression of the delimiter after a text value; empty if the delimiter is no token."""
         return (
             terminal(self.syntax.end, self.token_ids) if self.syntax.end in self.token_ids else ""
         )
@@ -88,7 +95,7 @@ class PairRules:
 
     @property
     def states_type(self) -> bool:
-        """Whether the format states for each argument whether it is a text."""
+        """Whether calls in the format state for each argument whether its value is a text."""
         return Placeholder.IS_TEXT in self.syntax.head
 
     def argument_head(self, key: str, truth: str) -> str:
@@ -104,7 +111,7 @@ class PairRules:
 
 @dataclass(slots=True)
 class _ToolRules:
-    """Creates the rules of one tool, without duplicates for equal schemas and arguments."""
+    """Creates the grammar rules of one tool, without duplicates for equal schemas."""
 
     pairs: PairRules
     tool: Tool
@@ -112,7 +119,7 @@ class _ToolRules:
     arguments: ToolArguments
     _rules: list[GrammarRule] = field(default_factory=list)
     _names: dict[str, str] = field(default_factory=dict)
-    """Names of rules by body."""
+    """Names of the rules by their bodies."""
 
     def make(self) -> list[GrammarRule]:
         expressions = list(
@@ -123,7 +130,7 @@ class _ToolRules:
         return [GrammarRule(f"args_{self.index}", body), *self._rules]
 
     def _argument_set_expression(self, argument_set: ArgumentSet) -> str:
-        """Return an expression for the arguments of a set, in the schema's order."""
+        """Return a grammar expression for the arguments of a set, in the schema's order."""
         names = [
             (
                 self._add_rule("arg", self._argument(json.dumps(key), schema, key)),
@@ -160,11 +167,11 @@ class _ToolRules:
     def _counted_arguments(
         self, argument_set: ArgumentSet, names: Sequence[tuple[str, bool]], others: str
     ) -> str:
-        """Return an expression that limits the number of arguments; its rules count them.
+        """Return a grammar expression that limits the number of arguments of a set.
 
-        Empty if the limits have no effect, or if the tool is not strict and a grammar cannot
-        express them. For example, two arguments with at least one required give
-        ``a: arg_0 a1 | arg_1``, ``a1: arg_1?``.
+        The rules of the expression count the arguments. Empty if the limits have no effect, or if
+        the tool is not strict and a grammar cannot express the limits. For example, two arguments
+        with at least one required give ``a: arg_0 a1 | arg_1``, ``a1: arg_1?``.
         """
         min_arguments, max_arguments = argument_set.min_arguments, argument_set.max_arguments
         fits = max_arguments is None or (not others and max_arguments >= len(names))
@@ -197,7 +204,10 @@ class _ToolRules:
         return self._add_rule("arg", self._argument(name, schema, about))
 
     def _argument(self, key: str, schema: Any, about: str) -> str:
-        """Expression for an argument. ``key`` matches its name; errors name ``about``."""
+        """Return a grammar expression for one argument with its name and value.
+
+        ``key`` is the expression for the name; errors mention ``about``.
+        """
         pairs, text, value = self.pairs, *self._value_rules(schema, about)
         ways: dict[str, list[str]] = {}
         if text:
@@ -209,7 +219,10 @@ class _ToolRules:
         return " | ".join(f"{head} ({' | '.join(each)})" for head, each in ways.items())
 
     def _value_rules(self, schema: Any, about: str) -> tuple[str, str]:
-        """Return the names of the rules for a value as text and as JSON; empty if not possible."""
+        """Return the names of the rules for a value as text and as JSON.
+
+        A name is empty if the schema does not allow a value of this kind.
+        """
         clean, is_strict = self.arguments.clean, self.tool.is_strict
         try:
             schema_alternatives = alternatives(schema, clean, is_strict)
@@ -251,7 +264,10 @@ class _ToolRules:
 def _remaining_arguments(
     count: int, min_arguments: int, max_arguments: int | None, others: str
 ) -> str | None:
-    """Return an expression for the arguments after ``count`` named ones; None if too few remain."""
+    """Return a grammar expression for the additional arguments after ``count`` named arguments.
+
+    None if the minimum cannot be reached.
+    """
     low, high = (
         max(0, min_arguments - count),
         "" if max_arguments is None else str(max_arguments - count),

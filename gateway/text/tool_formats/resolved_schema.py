@@ -1,4 +1,4 @@
-"""Reads JSON schemas of arguments for declarations, with references resolved.
+"""Reads JSON schemas of function arguments for declarations in prompts, with references resolved.
 
 The work is limited for every schema: recursive references, parts that are nested too deeply, and
 references that repeat too much text count as schemas that allow any value.
@@ -18,12 +18,12 @@ ANY, NULL, ARRAY, OBJECT = "any", "null", "array", "object"
 
 
 class SchemaDefinitions:
-    """Resolves references within one schema."""
+    """Finds the targets of references within one JSON schema, up to a size limit."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._references = References(root)
         self._chars_left = MAX_GRAMMAR_BYTES
-        """Remaining number of characters that references may repeat."""
+        """Number of characters of JSON that the targets of further references may have."""
 
     def find(self, reference: str) -> Mapping[str, Any] | None:
         """Return the target of a reference; None if it is absent or beyond the size limit."""
@@ -37,12 +37,12 @@ class SchemaDefinitions:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSchema:
-    """A schema, or a part of a schema. Invalid keywords are ignored."""
+    """A JSON schema, or a part of one, with ``$ref`` resolved. Invalid keywords are ignored."""
 
     data: Mapping[str, Any]
     definitions: SchemaDefinitions
     references: tuple[str, ...] = ("#", "")
-    """References that were followed to reach this schema."""
+    """References that were followed from the root to this schema."""
     depth: int = 0
 
     @staticmethod
@@ -53,7 +53,7 @@ class ResolvedSchema:
         return self.data.get(name)
 
     def entries(self, name: str) -> list[Any]:
-        """Return the list at the keyword ``name``; empty without a list."""
+        """Return the list value of the keyword ``name``; empty if the value is not a list."""
         value = self.data.get(name)
         return value if isinstance(value, list) else []
 
@@ -85,18 +85,18 @@ class ResolvedSchema:
 
     @property
     def item(self) -> ResolvedSchema | None:
-        """Schema of array items; None for any item."""
+        """Schema of the array's items; None if any item is allowed."""
         items = self.data.get("items")
         return self._inner(items) if isinstance(items, Mapping) else None
 
     @property
     def values(self) -> list[Any]:
-        """Values of ``enum`` or ``const``; empty without them."""
+        """Allowed values of ``enum`` or ``const``; empty without these keywords."""
         return self.entries("enum") or ([self.data["const"]] if "const" in self.data else [])
 
     @property
     def types(self) -> list[str]:
-        """Distinct names of the types; if ``type`` is missing, inferred from other keywords."""
+        """Distinct JSON types; without the keyword ``type``, inferred from other keywords."""
         named = self.get("type")
         if isinstance(named, list):
             return list(dict.fromkeys(kind for kind in named if isinstance(kind, str)))
@@ -119,7 +119,7 @@ class ResolvedSchema:
         return ResolvedSchema(schema, self.definitions, self.references, self.depth + 1)._resolved()
 
     def _resolved(self) -> ResolvedSchema:
-        """Resolve ``$ref``; keywords next to the reference override the target."""
+        """Return this schema with ``$ref`` resolved; keywords beside it override the target."""
         schema = self
         while isinstance(reference := schema.get("$ref"), str):
             beside = {name: value for name, value in schema.data.items() if name != "$ref"}

@@ -1,7 +1,7 @@
 """Converts structured output requests to a ``Grammar`` for the engine.
 
 Handles ``response_format`` (OpenAI) and ``structured_outputs`` (vLLM) of HTTP and gRPC. The checks
-here do not need the vocabulary; the engine compiles the grammar and may still reject it.
+of this module do not need the vocabulary; the engine compiles the grammar and may still reject it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FormatFieldNames:
 
 
 CHAT_NAMES = FormatFieldNames()
-"""Field names in completions and chat."""
+"""Field names of the output format in completions and chat completions."""
 
 
 def make_grammar(
@@ -94,7 +94,7 @@ def make_output_schema(
     description: object = None,
     names: FormatFieldNames = CHAT_NAMES,
 ) -> OutputSchema | None:
-    """Return the part of ``response_format`` for the prompt; None if it has no schema.
+    """Return the part of ``response_format`` that the prompt shows; None if it has no schema.
 
     Args:
         grammar: the result of ``make_grammar``.

@@ -13,7 +13,7 @@ class CallDelta:
     index: int
     """Index of the call in the answer."""
     arguments: str
-    """A piece of JSON text."""
+    """A piece of the JSON text of the call's arguments; may be empty."""
     call_id: str | None = None
     """Id of the call in its first piece, else None."""
     name: str | None = None
@@ -22,7 +22,7 @@ class CallDelta:
 
 @dataclass(frozen=True, slots=True)
 class ParsedText:
-    """A piece of text."""
+    """A piece of an answer's text: reasoning or content."""
 
     text: str
     is_reasoning: bool = False
@@ -30,17 +30,20 @@ class ParsedText:
 
 @dataclass(frozen=True, slots=True)
 class ParsedPiece:
-    """The parsed output for a piece of text."""
+    """The parsed output for a piece of an answer: content, tool calls and reasoning."""
 
     content: str
     calls: tuple[CallDelta, ...] = ()
     reasoning: str = ""
     """Reasoning text, if the format of the model separates it."""
     parts: tuple[ParsedText | CallDelta, ...] = field(default=(), compare=False)
-    """All parts in the order of the answer; may be empty if there is only one kind."""
+    """All parts in the order of the answer; may be empty if all parts are of one kind."""
 
     def merge_calls(self) -> ParsedPiece:
-        """Merge the pieces of each call, as clients would read several pieces as several calls."""
+        """Return a copy in which the pieces of each call are merged into one piece.
+
+        Clients would read several pieces as several calls.
+        """
         calls: list[CallDelta] = []
         for _, pieces in groupby(self.calls, key=lambda call: call.index):
             first, *rest = pieces

@@ -17,7 +17,8 @@ from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
 MAX_TOOLS = 128
 NAME_RULE = "must be 1 to 128 letters, digits, _, . or -"
 MAX_SHOWN_DEPTH = 64
-"""Maximum nesting of a schema that is not strict. Grammars use ``MAX_SCHEMA_DEPTH`` levels."""
+"""Maximum nesting of a tool's schema that is not strict. Grammars use only the first
+``MAX_SCHEMA_DEPTH`` levels of the schema."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _SHOWN_CHARS = 128
 
@@ -29,7 +30,7 @@ class ToolFieldNames:
     name: str = "function.name"
     parameters: str = "function.parameters"
     entries: Sequence[str] = ()
-    """Names of the entries; empty means ``tools[0]`` and so on."""
+    """Names of the entries of ``tools``; empty means ``tools[0]`` and so on."""
 
 
 def make_tool_use(
@@ -52,7 +53,7 @@ def make_tool_use(
         names: field names of the protocol; None uses OpenAI's.
 
     Raises:
-        RequestError: a field is invalid; the error names it.
+        RequestError: a field is invalid; the error names the field.
     """
     field = "tool_choice"
     choices = ("none", "auto", "required")
@@ -74,7 +75,7 @@ def make_tool_use(
 
 
 def _check_tools(tools: Sequence[Tool], names: ToolFieldNames) -> list[Tool]:
-    """Check the tools and set their ``path``. Raises ``RequestError``."""
+    """Check the tools; return copies with ``path`` set. Raises ``RequestError``."""
     check_length("tools", len(tools), MAX_TOOLS)
     checked: list[Tool] = []
     seen: set[str] = set()
@@ -91,7 +92,7 @@ def _check_tools(tools: Sequence[Tool], names: ToolFieldNames) -> list[Tool]:
 
 
 def _check_schema(tool: Tool) -> None:
-    """Check the nesting of a schema, and that it describes an object."""
+    """Check the nesting of a tool's schema, and that the schema describes an object."""
     schema = tool.parameters or {}
     kind = schema.get("type", "object")
     is_object = "object" in kind if isinstance(kind, list) else kind == "object"
@@ -106,7 +107,10 @@ def is_function_name(text: str) -> bool:
 
 
 def template_call(call_id: str | None, name: str, arguments: str, path: str) -> dict[str, Any]:
-    """Make a call of an earlier message for templates, which read its arguments as an object."""
+    """Return a tool call of an earlier message as chat templates read it.
+
+    The templates read the arguments as an object; ``path`` names the call in errors.
+    """
     value = json_object(arguments, f"{path}.function.arguments")
     function = {"name": name, "arguments": CallArguments(value, arguments)}
     named = {} if call_id is None else {"id": call_id}
@@ -114,7 +118,10 @@ def template_call(call_id: str | None, name: str, arguments: str, path: str) -> 
 
 
 def json_object(text: str, name: str) -> dict[str, Any]:
-    """Return the object in a JSON text. Raises ``RequestError`` if it is not an object."""
+    """Return the object in a JSON text; empty for an empty text.
+
+    Raises ``RequestError`` for the field ``name`` if the text is not a JSON object.
+    """
     if not text.strip():
         return {}
     try:
