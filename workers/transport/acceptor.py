@@ -21,7 +21,8 @@ from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, P
 logger = logging.getLogger(__name__)
 
 MAX_PENDING = 16
-"""Limit of connections that have not proved the token; one more closes the oldest."""
+"""Maximum number of accepted connections whose peer has not proved the cluster token; one more
+closes the oldest."""
 _CONNECT_ATTEMPTS = 3
 _RETRY_S = 0.1
 _READ_BYTES = 4096
@@ -29,10 +30,10 @@ _READ_BYTES = 4096
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A connection that is connecting or in the handshake. No method blocks.
+    """A connection that is connecting or in the handshake, before it is an edge. No method blocks.
 
-    The owner watches ``sock`` for ``events``, calls ``step`` when it is ready, and drops the
-    connection at ``deadline``.
+    The owner watches ``sock`` for ``events``, calls ``step`` when the socket is ready, and drops
+    the connection at ``deadline``.
     """
 
     sock: socket.socket
@@ -44,7 +45,7 @@ class Pending:
     deadline: float
     """Monotonic time at which the connection is dropped if it has not become an edge."""
     out: bytes
-    """Bytes to send."""
+    """Bytes that remain to be sent."""
     is_connecting: bool
 
     @property
@@ -52,9 +53,9 @@ class Pending:
         return selectors.EVENT_WRITE if self.out else selectors.EVENT_READ
 
     def step(self) -> bool:
-        """Continue without waiting; return whether the handshake is complete and all is sent.
+        """Continue the handshake without waiting; return whether it is complete and all is sent.
 
-        Raises ``OSError`` if the address does not respond, ``HandshakeError`` in other cases.
+        Raises ``OSError`` if the connect fails, and ``HandshakeError`` if the handshake fails.
         """
         if self.is_connecting:
             code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -88,10 +89,11 @@ class Pending:
 
 
 class Acceptor:
-    """Opens and accepts connections on the owner's selector. Data thread only.
+    """Opens and accepts connections between workers, on the owner's selector. Data thread only.
 
-    Invalid data, a timeout or a wrong token closes only that connection. At most ``MAX_PENDING``
-    connections may be without proof of the token; one more closes the oldest.
+    A connection with invalid data, a timeout or a wrong token is closed; others continue. At most
+    ``MAX_PENDING`` accepted connections may be without proof of the cluster token; one more closes
+    the oldest.
     """
 
     def __init__(
@@ -107,15 +109,15 @@ class Acceptor:
         refusal: Callable[[PeerIdentity], str | None],
         opened: Callable[[socket.socket, PeerIdentity, int], None],
     ) -> None:
-        """Open the listener.
+        """Open the listener on ``host`` and ``port`` (0: a free port).
 
         ``refusal`` returns the reason to refuse a peer that has proved the token, or None to accept
         it. ``opened`` is called with the socket, the peer's identity and the generation of a new
-        edge. ``timeout_s`` limits the time until a connection is an edge, and ``answer_limit_s``
-        the time until the peer's host responds.
+        edge. ``answer_limit_s`` limits the time until the peer's host accepts a connect, and
+        ``timeout_s`` the time of the handshake.
         """
         self.generation = 0
-        """Current generation of this worker."""
+        """Generation that this worker has applied last; 0 before the first."""
         self._selector = selector
         self._me = me
         self._token = token
@@ -132,7 +134,7 @@ class Acceptor:
 
     @property
     def next_deadline(self) -> float | None:
-        """Monotonic time at which ``expire`` must be called; None without connections."""
+        """Monotonic time at which ``expire`` must be called; None if no connection is pending."""
         if not self._pending:
             return None
         return min(p.deadline for p in self._pending.values())
@@ -148,8 +150,8 @@ class Acceptor:
     def connect(self, member: Member) -> None:
         """Begin to open the edge to ``member``, unless an attempt is running or has just ended.
 
-        Raises ``PeerLostError`` if the address does not respond, or if the peer has closed the
-        handshake too often, which it does without a message if the token is wrong.
+        Raises ``PeerLostError`` if the address is invalid or refuses the connect, or after too many
+        attempts: a peer closes the handshake without a message if the cluster token is wrong.
         """
         if any(p.member == member for p in self._pending.values()):
             return
@@ -186,13 +188,13 @@ class Acceptor:
         self._add(sock, handshake, f"{address[0]}:{address[1]}", None)
 
     def refuse(self, name: str, reason: str) -> None:
-        """Log that a connection is refused."""
+        """Log a warning that the connection with ``name`` is refused."""
         logger.warning("%s: connection with %s refused: %s", self._me.name, name, reason)
 
     def expire(self) -> None:
-        """Drop connections after their deadline.
+        """Drop unfinished connections that are past their deadline.
 
-        Raises ``PeerLostError`` if the host of a member does not respond.
+        Raises ``PeerLostError`` if the host of a member to connect to does not respond.
         """
         now = time.monotonic()
         for pending in [p for p in self._pending.values() if p.deadline <= now]:
@@ -204,10 +206,10 @@ class Acceptor:
             self._drop(pending)
 
     def advance(self, pending: Pending) -> None:
-        """Continue a connection after its socket became ready.
+        """Continue the handshake of a connection after its socket became ready.
 
-        Raises ``PeerLostError`` if the address does not respond or the peer refuses this worker,
-        and ``GenerationChangedError`` if the peer refuses it in a later generation.
+        Raises ``PeerLostError`` if the connect fails or the peer refuses this worker, and
+        ``GenerationChangedError`` if the peer refuses this worker from a later generation.
         """
         if pending.sock not in self._pending:
             return

@@ -1,8 +1,8 @@
 """Transport over torch.distributed: NCCL on GPUs, gloo in CPU tests, with the same code.
 
-It carries only messages between attention and expert ranks. Step headers and the detection of lost
-peers use ``PeerConnections``. gloo and the rendezvous store have no authentication, so they listen
-on the cluster interface only.
+The transport carries only messages between attention and expert ranks. Step headers and the
+detection of lost peers use ``PeerConnections``. gloo and the rendezvous store have no
+authentication, so they listen on the cluster interface only.
 """
 
 from __future__ import annotations
@@ -39,17 +39,21 @@ from workers.transport.world import (
 
 _JOIN_S = 1.0
 _COUNTS = 2
-"""Index of the message with the row counts; the two parts have the indices 0 and 1."""
+"""Index, within a message, of the transfer with the row counts; the two parts have 0 and 1."""
 _MAX_AHEAD, _MAX_MESSAGES_AHEAD = 4, 64
 """Limits of receives, and in captured steps of messages, that only the device waits for. At these
 limits the host has enqueued some hundred launches (two to four layers, or four copies and stream
-waits per message of a captured step). A stream accepts about a thousand. If it filled up while it
-waits for a lost peer, the host would block in a launch and could not abandon the world."""
+waits per message of a captured step). A CUDA stream accepts about a thousand. If the stream filled
+up while it waits for a lost peer, the host would block in a launch and could not abandon the
+process groups."""
 _WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": NcclWorld}
 
 
 class CollectiveTransport:
-    """``DataTransport`` of one worker over torch.distributed groups, new in every generation."""
+    """``DataTransport`` of one worker over torch.distributed.
+
+    Every generation has new process groups, which are called its world.
+    """
 
     def __init__(
         self,
@@ -61,9 +65,9 @@ class CollectiveTransport:
         store_port: int = 0,
         connect_timeout_s: float = 10.0,
     ) -> None:
-        """Attention workers open a rendezvous store on ``host``, by default on a free port."""
+        """On an attention worker, open a rendezvous store on ``host``; port 0 is a free port."""
         self.sums_are_rounded = backend == "nccl"
-        """See ``DataTransport``."""
+        """Whether partial sums are sent in the model's dtype instead of float32."""
         self._connections = connections
         self._backend: Backend = backend
         self._device = device
@@ -74,7 +78,7 @@ class CollectiveTransport:
         self._names: dict[int, str] = {}
         self._sends: deque[Transfers] = deque()
         self._ordered: deque[Transfers] = deque()
-        """Receives that the device stream waits for but the host has not waited for yet."""
+        """Receives that the CUDA stream waits for but the host has not waited for yet."""
         self._may_be_captured = False
         self._loss: PeerLostError | None = None
         self._store = (
@@ -85,11 +89,11 @@ class CollectiveTransport:
 
     @property
     def store_address(self) -> str:
-        """``host:port`` of the rendezvous store: ``Member.store_address``."""
+        """``host:port`` of this worker's rendezvous store; empty on an expert worker."""
         return f"{self._host}:{self._store.port}" if self._store is not None else ""
 
     def apply_generation(self, generation: Generation) -> None:
-        """See ``DataTransport``. Collective: all members must call it."""
+        """Create the process groups of a generation. Collective: all members must call it."""
         self._abandon()
         self._loss = None
         names = [m.name for m in generation.attention]
@@ -108,7 +112,7 @@ class CollectiveTransport:
             raise
 
     def _world_setup(self, generation: int, names: Sequence[str]) -> WorldSetup:
-        """Return this worker's setup. ``names``: the members' names in the order of the ranks."""
+        """Return this worker's setup. ``names``: names of all members in order of world rank."""
         role = self._connections.me.role
         sends: tuple[Direction, ...] = ("rows",) if runs_attention(role) else ("outputs",)
         receives: tuple[Direction, ...] = ("outputs",) if runs_attention(role) else ("rows",)
@@ -129,7 +133,7 @@ class CollectiveTransport:
         )
 
     def _build(self, world: World, address: str) -> None:
-        """Connect the world on another thread, so that an interrupt can end the wait."""
+        """Connect the process groups on another thread, so that an interrupt can end the wait."""
         failures: list[Exception] = []
         finished = threading.Event()
 
@@ -150,9 +154,9 @@ class CollectiveTransport:
             self._await_cause(f"no process group {world.setup.prefix}: {first_line(err)}")
 
     def _await_cause(self, reason: str) -> NoReturn:
-        """Wait until the edges or the controller report which member was lost.
+        """Wait until the edges or the controller report which member was lost, and raise the error.
 
-        Raises the error of that report; after a timeout, ``PeerLostError`` for the first peer.
+        After a timeout, raises ``PeerLostError`` for the first peer. ``reason``: observed error.
         """
         self._connections.wait(
             lambda: False,
@@ -171,14 +175,14 @@ class CollectiveTransport:
         )
 
     def begin_step(self, header: StepHeader) -> None:
-        """See ``DataTransport``. Waits for the sends of the last step."""
+        """Start a step, after the sends of the previous step have completed."""
         self._ordered.clear()
         self._may_be_captured = header.bucket > 0
         while self._sends:
             self._wait(self._sends.popleft())
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
-        """See ``DataTransport``. Counts are sent first if ``sized``; empty parts are not sent."""
+        """Start to send messages. If ``sized``, counts are sent first. Empty parts are not sent."""
         self._drop_sent()
         items = []
         for message in messages:
@@ -196,7 +200,7 @@ class CollectiveTransport:
     def receive(
         self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
-        """See ``DataTransport``."""
+        """Receive one message from each expected rank; see ``DataTransport.receive``."""
         counts = [item.counts for item in expected]
         if sized:
             counts = self._receive_counts(tag, expected)
@@ -218,7 +222,7 @@ class CollectiveTransport:
         return received
 
     def finish_step(self) -> None:
-        """See ``DataTransport``."""
+        """Wait for all receives that only the CUDA stream has waited for."""
         if not self._ordered:
             return
         while self._ordered:
@@ -226,15 +230,15 @@ class CollectiveTransport:
         self._connections.poll()
 
     def direct(self, ranks: Sequence[int]) -> None:
-        """Return None, as there are no edges for native code; see ``DataTransport``."""
+        """Return None: native code cannot send or receive over torch.distributed."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
-        """See ``DataTransport``."""
+        """Abandon the process groups and report invalid data of a rank: ``PeerLostError``."""
         self._abandon()
         self._connections.reject(self._names[rank], reason)
 
     def close(self) -> None:
-        """Abandon the world and wait up to ``_JOIN_S`` for its threads to end."""
+        """Abandon the process groups and wait up to ``_JOIN_S`` for their threads to end."""
         world = self._world
         self._abandon()
         if world is not None:
@@ -298,7 +302,7 @@ class CollectiveTransport:
         return len(self._ordered) > _MAX_AHEAD
 
     def _drop_sent(self) -> None:
-        """Free the memory of completed sends, in the order in which they started."""
+        """Free the memory of completed sends, up to the first that is not complete."""
         while self._sends and self._live_world().is_over(self._sends[0]):
             self._check(self._sends.popleft())
 
@@ -326,12 +330,12 @@ class CollectiveTransport:
         self._check(transfers)
 
     def _check(self, transfers: Transfers) -> None:
-        """Abandon the world and raise ``PeerLostError`` if one of these transfers has failed."""
+        """If a transfer has failed, abandon the process groups and raise ``PeerLostError``."""
         if transfers.error:
             self._fail(transfers.items[transfers.num_done].rank, transfers.error)
 
     def _live_world(self) -> World:
-        """Return the world. After it was abandoned, raise ``PeerLostError`` for the same peer."""
+        """Return the process groups. If they were abandoned, raise the error that caused it."""
         if self._world is not None:
             return self._world
         if self._loss is not None:

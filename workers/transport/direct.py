@@ -1,8 +1,8 @@
 """Lets native code send and receive frames on edges.
 
-Native code handles only complete frames with the expected header. In all other cases Python
-continues: unsent bytes are queued on their edge. Received bytes are returned to their edge, which
-handles them as if they had just arrived.
+Native (compiled C) code handles only complete frames with the expected header. In all other cases
+Python continues: unsent bytes are queued on their edge. Received bytes are returned to their edge,
+which handles them as if they had just arrived.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from workers.transport.edge_table import EdgeTable
 
 
 class DirectEdges:
-    """The edges to some peers. Data thread only."""
+    """Edges (connections) to some peers, in the form that native code uses. Data thread only."""
 
     def __init__(
         self,
@@ -25,14 +25,17 @@ class DirectEdges:
         waiting: WaitingFields,
         check: Callable[[], None],
     ) -> None:
-        """``check`` raises an error if waits must end; see ``PeerConnections.check``."""
+        """``check`` raises ``TransportError`` if the data thread must not wait for peers any more.
+
+        See ``PeerConnections.check``.
+        """
         self.edges = tuple(edges)
         self.step = StepFields()
-        """Current step, read by C."""
+        """Generation, number and flags of the current step, which native code reads."""
         self.waiting = waiting
-        """Parameters of waits in C, among them the time limit after which C returns."""
+        """Parameters of waits in native code, such as the time limit after which it returns."""
         self.frames = (FrameFields * len(self.edges))()
-        """One frame for each edge, shared with C."""
+        """Frames that native code sends or receives, one for each edge."""
         for frame, edge in zip(self.frames, self.edges, strict=True):
             frame.socket = edge.sock.fileno()
         self._table = table
@@ -40,24 +43,27 @@ class DirectEdges:
 
     @property
     def are_open(self) -> bool:
-        """Whether none of these edges was closed."""
+        """Whether all edges of this object are still open and read."""
         return all(edge.interest for edge in self.edges)
 
     def are_clear(self) -> bool:
-        """Whether this process has no pending bytes of these edges, so that native code may run.
+        """Whether no bytes of the edges are queued in this process, so that native code may run.
 
-        Raises the errors of ``check``.
+        Raises ``GenerationChangedError`` or ``PeerLostError`` if waits must end.
         """
         self._check()
         return all(edge.is_clear for edge in self.edges)
 
     def sent(self) -> None:
-        """Record for each edge that its frame was sent completely."""
+        """Record for each edge that native code has sent its frame completely."""
         for edge in self.edges:
             self._table.sent(edge)
 
     def keep_unsent(self) -> None:
-        """Queue the unsent rest of the frames. Raises ``PeerLostError`` if a peer is lost."""
+        """Queue the bytes of the frames that native code could not send.
+
+        Raises ``PeerLostError`` if a peer is lost, and ``GenerationChangedError``.
+        """
         for edge, frame in zip(self.edges, self.frames, strict=True):
             if frame.error:
                 self._table.lose(edge, f"cannot send: {os.strerror(frame.error)}")
@@ -67,7 +73,10 @@ class DirectEdges:
         self._check()
 
     def give_back(self) -> None:
-        """Return received bytes to their edges after an unexpected or incomplete frame."""
+        """Return bytes that native code has received to their edges, for Python to handle.
+
+        Call it after an unexpected or incomplete frame.
+        """
         for edge, frame in zip(self.edges, self.frames, strict=True):
             if frame.done:
                 self._table.give_back(edge, frame.received())

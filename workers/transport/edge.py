@@ -1,4 +1,4 @@
-"""Nonblocking connection between two members that sends and receives frames."""
+"""An edge: a nonblocking connection between two workers that sends and receives frames."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from workers.transport.handshake import PeerIdentity
 
 _READ = selectors.EVENT_READ
 _MAX_BUFFERS = 64
-"""Maximum number of buffers in one system call."""
+"""Maximum number of buffers that one system call sends."""
 
 
 class Edge:
-    """An authenticated TCP connection. Data thread only.
+    """An authenticated TCP connection to another worker, which carries frames. Data thread only.
 
     A partly sent frame stays queued even if its step is aborted; the receiver drops frames of an
     older generation. Bytes that the kernel does not accept immediately are copied, so callers may
@@ -41,14 +41,14 @@ class Edge:
         self.peer = peer
         self.name = peer.name
         self.generation = generation
-        """Generation in which the edge was opened; its frames must not be older."""
+        """Generation in which the edge was opened; frames of older generations are invalid."""
         self.inbox: deque[Frame] = deque()
-        """Data frames of the current generation, in the order of arrival."""
+        """Received data frames that were not taken yet, in the order of arrival."""
         self.inbox_bytes = 0
         self.out_bytes = 0
-        """Number of queued bytes to send."""
+        """Number of bytes that are queued to be sent."""
         self.interest = 0
-        """Events that the selector watches."""
+        """Events for which the selector watches the socket; 0 if it is not watched or closed."""
         self._kinds = kinds
         self._max_data_bytes = max_data_bytes
         self._out: deque[memoryview] = deque()
@@ -61,12 +61,15 @@ class Edge:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the edge is being read and this process has none of its bytes pending."""
+        """Whether the selector reads the edge, and this process has no received or unsent bytes."""
         is_waiting = self.inbox or self._out or self._have or self._given_back
         return self.interest == _READ and self._header is None and not is_waiting
 
     def send(self, buffers: Sequence[memoryview | bytes]) -> None:
-        """Send what the kernel accepts now and queue a copy of the rest. Raises ``OSError``."""
+        """Send the bytes that the kernel accepts now, and queue a copy of the rest.
+
+        Raises ``OSError`` if the connection is broken.
+        """
         if self._out:
             self.flush()
         sent = 0 if self._out else self._send_now(buffers)
@@ -74,7 +77,7 @@ class Edge:
             self.keep(buffers, sent)
 
     def keep(self, buffers: Sequence[memoryview | bytes], sent: int = 0) -> None:
-        """Queue a copy of ``buffers``, without the first ``sent`` bytes."""
+        """Queue a copy of ``buffers`` to be sent, without their first ``sent`` bytes."""
         for buffer in buffers:
             if sent < len(buffer):
                 rest = memoryview(bytes(memoryview(buffer)[sent:]))
@@ -83,7 +86,10 @@ class Edge:
             sent = max(sent - len(buffer), 0)
 
     def flush(self) -> None:
-        """Send queued bytes as far as the kernel accepts them. Raises ``OSError``."""
+        """Send queued bytes as far as the kernel accepts them now.
+
+        Raises ``OSError`` if the connection is broken.
+        """
         while self._out:
             sent = self._send_now(tuple(islice(self._out, _MAX_BUFFERS)))
             if not sent:
@@ -101,14 +107,14 @@ class Edge:
                 self._out.popleft()
 
     def _send_now(self, buffers: Sequence[memoryview | bytes]) -> int:
-        """Send and return the number of bytes that the kernel accepted."""
+        """Send buffers; return the number of bytes that the kernel accepted."""
         try:
             return self.sock.sendmsg(buffers)
         except BlockingIOError:
             return 0
 
     def read(self) -> Frame | None:
-        """Return the next frame if it is complete, else None; call again for more.
+        """Receive without waiting; return the next frame if it is complete, else None.
 
         Raises ``ProtocolError`` for an invalid header and ``OSError`` if the connection has ended.
         """
@@ -131,7 +137,10 @@ class Edge:
             self._begin_payload(FrameHeader.decode(self._head, self._max_data_bytes))
 
     def give_back(self, data: bytes) -> None:
-        """Make ``read`` begin with ``data``. Earlier returned data must have been read."""
+        """Make ``read`` continue with ``data``, bytes that native code received and cannot use.
+
+        Data of an earlier call must have been read.
+        """
         assert not self._given_back
         self._given_back = memoryview(data)
 
@@ -155,18 +164,18 @@ class Edge:
         self._view, self._have = self._payload.data, 0
 
     def put(self, frame: Frame) -> None:
-        """Add a data frame to the inbox."""
+        """Add a received data frame to the inbox."""
         self.inbox.append(frame)
         self.inbox_bytes += frame.header.length
 
     def pop(self) -> Frame:
-        """Take the oldest data frame."""
+        """Remove and return the oldest data frame of the inbox, which must not be empty."""
         frame = self.inbox.popleft()
         self.inbox_bytes -= frame.header.length
         return frame
 
     def close(self) -> None:
-        """Close the connection and drop queued bytes."""
+        """Close the connection and drop bytes that are queued to be sent."""
         self._out.clear()
         self.out_bytes = 0
         self.sock.close()

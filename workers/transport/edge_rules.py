@@ -1,4 +1,4 @@
-"""Rules for the edges of one worker, derived from the membership of a generation."""
+"""Rules for one worker's edges (connections to workers), from the membership of a generation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ class EdgeRules:
     """Decides which workers share an edge, which side opens it, and which frames it may carry.
 
     Attention rank i opens the edges to every expert worker and to the attention ranks below i.
+    Expert workers share no edges with each other.
     """
 
     def __init__(self, me: PeerIdentity) -> None:
@@ -21,7 +22,7 @@ class EdgeRules:
         self._members: dict[str, Member] = {}
 
     def begin_generation(self, generation: Generation) -> frozenset[str]:
-        """Set the membership; return the names of the workers that share an edge with this one."""
+        """Set the membership; return the names of the workers to which this worker has an edge."""
         has_attention = runs_attention(self._me.role)
         self._number = generation.number
         self._members = {
@@ -32,16 +33,22 @@ class EdgeRules:
         return frozenset(self._members)
 
     def missing(self, open_edges: Collection[str]) -> list[Member]:
-        """Return the members without an open edge."""
+        """Return the members to which this worker must have an edge but has none.
+
+        ``open_edges``: worker names of the open edges.
+        """
         return [m for m in self._members.values() if m.name not in open_edges]
 
     def opens(self, member: Member) -> bool:
-        """Whether this worker opens the edge to a member."""
+        """Whether this worker, not the other side, opens the edge to ``member``."""
         is_below = not member.runs_attention or member.rank < self._me.rank
         return runs_attention(self._me.role) and is_below
 
     def is_member(self, peer: PeerIdentity) -> bool:
-        """Whether a peer is one of the members."""
+        """Whether ``peer`` is a member of the generation to which this worker has an edge.
+
+        Its role and rank must be equal to the member's.
+        """
         member = self._members.get(peer.name)
         return member is not None and (member.role, member.rank) == (peer.role, peer.rank)
 
@@ -57,7 +64,7 @@ class EdgeRules:
         return None
 
     def kinds_from(self, sender: Role) -> frozenset[FrameKind]:
-        """Return the kinds of frames that a worker of role ``sender`` may send to this one."""
+        """Return the kinds of frames that a worker of role ``sender`` may send to this worker."""
         kinds: set[FrameKind] = set()
         if runs_attention(sender):
             kinds.add(FrameKind.HEADER)

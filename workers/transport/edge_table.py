@@ -1,4 +1,4 @@
-"""Table of the open edges of one worker. It reads and drops frames and records lost peers."""
+"""Table of the open edges of one worker, which reads their frames and records lost peers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _WRITE = selectors.EVENT_WRITE
 
 
 class StepFrame(NamedTuple):
-    """A received proposal or step header with its sender."""
+    """A received frame with a step proposal or step header, and its sender."""
 
     sender: PeerIdentity
     frame: Frame
 
 
 class EdgeTable:
-    """All edges of one worker on its selector. No method waits; a failed edge is only recorded.
+    """All open edges of one worker, on its selector. No method waits or raises for a broken edge.
 
     While a peer's inbox has more than ``max_inbox_bytes``, its edge is not read. An edge is lost if
     the peer's host acknowledges nothing for ``path_limit_s``.
@@ -44,13 +44,13 @@ class EdgeTable:
         self.edges: dict[str, Edge] = {}
         """Open edges by the peer's worker name."""
         self.lost: dict[str, str] = {}
-        """Reasons why edges broke in this generation, by worker name."""
+        """Workers whose edge broke in the current generation, with the reasons."""
         self.step_frames: deque[StepFrame] = deque()
-        """Proposals and headers of the current generation."""
+        """Received proposals and step headers of the current generation, in order of arrival."""
         self.generation = 0
-        """Current generation. Older frames are dropped; newer ones are a protocol error."""
+        """Current generation. Frames of older generations are dropped, of newer ones rejected."""
         self.current_step = 0
-        """Current step. Data frames of earlier steps are dropped."""
+        """Number of the current step. Data frames of earlier steps are dropped."""
         self.max_inbox_bytes = max_inbox_bytes
         self._path_limit_s = path_limit_s
         self._paths: dict[Edge, PathWatch] = {}
@@ -70,7 +70,7 @@ class EdgeTable:
                 self.close(edge)
 
     def add(self, edge: Edge) -> None:
-        """Add a new edge, which replaces an older one to the same peer."""
+        """Add a new edge, which replaces an open edge to the same peer."""
         old = self.edges.get(edge.name)
         if old is not None:
             self.close(old)
@@ -112,18 +112,22 @@ class EdgeTable:
 
     @property
     def is_settled(self) -> bool:
-        """Whether no edge had unacknowledged bytes when ``look`` was last called."""
+        """Whether no edge is watched for unacknowledged bytes: all sent bytes were acknowledged."""
         return not self._paths
 
     def sent(self, edge: Edge) -> None:
-        """Start to watch the path of an edge on which bytes were sent."""
+        """Start to watch whether the peer's host acknowledges the bytes sent on an edge."""
         if edge not in self._paths:
             self._paths[edge] = PathWatch(self._path_limit_s)
         if edge.out_bytes or edge.interest != _READ:
             self.watch(edge)
 
     def look(self, now: float) -> None:
-        """Lose edges with a dead path, and stop watching edges without unacknowledged bytes."""
+        """Check the watched edges for dead network paths, at monotonic time ``now``.
+
+        An edge with a dead path is closed and its peer recorded as lost. An edge without
+        unacknowledged bytes is no longer watched.
+        """
         for edge, path in list(self._paths.items()):
             state = path_state(edge.sock)
             reason = path.look(state, now) if state is not None else None
@@ -133,7 +137,7 @@ class EdgeTable:
                 self._paths.pop(edge, None)
 
     def serve(self, edge: Edge, events: int) -> None:
-        """Handle selector ``events`` of an edge."""
+        """Send and read on an edge for which the selector reported ``events``."""
         if events & _WRITE and edge.interest:
             try:
                 edge.flush()
@@ -145,7 +149,10 @@ class EdgeTable:
             self.read(edge)
 
     def read(self, edge: Edge) -> None:
-        """Read one frame if it is complete."""
+        """Read from an edge, and put a frame that is complete where it belongs.
+
+        A broken edge or invalid data closes the edge and records its peer as lost.
+        """
         try:
             frame = edge.read()
             if frame is not None:
@@ -165,7 +172,11 @@ class EdgeTable:
             self.read(edge)
 
     def take(self, edge: Edge, want: FrameHeader) -> Frame | None:
-        """Return the next data frame, or None if none has arrived. A wrong one closes the edge."""
+        """Remove and return the next data frame of an edge, which must match ``want``.
+
+        Returns None if no frame has arrived. Frames of earlier steps are dropped; a frame of
+        another kind or place closes the edge, and its peer is recorded as lost.
+        """
         while edge.inbox:
             frame = edge.pop()
             if edge.interest != _READ:

@@ -1,8 +1,8 @@
 """Frames on an edge: a fixed header of 36 bytes, then a payload of bounded length.
 
 A data frame (ROWS, OUTPUTS) carries one or two parts (tensors of rows), a part with 4-byte elements
-first. The header has the number of rows of each. Step frames carry ``StepProposal`` or
-``StepHeader``. All header fields are checked before the payload is read.
+first. The header has the number of rows of each part. Step frames (PROPOSAL, HEADER) carry
+``StepProposal`` or ``StepHeader``. All header fields are checked before the payload is read.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ VERSION: Final = 1
 _HEADER: Final = struct.Struct("!4sBBIQBHBBIIIx")
 HEADER_BYTES: Final = _HEADER.size
 MAX_STEP_FRAME_BYTES: Final = 1 << 20
-"""Payload limit of step frames, enough for a header of 65535 ranks."""
+"""Maximum payload of a frame with a step proposal or header, enough for 65535 ranks."""
 
 
 class FrameKind(IntEnum):
     PROPOSAL = 1
-    """Attention rank -> leader."""
+    """Step proposal of an attention rank to the leader."""
     HEADER = 2
     ROWS = 3
-    """Attention rank -> expert rank: dispatch."""
+    """Rows of an attention rank to an expert rank (dispatch)."""
     OUTPUTS = 4
-    """Expert rank -> attention rank: combine."""
+    """Outputs of an expert rank to an attention rank (combine)."""
 
 
 DATA_KINDS: Final = frozenset({FrameKind.ROWS, FrameKind.OUTPUTS})
 EXACT: Final = 1
-"""Flag: the step uses the exact split."""
+"""Flag of a frame: the step is exact, so that edges carry only the needed rows."""
 PER_SLOT: Final = 2
-"""Flag: the cluster combines in ``per_slot`` mode."""
+"""Flag of a frame: the combine mode is ``per_slot``, with one output for each row and expert."""
 _KINDS: Final = {int(kind): kind for kind in FrameKind}
 
 
@@ -50,25 +50,28 @@ class FrameHeader(NamedTuple):
     generation: int
     step: int
     flags: int = 0
-    """Combination of ``EXACT`` and ``PER_SLOT``."""
+    """Bitwise combination of the flags ``EXACT`` and ``PER_SLOT``."""
     bank: int = 0
-    """``BankSpec.index``, which also identifies the layer."""
+    """Index of the expert bank (``BankSpec.index``), which also identifies the layer."""
     exchange: int = 0
-    """``ExchangeSpec.index``."""
+    """Index of the exchange in its bank (``ExchangeSpec.index``)."""
     micro_batch: int = 0
-    """0 or 1."""
+    """Index of the micro-batch, 0 or 1."""
     counts: tuple[int, int] = (0, 0)
-    """Number of rows of each part of a data frame."""
+    """Number of rows of each of the two parts of a data frame; 0 for a part that is missing."""
     length: int = 0
-    """Size of the payload in bytes."""
+    """Size of the frame's payload in bytes."""
 
     def encode(self) -> bytes:
-        """Return the 36 bytes of the header."""
+        """Return the header as 36 bytes."""
         return _HEADER.pack(MAGIC, VERSION, *self[:7], *self.counts, self.length)
 
     @classmethod
     def decode(cls, data: bytes | bytearray | memoryview, max_data_bytes: int) -> FrameHeader:
-        """Inverse of ``encode``. Raises ``ProtocolError`` that names the invalid field."""
+        """Decode the 36 bytes of a header. ``max_data_bytes``: limit of a data frame's payload.
+
+        Raises ``ProtocolError``, which names the invalid field.
+        """
         fields = _HEADER.unpack(data)
         magic, version, number, generation, step, flags = fields[:6]
         bank, exchange, micro_batch, first, second, length = fields[6:]
@@ -91,7 +94,7 @@ class FrameHeader(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A complete received frame."""
+    """A frame that was received completely."""
 
     header: FrameHeader
     payload: NDArray[np.uint8]
@@ -101,9 +104,9 @@ class Frame(NamedTuple):
 def max_data_bytes(
     banks: Sequence[BankSpec], max_rows: int, itemsize: int, combine_mode: CombineMode
 ) -> int:
-    """Return the largest payload of a data frame: ``max_rows`` rows of one rank in any bank.
+    """Return the largest payload of a data frame in bytes: ``max_rows`` rows, in any bank.
 
-    ``itemsize``: size of the model dtype in bytes.
+    ``max_rows``: maximum rows of one rank in a step. ``itemsize``: bytes of the model dtype.
     """
     largest = 0
     for bank in banks:

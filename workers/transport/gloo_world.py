@@ -1,9 +1,10 @@
-"""World over gloo, for CPUs.
+"""World (process groups of one generation) over gloo, for CPUs.
 
 Waiter threads wait for gloo's sends and receives with the full time limit, while the data thread
-watches them and the connections. The data thread cannot wait itself: a ``wait`` that times out
-closes the connection, so it cannot be split into short waits; ``is_completed`` never becomes true
-without a ``wait``; ``abort`` does not end a ``wait``. The threads own an abandoned world's buffers.
+watches these threads and the connections. The data thread cannot wait for gloo itself: a ``wait``
+that times out closes the connection, so a wait cannot be split into short ones; ``is_completed``
+never becomes true without a ``wait``; ``abort`` does not end a ``wait``. The threads own an
+abandoned world's buffers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from workers.transport.world import WATCH_S, Item, Transfer, Transfers, World, W
 
 
 class GlooWorld(World):
-    """World with one process group for all channels: transfers of gloo do not block each other."""
+    """``World`` over gloo. One process group serves all channels, as gloo's transfers do not block
+    each other."""
 
     def __init__(self, setup: WorldSetup) -> None:
         super().__init__(setup)

@@ -11,8 +11,8 @@ of the connection, so that no proof can be reflected. Until the connector has pr
 receives only a random nonce. Each message: 4 bytes magic, 2 bytes length, then a message of
 ``cluster.core.codec``.
 
-Both classes are state machines that take and return bytes; ``acceptor`` and ``peer_link`` send and
-receive them.
+``ListenerHandshake`` and ``ConnectorHandshake`` are state machines that take and return bytes;
+``acceptor`` and ``peer_link`` send and receive these bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cluster.core.release import Build, differing_item
 from cluster.core.topology import Role
 
 MAX_HELLO_BYTES: Final = 4096
-"""Maximum size of a handshake message."""
+"""Maximum size of a handshake message in bytes."""
 _PREFIX: Final = struct.Struct("!4sH")
 _MAGIC: Final = b"EMhs"
 
@@ -42,23 +42,23 @@ class PeerIdentity(Build, frozen=True, kw_only=True, tag=True, forbid_unknown_fi
     """
 
     name: str
-    """Worker name, never reused."""
+    """Name of the worker, unique in the cluster and never reused."""
     role: Role
     rank: int
-    """Rank in its pool."""
+    """Rank of the worker among the attention workers, or among the expert workers."""
     generation: int = 0
-    """Current generation of the worker, or the generation for which it connects."""
+    """Current generation of the worker, or the generation for which the worker connects."""
 
     @property
     def build(self) -> Build:
-        """The fields that must be equal on all workers."""
+        """The fields that must be equal on all workers: release, checkpoint and configuration."""
         return Build(**{name: getattr(self, name) for name in Build.__struct_fields__})
 
 
 class _Refusal(Message, frozen=True, kw_only=True, tag=True):
     reason: str
     generation: int = 0
-    """Generation of the listener."""
+    """Current generation of the listener that refuses a connection."""
 
 
 class _Nonce(Message, frozen=True, kw_only=True):
@@ -67,7 +67,7 @@ class _Nonce(Message, frozen=True, kw_only=True):
 
 class _Signed(Message, frozen=True, kw_only=True):
     words: bytes
-    """A ``PeerIdentity`` or a ``_Refusal``."""
+    """The message that ``proof`` covers: an encoded ``PeerIdentity`` or ``_Refusal``."""
     proof: str
 
 
@@ -79,7 +79,7 @@ _WORDS: Codec[PeerIdentity | _Refusal] = Codec(
 
 
 class _Handshake:
-    """Base class of both sides: framing, nonces and proofs."""
+    """Base class of both sides of the handshake: message framing, nonces and proofs."""
 
     is_caller = False
 
@@ -88,12 +88,15 @@ class _Handshake:
         self._proof = TokenProof(token, "data", is_caller=self.is_caller)
         self._received = bytearray()
         self.peer: PeerIdentity | None = None
-        """Identity of the peer; None until the peer has proved the token."""
+        """Identity of the peer; None until the peer has proved the cluster token."""
         self.done = False
-        """Whether the handshake is complete."""
+        """Whether the handshake is complete, also if the listener refuses the peer."""
 
     def feed(self, data: bytes) -> bytes:
-        """Process received bytes and return bytes to send. Raises ``HandshakeError``."""
+        """Process received bytes; return the bytes to send, which may be empty.
+
+        Raises ``HandshakeError`` if the peer is invalid or refuses the connection.
+        """
         self._received += data
         answer = b""
         while not self.done and (message := self._next_message()) is not None:
@@ -134,7 +137,7 @@ class _Handshake:
 
 
 class ListenerHandshake(_Handshake):
-    """The side that accepted the connection."""
+    """State of a handshake on the side that accepted the connection."""
 
     def __init__(
         self, me: PeerIdentity, token: str, refuse: Callable[[PeerIdentity], str | None]
@@ -143,7 +146,7 @@ class ListenerHandshake(_Handshake):
         super().__init__(me, token)
         self._refuse = refuse
         self.refusal: str | None = None
-        """Why the peer is refused; set before the refusal is sent."""
+        """Reason for which this side refuses the peer; None if the peer is accepted so far."""
 
     def _handle(self, message: bytes) -> bytes:
         if not self._proof.their_nonce:
@@ -161,13 +164,13 @@ class ListenerHandshake(_Handshake):
 
 
 class ConnectorHandshake(_Handshake):
-    """The side that opened the connection."""
+    """State of a handshake on the side that opened the connection."""
 
     is_caller = True
     has_verdict = False
-    """Whether the listener has proved the token; then a retry after an error cannot help."""
+    """Whether the listener has proved the cluster token; a retry after an error is then useless."""
     is_outdated = False
-    """Whether the listener has refused this worker and is in a later generation."""
+    """Whether the listener has refused this worker because it is in a later generation."""
 
     def start(self) -> bytes:
         """Return the first bytes to send."""

@@ -1,8 +1,9 @@
 """Environment variables of torch's NCCL groups; this module does not import torch.
 
 By default a watchdog thread of each group ends the process after a peer has died. Workers must
-survive that, so the variables disable it. torch reads some of them once per process and others
-for each group (``torch/csrc/distributed/c10d``, ``ProcessGroupNCCL`` and ``NCCLUtils``).
+survive the death of a peer, so the variables disable the watchdog. torch reads some variables once
+per process and others for each group (``torch/csrc/distributed/c10d``, ``ProcessGroupNCCL`` and
+``NCCLUtils``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from types import MappingProxyType
 from typing import Final
 
 CONNECT_LIMIT_S: Final = 60
-"""Longest wait for a communicator to connect or to be aborted, which cannot be interrupted."""
+"""Longest wait in seconds for an NCCL communicator to connect or to be aborted; such a wait cannot
+be interrupted."""
 NCCL_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # errors end neither communicators nor the process
@@ -28,5 +30,8 @@ NCCL_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
 
 
 def set_nccl_environment() -> None:
-    """Set the variables in this process. Call it before torch is imported; no effect on CPUs."""
+    """Set the environment variables of NCCL in this process. Call it before torch is imported.
+
+    Workers without a GPU are not affected.
+    """
     os.environ.update(NCCL_ENVIRONMENT)

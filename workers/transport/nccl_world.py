@@ -1,10 +1,10 @@
-"""World over NCCL, for GPUs.
+"""World (process groups of one generation) over NCCL, for GPUs.
 
 Transfers run on the CUDA stream of their group, after all work that was enqueued on the current
 stream before they started. torch does not reuse their memory until they are complete. The current
-stream waits for them once ``order`` is called or ``is_over`` has found them complete. Communicators
-are nonblocking (``config.blocking = 0``), so that one that is connecting, or waiting for a dead
-peer, can be aborted.
+stream waits for transfers once ``order`` is called or ``is_over`` has found them complete.
+Communicators are nonblocking (``config.blocking = 0``), so that a communicator that is connecting,
+or waiting for a dead peer, can be aborted.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 50e-6
 _HEAD_START_S = 0.1
-"""Time by which the abort of one group precedes the next: NCCL first sets the flag that ends the
-group's kernels, then waits for them."""
+"""Seconds by which the abort of one process group precedes the next abort: NCCL first sets the flag
+that ends the group's kernels, then waits for these kernels."""
 
 
 class NcclWorld(World):
-    """World with one process group, and so one NCCL communicator, for each channel."""
+    """``World`` over NCCL, with one process group and so one communicator for each channel."""
 
     def __init__(self, setup: WorldSetup) -> None:
         super().__init__(setup)
@@ -74,7 +74,11 @@ class NcclWorld(World):
         return True
 
     def order(self, transfers: Transfers) -> bool:
-        """See ``World``. Work enqueued later may reuse the memory of the transfers."""
+        """Let the current CUDA stream, but not the host, wait for the transfers; return True.
+
+        Work that is enqueued later may reuse the memory of the transfers. Sets ``error`` of the
+        transfers if NCCL reports an error.
+        """
         try:
             works = {id(transfer.work): transfer.work for transfer in transfers.items}
             for work in works.values():  # transfers that started together share one
@@ -94,11 +98,12 @@ class NcclWorld(World):
                 next_watch = time.monotonic() + WATCH_S
 
     def _drop(self, groups: list[Any]) -> None:
-        """Abort each group, in order, on a thread that also runs its destructor.
+        """Abort each group, in order, on a thread of its own that also runs the group's destructor.
 
         Sequential aborts can deadlock (pytorch#119797): an abort may wait for all kernels of the
-        device, and kernels of another communicator end only when that one is aborted. NCCL's
-        ``_group_start`` does not help: it applies to one thread, and ``abort`` runs on its own.
+        device, and kernels of another communicator end only when the other communicator is aborted.
+        NCCL's ``_group_start`` does not help: it applies to one thread, and torch runs each abort
+        on another thread.
         """
         earlier: list[threading.Thread] = []
         while groups:
@@ -116,14 +121,17 @@ class NcclWorld(World):
 
 
 def _order_after(work: Work) -> None:
-    """Make the current CUDA stream, not the host, wait. Raises ``RuntimeError`` after a failure."""
+    """Make the current CUDA stream, not the host, wait for ``work``.
+
+    Raises ``RuntimeError`` if NCCL reports an error.
+    """
     if has_failed(work):
         raise RuntimeError("NCCL reports an error of the connection")
     work.wait()  # does not block: the world has no blocking waits
 
 
 def _abort(group: Any, earlier: Sequence[threading.Thread]) -> None:
-    """Abort a group after the ``earlier`` aborts, but wait at most ``_HEAD_START_S`` for them."""
+    """Abort a process group, after waiting up to ``_HEAD_START_S`` for the ``earlier`` aborts."""
     deadline = time.monotonic() + _HEAD_START_S
     for reaper in earlier:
         reaper.join(max(0.0, deadline - time.monotonic()))

@@ -2,7 +2,7 @@
 
 A peer that computes reads nothing, but its kernel acknowledges arriving bytes. So unacknowledged
 bytes indicate a broken path, never a busy peer. No pings are needed: if a worker waits for a peer
-in a step, it or another waiting worker has sent that peer a frame.
+in a step, this worker or another waiting worker has sent the peer a frame.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import sys
 from typing import NamedTuple
 
 LOOK_S = 0.25
-"""Interval between two checks of an edge."""
+"""Seconds between two checks of an edge for unacknowledged bytes."""
 _MIN_RETRANSMITS = 3
-"""Minimum number of retransmits of a dead path. If this host is paused, it sends none."""
+"""Minimum number of retransmits before a path counts as dead. A host that was paused has sent none,
+so that its peers do not seem dead."""
 _INFO_BYTES = 128
 
 
@@ -23,9 +24,10 @@ class PathState(NamedTuple):
     """Kernel state of one TCP connection."""
 
     retransmits: int
-    """Number of consecutive timeouts without an acknowledgement."""
+    """Number of consecutive retransmission timeouts without an acknowledgement."""
     unacknowledged: int
-    """Number of segments sent but not acknowledged; 0 if the peer's buffers are full."""
+    """Number of segments that were sent but not acknowledged; 0 also if the peer's buffers are full
+    and nothing can be sent."""
     acknowledged_bytes: int
 
 
@@ -45,14 +47,20 @@ def path_state(sock: socket.socket) -> PathState | None:
 
 
 class PathWatch:
-    """Checks one connection periodically. Pure: state and monotonic time are arguments."""
+    """Detects that the network path of one TCP connection is dead: no byte is acknowledged.
+
+    Pure: the state of the connection and the monotonic time are arguments.
+    """
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._stuck: tuple[int, float] | None = None
 
     def look(self, state: PathState, now: float) -> str | None:
-        """Return why the path is dead (no acknowledgement within the limit), or None."""
+        """Check the state of the connection at monotonic time ``now``.
+
+        Returns the reason if the path is dead (no acknowledgement within the limit), else None.
+        """
         if not state.unacknowledged:
             self._stuck = None
         elif self._stuck is None or self._stuck[0] != state.acknowledged_bytes:
@@ -63,5 +71,5 @@ class PathWatch:
 
     @property
     def is_settled(self) -> bool:
-        """Whether all bytes were acknowledged at the last look."""
+        """Whether all sent bytes were acknowledged at the latest call of ``look``."""
         return self._stuck is None

@@ -31,16 +31,20 @@ from workers.transport.select_loop import SelectLoop, timed_out
 _EpollSelector = getattr(selectors, "EpollSelector", type(None))  # Linux has one
 _OPEN_SLICE_S = 0.1
 _SPIN_S = 1e-3
-"""Time for which a worker on a host with a spare core polls for the frames of an exchange before it
-sleeps. With polling, dispatch and combine of one row between two processes take 40 us, without it
-130 us, on two otherwise idle cores of an AMD EPYC. If the gateway runs on the same cores, the
-decode rate over HTTP at batch 1 / 8 / 32 is 1.36 / 1.16 / 1.15 times as high without polling."""
+"""Seconds for which a worker on a host with a spare core polls for the frames of an exchange before
+it sleeps. With polling, dispatch and combine of one row between two processes take 40 us, without
+polling 130 us, on two otherwise idle cores of an AMD EPYC. If the gateway runs on the same cores,
+the decode rate over HTTP at batch 1 / 8 / 32 is 1.36 / 1.16 / 1.15 times as high without
+polling."""
 _INBOX_FRAMES = 4
 """Maximum size of an inbox or send queue, in data frames of the largest size."""
 
 
 class PeerConnections:
-    """All data-plane connections of one worker."""
+    """All data-plane connections of one worker, with the listener and the loop that waits for them.
+
+    Data thread only, except ``wake``, ``interrupt`` and ``leave``, which any thread may call.
+    """
 
     def __init__(
         self,
@@ -87,18 +91,18 @@ class PeerConnections:
             opened=self._opened,
         )
         self.address = self._acceptor.address
-        """``host:port`` of the listener: ``Member.data_address``."""
+        """``host:port`` of the listener, which peers use as ``Member.data_address``."""
         self.edges = self._table.edges
         """Open edges by the peer's worker name."""
         self.step_frames = self._table.step_frames
-        """Proposals and headers of the current generation, for the step channel."""
+        """Received step proposals and step headers of the current generation, oldest first."""
         self._interrupts = interrupts = Interrupts(self._selector)
         self.wake, self.take_wake = interrupts.wake, interrupts.take_wake
         self.interrupt, self.leave = interrupts.interrupt, interrupts.leave
         self.loop = loop = SelectLoop(
             self._selector, self._table, self._acceptor, self.check, step_timeout_s
         )
-        """Loop in which the data thread waits."""
+        """Loop in which the data thread waits for sockets and handles the ready ones."""
         self.wait, self.poll, self.awaiting = loop.wait, loop.poll, loop.awaiting
 
     # Data thread only, except ``wake``, ``interrupt`` and ``leave``.
@@ -113,11 +117,11 @@ class PeerConnections:
             raise PeerLostError(*next(iter(self._table.lost.items())))
 
     def apply_generation(self, generation: Generation) -> None:
-        """Close edges to former members, keep the other edges, and open missing ones.
+        """Close edges to former members, keep edges to other members, and open missing edges.
 
-        Returns when every edge is open. Raises ``PeerLostError`` if one does not open in time or a
-        peer refuses this worker, and ``GenerationChangedError`` if a newer generation is announced
-        during the call, or a peer is already in one.
+        Returns when every edge is open. Raises ``PeerLostError`` if an edge does not open in time
+        or a peer refuses this worker, and ``GenerationChangedError`` if a newer generation is
+        announced during the call, or a peer is already in a newer generation.
         """
         self.generation = generation
         names = self._rules.begin_generation(generation)
@@ -141,10 +145,11 @@ class PeerConnections:
             self._opening = False
 
     def send(self, name: str, header: FrameHeader, parts: Sequence[memoryview | bytes]) -> None:
-        """Send a frame; bytes that the kernel does not accept are sent during later waits.
+        """Send a frame to the worker ``name``.
 
-        Blocks, while reading from all peers, if more than ``_INBOX_FRAMES`` frames are queued for
-        this peer. Raises ``PeerLostError`` if the edge is lost.
+        Bytes that the kernel does not accept at once are sent during later waits. Blocks, while
+        reading from all peers, if more than ``_INBOX_FRAMES`` frames of maximum size are queued for
+        the worker. Raises ``PeerLostError`` if the edge is lost, and ``GenerationChangedError``.
         """
         edge = self._edge(name)
         try:
@@ -164,11 +169,12 @@ class PeerConnections:
     def receive(
         self, name: str, want: FrameHeader, deadline: float, others: Sequence[str] = ()
     ) -> Frame:
-        """Wait for the next data frame from a peer, which must match ``want``.
+        """Wait for the next data frame from the worker ``name``; the frame must match ``want``.
 
-        Only kind, step, bank, exchange, micro-batch and flags are compared. Raises
-        ``PeerLostError`` if the edge breaks or carries a different frame, or after ``deadline``;
-        then the reason also names the peers of ``others`` without a frame.
+        Only kind, step, bank, exchange, micro-batch and flags are compared. ``deadline``: monotonic
+        time. Raises ``PeerLostError`` if the edge breaks or carries a different frame, or after the
+        deadline; in this case the reason also names the workers of ``others`` without a frame.
+        Raises ``GenerationChangedError`` if the generation ends.
         """
         edge = self._edge(name)
         frame = self._table.take(edge, want) if edge.inbox else None
@@ -190,7 +196,10 @@ class PeerConnections:
         return frame
 
     def direct(self, names: Sequence[str]) -> DirectEdges | None:
-        """Return the edges for native code, or None if one is missing or the system lacks epoll."""
+        """Return the edges to the workers ``names`` in the form that native code uses.
+
+        None if an edge is missing or the system lacks epoll.
+        """
         edges = [self.edges[name] for name in names if name in self.edges]
         if len(edges) < len(names) or not isinstance(self._selector, _EpollSelector):
             return None
@@ -204,20 +213,20 @@ class PeerConnections:
 
     @property
     def is_settled(self) -> bool:
-        """Whether all peers' hosts had acknowledged all sent bytes when last checked."""
+        """Whether the peers' hosts had acknowledged all sent bytes when they were last checked."""
         return self._table.is_settled
 
     def begin_step(self, step: int) -> None:
-        """Set the current step. Data frames of earlier steps are dropped."""
+        """Set the number of the current step. Data frames of earlier steps are dropped."""
         self._table.current_step = step
 
     def poll_idle(self, timeout_s: float, *, is_ready: bool = False) -> None:
-        """Run the loop once even if a peer is lost. Call it until the next generation.
+        """Run the loop once, for at most ``timeout_s``, even if a peer is lost.
 
-        If this worker ``is_ready`` for the generation, it opens broken edges again: a peer may have
-        closed an edge that this worker kept, and may be waiting for a new one. Raises
-        ``GenerationChangedError`` if the next generation was announced, and the errors of
-        ``apply_generation``.
+        Call it while no step can run, until the next generation. If this worker ``is_ready`` for
+        the current generation, the call opens broken edges again: a peer may have closed an edge
+        that this worker kept, and may be waiting for a new edge. Raises ``GenerationChangedError``
+        if the next generation was announced, and the errors of ``apply_generation``.
         """
         self._interrupts.check_announced(self.generation.number)
         if is_ready and not self._open_missing():
@@ -225,14 +234,14 @@ class PeerConnections:
         self.loop.run_once(timeout_s)
 
     def reject(self, name: str, reason: str) -> NoReturn:
-        """Close an edge whose peer sent invalid data. Raises ``PeerLostError``."""
+        """Close the edge to a worker that sent invalid data. Raises ``PeerLostError``."""
         edge = self.edges.get(name)
         if edge is not None:
             self._table.lose(edge, f"protocol error: {reason}")
         raise PeerLostError(name, f"protocol error: {reason}")
 
     def close(self) -> None:
-        """Close all connections. Idempotent."""
+        """Close all connections and the listener. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -247,7 +256,7 @@ class PeerConnections:
     # Edges.
 
     def _has_spare_core(self) -> bool:
-        """Whether this host has more cores than its workers use for compute threads."""
+        """Whether this host has more cores than all workers on it use for compute threads."""
         host, *others = (
             address.rpartition(":")[0]
             for address in (self.address, *(m.data_address for m in self.generation.members))
@@ -275,7 +284,7 @@ class PeerConnections:
         self.check()
 
     def _open_missing(self) -> bool:
-        """Open the edges that this side must open; return whether all edges are open."""
+        """Begin to open missing edges that this side must open; return whether all are open."""
         missing = self._rules.missing(self.edges)
         for member in filter(self._rules.opens, missing):
             self._acceptor.connect(member)

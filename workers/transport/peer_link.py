@@ -8,9 +8,10 @@
                                                 16 bytes and the data
     u16 count of the items that were kept ->        (always 0 with ``is_spare``)
 
-All keys of a server have the same length, and so have all items of a reply. The checksum covers key
-and data, so that a flipped bit or a wrong item is detected. Both sides know the size of an item
-beforehand. Nothing is unpickled. A server serves a few connections at a time, one thread each.
+An item is the data of a key, such as a KV block or an expert. All keys of a server have the same
+length, and so have all items of a reply. The checksum covers key and data, so that a flipped bit or
+a wrong item is detected. Both sides know the size of an item beforehand. Nothing is unpickled. A
+server serves at most ``MAX_CONNECTIONS`` connections at a time, one thread each.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ from workers.transport.socket_io import receive_bytes, receive_exactly, time_lef
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 32
-"""Maximum number of concurrent connections of a server. Several workers may copy sessions from it
-while others fetch blocks for requests."""
+"""Maximum number of concurrent connections of a ``PeerServer``: several workers may copy sessions
+from a server while other workers fetch blocks for requests."""
 COUNT: Final = struct.Struct("!H")
-"""Format of the number of requested items and the number of kept items."""
+"""Wire format of the number of requested items and of the number of kept items."""
 MAX_ITEMS: Final = 2**16 - 1
-"""Limit of items in one request."""
+"""Maximum number of items in one request."""
 REPLY: Final = struct.Struct("!HQ")
-"""Format of the head of a reply: number of items, and size of each in bytes."""
+"""Wire format of the head of a reply: number of items, and size of each item in bytes."""
 CHECKSUM_BYTES: Final = 16
 CHUNK_BYTES: Final = 256 * 1024
-"""Bytes that are sent or received at a time."""
+"""Number of bytes that are sent or received at a time."""
 _IDLE_S = 30.0
 """Longest time between two messages of a client, and longest time to send one chunk, in seconds."""
 _HANDSHAKE_S = 10.0
-"""Time limit of a client's handshake, and of the wait for a server to end, in seconds."""
+"""Time limit in seconds for a client's handshake, and for a closing server's thread to end."""
 _READ_BYTES = 4096
 
 
@@ -64,24 +65,26 @@ def checksum(key: bytes, parts: Sequence[memoryview]) -> bytes:
 
 
 def view_bytes(tensor: Tensor) -> memoryview:
-    """View the memory of a contiguous CPU tensor without a copy."""
+    """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
     return tensor.view(torch.uint8).flatten().numpy().data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerEndpoint:
-    """Address of another worker's server, and the credentials to connect to it."""
+    """Address of another worker's ``PeerServer``, and the credentials to connect to the server."""
 
     name: str
     address: str
-    """``host:port``, from its ``Member``."""
+    """Address of the server, ``host:port``."""
     me: PeerIdentity
     """Identity of the worker that connects."""
     token: str
 
 
 class PeerClient:
-    """A connection to the server of one peer. Not thread-safe; every wait has a time limit.
+    """A connection to another worker's ``PeerServer``, which fetches items by their keys.
+
+    Not thread-safe; every wait has a time limit.
 
     After ``fetch`` has raised an exception, the connection is unusable.
     """
@@ -100,8 +103,8 @@ class PeerClient:
         ``deadline_s`` (``time.monotonic``). ``before_chunk`` is called with the size of each chunk
         before it is received, for example to limit the rate, and may raise.
 
-        Raises ``PeerLostError`` if the peer cannot be reached, and ``HandshakeError`` if it belongs
-        to another cluster.
+        Raises ``PeerLostError`` if the peer cannot be reached, and ``HandshakeError`` if the peer
+        belongs to another cluster.
         """
         self.peer = peer.name
         self._deadline_s = deadline_s
@@ -135,9 +138,10 @@ class PeerClient:
     ) -> int:
         """Receive the items of the longest prefix of ``keys`` that the peer has; return the count.
 
-        Each item is received into ``parts`` and checked; then ``keep`` is called with its index in
-        ``keys``. ``what`` names the items in errors. If ``is_spare``, the items are only spare
-        copies: the client reports to the peer that it kept none.
+        Each item is received into ``parts``, which the next item overwrites, and checked; then
+        ``keep`` is called with the item's index in ``keys``. ``what`` names the items in errors. If
+        ``is_spare``, the items are only spare copies: the client reports to the peer that it kept
+        none.
 
         Raises ``PeerLostError`` if the connection breaks or is too slow, and ``ProtocolError`` if
         an item is damaged or not the requested one; earlier items were kept.
@@ -182,22 +186,28 @@ class ItemProvider(Protocol[Item]):
     """Provides KV blocks or experts to a ``PeerServer``. Thread-safe."""
 
     def acquire(self, keys: Sequence[bytes]) -> list[Item]:
-        """Acquire the longest available prefix of ``keys``. Items do not change until released."""
+        """Acquire the items of the longest available prefix of ``keys``, and return these items.
+
+        The items do not change until ``release``.
+        """
 
     def read(self, item: Item) -> Sequence[Tensor]:
-        """Return the data of an acquired item, contiguous in CPU memory."""
+        """Return the data of an acquired item as contiguous CPU tensors."""
 
     def release(self, items: list[Item], num_kept: int) -> None:
-        """Release acquired items. The client has kept copies of the first ``num_kept``."""
+        """Release acquired items. ``num_kept``: the client keeps copies of the first ones."""
 
 
 class PeerServer:
-    """Server of items on a free port. The port listens at once; ``start`` begins to serve."""
+    """Server from which other workers fetch items (KV blocks or experts), on a free port.
+
+    The port listens from the creation on; ``start`` begins to serve.
+    """
 
     def __init__(
         self, me: PeerIdentity, token: str, *, host: str, what: str, key_bytes: int
     ) -> None:
-        """``what`` names the items in threads and log lines; ``key_bytes`` is the size of a key."""
+        """``what``: name of the items for threads and log lines. ``key_bytes``: size of a key."""
         self._me = me
         self._token = token
         self._what = what
@@ -208,7 +218,7 @@ class PeerServer:
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server((host, 0), backlog=MAX_CONNECTIONS)
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
-        """``host:port`` of the listener."""
+        """``host:port`` at which the server listens."""
         self._thread = threading.Thread(target=self._accept, name=f"{what}-server", daemon=True)
 
     def start(self, provider: ItemProvider[Any]) -> None:
@@ -268,7 +278,10 @@ class PeerServer:
                     self._open.discard(sock)
 
     def _serve_request(self, sock: socket.socket) -> None:
-        """Serve one request. Raises ``OSError`` if the connection has ended."""
+        """Wait for a client's next request and serve it.
+
+        Raises ``OSError`` if the connection has ended.
+        """
         assert self._provider is not None, "start was not called"
         keys = self._read_keys(sock)
         items, num_kept = self._provider.acquire(keys), 0
@@ -298,7 +311,7 @@ class PeerServer:
 def shake_hands(
     sock: socket.socket, handshake: ConnectorHandshake | ListenerHandshake, timeout_s: float
 ) -> None:
-    """Run a handshake on a blocking socket.
+    """Run a handshake with another worker on a blocking socket, to the end.
 
     Raises ``HandshakeError`` if the peer belongs to another cluster, and ``OSError`` if the
     connection breaks or is too slow.

@@ -17,7 +17,7 @@ _DRAIN_ROUNDS = 100
 
 
 class SelectLoop:
-    """Waits for sockets on the data thread and handles the ready ones."""
+    """Waits for the worker's data-plane sockets on the data thread, and handles the ready ones."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class SelectLoop:
         check: Callable[[], None],
         step_timeout_s: float,
     ) -> None:
-        """``check`` raises an error if waits must end."""
+        """``check`` raises an error if waits must end. ``step_timeout_s``: limit of ``wait``."""
         self._selector = selector
         self._table = table
         self._acceptor = acceptor
@@ -35,11 +35,12 @@ class SelectLoop:
         self._step_timeout_s = step_timeout_s
         self._look_at = 0.0
         self.awaited: tuple[str, ...] = ()
-        """Peers for which the data thread waits now. Any thread may read it."""
+        """Names of the workers for which the data thread waits at present; empty if it waits for
+        none. Any thread may read this field."""
 
     @contextlib.contextmanager
     def awaiting(self, *names: str) -> Iterator[None]:
-        """Publish the peers for which the data thread waits, within the context."""
+        """Context in which ``awaited`` has the names of workers for which the data thread waits."""
         self.awaited = names
         try:
             yield
@@ -55,7 +56,13 @@ class SelectLoop:
         what: str = "no answer",
         slice_s: float = 3600.0,
     ) -> None:
-        """Run the loop until ``ready()``; a timeout raises ``PeerLostError`` for ``missing()``."""
+        """Run the loop until ``ready()`` returns True.
+
+        ``missing``: returns the names of the workers waited for. ``timeout_s``: None for the step
+        timeout. ``what``: text of the error. ``slice_s``: longest time between two calls of
+        ``ready``. Raises ``PeerLostError`` for the first missing worker after the timeout, and the
+        errors of ``check``.
+        """
         limit = self._step_timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit
         with self.awaiting():
@@ -70,19 +77,25 @@ class SelectLoop:
                 self.run_once(min(left, slice_s))
 
     def poll(self, timeout_s: float = 0.0) -> None:
-        """Run the loop once, for at most ``timeout_s``. Raises the errors of ``check``."""
+        """Wait for sockets once, for at most ``timeout_s``, and handle the ready ones.
+
+        Raises ``GenerationChangedError`` or ``PeerLostError`` if waits must end.
+        """
         self._check()
         self.run_once(timeout_s)
         self._check()
 
     def drain(self) -> None:
-        """Read all pending data, which detects broken edges."""
+        """Read all data that has arrived, to detect broken edges. Does not wait."""
         for _ in range(_DRAIN_ROUNDS):
             if not self.run_once(0.0):
                 return
 
     def run_once(self, timeout_s: float) -> int:
-        """Serve ready sockets once, without ``check``; return their number."""
+        """Wait for sockets once, for at most ``timeout_s``, and handle the ready ones.
+
+        Unlike ``poll``, it does not call ``check``. Returns the number of ready sockets.
+        """
         deadline = self._acceptor.next_deadline
         if deadline is not None:
             timeout_s = min(timeout_s, max(deadline - time.monotonic(), 0.0))
@@ -102,13 +115,13 @@ class SelectLoop:
         return len(events)
 
     def look(self) -> None:
-        """Check all paths if ``LOOK_S`` has elapsed since the last check."""
+        """Check all edges for dead network paths if ``LOOK_S`` has elapsed since the last check."""
         if not self._table.is_settled and (now := time.monotonic()) >= self._look_at:
             self._look_at = now + LOOK_S
             self._table.look(now)
 
 
 def timed_out(missing: Sequence[str], reason: str) -> PeerLostError:
-    """Return an error for the first missing peer, with a reason that names the others."""
+    """Return a ``PeerLostError`` for the first missing worker; its reason names the other ones."""
     others = f" (nor from {', '.join(missing[1:])})" if len(missing) > 1 else ""
     return PeerLostError(missing[0] if missing else "a peer", reason + others)

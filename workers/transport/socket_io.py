@@ -1,4 +1,4 @@
-"""Helpers for sockets: reads of an exact size, and a pipe to wake a selecting thread."""
+"""Helpers for sockets: reads of an exact size, and a pipe to wake a thread that waits in select."""
 
 from __future__ import annotations
 
@@ -25,14 +25,20 @@ def receive_exactly(sock: socket.socket, view: memoryview, deadline_s: float | N
 
 
 def receive_bytes(sock: socket.socket, size: int, deadline_s: float | None = None) -> bytearray:
-    """Receive ``size`` bytes as ``receive_exactly`` does."""
+    """Receive exactly ``size`` bytes from a blocking socket, before ``deadline_s`` if given.
+
+    Raises the errors of ``receive_exactly``.
+    """
     data = bytearray(size)
     receive_exactly(sock, memoryview(data), deadline_s)
     return data
 
 
 def time_left(deadline_s: float) -> float:
-    """Return the seconds until a monotonic time. Raises ``TimeoutError`` if it has passed."""
+    """Return the seconds until the monotonic time ``deadline_s``.
+
+    Raises ``TimeoutError`` if this time has passed.
+    """
     left = deadline_s - time.monotonic()
     if left <= 0:
         raise TimeoutError("timed out")
@@ -40,7 +46,7 @@ def time_left(deadline_s: float) -> float:
 
 
 class WakePipe:
-    """Pipe that ends the select of the thread that watches it. Any thread may ring it."""
+    """Pipe with which any thread can wake another thread that watches it in a select call."""
 
     def __init__(self) -> None:
         self._read, self._write = socket.socketpair()
@@ -52,18 +58,18 @@ class WakePipe:
         return self._read.fileno()
 
     def ring(self) -> None:
-        """Wake the watching thread; does nothing after ``close``."""
+        """Wake the thread that watches the pipe; do nothing after ``close``."""
         with contextlib.suppress(OSError):  # full: the thread wakes anyway; closed: none watches
             self._write.send(b"w")
 
     def drain(self) -> None:
-        """Discard all rings so far."""
+        """Discard all earlier calls of ``ring``, so that the next select waits again."""
         with contextlib.suppress(BlockingIOError):
             while self._read.recv(_DRAIN_BYTES):
                 pass
 
     def wait(self, timeout_s: float) -> None:
-        """Block until it rings, for at most ``timeout_s``."""
+        """Block until ``ring`` is called, for at most ``timeout_s``."""
         self._read.settimeout(timeout_s)
         with contextlib.suppress(TimeoutError):
             self._read.recv(_DRAIN_BYTES)

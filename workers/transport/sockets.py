@@ -1,7 +1,7 @@
 """Transport over the worker's own TCP connections, the default on CPUs.
 
-Unlike torch.distributed, it needs no new groups after a failure: closing a connection aborts its
-messages, a reset reveals a lost peer, and edges between surviving workers stay open.
+Unlike torch.distributed, this transport needs no new groups after a failure: closing a connection
+aborts its messages, a reset reveals a lost peer, and edges between surviving workers stay open.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ _KINDS = {"rows": FrameKind.ROWS, "outputs": FrameKind.OUTPUTS}
 
 
 class SocketTransport:
-    """Sends messages as frames on the peer connections. GPU tensors are copied via host memory."""
+    """``DataTransport`` that sends messages as frames on the worker's TCP connections to peers.
+
+    GPU tensors are copied via host memory.
+    """
 
     sums_are_rounded = False
-    """See ``DataTransport``."""
+    """Whether partial sums are sent in the model's dtype: no, they are float32."""
 
     def __init__(
         self, connections: PeerConnections, *, combine_mode: CombineMode, device: torch.device
@@ -46,19 +49,19 @@ class SocketTransport:
         self._direct_names: list[str] = []
 
     def apply_generation(self, generation: Generation) -> None:
-        """Set the names of the other pool's workers. Their edges must be open."""
+        """Apply a generation. The edges to the workers of the other pool must be open."""
         self._names = {m.rank: m.name for m in generation.peers_of(self._connections.me.role)}
         self._generation = generation.number
         self._mode_flag = PER_SLOT if self._returns_slots or generation.returns_slots else 0
 
     def begin_step(self, header: StepHeader) -> None:
-        """See ``DataTransport``. Frames of earlier steps are dropped."""
+        """Start a step. Frames of earlier steps are dropped."""
         self._step = header.step
         self._connections.begin_step(header.step)
         self._flags = self._mode_flag | (EXACT if header.exact else 0)
 
     def direct(self, ranks: Sequence[int]) -> DirectEdges | None:
-        """See ``DataTransport``."""
+        """Return the edges to ``ranks`` for native code in this step, or None if it cannot run."""
         names = [self._names[rank] for rank in ranks]
         direct = self._direct
         if direct is None or self._direct_names != names or not direct.are_open:
@@ -70,7 +73,10 @@ class SocketTransport:
         return direct
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
-        """See ``DataTransport``. A frame always carries its counts."""
+        """Send messages; wait only if the send buffers are full.
+
+        ``sized`` has no effect, as a frame always carries its row counts.
+        """
         for message in messages:
             parts = [part.cpu().contiguous() for part in message.parts]  # device-to-host sync
             buffers = [_memory(part) for part in parts]
@@ -81,7 +87,10 @@ class SocketTransport:
     def receive(
         self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
-        """See ``DataTransport``. Always waits."""
+        """Wait for one message from each expected rank, and return the tensors.
+
+        ``must_wait`` has no effect, as the method always waits.
+        """
         deadline = time.monotonic() + self._connections.step_timeout_s
         want = self._header(tag)
         received = []
@@ -93,7 +102,7 @@ class SocketTransport:
         return received
 
     def finish_step(self) -> None:
-        """Do nothing, as ``receive`` has waited; see ``DataTransport``."""
+        """Do nothing, as ``receive`` has waited for all messages."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         self._connections.reject(self._names[rank], reason)
@@ -115,7 +124,7 @@ class SocketTransport:
         )
 
     def _check(self, item: ExpectedMessage, header: FrameHeader, sized: bool) -> None:
-        """Reject a frame with unexpected counts or length before its tensors are allocated."""
+        """Reject a frame with unexpected row counts or length. Raises ``PeerLostError``."""
         counts = header.counts[: len(item.parts)]
         length = 0
         for part, count, limit in zip(item.parts, counts, item.counts, strict=True):
@@ -140,8 +149,8 @@ class SocketTransport:
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """View the memory of a contiguous CPU tensor, which must outlive the result.
+    """Return the memory of a contiguous CPU tensor, which must outlive the result, as bytes.
 
-    This calls torch less often than a view by numpy; between kernels such calls have cold caches.
+    This needs fewer calls of torch, which are slow between kernels, than a view by numpy.
     """
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))

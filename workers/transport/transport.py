@@ -1,8 +1,9 @@
 """Interface of a transport, which carries messages between attention and expert ranks.
 
 A message has one or two parts, which are two-dimensional tensors; a part with 4-byte elements is
-first. Its ``Tag`` is its position in the step; two ranks exchange messages in the global order of
-the step. In this interface, ``rank`` is always the rank of a worker in the *other* pool.
+first. The ``Tag`` of a message is its position in the step; two ranks exchange messages in the
+global order of the step. In this interface, ``rank`` is always the rank of a worker in the *other*
+pool: an expert rank on the attention side, an attention rank on the expert side.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ Direction = Literal["rows", "outputs"]
 
 
 class Tag(NamedTuple):
-    """Position of a message in a step."""
+    """Position of a message between attention and expert ranks in a step."""
 
     bank: int
-    """``BankSpec.index``."""
+    """Index of the expert bank (``BankSpec.index``)."""
     exchange: int
-    """``ExchangeSpec.index``."""
+    """Index of the exchange in its bank (``ExchangeSpec.index``)."""
     micro_batch: int
-    """0 or 1."""
+    """Index of the micro-batch, 0 or 1."""
     direction: Direction
-    """``rows`` to the experts (dispatch), ``outputs`` back (combine)."""
+    """``rows`` for a message to the experts (dispatch), ``outputs`` for a reply (combine)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartShape:
-    """Shape of one part: rows of ``width`` elements."""
+    """Shape and dtype of one part of a message: a tensor of rows."""
 
     width: int
     """Number of elements in a row."""
@@ -49,25 +50,25 @@ class PartShape:
 
 @dataclass(frozen=True, slots=True)
 class RowMessage:
-    """A message to one rank."""
+    """A message to one rank of the other pool."""
 
     rank: int
     parts: tuple[Tensor, ...]
-    """One or two tensors [rows, width]."""
+    """Data of the message: one or two tensors [rows, width]."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedMessage:
-    """A message that one rank will send."""
+    """Description of a message that one rank of the other pool will send."""
 
     rank: int
     parts: tuple[PartShape, ...]
     counts: tuple[int, ...]
-    """Number of rows of each part; if the message is ``sized``, the maximum number."""
+    """Number of rows of each part; the maximum number if the message carries its own counts."""
 
 
 class DataTransport(Protocol):
-    """Moves messages between attention and expert ranks.
+    """Sends and receives messages between attention and expert ranks, on one worker.
 
     Waits raise ``PeerLostError`` if an edge breaks, invalid data arrives or a wait takes too long,
     and ``GenerationChangedError`` if the generation ends. Received tensors own their memory.
@@ -78,39 +79,47 @@ class DataTransport(Protocol):
     and one more rounding. Equal on all workers of a cluster."""
 
     def begin_step(self, header: StepHeader) -> None:
-        """Start a step. Later messages belong to it."""
+        """Start a step, to which all messages until the next call belong."""
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
-        """Send messages, and wait only if buffers are full. The tensors may be reused afterwards.
+        """Send messages with the position ``tag``; wait only if buffers are full.
 
-        ``sized``: also send the row counts, because the receivers do not know them.
+        The caller may overwrite tensors with rows afterwards, but not outputs. ``sized``: also send
+        the row counts, because the receivers do not know them.
         """
 
     def receive(
         self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
-        """Receive one message from each rank; the parts are on the transport's device.
+        """Receive one message from each expected rank; the parts are on the transport's device.
 
-        ``must_wait``: return after the messages have arrived, as the host will read them before
-        ``finish_step``. Otherwise the method may return earlier, with tensors that are filled
-        before later work on the device reads them. In a step with a bucket (a captured step),
-        many receives may be pending at once.
+        ``sized``: the messages carry their row counts. ``must_wait``: return after the messages
+        have arrived, as the host will read them before ``finish_step``. If it is False, the method
+        may return earlier, with tensors that are filled before later work on the device reads them.
+        In a step with a bucket (a captured step), many receives may be pending at once.
         """
 
     def finish_step(self) -> None:
         """Wait for all messages of the step. Call it before the host reads results.
 
-        Raises the errors of ``receive``; the results of the step must then not be used.
+        Raises ``PeerLostError`` and ``GenerationChangedError``; the results of the step are then
+        invalid.
         """
 
     def direct(self, ranks: Sequence[int]) -> DirectEdges | None:
-        """Return the edges to ``ranks`` for native code in this step, or None if it cannot run."""
+        """Return the edges to ``ranks`` with which native code sends and receives in this step.
+
+        None if native code cannot use this transport or one of the edges.
+        """
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         """Close the edge to a rank that sent invalid data. Raises ``PeerLostError``."""
 
     def apply_generation(self, generation: Generation) -> None:
-        """Apply a generation that the peer connections have already applied. Raises as waits do."""
+        """Apply a generation that ``PeerConnections`` has already applied.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        """
 
     def close(self) -> None:
         """Release all resources. The transport cannot be used afterwards."""

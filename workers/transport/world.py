@@ -1,6 +1,6 @@
 """Base class of a world: the torch.distributed process groups of one generation (gloo or NCCL).
 
-One thread builds a world, and another may abandon it meanwhile: ``abandon`` drops all existing
+While one thread builds a world, another thread may abandon it: ``abandon`` drops all existing
 groups, and groups that are created later are dropped immediately.
 """
 
@@ -23,59 +23,61 @@ from workers.transport.transport import Direction
 
 Backend = Literal["gloo", "nccl"]
 Channel = tuple[Direction, bool]
-"""Direction of messages, and whether they go from a lower to a higher rank of the world."""
+"""Class of messages: (``rows`` or ``outputs``, whether the receiver has the higher world rank)."""
 ONE_WAY: tuple[Channel, ...] = (("rows", True), ("outputs", False))
-"""Channels of a world with two pools, whose attention ranks have the lowest ranks."""
+"""Channels of a world with separate attention and expert workers; world ranks of attention workers
+are the lowest."""
 BOTH_WAYS: tuple[Channel, ...] = (*ONE_WAY, ("rows", False), ("outputs", True))
-"""Channels of colocated workers."""
+"""Channels of a world of colocated workers, which send rows and outputs to each other."""
 WATCH_S = 0.05
-"""Interval between two calls of ``watch`` in a wait."""
+"""Seconds between two calls of ``watch`` in ``World.wait``."""
 _OPENING_TAG = 1 << 30
-"""Tag of the exchange that opens connections, larger than the tags of messages."""
+"""Tag of the first transfers, which only open connections; larger than the tags of messages."""
 _ABANDONED = "the process groups were abandoned"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorldSetup:
-    """Rank, peers and settings of one worker in a world."""
+    """Rank, peers and settings of one worker in a world (process groups of a generation)."""
 
     prefix: str
-    """Prefix of the world's keys in the store."""
+    """Prefix of the world's keys in the rendezvous store."""
     rank: int
     size: int
     peers: tuple[int, ...]
-    """World ranks of the other pool."""
+    """World ranks of the workers in the other pool, by their ranks in that pool."""
     channels: tuple[Channel, ...]
     sends: tuple[Direction, ...]
-    """Directions in which this worker sends to its peers."""
+    """Kinds of messages that this worker sends to its peers: ``rows``, ``outputs`` or both."""
     receives: tuple[Direction, ...]
     host: str
-    """Interface of the sockets."""
+    """Address of the network interface on which gloo listens."""
     device: torch.device
     connect_timeout_s: float
     step_timeout_s: float
 
 
 class Item(NamedTuple):
-    """A send or receive that will be started."""
+    """A send or receive of one tensor that will be started."""
 
     rank: int
-    """Rank in the other pool."""
+    """Rank of the peer in its pool."""
     peer: int
-    """Rank in the world."""
+    """Rank of the peer in the world."""
     tag: int
     tensor: Tensor
 
 
 @dataclass(slots=True)
 class Transfer:
-    """One send or receive that was started."""
+    """A send or receive of one tensor that was started."""
 
     rank: int
-    """Rank in the other pool."""
+    """Rank of the peer in its pool."""
     work: Work
     tensor: Tensor | None
-    """Kept alive until the transfer ends, or until the device stream is ordered after it."""
+    """Tensor that is sent or filled. The reference keeps the tensor alive until the transfer ends;
+    None after ``World.order``, which makes later work on the device wait for the transfer."""
 
 
 @dataclass(slots=True)
@@ -84,19 +86,20 @@ class Transfers:
 
     items: Sequence[Transfer]
     num_done: int = 0
-    """Number of complete transfers."""
+    """Number of ``items`` that are complete, from the first on."""
     error: str = ""
-    """Error of the transfer with index ``num_done``; empty if it has not failed."""
+    """Error of the transfer with index ``num_done``; empty if no transfer has failed."""
     finished: threading.Event = field(default_factory=threading.Event)
-    """Gloo only: set when all transfers are complete or one has failed."""
+    """Event that is set when all transfers are complete or one has failed; unused with NCCL."""
 
 
 class World(ABC):
-    """The process groups of one generation.
+    """The torch.distributed process groups of one generation.
 
-    Each channel has its own group, so that transfers of two channels cannot wait for each other on
-    one CUDA stream. Within a channel there is no deadlock: the highest rank only sends or only
-    receives, so it never waits for a cycle of ranks, nor, by induction, does the next lower rank.
+    On GPUs, each channel (kind and direction of messages) has its own group, so that transfers of
+    two channels cannot wait for each other on one CUDA stream. Within a channel there is no
+    deadlock: the highest rank only sends or only receives, so it never waits in a cycle of ranks,
+    nor, by induction, does the next lower rank.
     """
 
     def __init__(self, setup: WorldSetup) -> None:
@@ -108,20 +111,23 @@ class World(ABC):
     # ---- the thread that builds it ----------------------------------------------------------
 
     def connect(self, store: Store) -> None:
-        """Connect to all other members through ``store``. Blocks.
+        """Create the process groups and connect to all other members through ``store``. Blocks.
 
-        Collective: all members of the generation must call it. Raises ``RuntimeError``, also if
-        the world is abandoned during the call.
+        Collective: all members of the generation must call it. Raises ``RuntimeError`` if this
+        fails, and if the world is abandoned during the call.
         """
         self._connect(store)
         self._open_connections()
 
     @abstractmethod
     def _connect(self, store: Store) -> None:
-        """Create the groups and publish each one."""
+        """Create the process groups, and call ``_publish`` with each group."""
 
     def _publish(self, channels: Sequence[Channel], group: Any) -> None:
-        """Register a group; if the world is abandoned, drop it and raise ``RuntimeError``."""
+        """Register the process group of ``channels``.
+
+        If the world was abandoned, drops the group and raises ``RuntimeError``.
+        """
         with self._lock:
             if not self._is_abandoned:
                 self._groups |= dict.fromkeys(channels, group)
@@ -132,8 +138,8 @@ class World(ABC):
     def _open_connections(self) -> None:
         """Exchange one element with every peer, so that no step has to open a connection.
 
-        The first send or receive may block until the peer takes part in it, so all workers use
-        the channels in the same order.
+        The first send or receive may block until the peer takes part, so all workers use the
+        channels in the same order. Raises ``RuntimeError``.
         """
         setup = self.setup
         deadline = time.monotonic() + setup.step_timeout_s
@@ -162,12 +168,18 @@ class World(ABC):
     # ---- the data thread --------------------------------------------------------------------
 
     def start(self, direction: Direction, is_send: bool, items: Sequence[Item]) -> list[Transfers]:
-        """Start sends or receives. Raises ``RuntimeError``."""
+        """Start sends or receives of one direction, and return them by channel.
+
+        Raises ``RuntimeError`` if the world was abandoned or a connection has failed.
+        """
         up = self._start_on((direction, True), is_send, items)
         return up + self._start_on((direction, False), is_send, items)
 
     def _start_on(self, channel: Channel, is_send: bool, items: Sequence[Item]) -> list[Transfers]:
-        """Start the sends or receives of one channel, if any."""
+        """Start the sends or receives in ``items`` that belong to one channel.
+
+        Returns an empty list if no item belongs to the channel.
+        """
         part = [i for i in items if ((i.peer > self.setup.rank) == is_send) == channel[1]]
         if not part:
             return []
@@ -178,28 +190,33 @@ class World(ABC):
 
     @abstractmethod
     def _start(self, group: Any, is_send: bool, items: Sequence[Item]) -> Transfers:
-        """Start transfers of one channel."""
+        """Start sends or receives over the process group of one channel."""
 
     @abstractmethod
     def is_over(self, transfers: Transfers) -> bool:
-        """Whether all transfers are complete or one has failed (``error``). Does not wait."""
+        """Whether all transfers are complete or one has failed (``Transfers.error``).
+
+        Does not wait.
+        """
 
     def order(self, transfers: Transfers) -> bool:
-        """Let the device's current stream, but not the host, wait for the transfers.
+        """Let the current CUDA stream, but not the host, wait for the transfers; return True.
 
-        Sets ``error`` as ``is_over`` does. Returns False without an effect if the device has no
-        streams.
+        Sets ``Transfers.error`` after a failure. Without a GPU, has no effect and returns False.
         """
         return False
 
     @abstractmethod
     def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:
-        """Wait until ``is_over``. ``watch`` is called every 50 ms and may raise to end the wait."""
+        """Wait until all transfers are complete or one has failed (``Transfers.error``).
+
+        ``watch`` is called every 50 ms and may raise to end the wait.
+        """
 
     # ---- any thread -------------------------------------------------------------------------
 
     def abandon(self) -> None:
-        """Abandon the world and its pending transfers. Does not wait."""
+        """Abandon the process groups and their pending transfers. Does not wait."""
         with self._lock:
             self._is_abandoned = True
             channels = sorted(self._groups, key=self._abort_order)
@@ -217,15 +234,18 @@ class World(ABC):
 
     @abstractmethod
     def _drop(self, groups: list[Any]) -> None:
-        """End groups, in this order, without waiting for them; remove them from the list."""
+        """End process groups in the order of the list, without waiting; empty the list."""
 
     @abstractmethod
     def join(self, timeout_s: float) -> None:
-        """Wait for the threads of an abandoned world, which must end before the process."""
+        """Wait up to ``timeout_s`` for the threads of an abandoned world to end.
+
+        They must end before the process does.
+        """
 
 
 def listen_store(host: str, port: int, timeout_s: float) -> TCPStore:
-    """Open the rendezvous store of an attention worker on ``host``; port 0 is a free port."""
+    """Open a torch.distributed rendezvous store that listens on ``host``; port 0: a free port."""
     listener = socket.create_server((host, port))
     return TCPStore(
         host,
