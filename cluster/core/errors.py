@@ -205,11 +205,13 @@ class ProtocolError(TransportError):
 
 
 class SupersededError(ProtocolError):
-    """The workers follow a newer controller; this one must not command or end them."""
+    """A newer controller has taken over; the older controller must no longer command or end
+    workers."""
 
 
 class DuplicateRegistrationError(ProtocolError):
-    """A registered worker registers again, after it lost its connection; frames may be lost."""
+    """A worker that is already registered registers again, after its connection broke; frames may
+    be lost."""
 
 
 class HandshakeError(ProtocolError):

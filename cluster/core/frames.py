@@ -72,7 +72,7 @@ class Register(ControlFrame, frozen=True, kw_only=True):
 
     member: Member
     build: Build = Build()
-    """Properties that must be equal on all workers."""
+    """Properties of the worker's program and configuration that must be equal on all workers."""
     info: dict[str, Any] = field(default_factory=dict)
     """Threads, device, host and kernels of the worker; on CUDA also gpu (its name) and
     gpu_bandwidth_bytes_s."""
@@ -354,9 +354,10 @@ class NewEpoch(ControlFrame, frozen=True, kw_only=True):
     """Generation in which the epoch is valid. A worker in any other generation ignores the
     frame."""
     epoch: int
-    """The new epoch, greater than all earlier ones."""
+    """Number of the new placement epoch, greater than all earlier ones."""
     base_epoch: int
-    """The current epoch, whose maps still apply to all banks that are not in ``banks``."""
+    """Number of the current placement epoch, whose maps still apply to all banks that are not in
+    ``banks``."""
     banks: tuple[tuple[int, BankPlacement], ...]
     """(index in the placement, maps) of every bank whose maps differ from those of
     ``base_epoch``."""

@@ -52,7 +52,7 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int
     """Number of experts that each token chooses."""
     tokens: int
-    """Number of tokens over which the experts' tokens were counted."""
+    """Number of tokens that were counted; each of them chooses ``top_k`` experts of every bank."""
     banks: tuple[BankLoad, ...]
     """Load of each bank, one entry per bank."""
 
@@ -64,7 +64,7 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bank_shapes(self) -> list[BankShape]:
-        """Shapes of the banks, without load."""
+        """Kind, layer and number of experts of each bank, without load."""
         return [
             BankShape(bank=b.bank, layer=b.layer, num_experts=len(b.counts)) for b in self.banks
         ]
@@ -117,8 +117,8 @@ def load_profile(path: Path) -> LoadProfile:
 
 
 def device_loads(placement: BankPlacement, counts: Sequence[float]) -> tuple[float, ...]:
-    """Return the number of tokens of each device, if each copy of an expert gets its split weight's
-    share.
+    """Return the number of tokens of each device, if an expert's tokens are divided among its
+    copies by split weight.
 
     ``counts``: tokens of each expert. Devices without any copy (lost ones) are left out.
     """

@@ -15,7 +15,7 @@ from cluster.core.codec import Message
 
 Counts = npt.NDArray[np.int64]
 BankKey = tuple[str, int]
-"""Kind and layer of a bank."""
+"""Key of an expert bank: its kind (``mlp`` or ``attention``) and its layer."""
 
 
 class BankCounts(Message, frozen=True, kw_only=True):
@@ -23,15 +23,16 @@ class BankCounts(Message, frozen=True, kw_only=True):
     worker."""
 
     prefill: Counts
-    """[num_experts]: pairs of prompt rows since the worker's start."""
+    """Number of pairs of prompt rows for each expert since the worker's start, [num_experts]."""
     decode: Counts
-    """[num_experts]: pairs of decode rows since the worker's start."""
+    """Number of pairs of decode rows for each expert since the worker's start, [num_experts]."""
     epoch_prefill: Counts
-    """[num_experts, copies]: pairs of prompt rows in the current placement epoch, by the copy that
-    computed them. Copies are in the order of ``BankPlacement.logical_to_physical``."""
+    """Number of pairs of prompt rows in the current placement epoch, by the copy that computed
+    them, [num_experts, copies]. Copies are in the order of
+    ``BankPlacement.logical_to_physical``."""
     epoch_decode: Counts
-    """[num_experts]: pairs of decode rows in the current placement epoch, which the primary copy of
-    each expert computed."""
+    """Number of pairs of decode rows in the current placement epoch, which the primary copy of each
+    expert computed, [num_experts]."""
 
     def __post_init__(self) -> None:
         experts, copies = len(self.prefill), self.epoch_prefill.shape[-1]

@@ -1,4 +1,5 @@
-"""Prometheus metrics as plain data, sent from the process that counts to the one that is scraped.
+"""Prometheus metrics as plain data, sent from the process that counts to the process that
+Prometheus scrapes.
 
 The only module of this folder that imports ``prometheus_client``.
 """

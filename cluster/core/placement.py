@@ -40,12 +40,13 @@ class BankPlacement(Message, frozen=True, kw_only=True):
     num_experts: int
     """Number of logical experts of the bank."""
     physical_to_logical: tuple[tuple[int, ...], ...]
-    """``[device][expert slot]``: logical expert, or ``FREE_SLOT`` for an empty slot."""
+    """Logical expert in each slot, as ``[device][expert slot]``; ``FREE_SLOT`` for an empty
+    slot."""
     split: tuple[tuple[float, ...], ...]
-    """``[device][expert slot]``: share of the expert's prefill tokens that the copy in the slot
-    computes; the shares of an expert's copies sum to 1."""
+    """Share of its expert's prefill tokens that the copy in each slot computes, as
+    ``[device][expert slot]``; the shares of an expert's copies sum to 1."""
     decode_device: tuple[int, ...]
-    """``[logical expert]``: device that computes the expert's decode tokens."""
+    """Device that computes the decode tokens of each expert, as ``[logical expert]``."""
 
     def __post_init__(self) -> None:
         where = f"placement of bank {self.bank} layer {self.layer}"
@@ -107,7 +108,7 @@ class BankPlacement(Message, frozen=True, kw_only=True):
 
     @property
     def replica_count(self) -> tuple[int, ...]:
-        """``[logical expert]``: number of copies of the expert."""
+        """Number of copies of each expert, as ``[logical expert]``."""
         return tuple(len(self.logical_to_physical(e)) for e in range(self.num_experts))
 
     def logical_to_physical(self, expert: int) -> tuple[tuple[int, int], ...]:
@@ -160,8 +161,8 @@ class BankPlacement(Message, frozen=True, kw_only=True):
 
         ``rows``: ``[device][slot]``, with every expert. Shares of removed copies go to the other
         copies of the expert in proportion. If the decode device of an expert no longer holds it,
-        the lowest device that does becomes the decode device. ``decode_device``, if given, sets all
-        decode devices.
+        the lowest device that holds the expert becomes the decode device. ``decode_device``, if
+        given, sets all decode devices.
         """
         share = {(d, expert): self.split[d][slot] for d, slot, expert in self.copies()}
         totals = [0.0] * self.num_experts
@@ -221,7 +222,7 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
         and that is not in this slot.
 
         ``held``: ``[bank][slot]``, the expert in each slot, or ``FREE_SLOT``. Banks and slots
-        beyond its end are empty.
+        beyond the end of ``held`` count as empty.
         """
         for bank, maps in enumerate(self.banks):
             row, wanted = tuple(held[bank] if bank < len(held) else ()), maps.physical_to_logical
@@ -300,7 +301,7 @@ class ExpertPlacement(Message, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BankShape:
-    """Properties of one bank that a planner needs."""
+    """Kind, layer and number of experts of one bank, which a planner needs."""
 
     bank: str
     """Kind of bank within its layer, ``mlp`` or ``attention``."""

@@ -14,8 +14,8 @@ from msgspec import msgpack
 
 
 class TokenProof:
-    """Makes the proof that one side of a connection knows the cluster token, and checks the other
-    side's."""
+    """Makes the proof that one side of a connection knows the cluster token, and checks the proof
+    of the other side."""
 
     def __init__(self, token: str, channel: str, *, is_caller: bool, their_nonce: str = "") -> None:
         """``channel``: kind of connection. ``is_caller``: whether this side has connected."""

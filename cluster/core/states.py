@@ -29,8 +29,8 @@ class ClusterState(Enum):
     SERVING = "SERVING"
     """A generation of all desired workers runs."""
     DEGRADED = "DEGRADED"
-    """Workers are missing, or (``experts_complete`` false) experts have no copy; the cluster still
-    serves."""
+    """Workers are missing. The others serve, unless experts have no copy (``experts_complete`` is
+    false)."""
     RECOVERING = "RECOVERING"
     """The remaining workers form a new generation; meanwhile requests wait."""
     DRAINING = "DRAINING"
@@ -71,7 +71,7 @@ class AdapterState(Enum):
 
 
 GONE = frozenset({WorkerState.LOST, WorkerState.DRAINED})
-"""Final states of workers."""
+"""Final states of workers: lost, or drained and ended."""
 _NEXT: Transitions[Enum] = {
     ClusterState.STARTING: {ClusterState.SERVING, ClusterState.DRAINING},
     ClusterState.SERVING: {ClusterState.RECOVERING, ClusterState.DEGRADED, ClusterState.DRAINING},

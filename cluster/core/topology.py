@@ -121,4 +121,4 @@ ADDRESS_FIELDS = tuple(name for name in Member.__struct_fields__ if name.endswit
 """Names of the address fields of ``Member``, which the worker itself reports."""
 NODE_FIELDS = ("domain", "link_class", "speed")
 """Names of the fields of ``Member`` that depend on the worker's node. The worker reports them if
-its node was unknown at its start."""
+the controller does not know the node."""

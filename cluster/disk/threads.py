@@ -1,7 +1,7 @@
 """Threads for calls that wait for a disk.
 
-A disk that hangs blocks only these threads; asyncio's own threads stay free for other work. They
-are daemon threads, so that the process can end while a call hangs.
+A disk that hangs blocks only these threads; asyncio's own threads stay free for other work. The
+threads are daemon threads, so that the process can end while a call hangs.
 """
 
 from __future__ import annotations

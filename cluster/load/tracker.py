@@ -36,12 +36,13 @@ class LoadSums:
     rows: float
     """Number of rows (token positions) of committed steps."""
     prefill: Mapping[BankKey, Floats]
-    """[num_experts] number of prompt rows that chose each expert, by bank."""
+    """Number of prompt rows that chose each expert, [num_experts] by bank."""
     decode: Mapping[BankKey, Floats]
-    """[num_experts] number of decode rows that chose each expert, by bank."""
+    """Number of decode rows that chose each expert, [num_experts] by bank."""
 
     def counts(self, key: BankKey) -> Floats:
-        """Return [num_experts] tokens of a bank's experts, prefill and decode together."""
+        """Return the number of tokens that chose each expert of a bank, in prefill and decode
+        together: [num_experts]."""
         return self.prefill[key] + self.decode[key]
 
     def combined(self, factor: float, other: LoadSums, other_factor: float) -> LoadSums:
@@ -63,10 +64,10 @@ class CopyLoad:
     """Tokens that each copy of a bank's experts computed in the current placement epoch."""
 
     prefill: Counts
-    """[num_experts, copies] prompt rows; copies are in the order of
-    ``BankPlacement.logical_to_physical``."""
+    """Number of prompt rows that each copy computed, [num_experts, copies]; copies are in the order
+    of ``BankPlacement.logical_to_physical``."""
     decode: Counts
-    """[num_experts] decode rows, all computed by the expert's decode device."""
+    """Number of decode rows of each expert, all computed by its decode device, [num_experts]."""
 
     def plus(self, prefill: Counts, decode: Counts) -> CopyLoad:
         return CopyLoad(prefill=sum_by_copy(self.prefill, prefill), decode=self.decode + decode)
@@ -100,11 +101,11 @@ class LoadTracker:
         placement epoch, and constant between epochs."""
         self._watched_epoch: int | None = None
         self._own: dict[BankKey, Floats] = {}
-        """[num_experts] by bank: tokens of each expert that were counted while it was among the
-        watched (busiest) ones, up to the latest choice of the watched experts."""
+        """Tokens of each expert that were counted while it was among the watched (busiest) ones, up
+        to the latest choice of the watched experts, [num_experts] by bank."""
         self._chosen_at: dict[BankKey, Floats] = {}
-        """[num_experts] by bank: all tokens of each expert at the latest choice of the watched
-        (busiest) experts."""
+        """All tokens of each expert at the latest choice of the watched (busiest) experts,
+        [num_experts] by bank."""
         self.num_windows = 0
         """Number of windows with load that have ended so far."""
         self.windows: deque[LoadWindow] = deque(maxlen=section.num_windows)
@@ -203,8 +204,8 @@ class LoadTracker:
         return [round(tokens) for tokens in watched.tolist()], round(float((counts - own).sum()))
 
     def _own_tokens(self, key: BankKey, counts: Floats) -> Floats:
-        """Return [num_experts]: tokens of each expert that were counted while the expert was
-        watched."""
+        """Return the tokens of each expert that were counted while the expert was watched:
+        [num_experts]."""
         if key not in self.watched:
             return np.zeros_like(counts)
         own, watched = self._own[key].copy(), list(self.watched[key])

@@ -123,12 +123,13 @@ def load_document(
 ) -> dict[str, Any]:
     """Return the document of ``load --json``: a load profile since the start, with more fields.
 
-    Fields of a bank: ``prefill`` and ``decode`` are the two parts of ``counts``; ``window`` counts
-    the newest load window, ``average`` is an exponential average; ``slots`` has the tokens of the
-    current placement epoch by device and expert slot, None while no worker has counted any;
-    ``watched`` lists the busiest experts, ``watched_tokens`` and ``rest_tokens`` count their tokens
-    and those of all others (``LoadTracker.watched_tokens``); ``copies`` counts the copies of each
-    expert. ``load`` and ``balancedness`` are as in ``placement_report``.
+    Fields of a bank: ``prefill`` and ``decode`` are the two parts of ``counts``; ``load`` equals
+    ``counts``; ``window`` counts the newest load window, ``average`` is an exponential average;
+    ``slots`` has the tokens of the current placement epoch by device and expert slot, None while no
+    worker has counted any; ``watched`` lists the busiest experts, ``watched_tokens`` and
+    ``rest_tokens`` count their tokens and those of all others (``LoadTracker.watched_tokens``);
+    ``copies`` counts the copies of each expert; ``balancedness`` is ``predicted`` from ``profile``
+    and ``achieved`` by the device loads in the epoch, and ``phases`` has it for prefill and decode.
     """
     totals, window, average = (load.sums(s) for s in ("total", "window", "average"))
     copies = load.copies(placement.epoch)

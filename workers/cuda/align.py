@@ -23,21 +23,22 @@ _MAX_TILE, _MIN_TILE = 64, 16
 _SUMMED_TILES = 256
 """Number of tiles whose pair counts a program adds up at a time."""
 _COUNTED_PAIRS = 1024
-"""Maximum number of pairs for which every program of the sorting kernel counts all pairs itself,
-which is faster than two more launches. On an H100, 2,048 pairs of 64 slots took 25 us this way, and
-32,768 pairs took 850 us."""
+"""Maximum number of (row, expert slot) pairs for which every program of the sorting kernel counts
+all pairs itself, which is faster than two more launches. On an H100, 2,048 pairs of 64 slots took
+25 us this way, and 32,768 pairs took 850 us."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """(row, expert slot) pairs in blocks of at most ``height`` pairs, which have the same slot.
-    Unused blocks are last."""
+    """Pairs (row, expert slot), divided into blocks of at most ``height`` pairs of one slot. Unused
+    blocks are last."""
 
     order: Tensor
-    """[P] int32: the pairs that have a slot, sorted by slot and then by pair number."""
+    """Numbers of the pairs that have an expert slot, sorted by slot and then by number, [P]
+    int32."""
     table: Tensor
-    """[3, num_blocks] int32: slot of each block, or -1 if the block is unused; index of the block's
-    first pair in ``order``; number of the block's pairs."""
+    """Table of the blocks, [3, num_blocks] int32: slot of each block, or -1 if the block is unused;
+    index of the block's first pair in ``order``; number of the block's pairs."""
     height: int
 
     @property

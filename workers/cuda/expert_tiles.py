@@ -18,7 +18,7 @@ class Tile:
     gate_rows: int
     """Number of weight rows of the gate, and also of up, that a program multiplies."""
     rows: int
-    """Number of weight rows that a program multiplies if the matrix is not gate and up."""
+    """Number of weight rows that a program multiplies, for matrices other than gate and up."""
     row_bytes: int
     """Bytes of a weight row that a program reads at a time."""
     warps: int
@@ -33,8 +33,8 @@ _TILES = {
 }
 """Tiles by block height for float16 and bfloat16. Lower blocks, and all blocks in float32, use
 ``_LOW``. Each tile was the fastest of 38 on an H100 for 64 experts of 2,048 x 1,024 in bfloat16.
-Products of 32,768 pairs reach 506 and 477 TFLOPS; ``torch.nn.functional.grouped_mm`` (2.11) reaches
-350 to 400, and sorting its pairs and restoring their order takes as long again."""
+The two products of 32,768 pairs reach 506 and 477 TFLOPS; ``torch.nn.functional.grouped_mm`` (2.11)
+reaches 350 to 400, and needs the same time again to sort pairs and restore their order."""
 _CODED_TILES = dict.fromkeys(_TILES, _TILES[64])
 """Tiles by block height for quantized weights, the fastest of six variants: they start more
 programs, which hide the cost of dequantization."""

@@ -1,11 +1,12 @@
-"""Expert kernels: each program multiplies a block of pairs by a tile of their slot's weights.
+"""Expert kernels: each program multiplies a block of pairs (input row, expert slot) by a tile of
+their slot's weights.
 
 With few rows, the time of a product is the time to read the weights, so a block may have few rows.
 With many rows, blocks are as high as tensor cores can use. The output of each pair is written to
 memory, so the sum over a row's pairs has a fixed order. Reference: ``workers.experts.kernels_cpu``
-and ``workers.model.weighting``. These values are rounded, as there: gate and up, their product, the
-output of a pair and, if requested, its product with the weight. Biases are added before rounding; a
-clamped SwiGLU is rounded only at its end.
+and ``workers.model.weighting``. As in the reference, these values are rounded: gate and up, their
+product, the output of a pair and, if requested, the product of output and router weight. Biases are
+added before rounding; a clamped SwiGLU is rounded only at its end.
 """
 
 from __future__ import annotations
@@ -29,21 +30,22 @@ from workers.quantization.formats import WeightFormat
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 
 _UNSORTED_PAIRS = 32
-"""Maximum number of pairs for which each pair is a separate block. The launch of the sorting kernel
-costs more than it saves, because 32 pairs of 64 slots use 26 different slots on average, and the L2
-cache holds the weights of slots that several pairs use."""
+"""Maximum number of (input row, expert slot) pairs for which each pair is a separate block. The
+launch of the sorting kernel costs more than it saves, because 32 pairs of 64 slots use 26 different
+slots on average, and the L2 cache holds the weights of slots that several pairs use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """(input row, expert slot) pairs for a kernel. Pair p is the p-th element of ``slots``."""
+    """Pairs (input row, expert slot) for an expert kernel. Pair p is the p-th element of
+    ``slots``."""
 
     slots: Tensor
-    """[T, k] integers, -1 for none; rows are contiguous."""
+    """Expert slots of each row, [T, k] integers, -1 for none; each row is contiguous."""
     blocks: Blocks | None
     """The pairs sorted by slot, in blocks; None if each pair is a separate block."""
     sources: Tensor | None
-    """[T * k] int64: the input row of each pair; None: pair p has input row p // ``per_row``."""
+    """Input row of each pair, [T * k] int64; None: pair p has input row p // ``per_row``."""
     per_row: int
     """Number of consecutive pairs that share an input row, if ``sources`` is None."""
 
@@ -80,10 +82,11 @@ def make_pairs(
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """One matrix for each slot, unquantized or quantized (``workers.quantization``)."""
+    """Matrices of an expert kernel, one for each slot, unquantized or quantized
+    (``workers.quantization``)."""
 
     weights: Tensor
-    """[slots, out, in], or quantized values [slots, out, bytes] uint8."""
+    """Weights [slots, out, in], or quantized values [slots, out, bytes] uint8."""
     width: int
     """Number of columns of a matrix (in)."""
     form: WeightFormat | None = None
@@ -107,7 +110,8 @@ class GateActivation:
     name: Activation | Literal["clamped_swiglu"]
     alpha: float = 1.0
     limit: float = 0.0
-    """Parameters of ``clamped_swiglu``: gate * sigmoid(alpha * gate) * (up + 1), within limits."""
+    """Limit of gate and up in ``clamped_swiglu``, which is gate * sigmoid(alpha * gate) * (up +
+    1)."""
 
 
 def gate_up(

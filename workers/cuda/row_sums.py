@@ -1,4 +1,7 @@
-"""Weighted sums over the pairs of a row. Reference: ``workers.model.weighting``."""
+"""Weighted sums of expert outputs over the (row, expert slot) pairs of each row.
+
+Reference: ``workers.model.weighting``.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ _SUM_WIDTH = 1024
 def sum_rows(
     outputs: Tensor, slots: Tensor, weights: Tensor, rounds_products: bool, dtype: torch.dtype
 ) -> Tensor:
-    """Sum the weighted outputs of each row's pairs that have a slot, in order, in float32.
+    """Return the weighted sum of each row's expert outputs, in slot order and in float32.
 
-    outputs [T * k, out]; slots [T, k] integers, -1 for none; weights [T, k] float32. Returns
-    [T, out] ``dtype``. ``rounds_products``: weights, and then products of weight and output,
-    are rounded to the dtype of ``outputs``.
+    outputs [T * k, out], one per slot; slots [T, k] integers, -1 for none (not summed); weights
+    [T, k] float32. Returns [T, out] ``dtype``. ``rounds_products``: weights, and then products of
+    weight and output, are rounded to the dtype of ``outputs``.
     """
     num_rows, top_k = slots.shape
     width = outputs.shape[1]
@@ -55,7 +58,7 @@ def _sum_rows(
     ROUNDS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Sum ``TILE`` elements of one row over the row's pairs, in each program."""
+    """Sum ``TILE`` elements of one row's expert outputs, with weights, in each program."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE], dtype=tl.float32)

@@ -91,7 +91,8 @@ class StepGraphCache(Generic[Captured]):
     """Captured steps of one kind, by key. The cache drops the least recently used steps."""
 
     def __init__(self, max_rows: int) -> None:
-        """``max_rows``: limit of the sum of rows of kept steps; a single step may exceed it."""
+        """``max_rows``: maximum number of rows of all kept steps together; a single step may have
+        more."""
         self._max_rows = max_rows
         self._state: Hashable = None
         self._kept: dict[Hashable, _Kept[Captured]] = {}
@@ -101,8 +102,8 @@ class StepGraphCache(Generic[Captured]):
         return len(self._kept)
 
     def keep_only(self, state: Hashable) -> None:
-        """Drop all steps if the tensors that they use have changed. ``state`` identifies the
-        tensors."""
+        """Drop all captured steps if ``state``, which identifies the tensors that they use, has
+        changed."""
         if state != self._state:
             self.clear()
             self._state = state

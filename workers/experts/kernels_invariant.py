@@ -211,7 +211,8 @@ class _Trial:
         return self.kernel.compute(self.inputs, sources, slots).view(2, count, -1)
 
     def group(self, expert: int, first: int, last: int, num_mates: int) -> Tensor:
-        """Compute inputs ``first`` to ``last - 1`` of an expert after ``num_mates`` other pairs."""
+        """Compute inputs ``first`` to ``last - 1`` of one expert, in a call that begins with
+        ``num_mates`` other pairs: [inputs, out]."""
         mates = torch.arange(num_mates)
         rows = torch.arange(first, last)
         slots = torch.full_like(rows, self.first + expert)

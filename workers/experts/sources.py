@@ -24,7 +24,7 @@ class ExpertWeight(NamedTuple):
     exchange: int
     """Index of the bank's exchange that uses the matrix."""
     matrix: int
-    """Index in ``ExchangeSpec.matrix_shapes``."""
+    """Index of the matrix in ``ExchangeSpec.matrix_shapes``."""
     weight: Weight
     """Matrix [out, in] in CPU memory, in the format that ``ExchangeSpec.form_of`` returns; valid
     until the source reads the next matrix."""
@@ -68,7 +68,7 @@ class CheckpointSource:
         self._take = take
         self._round = round_weight
         self.num_bytes = 0
-        """Bytes read so far, as stored on disk."""
+        """Number of bytes of tensors read so far, as stored on disk."""
         self._buffers: dict[tuple[int, int], Tensor] = {}
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:

@@ -1,4 +1,4 @@
-"""Speed of a device on its experts, measured once when their weights are in memory.
+"""Speed of a device on its experts, measured once when the weights of experts are in memory.
 
 A decode step reads the weights of every activated slot and computes little, so the measurement runs
 one row for each filled slot of a bank. The fastest of several runs counts, because other processes
@@ -53,7 +53,8 @@ def slots_per_second(
 
 
 def blank_bank(like: ExpertBank) -> ExpertBank:
-    """Return a bank of one slot with an expert of zeros, for a device without experts."""
+    """Return a bank of one slot with an expert of zeros, to measure the speed of a device without
+    experts."""
     bank = ExpertBank(like.spec, 1, like.dtype, like.device, like.make)
     for exchange, matrix, shape in like.spec.matrices:
         form = like.spec.exchanges[exchange].form_of(matrix)

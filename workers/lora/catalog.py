@@ -69,8 +69,8 @@ def targets_without_weights(parts: Iterable[TensorPart]) -> Mapping[str, LoraTar
 
 
 def refusal_reason(module: str) -> str:
-    """Return why adapters cannot change a module; the text continues a sentence that begins with
-    its name."""
+    """Return why adapters cannot change a module, as the rest of a sentence that begins with the
+    module's name."""
     other = "is no projection of attention, shared expert or dense MLP of this model"
     return _reason_by_name(module) or other
 

@@ -21,7 +21,7 @@ E4M3 = 2
 ENTER, ATTEND, LEAVE = 1, 2, 4
 """Bits of ``enum stage`` in C: before attention, attention, and after attention."""
 NO_WINDOW = 1 << 40
-"""Window size of layers without a sliding window."""
+"""Sliding-window size that stands for no window: larger than every sequence."""
 
 
 @c_struct("routing.h", "routing")

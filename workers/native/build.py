@@ -44,8 +44,8 @@ _FLAGS = (
     "-Wextra",
 )
 ZIG_ARGUMENTS = ("cc", "-target", "x86_64-linux-gnu.2.17")
-"""Arguments of zig with an explicit target, as its default is the processor and libc of the host.
-Libraries for glibc 2.17 also run with later versions."""
+"""Arguments of zig's C compiler. The explicit target replaces zig's default, the processor and libc
+of the host. Libraries for glibc 2.17 also run with later versions."""
 _ERROR_CHARACTERS = 400
 
 
@@ -55,11 +55,11 @@ class BuildError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class InstructionSet:
-    """An instruction set of x86-64 for which a library is built."""
+    """An instruction set of x86-64 for which a kernel library is built."""
 
     name: str
     cpu_flags: frozenset[str]
-    """Flags in ``/proc/cpuinfo`` that a processor needs."""
+    """Flags in ``/proc/cpuinfo`` that a processor with this instruction set has."""
     compiler_flags: tuple[str, ...]
     """Compiler flags; never ``-march=native``, as a library may be built for another machine."""
 
@@ -76,11 +76,12 @@ _AVX512_BF16 = InstructionSet(
     (*_AVX512.compiler_flags, "-mavx512bf16", "-mavx512vbmi"),
 )
 INSTRUCTION_SETS = (_AVX512_BF16, _AVX512, _AVX2)
-"""All supported instruction sets, best first."""
+"""All instruction sets for which kernel libraries can be built, best first."""
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the cache of libraries: ``$XDG_CACHE_HOME/expertmesh/kernels`` or in ``~/.cache``."""
+    """Return the folder that caches kernel libraries: ``$XDG_CACHE_HOME/expertmesh/kernels`` or in
+    ``~/.cache``."""
     base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "expertmesh" / "kernels"
 
@@ -100,7 +101,8 @@ def compilers(environ: Mapping[str, str] = os.environ) -> list[tuple[str, ...]]:
 
 
 def zig_compilers() -> list[tuple[str, ...]]:
-    """Return the command of the ``ziglang`` package, if it is installed."""
+    """Return the compiler command of the ``ziglang`` package in a list; empty if it is not
+    installed."""
     if importlib.util.find_spec("ziglang") is None:
         return []
     return [(sys.executable, "-m", "ziglang", *ZIG_ARGUMENTS)]
@@ -180,7 +182,7 @@ def _make(
 def _compile(
     command: tuple[str, ...], wanted: InstructionSet, output: Path, sources: Path
 ) -> str | None:
-    """Run one compiler; return its error, or None on success."""
+    """Compile the kernels with one compiler; return its error text, or None on success."""
     files = [str(source) for source in sorted(sources.glob("*.c"))]
     line = [*command, *_FLAGS, *wanted.compiler_flags, "-o", str(output), *files]
     try:

@@ -51,8 +51,8 @@ def run_delta_net(
     in place.
 
     V is the number of value heads, D their width. ``runs`` [runs, 4] and ``chains``
-    [sequences + 1], int64, state which rows of which sequence read and write which state (see
-    ``StateRows``).
+    [sequences + 1], int64: which states each run of rows reads and writes, and the first run of
+    each sequence (see ``StateRows``).
     """
     dtype = DTYPES[net.dtype]
     _check(rows, dtype, net.row_width)

@@ -21,14 +21,15 @@ from workers.native.thread_team import ThreadTeam, check
 from workers.quantization.formats import WeightFormat
 
 InputsBy = Literal["row", "place", "pair"]
-"""What each input row belongs to: a row of the batch, a place (row and index in top-k), or a pair
-(place with a slot)."""
+"""Unit that has an input of its own: a row, a place (row and index in top-k), or a pair (place with
+an expert slot)."""
 _INPUTS_BY: tuple[InputsBy, ...] = ("row", "place", "pair")
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """Shape of experts: ``second(activation(gate, up))``, or one product if ``inner`` is 0."""
+    """Shape of experts that compute ``second(activation(gate, up))``, or one product if ``inner``
+    is 0."""
 
     in_width: int
     inner: int

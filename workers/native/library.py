@@ -194,7 +194,8 @@ def _allowed(environ: Mapping[str, str]) -> Sequence[InstructionSet]:
 
 
 def _load(name: str, path: Path) -> Library:
-    """Load a library. Raises ``OSError`` if it was not built from these sources."""
+    """Load a kernel library from a file. Raises ``OSError`` if the file cannot be loaded, or lacks
+    a function because it was built from other sources."""
     functions = ctypes.CDLL(str(path))
     for function, (result, arguments) in _SIGNATURES.items():
         try:

@@ -3,8 +3,8 @@
 In a virtual machine a TLB miss is expensive, and small pages need 512 times as many entries. Two
 layers of OLMoE-1B-7B, 1 sequence, on one thread of an AMD EPYC in a virtual machine took 32 ms a
 token if ``huge_pages.collapse`` moved 0.3 of 2.2 GB, and 26 ms with all weights in huge pages. The
-first access to 1 GB takes 0.2 s instead of 0.5 s. It takes 1 to 3 s if the host must first provide
-the memory, for example after the guest has reported it as free.
+first access to 1 GB takes 0.2 s instead of 0.5 s. This access takes 1 to 3 s if the host must first
+provide the memory, for example after the guest has reported the memory as free.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class _Sections(NamedTuple):
 
     @classmethod
     def of(cls, form: WeightFormat, width: int) -> _Sections:
-        """Return the sections of a matrix with ``width`` columns."""
+        """Return the sections of a panel, for a quantized matrix with ``width`` columns."""
         group_bytes = PANEL * (form.scale_bytes + form.has_zeros)
         num_groups = 2 if group_bytes % _LINE_BYTES else 1
         return cls(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Codes = Literal["int8", "e4m3", "int4", "e2m1"]
-"""Type of quantized values: two's complement integers of 8 or 4 bits, 8-bit floats with 4 bits of
-exponent and 3 of mantissa (e4m3), or 4-bit floats with 2 and 1 (e2m1)."""
+"""Type of quantized values: two's complement integers of 8 or 4 bits, 8-bit floats (e4m3: 4 bits of
+exponent, 3 of mantissa), or 4-bit floats (e2m1: 2 bits of exponent, 1 of mantissa)."""
 ScaleDType = Literal["float32", "bfloat16", "float16", "e8m0"]
-"""Type of the scales. ``e8m0`` is an 8-bit power of two, from 2**-127 up."""
+"""Type of the scales of a quantized matrix. ``e8m0`` is an 8-bit power of two, from 2**-127 up."""
 _SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "e8m0": 1}
 GROUP_MULTIPLE = 8
 """Group sizes must be multiples of this number, so that each group begins at a whole word."""
@@ -18,7 +18,7 @@ GROUP_MULTIPLE = 8
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightFormat:
     """Storage format of matrices [out, in]: quantized values, and a scale for each group of
-    neighbours in a row.
+    neighbouring values in a row.
 
     A weight is scale * (value - zero point). Source of the 8-bit and 4-bit floats: Micikevicius et
     al., "FP8 formats for deep learning" (2022); Open Compute Project, "OCP Microscaling Formats
@@ -27,12 +27,13 @@ class WeightFormat:
 
     codes: Codes
     group: int | None
-    """Number of neighbours in a row that share a scale, a multiple of 8; None: the whole row."""
+    """Number of neighbouring values in a row that share a scale, a multiple of 8; None: the whole
+    row."""
     scales: ScaleDType = "float32"
     has_zeros: bool = False
     """Whether each group has a zero point, an int8. Only integer formats can have zero points."""
     zero_bits: int = 0
-    """Fractional bits of a zero point: its unit is 2**-zero_bits."""
+    """Number of fractional bits of a zero point: the unit of zero points is 2**-zero_bits."""
 
     @property
     def code_bits(self) -> int:

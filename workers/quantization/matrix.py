@@ -53,7 +53,8 @@ class QuantizedMatrix:
     def of_parts(
         cls, form: WeightFormat, shape: tuple[int, int], parts: Sequence[Tensor]
     ) -> QuantizedMatrix:
-        """Create the matrix from its tensors, in the order of ``parts``."""
+        """Create a quantized matrix from its tensors: quantized values, scales, and zero points if
+        any."""
         codes, scales, *zeros = parts
         return cls(
             format=form, shape=shape, codes=codes, scales=scales, zeros=zeros[0] if zeros else None
@@ -88,11 +89,12 @@ class QuantizedMatrix:
 
 
 Weight = Tensor | QuantizedMatrix
-"""A matrix of a model, in its dtype or quantized."""
+"""A matrix of a model: a tensor in the model dtype, or a quantized matrix."""
 
 
 def empty_weight(form: WeightFormat | None, shape: tuple[int, int], dtype: torch.dtype) -> Weight:
-    """Return a matrix with undefined contents; ``form`` None: in ``dtype``."""
+    """Return a matrix with undefined contents: quantized as ``form``, or in ``dtype`` if ``form``
+    is None."""
     return torch.empty(shape, dtype=dtype) if form is None else QuantizedMatrix.empty(form, shape)
 
 
@@ -125,7 +127,8 @@ def decode_codes(codes: Tensor, kind: Codes) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Pack 4-bit values [.., n] uint8 into [.., n / 2]; the first of two is in the lower half."""
+    """Pack 4-bit values [.., n] uint8 into bytes [.., n / 2]; the first of two values is in the
+    lower half."""
     return codes[..., ::2] | codes[..., 1::2] << 4
 
 

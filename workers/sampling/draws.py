@@ -130,15 +130,15 @@ class _DrawParams:
     """Sampling parameters of rows on the logits' device; t is (logit - best logit) * scale."""
 
     top_p: Tensor
-    """[rows, 1] float64; 1 or more: no limit."""
+    """Parameter top_p of each row, [rows, 1] float64; 1 or more: no limit."""
     scale: Tensor
-    """[rows, 1] float32: log2(e) / temperature."""
+    """Factor log2(e) / temperature of each row, [rows, 1] float32."""
     floor: Tensor
-    """[rows, 1] float32: log2(min_p), the lowest t to keep; minus infinity: no limit."""
+    """Lowest t to keep in each row, log2(min_p), [rows, 1] float32; minus infinity: no limit."""
     top_k: Tensor
-    """[rows, 1] int64; 0: no limit."""
+    """Parameter top_k of each row, [rows, 1] int64; 0: no limit."""
     uniform: Tensor
-    """[rows, levels] float64: a random number in [0, 1) for each level of the tree walk."""
+    """Random number in [0, 1) for each row and level of the tree walk, [rows, levels] float64."""
 
 
 def _draw_params(how: NDArray[Any], like: Tensor) -> _DrawParams:
@@ -156,7 +156,10 @@ def _draw_params(how: NDArray[Any], like: Tensor) -> _DrawParams:
 
 
 def token_weights(t: Tensor) -> Tensor:
-    """Return 2 ** (t + 40) as int64 for float32 t <= 0, within 2e-7, as in ``c/weights.h``."""
+    """Return the weights of tokens, 2 ** (t + 40) rounded to int64, for float32 t <= 0.
+
+    The relative error before rounding is at most 2e-7; the bits equal those of ``c/weights.h``.
+    """
     t = t.clamp(min=-2.0 - _WEIGHT_BITS)
     whole = t.round()
     rest = t.sub_(whole)

@@ -37,7 +37,7 @@ class TokenMask:
     """Mask of the tokens that may come next, according to a grammar."""
 
     allowed: Tensor
-    """[V] bool on the CPU: whether each token may come next."""
+    """Whether each token may come next, [V] bool on the CPU."""
     must_end: bool
     """Whether the grammar permits only the end of the text."""
 
@@ -68,7 +68,8 @@ class MaskReader:
 
 
 class GrammarState:
-    """State of a grammar after one choice's output. Only the engine's thread calls its methods.
+    """State of a grammar after the output of one choice of a request. Only the engine's thread
+    calls its methods.
 
     Between ``prepare`` and the next ``mask`` or ``advance``, only the thread that computes the mask
     may use the parser.

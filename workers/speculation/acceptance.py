@@ -23,8 +23,11 @@ class Acceptance:
         return self._right / self._all
 
     def note(self, num_right: int, num_wrong: int) -> None:
-        """Count guesses that were compared with sampled tokens. After the first wrong guess, later
-        ones do not count."""
+        """Count ``num_right`` right and ``num_wrong`` wrong guesses that were compared with sampled
+        tokens.
+
+        Guesses after the first wrong one of a draft do not count.
+        """
         count = num_right + num_wrong
         kept = _DECAY**count
         self._right = max(kept * self._right + num_right, 1e-3)

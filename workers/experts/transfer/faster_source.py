@@ -40,13 +40,13 @@ class NotHeldError(ProtocolError):
 
 
 class FasterSource:
-    """``ExpertSource`` that reads each expert from the faster of several sources."""
+    """Expert source that reads each expert from one of several sources, usually the fastest."""
 
     def __init__(
         self, sources: Mapping[str, ExpertSource], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``sources``: by name. If all fail for an expert, ``weights`` raises the error of the
-        first source."""
+        """``sources``: by name. If all sources fail for an expert, ``weights`` raises the error of
+        the first."""
         self._sources = dict(sources)
         self._clock = clock
         self._num_tried = dict.fromkeys(sources, 0)
@@ -57,7 +57,7 @@ class FasterSource:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that all sources have read so far."""
+        """Number of bytes that all sources have read so far."""
         return sum(source.num_bytes for source in self._sources.values())
 
     @property
@@ -92,8 +92,10 @@ class FasterSource:
     def _measured(
         self, name: str, bank: BankSpec, expert: int, dtype: torch.dtype
     ) -> Iterator[ExpertWeight]:
-        """Yield from a source and record its rate. The time includes storing the weights, because a
-        mapped file is read only then."""
+        """Yield the matrices of an expert from source ``name``, and record the source's rate.
+
+        The time includes storing the weights, because only this reads the data of a mapped file.
+        """
         began = self._clock()
         yield from self._sources[name].weights(bank, expert, dtype)
         now = self._clock()
@@ -132,7 +134,8 @@ class HoldersSource:
         connect: Callable[[ExpertHolder], ExpertSource],
         on_read: Callable[[BankSpec, int], None] = lambda bank, expert: None,
     ) -> None:
-        """``connect`` makes the source over one worker; ``on_read`` is called with each expert."""
+        """``connect`` makes a source that reads from one worker; ``on_read`` is called with the
+        bank and the expert after each expert that was read."""
         self._holders = {holder.name: holder for holder in holders}
         self._connect = connect
         self._on_read = on_read
@@ -141,7 +144,7 @@ class HoldersSource:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that all sources have read so far."""
+        """Number of bytes that the sources of all workers have read so far."""
         return sum(source.num_bytes for source in self._open.values())
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:

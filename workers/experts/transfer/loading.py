@@ -169,8 +169,12 @@ class ExpertLoader:
             source.close()
 
     def _remaining_work(self, order: LoadExperts) -> list[SlotOrder]:
-        """Return the slots that must still be written. Raises ``ProtocolError`` if writing is not
-        allowed."""
+        """Return the entries of a load command whose slots must still be written, and mark these
+        slots empty.
+
+        Waits while a temporary obstacle prevents writing. Raises ``ProtocolError`` if writing is
+        not allowed.
+        """
         work = self._parse(order)
         deadline = time.monotonic() + _WAIT_LIMIT_S
         while (obstacle := self._obstacle(work, order.epoch)) is not None:
@@ -191,7 +195,7 @@ class ExpertLoader:
         return work
 
     def _parse(self, order: LoadExperts) -> list[SlotOrder]:
-        """Check and parse the (bank, slot, expert) entries of a command. Raises
+        """Check and return the (bank, slot, expert) entries of a load command. Raises
         ``ProtocolError``."""
         banks, work = self._slots.banks, []
         for entry in order.experts:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from cluster.core.errors import TransferAbortedError
 
 _BURST_S = 0.02
-"""Size of the token bucket, in seconds of the rate."""
+"""Size of the token bucket: the number of seconds at the full rate that its bytes last."""
 
 
 class RateLimit:
@@ -34,7 +34,8 @@ class RateLimit:
         self._ends_at = float("inf") if limit_s is None else clock() + limit_s
 
     def delay_s(self, num_bytes: int) -> float:
-        """Take bytes from the bucket; return the seconds to wait before they may be transferred."""
+        """Take bytes from the bucket; return the seconds to wait before they may be transferred, 0
+        without a rate limit."""
         if self._rate is None:
             return 0.0
         now = self._clock()
