@@ -1,6 +1,6 @@
-"""Chooses the experts that share a device, by swaps of primary copies of experts with one copy.
+"""Chooses the experts that share a device, by swaps of experts that have a single copy.
 
-Split weights of spare copies can balance the load of the devices, so primary copies may also serve
+Split weights of spare copies can balance the load of the devices, so the arrangement may also serve
 two other goals: that the busiest device of a decode step activates few slots, and that experts
 which tokens often choose together are on one device, so that a token is sent to fewer devices.
 
@@ -15,15 +15,15 @@ from cluster.core.placement import FREE_SLOT
 from cluster.planner.base import Bools, Floats, Ints, relative_speeds
 
 LOAD_PRICE = 20.0
-"""Weight of a squared relative deviation of a device's load, compared with the decode cost."""
+"""Price of a device's squared relative deviation from the mean load, in decode cost."""
 LOAD_PRICE_WITHOUT_SPARES = 2000.0
-"""``LOAD_PRICE`` for banks in which no split weights can compensate the deviation."""
+"""``LOAD_PRICE`` for placements without spare copies, whose split weights could balance loads."""
 AFFINITY_PRICE = 60.0
-"""Weight of the share of top-k pairs that are on one device."""
+"""Value of the share of top-k pairs of experts that are on one device, in decode cost."""
 
 
 class Arrangement:
-    """Primary copies of all banks, and the cost that swaps reduce."""
+    """Primary copies of all banks, and the cost of each device, which swaps of experts reduce."""
 
     def __init__(
         self,
@@ -34,8 +34,11 @@ class Arrangement:
         speeds: Floats,
         affinity: Floats | None,
     ) -> None:
-        """``weight``: see ``decode.weights``. ``affinity`` [banks, experts, experts]: how often two
-        experts are chosen together, symmetric, with sum 1 in each bank."""
+        """``weight`` [banks, experts] is the decode cost of each expert (``decode.weights``).
+
+        ``affinity`` [banks, experts, experts] is how often two experts are chosen together,
+        symmetric, with sum 1 in each bank; None to ignore it.
+        """
         banks, devices, _ = slots.shape
         experts = loads.shape[1]
         bank, device, slot = np.nonzero(slots != FREE_SLOT)
@@ -68,7 +71,7 @@ class Arrangement:
         return np.asarray(np.exp(spread) + self._load_price * (utilization / relative - 1.0) ** 2)
 
     def improve(self, device: Ints) -> Bools:
-        """Make the best swap of each bank's ``device``; return whether any swap helps."""
+        """Make the best swap of each bank's ``device`` [banks]; return if it helps, [banks]."""
         rows = self._rows
         mine = (self.primary == device[:, None]) & self.is_single
         width = max(int(mine.sum(1).max()), 1)
@@ -86,7 +89,10 @@ class Arrangement:
         return np.asarray(helps)
 
     def _gain(self, device: Ints, own: Ints, other: Ints) -> Floats:
-        """[banks, own, experts] gain of swapping the primary copies of two experts."""
+        """Return the gain of swapping the primary copies of two experts, [banks, own, experts].
+
+        ``own`` are experts of ``device``; ``other`` [banks, experts] is the device of each expert.
+        """
         rows = self._rows[:, None]
         here_utilization = self._utilization[rows, device[:, None]][:, :, None]
         here_decode = self._decode[rows, device[:, None]][:, :, None]
@@ -105,7 +111,10 @@ class Arrangement:
         return np.asarray(gain)
 
     def _joined(self, device: Ints, own: Ints, other: Ints) -> Floats:
-        """[banks, own, experts] affinity to the experts of their devices that two experts gain."""
+        """Return the gain of affinity within devices by a swap, [banks, own, experts].
+
+        The swap exchanges the devices of an expert of ``own`` and any other expert.
+        """
         assert self._affinity is not None
         rows = self._rows
         experts = np.arange(other.shape[1])
@@ -129,7 +138,7 @@ class Arrangement:
             self._near[rows, :, there] -= change
 
     def costliest(self, skipped: Bools) -> Ints:
-        """Return the device of each bank with the largest cost, except ``skipped``."""
+        """Return the costliest device of each bank [banks], except ``skipped`` [banks, devices]."""
         cost = self._cost(
             self._utilization[:, :, None], self._decode[:, :, None], self._relative[None, :, None]
         )
@@ -145,7 +154,11 @@ def arrange(
     affinity: Floats | None = None,
     rounds: int = 40,
 ) -> tuple[Ints, Ints]:
-    """Return slots and primary copies after swaps; every device keeps its numbers of both."""
+    """Return slots and primary copies after swaps of experts that have a single copy.
+
+    Every device keeps its numbers of experts and of primary copies. ``weight`` and ``affinity`` as
+    in ``Arrangement``; ``rounds`` is the maximum number of rounds, one swap per bank each.
+    """
     state = Arrangement(slots, primary, loads, weight, speeds, affinity)
     tried = np.zeros(slots.shape[:2], dtype=bool)
     tried[:, speeds == 0] = True
@@ -165,7 +178,7 @@ def arrange(
 
 
 def _moved(slots: Ints, before: Ints, after: Ints, is_single: Bools) -> Ints:
-    """Return the slots with the single copies at their new devices."""
+    """Return the slots after experts with a single copy went to their device in ``after``."""
     slots = slots.copy()
     for b in np.nonzero((before != after).any(1))[0]:
         gone = is_single[b] & (before[b] != after[b])

@@ -1,6 +1,6 @@
-"""Predicts balance and moves of a given placement, independent of the planner that made it.
+"""Predicts balance and moves of a given placement, independently of the planner that made it.
 
-Also makes the plan that ignores the load: experts in order.
+Also makes the contiguous placement, which ignores the load: experts in order.
 """
 
 from __future__ import annotations
@@ -27,23 +27,26 @@ from cluster.planner.base import (
 from cluster.planner.moves import find_moves
 
 PREDICTED_ROWS = (16, 64, 256)
-"""Numbers of rows of the decode steps for which a plan makes a prediction."""
+"""Numbers of rows of the decode steps for which a plan predicts activated slots."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacedGroup:
-    """Banks of a placement with equal numbers of experts, under a load; arrays as in ``base``."""
+    """Banks of a placement with equal numbers of experts, with their load.
+
+    The shapes of the arrays are described in ``planner.base``.
+    """
 
     loads: tuple[BankLoad, ...]
     banks: tuple[BankPlacement, ...]
     load: Floats
-    """Normalized ``loads``."""
+    """Loads of the experts, [num_banks, num_experts], divided by the sum of their bank."""
     slots: Ints
     primary: Ints
     slot_loads: Floats
-    """Slot loads according to the placement's split weights."""
+    """Load of each slot according to the placement's split weights, as a share of the bank's."""
     speeds: Floats
-    """[num_devices]."""
+    """Relative speeds of the devices, [num_devices], with sum 1."""
 
 
 def placed_groups(
@@ -77,7 +80,7 @@ def assess(
     placement: ExpertPlacement,
     current: ExpertPlacement | None = None,
 ) -> Plan:
-    """Evaluate a placement: return a plan with its balancedness and the moves from ``current``.
+    """Evaluate a placement: return a plan of it, with balancedness and the moves from ``current``.
 
     Raises ``ConfigError`` if placement, load and devices do not match.
     """
@@ -108,9 +111,10 @@ def assess(
 def contiguous_plan(
     profile: LoadProfile, topology: PlannedTopology, current: ExpertPlacement | None = None
 ) -> Plan:
-    """Return the first placement for an unknown load: experts in order, a block on each device.
+    """Return a plan for an unknown load: experts in order, an equal block on each device.
 
-    Raises ``ConfigError`` if devices set their number of slots: blocks are equal.
+    ``profile`` names the banks and is used to evaluate the plan. Raises ``ConfigError`` if a device
+    sets its own number of slots.
     """
     own = [d.num_expert_slots for d in topology.devices if d.num_expert_slots is not None]
     check(not own, "num_expert_slots", own, "must not be given for a contiguous plan")
@@ -122,8 +126,10 @@ def contiguous_plan(
 def banks_of(
     profile: LoadProfile, placement: ExpertPlacement, name: str
 ) -> dict[tuple[str, int], BankPlacement]:
-    """Return banks by (bank, layer). Raises ``ConfigError`` unless they are the banks of the
-    profile."""
+    """Return the banks of a placement by (bank, layer).
+
+    Raises ``ConfigError``, with the placement's ``name``, unless they are the banks of ``profile``.
+    """
     banks: Mapping[tuple[str, int], BankPlacement] = {(b.bank, b.layer): b for b in placement.banks}
     for load in profile.banks:
         bank = banks.get((load.bank, load.layer))
@@ -138,7 +144,7 @@ def banks_of(
 
 
 def _slot_loads(banks: Sequence[BankPlacement], slots: Ints, loads: Floats) -> Floats:
-    """Return slot loads according to the placements' split weights."""
+    """Return the load of each slot according to the split weights of the banks."""
     width = slots.shape[2]
     shares = np.zeros(slots.shape)
     for b, bank in enumerate(banks):

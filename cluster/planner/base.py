@@ -33,17 +33,17 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedDevice:
-    """A device that may hold experts."""
+    """A device of a placement plan, such as an expert worker, that may hold experts."""
 
     num_expert_slots: int | None = None
     """Number of expert slots for each bank; None for an equal share plus the spare slots."""
     speed: float = 1.0
-    """Relative speed, to which its load should be proportional."""
+    """Relative speed of the device, to which its load should be proportional."""
     node: str = ""
     domain: str = ""
-    """Failure domain; empty for the node."""
+    """Failure domain of the device; empty if the node is the failure domain."""
     link_class: str = ""
-    """Devices of one link class have fast links to each other; empty for the node."""
+    """Link class, a set of devices with fast links between them; empty if the node is the set."""
 
     def __post_init__(self) -> None:
         count = self.num_expert_slots
@@ -53,12 +53,12 @@ class PlannedDevice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedTopology:
-    """All devices, by their index in the placement."""
+    """All devices of a placement, with their slots, speeds and positions in the network."""
 
     devices: tuple[PlannedDevice, ...]
-    """Device ``d`` of the placement."""
+    """Devices by their index in the placement."""
     num_redundant: int = 0
-    """Spare slots per bank of each device without ``num_expert_slots``."""
+    """Number of spare slots per bank on each device that has no ``num_expert_slots``."""
 
     def __post_init__(self) -> None:
         check(bool(self.devices), "num_devices", 0, "must be at least 1")
@@ -72,7 +72,11 @@ class PlannedTopology:
         num_nodes: int = 1,
         speeds: Sequence[float] | None = None,
     ) -> PlannedTopology:
-        """Return devices with equal slots, in equal blocks on ``num_nodes`` nodes."""
+        """Return devices with equal numbers of slots, in equal blocks on ``num_nodes`` nodes.
+
+        ``num_redundant`` is the number of spare slots per bank of a device; ``speeds`` is 1 by
+        default.
+        """
         check(num_devices >= 1, "num_devices", num_devices, "must be at least 1")
         rule = f"must be from 1 to the number of devices ({num_devices})"
         check(1 <= num_nodes <= num_devices, "num_nodes", num_nodes, rule)
@@ -91,17 +95,20 @@ class PlannedTopology:
 
     @property
     def nodes(self) -> Ints:
-        """[num_devices] index of each device's node."""
+        """Index of each device's node, [num_devices]."""
         return _indices([d.node for d in self.devices])
 
     @property
     def domains(self) -> Ints:
-        """[num_devices] index of each device's failure domain."""
+        """Index of each device's failure domain, [num_devices]."""
         return _indices([("domain", d.domain) if d.domain else (d.node,) for d in self.devices])
 
     @property
     def nearness(self) -> Ints:
-        """[num_devices, num_devices] 2 on the same node, 1 in the same link class, else 0."""
+        """Nearness of each pair of devices: 2 on one node, 1 in one link class, else 0.
+
+        The shape is [num_devices, num_devices].
+        """
         links = _indices(
             [("link", d.link_class) if d.link_class else (d.node,) for d in self.devices]
         )
@@ -110,7 +117,10 @@ class PlannedTopology:
         return np.where(same_node, 2, links[:, None] == links[None, :]).astype(np.int64)
 
     def capacities(self, num_experts: int) -> Ints:
-        """[num_devices] slots for a bank of ``num_experts``. Raises ``ConfigError`` if too few."""
+        """Number of slots of each device for a bank of ``num_experts`` experts, [num_devices].
+
+        Raises ``ConfigError`` if the devices have too few slots in total.
+        """
         share = -(-num_experts // self.num_devices) + self.num_redundant
         own = [share if d.num_expert_slots is None else d.num_expert_slots for d in self.devices]
         total = sum(min(slots, num_experts) for slots in own)
@@ -119,7 +129,7 @@ class PlannedTopology:
         return np.array(own)
 
     def speeds(self, num_experts: int) -> Floats:
-        """[num_devices] relative speeds, 0 for devices without slots; they sum to 1."""
+        """Relative speeds of devices, [num_devices], with sum 1; 0 for a device without slots."""
         speed = np.array([d.speed for d in self.devices])
         speed = np.where(self.capacities(num_experts) > 0, speed, 0.0)
         return np.asarray(speed / speed.sum())
@@ -127,10 +137,10 @@ class PlannedTopology:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
-    """Limits of a plan, and the decode step that it optimizes."""
+    """Options of the default planner: its move limit, and the decode step that it optimizes."""
 
     max_move_fraction: float | None = None
-    """Maximum share of all slots that may change; None for no limit."""
+    """Maximum share of all slots that may get another expert, 0 to 1; None for no limit."""
     decode_tokens: int = 16
     """Rows of the decode step for which the decode table is optimized."""
 
@@ -142,7 +152,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Move:
-    """One slot that gets another expert."""
+    """One expert slot that gets another expert when the placement changes."""
 
     bank: str
     layer: int
@@ -150,10 +160,10 @@ class Move:
     slot: int
     expert: int
     source: int
-    """Device that holds the expert now, on the same node if possible; -1 for none."""
+    """Device that holds the expert now, on the same node if possible; -1 if no device does."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data in the placement file's format."""
+        """Return the move as plain data, in the format of placement files."""
         return {
             "bank": self.bank,
             "layer": self.layer,
@@ -166,25 +176,28 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Result of a planner."""
+    """Result of a planner: a placement, its predicted balance, and the slots that change."""
 
     placement: ExpertPlacement
-    """Maps, split weights and decode table."""
+    """The planned placement, with maps, split weights and decode devices."""
     moves: tuple[Move, ...]
-    """Slots that differ from the current placement; empty without one."""
+    """Slots that get another expert than now; empty if there is no current placement."""
     balancedness: tuple[float, ...]
-    """``[bank]`` -> predicted mean over maximum of load over speed."""
+    """Predicted balancedness of each bank: mean over maximum of the devices' load over speed."""
     decode_slots_over_floor: Mapping[int, float]
-    """Rows of a decode step -> expected activated slots of the worst device over the minimum."""
+    """Rows of a decode step -> expected activated slots of the busiest device, over their minimum.
+
+    Averaged over the banks.
+    """
 
     @property
     def move_fraction(self) -> float:
-        """Moves divided by all slots."""
+        """Number of moves divided by the number of all slots."""
         slots = (len(s) for b in self.placement.banks for s in b.physical_to_logical)
         return len(self.moves) / max(sum(slots), 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data: a placement file with ``predicted`` and ``moves``."""
+        """Return the plan as plain data: a placement file with keys ``predicted`` and ``moves``."""
         mean = sum(self.balancedness) / len(self.balancedness)
         predicted = {
             "balancedness": {"mean": mean, "min": min(self.balancedness)},
@@ -195,13 +208,13 @@ class Plan:
 
 
 def _indices(names: Sequence[Hashable]) -> Ints:
-    """Return numbers for names, in the order of their first use."""
+    """Return a number for each name; equal names get equal numbers, 0 is the first name."""
     known: dict[Hashable, int] = {}
     return np.array([known.setdefault(name, len(known)) for name in names])
 
 
 def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevice:
-    """Return a member as a device of the planner."""
+    """Convert a worker to a device of the planner, with ``num_slots`` slots per bank."""
     return PlannedDevice(
         num_expert_slots=num_slots,
         speed=member.speed,
@@ -214,10 +227,11 @@ def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevic
 def planned_topology(
     experts: Sequence[Member], placement: ExpertPlacement, num_slots: int
 ) -> PlannedTopology:
-    """Return the devices, each with ``num_slots`` slots; lost devices have none.
+    """Return the devices of a placement, each with ``num_slots`` slots per bank.
 
-    A device that holds more (for example after a recovery) may keep them. On a single node each
-    worker is its own failure domain.
+    A device that holds more experts (for example after a recovery) has a slot for each of them. A
+    device without a worker in ``experts`` has no slots. On a single node each worker is its own
+    failure domain.
     """
     by_device = {m.device: m for m in experts}
     is_spread = len({m.domain or m.node for m in experts}) > 1
@@ -235,7 +249,7 @@ def planned_topology(
 
 
 def equally_large(profile: LoadProfile) -> Iterator[tuple[BankLoad, ...]]:
-    """Return the banks of a profile in groups with equal numbers of experts."""
+    """Yield the banks of a load profile in groups with equal numbers of experts."""
     for experts in dict.fromkeys(len(b.counts) for b in profile.banks):
         yield tuple(b for b in profile.banks if len(b.counts) == experts)
 
@@ -249,14 +263,18 @@ def normalised(counts: Sequence[Sequence[float]]) -> Floats:
 
 
 def relative_speeds(speeds: Floats) -> Floats:
-    """Return [num_devices] speeds relative to the mean device; 1 for devices without slots."""
+    """Return speeds relative to the mean of the devices with slots, [num_devices].
+
+    ``speeds`` is 0 for a device without slots; its relative speed is 1.
+    """
     return np.where(speeds > 0, speeds * (speeds > 0).sum(), 1.0)
 
 
 def slot_arrays(banks: Sequence[BankPlacement], capacities: Ints) -> tuple[Ints, Ints]:
-    """Return slots and primary copies of placed banks.
+    """Return the arrays ``slots`` and ``primary`` of placed banks (see ``planner.base``).
 
-    Raises ``ConfigError`` if a device has too few slots.
+    ``capacities`` [num_devices] are numbers of slots. Raises ``ConfigError`` if a device has too
+    few slots for its experts, or if the number of devices differs.
     """
     width = int(capacities.max())
     slots = np.full((len(banks), len(capacities), width), FREE_SLOT)
@@ -274,7 +292,10 @@ def slot_arrays(banks: Sequence[BankPlacement], capacities: Ints) -> tuple[Ints,
 def build_placement(
     loads: Sequence[BankLoad], slots: Ints, shares: Floats, primary: Ints, capacities: Ints
 ) -> list[BankPlacement]:
-    """Convert arrays to maps, with each device's own number of slots."""
+    """Convert the arrays of a plan to the placements of banks, cut to each device's slots.
+
+    ``shares`` are the split weights of the slots; ``capacities`` [num_devices] their numbers.
+    """
     banks = []
     for b, load in enumerate(loads):
         maps, split = slots[b].tolist(), shares[b].tolist()

@@ -7,8 +7,8 @@ generating function of device d's sum, a product over its experts:
 
     log M_d(s) = sum_e log(1 + q_e (e^s - 1)),    q_e = 1 - (1 - p_e)^rows
 
-Therefore each expert gets its term of the sum as a weight, and the table balances weights. A rarely
-used expert weighs more than its mean because it varies more.
+Therefore each expert gets its term of the sum as a weight, and the table balances the weights of
+the devices. A rarely used expert weighs more than its mean because it varies more.
 """
 
 from __future__ import annotations
@@ -22,21 +22,27 @@ from cluster.planner.base import Floats, Ints, relative_speeds
 from cluster.planner.cost import activation, expected_peak
 
 _S = 3.0
-"""Point at which the generating function is evaluated: near its best value for 4 to 64 devices."""
+"""Argument s of the moment generating functions, near the best value for 4 to 64 devices."""
 _SWEEPS = 3
 _PATHS = 12
-"""Number of paths that are tried in each bank."""
+"""Maximum number of paths along which experts are exchanged in each bank."""
 
 
 def weights(loads: Floats, top_k: int, rows: int) -> Floats:
-    """[num_banks, num_experts] weight of each expert, its term of ``log M_d`` (see the module)."""
+    """Return the weight of each expert in decode steps of ``rows`` rows, [num_banks, num_experts].
+
+    The weight is the expert's term in the logarithm of its device's moment generating function.
+    """
     return np.asarray(np.log1p(activation(loads, top_k, rows) * (math.exp(_S) - 1.0)))
 
 
 def assign(
     slots: Ints, loads: Floats, speeds: Floats, primary: Ints, top_k: int, rows: int
 ) -> Ints:
-    """Return primary copies for ``rows`` rows; banks change only if no larger batch gets worse."""
+    """Return the decode devices (of primary copies) that are best for steps of ``rows`` rows.
+
+    A bank keeps ``primary`` if the change would make these steps or larger batches worse.
+    """
     weight = weights(loads, top_k, rows)
     relative = relative_speeds(speeds)
     copies = _copy_table(slots, loads.shape[1])
@@ -52,7 +58,10 @@ def assign(
 
 
 def _copy_table(slots: Ints, num_experts: int) -> Ints:
-    """[num_banks, num_experts, most copies] devices of an expert, rising, -1 for none."""
+    """Return the devices of each expert in rising order, padded with -1.
+
+    The shape is [num_banks, num_experts, largest number of copies].
+    """
     banks = len(slots)
     bank, device, slot = np.nonzero(slots != FREE_SLOT)
     expert = bank * num_experts + slots[bank, device, slot]
@@ -65,8 +74,10 @@ def _copy_table(slots: Ints, num_experts: int) -> Ints:
 
 
 def _swept(copies: Ints, weight: Floats, relative: Floats, primary: Ints) -> Ints:
-    """Assign each expert with several copies, busiest first, to its lightest device; several
-    sweeps."""
+    """Return decode devices after sweeps that assign each expert to its lightest device.
+
+    A sweep visits the experts with several copies, the heaviest first.
+    """
     banks = len(copies)
     rows = np.arange(banks)
     table = primary.copy()
@@ -94,10 +105,10 @@ def _swept(copies: Ints, weight: Floats, relative: Floats, primary: Ints) -> Int
 
 
 def _exchange_along_paths(copies: Ints, weight: Floats, relative: Floats, table: Ints) -> None:
-    """Move experts along a path of devices, from a heavy one to a light one; changes ``table``.
+    """Move experts of one bank along a path from a heavy device to a light one; change ``table``.
 
-    An expert that cannot move from its device to the lightest one may displace another expert
-    there.
+    An expert without a copy on the lightest device can move to a third device, from which another
+    expert then moves on.
     """
     several = np.nonzero(copies[:, 1] >= 0)[0].tolist() if copies.shape[1] > 1 else []
     devices = len(relative)
@@ -120,7 +131,10 @@ def _better_path(
     table: Ints,
     load: Floats,
 ) -> list[tuple[int, int]] | None:
-    """Find, breadth-first, the shortest path from the heaviest device with a positive ``_gain``."""
+    """Return the shortest path of moves (expert, device) with a positive gain; None without one.
+
+    The search is breadth-first and begins at the heaviest device.
+    """
     utilization = load / relative
     start = int(utilization.argmax())
     leaving: dict[int, list[int]] = {}
@@ -145,7 +159,10 @@ def _better_path(
 def _gain(
     path: list[tuple[int, int]], start: int, weight: Floats, relative: Floats, load: Floats
 ) -> float:
-    """Reduction of the sum of the generating functions by a path, relative to its start."""
+    """Return by how much a path of moves reduces the sum of the moment generating functions.
+
+    The unit is the value of the device ``start``, from which the path leads.
+    """
     after = {start: float(load[start])}
     at = start
     for expert, device in path:

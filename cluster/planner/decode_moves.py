@@ -1,9 +1,10 @@
 """Plans moves of experts that reduce the load of the busiest device in decode steps.
 
-``mesh`` plans moves for prompts, whose tokens all copies of an expert share. In decode steps one
-copy of each expert serves all rows, so other moves are needed. Here each bank's busiest device
-gives an expert to another device, which uses a free slot, the slot of a dispensable copy, or gives
-a lighter expert in exchange. This repeats while it helps the busiest device and the budget lasts.
+The planner ``mesh`` plans moves for prompts, whose tokens all copies of an expert share. In decode
+steps one copy of each expert serves all rows, so other moves are needed. In this module, each
+bank's busiest device gives an expert to another device, which uses a free slot, the slot of a
+dispensable copy, or gives a lighter expert in exchange. This repeats while it helps the busiest
+device and the budget lasts.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ from cluster.planner import cost
 from cluster.planner.base import PlannedTopology, normalised
 
 _LEAST_GAIN = 0.005
-"""Smallest share of the busiest device's work that a move must remove."""
+"""Smallest relative reduction of the busiest device's work for which a move is made."""
 _EPS = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class _ExpertMove:
-    """Expert ``gives`` moves from the busiest device to ``to``, in exchange for ``takes`` if it is
-    set."""
+    """Move of expert ``gives`` from the busiest device to device ``to``, perhaps as a swap.
+
+    In a swap, expert ``takes`` moves the other way.
+    """
 
     peak: float
-    """Work of the busier of the two devices afterwards."""
+    """Work, over speed, of the busier of the two devices after the move."""
     gives: int
     to: int
     slot: int
-    """Slot of ``to`` for the expert; -1 if ``to`` has a copy already."""
+    """Slot of device ``to`` for the expert; -1 if the device has a copy of the expert already."""
     takes: int = FREE_SLOT
 
 
@@ -48,11 +51,10 @@ def improved(
     rows: int,
     slot_tokens: float,
 ) -> ExpertPlacement:
-    """Return the placement with at most ``budget`` slots changed, for decode steps of ``rows``
-    rows.
+    """Return ``placement`` with at most ``budget`` slots changed, to balance decode steps.
 
-    ``slot_tokens`` is the cost of reading an expert, in computed tokens. Shares of new copies are
-    zero and must be solved afterwards.
+    The decode steps have ``rows`` rows. ``slot_tokens`` is the cost of reading an expert, in
+    computed tokens. Split weights of new copies are zero and must be solved afterwards.
     """
     work = [
         _BankTrades(bank, topology, _work(profile, bank, rows, slot_tokens))
@@ -68,7 +70,7 @@ def improved(
 
 
 def _work(profile: LoadProfile, bank: BankPlacement, rows: int, slot_tokens: float) -> list[float]:
-    """``[expert]`` -> expected work in a decode step, in tokens."""
+    """Return the expected work of each expert in a decode step, in computed tokens."""
     loads = normalised([profile.counts(bank.bank, bank.layer)])
     active = cost.activation(loads, profile.top_k, rows)[0]
     work: list[float] = (slot_tokens * active + loads[0] * profile.top_k * rows).tolist()
@@ -76,7 +78,7 @@ def _work(profile: LoadProfile, bank: BankPlacement, rows: int, slot_tokens: flo
 
 
 class _BankTrades:
-    """One bank during the improvement."""
+    """One bank while its busiest devices give experts to other devices."""
 
     def __init__(
         self, bank: BankPlacement, topology: PlannedTopology, work: Sequence[float]
@@ -94,7 +96,10 @@ class _BankTrades:
         self._speed = (speeds * np.count_nonzero(speeds)).tolist()
 
     def step(self, budget: int) -> int | None:
-        """Make the best trade; return the slots that it changed, None if there is none."""
+        """Make the best trade of the busiest device within ``budget`` slots.
+
+        Returns the number of changed slots; None if no trade helps enough.
+        """
         utilization = [self._utilization(device) for device in range(len(self._rows))]
         busiest = max(range(len(utilization)), key=lambda d: utilization[d])
         trades = (t for t in self._trades(busiest, utilization) if self._cost(t) <= budget)
@@ -106,7 +111,7 @@ class _BankTrades:
         return used
 
     def result(self) -> BankPlacement:
-        """Return the current maps."""
+        """Return the placement of the bank after all trades so far."""
         return replace(self._bank.with_slots(self._rows), decode_device=tuple(self._primary))
 
     def _utilization(self, device: int, change: float = 0.0) -> float:
@@ -129,7 +134,7 @@ class _BankTrades:
                     yield from self._swaps(busiest, to, expert)
 
     def _swaps(self, busiest: int, to: int, expert: int) -> Iterator[_ExpertMove]:
-        """Yield swaps of two experts; every expert keeps its number of copies."""
+        """Yield swaps of ``expert`` for a lighter primary copy on device ``to``."""
         for slot, other in enumerate(self._rows[to]):
             less = self._work[expert] - self._work[other]
             if other == FREE_SLOT or self._primary[other] != to or less <= 0:
@@ -139,7 +144,7 @@ class _BankTrades:
                 yield _ExpertMove(peak, expert, to, slot, other)
 
     def _room(self, device: int) -> int | None:
-        """Return a free slot, or the slot with the most dispensable copy; None without either."""
+        """Return a free slot of a device, or the slot of its most dispensable copy; else None."""
         row = self._rows[device]
         if FREE_SLOT in row:
             return row.index(FREE_SLOT)

@@ -1,9 +1,9 @@
 """Proposes edits of one bank for the local search, each of which changes few slots.
 
-There are two kinds. A *copy* gives a busy expert one more copy on a light device, in a free slot or
-in place of a dispensable copy. A *swap* exchanges experts of two devices, two moves. Copies are
-proposed as one list in the order of the light devices. Each entry builds on the earlier ones, so
-every prefix of the list is a useful set of edits.
+There are two kinds of edits. A *copy* gives a busy expert one more copy on a light device, in a
+free slot or in place of a dispensable copy. A *swap* exchanges experts of two devices, in two
+moves. Copies are proposed as one list in the order of the light devices. Each entry builds on the
+earlier ones, so every prefix of the list is a useful set of edits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cluster.core.placement import FREE_SLOT
 from cluster.planner.base import Bools, Floats, Ints
 
 Edit = tuple[int, int, int]
-"""(device, slot, expert): the slot gets the expert."""
+"""(device, slot, expert): an edit that puts the expert into the slot of the device."""
 
 _MAX_COPIES = 16
 _BEGINNINGS = (1, 2, 3, 4, 6, 8, 16)
@@ -24,25 +24,25 @@ _NUM_SINGLES = 4
 _NUM_SWAPS = 4
 _NUM_INSTEAD = 2
 _SWAP_FROM, _SWAP_TO = 4, 6
-"""Number of heavy and of light devices that are considered for swaps."""
+"""Maximum numbers of heavy devices and of light devices that are considered for swaps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Rules that every placement of the search must satisfy."""
+    """Rules that every placement of the local search must satisfy."""
 
     usable: Bools
-    """[num_devices, num_slots] slots that exist."""
+    """Whether each slot exists, [num_devices, num_slots]."""
     speeds: Floats
-    """[num_devices] speed, summing to 1."""
+    """Relative speeds of the devices, [num_devices], with sum 1; 0 for devices without slots."""
     nodes: Ints
-    """[num_devices] failure domain, usually a node."""
+    """Index of each device's failure domain, usually a node, [num_devices]."""
     two_nodes: bool
-    """Whether every expert must stay on two nodes."""
+    """Whether every expert must keep copies on two nodes (failure domains)."""
 
 
 class BankView:
-    """One bank, with the derived values from which edits are chosen."""
+    """One placed bank, with derived values (loads, utilization) from which edits are chosen."""
 
     def __init__(self, slots: Ints, primary: Ints, slot_loads: Floats, limits: Limits) -> None:
         num_experts = len(primary)
@@ -65,23 +65,28 @@ class BankView:
 
     @property
     def peak(self) -> float:
-        """The highest utilization."""
+        """Highest utilization (load over speed) of a device."""
         return float(self.utilization[self.is_there].max())
 
     def peaks(self) -> Bools:
-        """[num_devices] whether a device has the highest utilization."""
+        """Return whether each device has the highest utilization, [num_devices]."""
         return np.asarray(self.is_there & (self.utilization >= self.peak - 1e-3))
 
     def spare(self, device: int, slot: int) -> bool:
-        """Return whether a slot is free, or its copy neither primary nor needed on its node."""
+        """Return whether a slot may get another expert.
+
+        It may if it is free, or if its copy is not primary and not needed on the device's node.
+        """
         expert = int(self.slots[device, slot])
         if expert == FREE_SLOT:
             return bool(self.limits.usable[device, slot])
         return int(self.primary[expert]) != device and self.keeps_nodes(expert, device)
 
     def keeps_nodes(self, expert: int, gone: int) -> bool:
-        """Return whether the expert stays on the required number of nodes without its copy on
-        ``gone``."""
+        """Return whether ``expert`` stays on two nodes, if required, without its copy on a device.
+
+        ``gone`` is that device. An expert that is only on one node anyway is no obstacle.
+        """
         if not self.limits.two_nodes:
             return True
         here = self.held[expert].copy()
@@ -91,9 +96,10 @@ class BankView:
 
 
 def edit_sets(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edit]]:
-    """Return candidate sets of edits; a device counts as light below ``1 - tolerance``.
+    """Return candidate sets of edits of a bank, for the local search to try.
 
-    ``is_brief``: only the few sets that are most often the best.
+    A device counts as light if its utilization is below ``1 - tolerance``. ``is_brief``: only the
+    few sets that are most often the best.
     """
     copies = _copies(view, tolerance)
     if is_brief:
@@ -107,8 +113,10 @@ def edit_sets(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edi
 
 
 def revert_edits(view: BankView, start: Ints, tolerance: float) -> list[list[Edit]]:
-    """Return sets that restore a changed slot, alone or together with a copy elsewhere,
-    without additional moves."""
+    """Return sets of edits that restore a slot of ``start``, alone or with a copy elsewhere.
+
+    Such a set needs no additional moves.
+    """
     back = []
     for device, slot in np.argwhere(view.slots != start).tolist():
         old = int(start[device, slot])
@@ -164,9 +172,10 @@ def _copies(view: BankView, tolerance: float) -> list[Edit]:
 
 
 def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
-    """Return the free slot, or the dispensable slot with the smallest load.
+    """Return a free slot of a device, or the dispensable slot with the smallest load, if any.
 
-    An expert loses at most one copy in a set of edits.
+    ``taken`` are experts that lose a copy to other edits; an expert loses at most one copy in a set
+    of edits.
     """
     slots = [
         s
@@ -178,11 +187,11 @@ def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
 
 
 def _swaps(view: BankView) -> list[list[Edit]]:
-    """Return swaps of an expert of a heavy device for a smaller one of a light device.
+    """Return swaps of an expert of a heavy device for a smaller expert of a light device.
 
-    First come swaps that can move the excess of one device to the deficit of the other: at least
-    the load of the heavy device's own copy, at most the load of the expert on all heavy devices.
-    Primary copies are swapped for primary copies, so that every device keeps its number of them.
+    First come swaps that can move the heavy device's excess load to the light device: at least the
+    load of the heavy device's copy, at most the load of the expert on all heavy devices. Primary
+    copies are swapped for primary copies, so that every device keeps its number of primary copies.
     """
     speeds, utilization = view.limits.speeds, view.utilization
     here = np.nonzero(view.peaks())[0][:_SWAP_FROM]
@@ -210,8 +219,11 @@ def _swaps(view: BankView) -> list[list[Edit]]:
 
 
 def _best_swaps(view: BankView, here: Ints, there: Ints, misfit: Floats) -> list[list[Edit]]:
-    """Return the swaps with the smallest misfit [heavy, slots, light, slots], at most one for each
-    slot of a heavy device."""
+    """Return the swaps with the smallest ``misfit``, at most one for each slot of a heavy device.
+
+    ``misfit`` [heavy devices, slots, light devices, slots] is infinite for forbidden swaps;
+    ``here`` and ``there`` are the heavy and the light devices.
+    """
     devices, width = misfit.shape[0], misfit.shape[1]
     flat = misfit.reshape(devices * width, -1)
     best = flat.argmin(1)

@@ -29,10 +29,11 @@ from cluster.planner.base import Floats, Ints, Plan, PlannedTopology
 def rebalance(
     loads: Floats, *, num_slots: int, num_devices: int, num_groups: int = 1, num_nodes: int = 1
 ) -> Ints:
-    """Return [num_banks, num_slots] expert of each slot; device d has the d-th block of equal size.
+    """Run EPLB: return the expert of each slot, [num_banks, num_slots].
 
-    ``loads`` [num_banks, num_experts]. Hierarchical if the number of nodes divides the number of
-    groups, else global. Raises ``ConfigError`` if numbers are not divisible as required.
+    Device d has the d-th block of ``num_slots / num_devices`` slots. ``loads`` has the shape
+    [num_banks, num_experts]. The policy is hierarchical if the number of nodes divides the number
+    of groups, else global. Raises ``ConfigError`` if numbers are not divisible as required.
     """
     if num_groups % num_nodes:
         num_groups, num_nodes = 1, 1
@@ -61,7 +62,10 @@ def _one_bank(
 
 
 def _packed(weights: Floats, num_packs: int) -> list[list[int]]:
-    """Return items in equal packs: the heaviest first, into the lightest pack with space."""
+    """Distribute items to packs of equal size; return the indices of the items of each pack.
+
+    The heaviest items come first; each goes into the lightest pack with space.
+    """
     size = len(weights) // num_packs
     if size == 1:
         return [[i] for i in range(num_packs)]
@@ -76,7 +80,10 @@ def _packed(weights: Floats, num_packs: int) -> list[list[int]]:
 
 
 def _replicated(load: Floats, num_copies: int) -> tuple[Ints, Ints]:
-    """Return the expert of each copy, and copies by expert; each copy goes to the largest load."""
+    """Return the expert of each of ``num_copies`` copies, and the number of copies by expert.
+
+    Each further copy goes to the expert with the largest load per copy.
+    """
     count = np.ones(len(load), dtype=np.int64)
     copies = list(range(len(load)))
     while len(copies) < num_copies:
@@ -113,7 +120,11 @@ def plan(
 def equally_shared(
     bank: str, layer: int, num_experts: int, maps: Sequence[Sequence[int]]
 ) -> BankPlacement:
-    """Return maps in which copies take equal shares; a second copy on a device joins the first."""
+    """Return the placement of a bank in which the copies of an expert take equal shares.
+
+    ``maps`` are the experts by device and slot. A second copy on a device becomes a free slot,
+    and the first copy takes both shares.
+    """
     copies = Counter(itertools.chain.from_iterable(maps))
     slots_out, split = [], []
     for slots in map(list, maps):

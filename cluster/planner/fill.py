@@ -20,8 +20,10 @@ from cluster.planner.base import Bools, Floats, Ints
 def fill(
     loads: Floats, capacities: Ints, speeds: Floats, nodes: Ints, two_nodes: bool
 ) -> tuple[Ints, Ints]:
-    """Return ``slots`` and ``primary`` (``planner.base``). ``two_nodes``: each expert has copies on
-    two nodes."""
+    """Place experts from scratch: return the arrays ``slots`` and ``primary`` (``planner.base``).
+
+    ``two_nodes``: whether each expert must have copies on two nodes.
+    """
     width = int(capacities.max())
     capacities = np.minimum(capacities, loads.shape[1])
     quota = primary_quota(capacities, speeds, loads.shape[1])
@@ -38,7 +40,10 @@ def fill(
 
 
 def primary_quota(capacities: Ints, speeds: Floats, num_experts: int) -> Ints:
-    """[num_devices] number of primary copies of a device: by speed, within the slots."""
+    """Return the number of primary copies for each device, by speed and number of slots.
+
+    The shape is [num_devices].
+    """
     quota = np.zeros(len(capacities), dtype=np.int64)
     for _ in range(num_experts):
         ahead = np.where(quota < capacities, (quota + 1) / np.maximum(speeds, 1e-12), np.inf)
@@ -53,7 +58,10 @@ def can_use_two_nodes(capacities: Ints, nodes: Ints, num_experts: int) -> bool:
 
 
 def _replicas(loads: Floats, total: int, capacities: Ints, two_nodes: bool) -> Ints:
-    """[num_banks, num_experts] copies; each next copy goes to the largest load per copy."""
+    """Return the number of copies of each expert, [num_banks, num_experts].
+
+    Each further copy goes to the expert with the largest load per copy.
+    """
     banks, experts = loads.shape
     count = np.full(loads.shape, 2 if two_nodes else 1)
     limit = int((capacities > 0).sum())
@@ -65,9 +73,10 @@ def _replicas(loads: Floats, total: int, capacities: Ints, two_nodes: bool) -> I
 
 
 def _copies(loads: Floats, replicas: Ints) -> tuple[Ints, Bools]:
-    """[num_banks, num_copies] experts in the order of their placement; whether copies are primary.
+    """Return the expert of each copy in the order of placing, and whether the copy is primary.
 
-    Experts with several copies come first, then by falling load.
+    Experts with several copies come first, then by falling load. The shapes are [num_banks,
+    num_copies].
     """
     order = np.lexsort((-loads, replicas == 1), axis=1)
     rows = [np.repeat(o, r[o]) for o, r in zip(order, replicas, strict=True)]
@@ -78,7 +87,7 @@ def _copies(loads: Floats, replicas: Ints) -> tuple[Ints, Bools]:
 
 
 class _PartialPlacement:
-    """The placement while it is being filled."""
+    """The placement while copies of experts are added to it."""
 
     def __init__(
         self, loads: Floats, quota: Ints, capacities: Ints, speeds: Floats, nodes: Ints
@@ -100,7 +109,7 @@ class _PartialPlacement:
         self._rows = np.arange(banks)
 
     def put(self, expert: Ints, is_primary: Bools, loads: Floats, replicas: Ints) -> None:
-        """Place one copy in each bank that has a device for it."""
+        """Place one copy of ``expert`` [banks] in each bank that has a device with room."""
         rows = self._rows
         primary = self.primary[rows, expert]
         held = self.held[rows, expert]
@@ -130,14 +139,14 @@ class _PartialPlacement:
         self._part[second] = np.where(joined, part[fits][~is_primary], self._part[second])
 
     def num_nodes(self) -> Ints:
-        """[num_banks, num_experts] number of nodes with a copy."""
+        """Return the number of nodes with a copy of each expert, [num_banks, num_experts]."""
         count = np.zeros(self.primary.shape, dtype=np.int64)
         for node in range(int(self._nodes.max()) + 1):
             count += self.held[:, :, self._nodes == node].any(2)
         return count
 
     def use_leftovers(self, loads: Floats) -> None:
-        """Fill the remaining slots with the busiest experts that a device does not hold."""
+        """Fill each device's remaining slots with the busiest experts that it does not hold."""
         left = self._capacities - self.held.sum(1)
         for b, d in np.argwhere(left > 0):
             missing = np.nonzero(~self.held[b, :, d])[0]
@@ -145,7 +154,10 @@ class _PartialPlacement:
             self.held[b, chosen, d] = True
 
     def slots(self, width: int) -> Ints:
-        """[num_banks, num_devices, width] experts in rising order, free slots last."""
+        """Return the experts of each device in rising order, free slots last.
+
+        The shape is [num_banks, num_devices, width].
+        """
         banks, _, devices = self.held.shape
         slots = np.full((banks, devices, width), FREE_SLOT)
         bank, device, expert = np.nonzero(self.held.transpose(0, 2, 1))
@@ -156,10 +168,11 @@ class _PartialPlacement:
 
 
 def _wrapped(loads: Floats, capacities: Ints, nodes: Ints) -> tuple[Bools, Ints]:
-    """Return copies of every expert on two nodes even if slots are scarce; one bank.
+    """Return copies of every expert of one bank on two nodes, even if slots are scarce.
 
-    Nodes take turns in an endless list of the experts: as no node takes more than all experts, none
-    takes one twice, and after two rounds each expert is on two nodes.
+    The nodes in turn take the next experts from an endless repetition of the list of experts: no
+    node takes an expert twice, and after two repetitions each expert is on two nodes. Returns
+    whether each device holds each expert, [experts, devices], and the primary devices.
 
     Source: the wrap-around rule of McNaughton (1959).
     """

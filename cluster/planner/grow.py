@@ -17,16 +17,17 @@ from msgspec import structs
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 
 ExpertLoads = Mapping[tuple[str, int], Sequence[float]]
-"""(bank, layer) -> tokens by logical expert; the experts of other banks have equal weights."""
+"""(bank, layer) -> tokens by logical expert; experts of banks without a key count equally."""
 
 
 def grow(
     placement: ExpertPlacement, devices: Collection[int], loads: ExpertLoads, num_slots: int
 ) -> ExpertPlacement:
-    """Give new ``devices`` their part of the experts, at most ``num_slots`` of each bank.
+    """Return ``placement`` extended to new ``devices``, which take over their part of the experts.
 
-    Half of an expert's weight is its load, the other half is equal for all experts: if a step
-    activates nearly all experts, each of them costs the same.
+    Each new device gets at most ``num_slots`` experts of a bank. Half of an expert's weight is its
+    load, the other half is equal for all experts: if a step activates nearly all experts, each of
+    them costs the same.
     """
     banks = (
         _GrowingBank(bank, loads.get((bank.bank, bank.layer), ())).fill(sorted(devices), num_slots)
@@ -36,7 +37,7 @@ def grow(
 
 
 class _GrowingBank:
-    """One bank while copies move to new devices."""
+    """One bank while copies of its experts move to new devices."""
 
     def __init__(self, bank: BankPlacement, counts: Sequence[float]) -> None:
         self._bank = bank
@@ -50,7 +51,10 @@ class _GrowingBank:
         self._burden = [sum(self._weight[e] for e in self._held(d)) for d in range(len(self._rows))]
 
     def fill(self, devices: Sequence[int], num_slots: int) -> BankPlacement:
-        """Move copies to the devices while that reduces the load of the busiest device."""
+        """Move copies to the new ``devices`` as long as that makes loads more even.
+
+        Returns the bank's placement; a device gets at most ``num_slots`` experts.
+        """
         missing = max(devices, default=-1) + 1 - len(self._rows)
         self._rows += [[] for _ in range(missing)]
         self._split += [[] for _ in range(missing)]
@@ -76,8 +80,11 @@ class _GrowingBank:
         )
 
     def _best_move(self, taker: int, devices: Collection[int]) -> tuple[int, int] | None:
-        """(giver, expert): the heaviest copy, of the busiest possible device, with which ``taker``
-        has less load than the giver had before."""
+        """Return the best move to device ``taker``: (device that gives a copy, expert), or None.
+
+        The move takes the heaviest copy of the busiest possible device, such that ``taker`` has
+        less load afterwards than the giver had before. Other new ``devices`` give nothing.
+        """
         givers = (d for d in range(len(self._rows)) if d not in devices and self._held(d))
         for giver in sorted(givers, key=lambda d: (-self._burden[d], d)):
             gap = self._burden[giver] - self._burden[taker]

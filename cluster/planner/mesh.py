@@ -1,9 +1,9 @@
 """The default planner: computes a placement from expert load, devices and current placement.
 
-Without a current placement it fills from scratch (``fill``), arranges primary copies (``arrange``)
-and searches until every bank is balanced (``search``). With one it changes as few slots as
-possible: first the shares alone (``split``), then single moves within the budget. Finally it makes
-the decode tables from the existing copies (``decode``).
+Without a current placement the planner fills from scratch (``fill``), arranges primary copies
+(``arrange``) and searches until every bank is balanced (``search``). With a current placement the
+planner changes as few slots as possible: first the split weights alone (``split``), then single
+moves within the budget. Finally it makes the decode tables from the existing copies (``decode``).
 
 Differences from the public algorithm (``eplb``): the shares of copies are optimized instead of
 equal, planning starts from the current placement, no device has two copies of an expert, devices
@@ -48,31 +48,31 @@ from cluster.planner.search import (
 )
 
 Coactivation = Mapping[tuple[str, int], Floats]
-"""(bank, layer) -> [num_experts, num_experts], how often a token chooses both experts."""
+"""(bank, layer) -> how often a token chooses both of two experts, [num_experts, num_experts]."""
 
 _FULL_TARGET = 0.998
-"""Balancedness at which a placement from scratch needs no further search."""
+"""Balancedness of a bank at which a placement from scratch needs no further search."""
 _TARGET = 0.99
-"""Balancedness of a current bank above which it is not changed."""
+"""Balancedness of a bank in the current placement above which the bank is not changed."""
 _LEAST_GAIN = 2e-4
 """Smallest gain in balancedness that justifies a move."""
 _LEAST_GAIN_FULL = 5e-5
 _WORTH_A_NEW_PLAN = 0.002
-"""Gain in balancedness at which a plan from scratch is preferred, if moves are not limited."""
+"""Gain in balancedness above which a bank is planned from scratch, if moves are not limited."""
 _NO_LIMIT = 1 << 40
 _EXACT = 1e-6
-"""Tolerance of the final split."""
+"""Tolerance with which the final split weights are solved."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Group:
-    """Banks with equal numbers of experts."""
+    """Banks with equal numbers of experts, which are planned together."""
 
     loads: tuple[BankLoad, ...]
     load: Floats
-    """[num_banks, num_experts] normalized loads."""
+    """Normalized loads of the experts, [num_banks, num_experts]; the sum of a bank is 1."""
     capacities: Ints
-    """[num_devices] slots."""
+    """Number of slots per bank of each device, [num_devices]."""
     limits: Limits
     top_k: int
 
@@ -84,10 +84,10 @@ def plan(
     options: PlanOptions | None = None,
     coactivation: Coactivation | None = None,
 ) -> Plan:
-    """Return the best placement found; with ``current``, one within the move budget, never worse.
+    """Plan a balanced placement for a load; with ``current``, one within the move limit.
 
-    Deterministic. Raises ``ConfigError`` if there are too few slots, or if the current placement
-    has other banks or devices.
+    The plan is deterministic and never worse than ``current``. ``options`` has the limit. Raises
+    ``ConfigError`` if there are too few slots, or if ``current`` has other banks or devices.
     """
     options = options or PlanOptions()
     check(bool(profile.banks), "load_profile.banks", "none", "must name at least one bank")
@@ -114,13 +114,16 @@ def plan(
 def resolved(
     profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement
 ) -> ExpertPlacement:
-    """Return the placement with the best shares and decode devices for a load; its epoch stays."""
+    """Return ``placement`` with the best split weights and decode devices for a load.
+
+    Slots and epoch stay.
+    """
     options = PlanOptions(max_move_fraction=0.0)
     return placement.with_shares(plan(profile, topology, placement.packed(), options).placement)
 
 
 def move_budget(current: ExpertPlacement | None, options: PlanOptions) -> int:
-    """Return the number of slots that a plan may refill."""
+    """Return the maximum number of slots that a plan may fill with other experts."""
     if current is None or options.max_move_fraction is None:
         return _NO_LIMIT
     slots = sum(len(s) for bank in current.banks for s in bank.physical_to_logical)
@@ -167,7 +170,7 @@ def _from_scratch(
 
 
 def _affinity(group: _Group, coactivation: Coactivation | None) -> Floats | None:
-    """Coactivation [banks, experts, experts], symmetric, with sum 1 in a bank; None if unknown."""
+    """Return coactivation [banks, experts, experts], symmetric, with sum 1 in a bank, or None."""
     if coactivation is None:
         return None
     experts = group.load.shape[1]
@@ -212,7 +215,7 @@ def _solved(group: _Group, slots: Ints, primary: Ints, tolerance: float = 1e-4) 
 
 
 def _better(group: _Group, new: PlacedBanks, old: PlacedBanks) -> PlacedBanks:
-    """Return each bank as in ``new``, unless it is better balanced in ``old``."""
+    """Return each bank as in ``new``, unless the bank is better balanced in ``old``."""
     speeds = group.limits.speeds
     is_new = cost.balancedness(new.slot_loads, speeds) >= cost.balancedness(old.slot_loads, speeds)
     return new.where(is_new, old)
@@ -221,13 +224,16 @@ def _better(group: _Group, new: PlacedBanks, old: PlacedBanks) -> PlacedBanks:
 def _mixed(
     group: _Group, result: PlacedBanks, fresh: PlacedBanks, is_fresh: Bools, before: Ints
 ) -> PlacedBanks:
-    """Return fresh plans for some banks, in the slots that their experts have now."""
+    """Return the banks of ``fresh`` where ``is_fresh`` [num_banks], else of ``result``.
+
+    Experts of fresh banks that stay on their device keep their slot of ``before``.
+    """
     fresh = _solved(group, aligned(before, fresh.slots), fresh.primary)
     return fresh.where(is_fresh, result)
 
 
 def _finished(group: _Group, found: PlacedBanks, options: PlanOptions) -> PlacedBanks:
-    """Solve the shares completely and add a decode table."""
+    """Return ``found`` with exactly solved split weights and a new decode table."""
     result = _better(group, _solved(group, found.slots, found.primary, _EXACT), found)
     result.primary = decode.assign(
         result.slots,

@@ -12,7 +12,10 @@ from cluster.planner.base import Ints, Move
 
 
 def aligned(before: Ints, after: Ints) -> Ints:
-    """Return ``after`` with every expert that stays on its device in its current slot."""
+    """Return the slots ``after``, with experts that stay on a device in their slots of ``before``.
+
+    The shape of the arrays is [num_banks, num_devices, num_slots].
+    """
     result = np.full_like(after, FREE_SLOT)
     for b in range(len(after)):
         for d in range(after.shape[1]):
@@ -29,9 +32,10 @@ def aligned(before: Ints, after: Ints) -> Ints:
 def find_moves(
     loads: Sequence[BankLoad], before: Ints, after: Ints, nearness: Ints
 ) -> tuple[Move, ...]:
-    """Return slots that hold another expert than before, by bank, device and slot.
+    """Return a move for each slot that holds another expert than before, by bank, device and slot.
 
-    A slot that is only emptied is not a move. ``nearness`` is the topology's.
+    A slot that is only emptied is not a move. ``loads`` identify the banks; ``nearness`` is
+    ``PlannedTopology.nearness``.
     """
     moves = []
     for b, d, s in np.argwhere((before != after) & (after != FREE_SLOT)).tolist():
@@ -50,6 +54,6 @@ def find_moves(
 
 
 def _source(slots: Ints, expert: int, nearness: Ints) -> int:
-    """Return the nearest device that holds the expert, the first of equal ones; -1 for none."""
+    """Return the nearest device that holds the expert, the first of equally near ones; else -1."""
     holders = np.nonzero((slots == expert).any(1))[0]
     return int(holders[np.argmax(nearness[holders])]) if len(holders) else -1

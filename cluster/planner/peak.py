@@ -1,9 +1,9 @@
-"""Finds swaps that reduce the expected peak: activated slots of the busiest device in decodes.
+"""Finds swaps that reduce the expected peak: the busiest device's activated slots in decode steps.
 
-``decode`` balances a bound of the expected peak. This is fast, but the exact value is lower if
-uncertainty is concentrated: some devices have few experts that are nearly always activated, others
-more experts that rarely are. With F_d(t) the probability that device d serves at most t slots in a
-step,
+The module ``decode`` balances a bound of the expected peak. This is fast, but the exact value is
+lower if uncertainty is concentrated: some devices have few experts that are nearly always
+activated, other devices have more experts that rarely are. With F_d(t) the probability that device
+d serves at most t slots in a step,
 
     expected peak = sum over t of 1 - prod_d F_d(t)
 
@@ -26,33 +26,34 @@ from cluster.planner.edits import Limits
 from cluster.planner.search import PlacedBanks, solve
 
 _LEAST_GAIN = 1e-4
-"""Smallest gain of a swap in slots of the expected peak."""
+"""Smallest gain for which a swap is made, in slots of the expected peak."""
 _BALANCED = 0.998
-"""Balancedness that a swap must preserve if it was reached before."""
+"""Balancedness of a bank that a swap must preserve if the bank had reached it."""
 _SLACK = 0.01
-"""Share by which batches of other sizes may become worse."""
+"""Share by which the expected peak of larger batches may grow."""
 _LARGER = (4, 16)
-"""The other sizes, as multiples of the optimized size."""
+"""Sizes of the larger batches that swaps must not make much worse, in optimized sizes."""
 _TRIES = 6
-"""Swaps of a device that are evaluated exactly."""
+"""Maximum number of swaps of a device that are evaluated exactly."""
 _FAILURES = 8
-"""Consecutive devices of a bank without a good swap after which the bank is finished."""
+"""Number of consecutive devices of a bank without a good swap after which the bank is finished."""
 _ROUNDS = 150
 _MOST_WORK = 20_000_000
-"""Maximum number of intermediate values, which take some tenths of a second on a core."""
+"""Maximum number of intermediate values of a search; they take some tenths of a second."""
 _SOLVING = 32
-"""Cost of solving the shares of a bank, in values for each pair of devices."""
+"""Cost of solving the split weights of a bank, in intermediate values per pair of devices."""
 _THRESHOLDS = 64
-"""Points at which distributions are evaluated if devices differ in speed."""
+"""Number of points at which distributions are evaluated if devices differ in speed."""
 _TINY = 1e-12
 
 
 def lower_peaks(
     start: PlacedBanks, loads: Floats, limits: Limits, top_k: int, rows: int
 ) -> PlacedBanks:
-    """Return the placement after swaps for decode steps of ``rows`` rows; no bank gets worse.
+    """Return ``start`` after swaps that lower the expected peaks of decode steps of ``rows`` rows.
 
-    Every device and every expert keeps its number of copies.
+    No bank gets worse. Every device and every expert keeps its number of copies. ``loads``
+    [num_banks, num_experts] sum to 1 in each bank.
     """
     search = _Search(start, loads, limits, top_k, rows)
     for _ in range(_ROUNDS):
@@ -62,7 +63,7 @@ def lower_peaks(
 
 
 class _Search:
-    """The local search. ``now`` is the best placement so far, valid after every call."""
+    """Local search for swaps; ``now`` is the best placement so far, valid after every round."""
 
     def __init__(
         self, start: PlacedBanks, loads: Floats, limits: Limits, top_k: int, rows: int
@@ -85,7 +86,10 @@ class _Search:
         self._work = 0
 
     def round(self) -> bool:
-        """Make one swap in each open bank that has a good one; return False if no bank is open."""
+        """Make one good swap in each open bank that has one; return False if no bank is open.
+
+        A bank is open until too many of its devices in succession had no good swap.
+        """
         is_open = (self._failures < _FAILURES) & ~self._tried.all(1)
         banks = np.nonzero(is_open)[0]
         if not len(banks) or self._work > _MOST_WORK:
@@ -113,10 +117,10 @@ class _Search:
         )
 
     def _take(self, banks: Ints, device: Ints, gain: Floats) -> Bools:
-        """Make the best swap that passes the checks; return [open banks] whether there was one.
+        """Make the best swap of each bank's ``device`` that passes the checks.
 
-        ``gain`` [open banks, swaps of two slots, then of primaries] is that of the banks'
-        ``device``.
+        Returns whether a bank has a swap, [open banks]. ``gain`` [open banks, swaps] has the gains
+        of swaps of two slots, then of primary copies.
         """
         is_done = np.zeros(len(banks), dtype=bool)
         for _ in range(_TRIES):
@@ -135,7 +139,10 @@ class _Search:
         return is_done
 
     def _exchanged(self, banks: Ints, device: Ints, chosen: Ints) -> PlacedBanks:
-        """Return ``banks`` after the swap at index ``chosen`` in ``gain``; slot loads stay."""
+        """Return ``banks`` after the swaps of ``device`` with index ``chosen`` in ``gain``.
+
+        The slot loads are those from before the swaps.
+        """
         _, devices, width = self.now.slots.shape
         slots, primary = self.now.slots[banks], self.now.primary[banks]
         swaps = width * devices * width
@@ -155,7 +162,10 @@ class _Search:
         return PlacedBanks(slots=slots, primary=primary, slot_loads=self.now.slot_loads[banks])
 
     def _passes(self, banks: Ints, found: PlacedBanks) -> Bools:
-        """Solve the slot loads; return [banks] whether no batch size is much worse than before."""
+        """Return whether swapped banks are acceptable, [banks], and solve their slot loads.
+
+        A bank is acceptable if its peak is not much worse for any batch size and it stays balanced.
+        """
         speeds = self._limits.speeds
         passes = np.ones(len(banks), dtype=bool)
         for (active, _), most in zip(self._watched, self._most, strict=True):
@@ -172,16 +182,16 @@ class _Search:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """Points at which distributions are evaluated: at t slots of a device of mean speed."""
+    """Points t (in slots of a device of mean speed) at which distributions are evaluated."""
 
     count: Ints
-    """[num_devices, points] number of experts that a device serves within t."""
+    """Number of slots that a device serves in the time of each point, [num_devices, points]."""
     width: Floats
-    """[points] width of each point in t."""
+    """Width of the interval that each point stands for, [points]."""
 
     @classmethod
     def of(cls, speeds: Floats, size: int) -> Grid:
-        """Return the grid for devices that serve less than ``size`` experts."""
+        """Return the grid for devices of these ``speeds`` that serve less than ``size`` experts."""
         relative = relative_speeds(speeds)
         if np.allclose(relative, 1.0):
             count = np.tile(np.arange(size), (len(speeds), 1))
@@ -194,12 +204,16 @@ class Grid:
 
 
 class ServedDistributions:
-    """Distributions of the number of experts that devices serve, and the effect of swaps."""
+    """Distributions of the number of slots that devices serve in a step, and the gains of swaps."""
 
     def __init__(
         self, *, slots: Ints, primary: Ints, active: Floats, grid: Grid, nodes: Ints | None
     ) -> None:
-        """``nodes``: [num_devices], slots are swapped only within a node; None for any node."""
+        """Compute the distributions of the primary copies of ``slots``.
+
+        ``active`` [banks, experts] are probabilities that a step activates an expert. ``nodes``
+        [num_devices] restricts swaps to slots of one node; None allows swaps between all devices.
+        """
         banks, devices, width = slots.shape
         self._slots = slots.reshape(banks, -1)
         self._grid = grid
@@ -225,13 +239,19 @@ class ServedDistributions:
         self._holds[bank, self._slots[bank, slot], self._device[slot]] = True
 
     def worst(self, skipped: Bools) -> Ints:
-        """[banks] device that raises the peak most, except ``skipped`` [banks, devices]."""
+        """Device of each bank that raises the peak most, [banks], except ``skipped`` devices.
+
+        The shape of ``skipped`` is [banks, devices].
+        """
         weight = np.exp(self._log_all) * self._grid.width
         share = -(self._log * weight[:, None]).sum(2)
         return np.asarray(np.where(skipped, -np.inf, share).argmax(1))
 
     def gain_of_slots(self, device: Ints) -> Floats:
-        """[banks, slots of the device, all slots] gain of swapping two slots."""
+        """Gain of swapping two slots, [banks, slots of ``device``, all slots].
+
+        Negative infinity if the swap is not allowed.
+        """
         rows, own, there = self._rows[:, None], self._own(device), self._device
         here_count = self._grid.count[device][:, None]
         mine = self._cdf_without[rows, own]
@@ -247,7 +267,10 @@ class ServedDistributions:
         return np.where(may, gain - self._value[:, None, None], -np.inf)
 
     def gain_of_primaries(self, device: Ints) -> Floats:
-        """[banks, slots of the device, devices] gain if another copy serves decodes."""
+        """Gain if another device's copy becomes primary, [banks, slots of ``device``, devices].
+
+        Negative infinity if the other device has no copy of the expert.
+        """
         rows, own, count = self._rows[:, None], self._own(device), self._grid.count
         chance = self._chance[rows, own]
         mine = _at(self._cdf_without[rows, own], count[device][:, None])[:, :, None]
@@ -260,18 +283,23 @@ class ServedDistributions:
         return np.where(may, gain - self._value[:, None, None], -np.inf)
 
     def _own(self, device: Ints) -> Ints:
-        """[banks, slots of the device] their indices."""
+        """Indices of the slots of ``device`` [banks] among all slots, [banks, own slots]."""
         width = self._slots.shape[1] // len(self._grid.count)
         return np.asarray(device[:, None] * width + np.arange(width))
 
     def _rest(self, device: Ints) -> Floats:
-        """[banks, devices, points] probability that all devices except ``device`` and that of
-        axis 1 are within t, times the width of the point."""
+        """Probability that all devices except two serve at most t slots, times the point's width.
+
+        The two are ``device`` and the device of axis 1; the shape is [banks, devices, points].
+        """
         rest = self._log_all[:, None] - self._log[self._rows, device][:, None] - self._log
         return np.asarray(np.exp(np.minimum(rest, 0.0)) * self._grid.width)
 
     def _may_exchange(self, device: Ints, own: Ints) -> Bools:
-        """[banks, own slots, all slots] whether neither expert has a copy at its destination."""
+        """Whether a swap of two slots is allowed, [banks, own slots, all slots].
+
+        A swap is allowed if neither expert has a copy at its destination yet.
+        """
         rows = self._rows[:, None]
         expert = np.maximum(self._slots, 0)
         is_new = ~self._holds[rows, expert, device[:, None]] & self._is_held
@@ -282,25 +310,30 @@ class ServedDistributions:
 
 
 def _at(cdf: Floats, count: Ints) -> Floats:
-    """Return ``cdf`` [..., size] at ``count`` [..., points]."""
+    """Return the values of ``cdf`` [..., size] at the indices ``count`` [..., points]."""
     shape = (*cdf.shape[:-1], count.shape[-1])
     return np.take_along_axis(cdf, np.broadcast_to(count, shape), -1)
 
 
 def _before(cdf: Floats, count: Ints) -> Floats:
-    """Values as in ``_at``, at one expert less."""
+    """Return the values of ``cdf`` [..., size] at ``count - 1``; 0 where ``count`` is 0."""
     return np.where(count > 0, _at(cdf, np.maximum(count - 1, 0)), 0.0)
 
 
 def _with_expert(at: Floats, before: Floats, chance: Floats) -> Floats:
-    """Return ``at`` after adding an expert: axis 2 is the expert in ``chance`` [banks, experts]."""
+    """Return distribution values after adding one expert of ``chance`` [banks, experts].
+
+    ``at`` and ``before`` [banks, devices, points] are the values at a count and at one less. Axis 2
+    of the result is the added expert.
+    """
     return np.asarray(at[:, :, None] + chance[:, None, :, None] * (before - at)[:, :, None])
 
 
 def _without_expert(pmf: Floats, chance: Floats) -> Floats:
-    """Distributions [..., size] without one Bernoulli variable of probability [...] in each.
+    """Return distributions [..., size] of sums without one of their Bernoulli variables.
 
-    It is divided out from the numerically stable end.
+    ``chance`` [...] is the probability of the variable to remove. The variable is divided out from
+    the numerically stable end.
     """
     size = pmf.shape[-1]
     rising, falling = np.zeros_like(pmf), np.zeros_like(pmf)

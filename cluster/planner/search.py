@@ -4,8 +4,8 @@ Every round tries some sets of edits for each bank that is not balanced well eno
 split weights of all sets at once, and takes the set with the largest gain per move for each bank.
 The banks share one move budget, which is spent where the gain is largest.
 
-A single hot expert hides the gain of other moves in the maximum, so half of the measure is a power
-mean of the utilization, which depends on all heavy devices.
+A single hot expert hides the gain of other moves in the maximum, so half of the measure of a gain
+is a power mean of the utilization, which depends on all heavy devices.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from cluster.planner.edits import BankView, Edit, Limits, edit_sets, revert_edit
 _POWER = 8
 _MAX_ROUNDS = 60
 _SCARCE = 1.0
-"""Moves left per active bank below which existing moves are reconsidered."""
+"""Number of moves left per unfinished bank below which earlier moves are reconsidered."""
 _BRIEF, _FULL, _STUCK = 0, 1, 2
-"""Effort for a bank: a few sets of edits first, all sets if none of them helped, then none."""
+"""Effort of the search for a bank: few sets of edits first, all sets if none helped, then none."""
 _FAR_OFF = 0.95
-"""Balancedness below which all sets are tried immediately."""
+"""Balancedness of a bank below which all sets of edits are tried immediately."""
 _MAX_BATCH = 1 << 22
 """Maximum number of values in linear systems that are solved together."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PlacedBanks:
-    """Banks with their slot loads and decode devices, as arrays."""
+    """Placed banks with their slot loads and decode devices, as arrays."""
 
     slots: Ints
-    """[num_banks, num_devices, num_slots] experts."""
+    """Expert in each slot, [num_banks, num_devices, num_slots]; ``FREE_SLOT`` for none."""
     primary: Ints
-    """[num_banks, num_experts] device for decode steps."""
+    """Device whose copy of the expert serves decode steps, [num_banks, num_experts]."""
     slot_loads: Floats
-    """[num_banks, num_devices, num_slots] load of each slot."""
+    """Load of each slot, as a share of its bank's load, [num_banks, num_devices, num_slots]."""
 
     def copy(self) -> PlacedBanks:
         return PlacedBanks(
@@ -49,7 +49,7 @@ class PlacedBanks:
         )
 
     def where(self, chosen: Bools, other: PlacedBanks) -> PlacedBanks:
-        """Return the banks that are ``chosen`` [num_banks] from here, the rest from ``other``."""
+        """Return these banks where ``chosen`` [num_banks] is true, and else those of ``other``."""
         return PlacedBanks(
             slots=np.where(chosen[:, None, None], self.slots, other.slots),
             primary=np.where(chosen[:, None], self.primary, other.primary),
@@ -59,16 +59,16 @@ class PlacedBanks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchGoal:
-    """Conditions for the end of the search."""
+    """Goal and limits of the local search."""
 
     target: float
-    """Banks with this balancedness are not changed."""
+    """Balancedness of a bank at which the search leaves the bank unchanged."""
     least_gain: float
-    """Smallest gain of a move, in terms of ``_measure``."""
+    """Smallest gain for which a move is made, in the mean of balancedness and ``_measure``."""
     budget: int
     """Maximum number of moves in all banks together."""
     per_move: bool
-    """Whether to take the best gain per move instead of the best gain."""
+    """Whether to choose the edits with the best gain per move instead of the best gain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +77,11 @@ class _Candidate:
     slots: Ints
     primary: Ints
     moves: int
-    """Moves in addition to the earlier ones; negative if slots get their old expert back."""
+    """Number of additional moves; negative if slots get the expert back that they had first."""
 
 
 def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-4) -> Floats:
-    """Run ``split.solve`` in pieces of bounded memory."""
+    """Run ``split.solve``, which returns slot loads, on a few banks at a time to bound memory."""
     step = max(1, _MAX_BATCH // slots.shape[1] ** 2)
     pieces = [
         split.solve(slots[i : i + step], loads[i : i + step], speeds, tolerance)
@@ -91,7 +91,10 @@ def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-4) -
 
 
 def search(placed: PlacedBanks, loads: Floats, limits: Limits, goal: SearchGoal) -> PlacedBanks:
-    """Return a placement at most ``goal.budget`` moves away; no bank becomes less balanced."""
+    """Return an improved placement at most ``goal.budget`` moves from ``placed``.
+
+    ``loads`` [num_banks, num_experts] sum to 1 in each bank. No bank becomes less balanced.
+    """
     now = placed.copy()
     balance = balancedness(now.slot_loads, limits.speeds)
     measure = _measure(now.slot_loads, limits.speeds)
@@ -132,7 +135,10 @@ def _num_moves(before: Ints, after: Ints) -> int:
 
 
 def _measure(slot_loads: Floats, speeds: Floats) -> Floats:
-    """[num_banks] reciprocal of the power mean of the utilization, weighted by speed."""
+    """Return the reciprocal of the power mean of the devices' utilization, [num_banks].
+
+    The mean is weighted by speed; 1 is perfect balance.
+    """
     mean = (speeds * utilization(slot_loads, speeds) ** _POWER).sum(1)
     return np.asarray(mean ** (-1.0 / _POWER))
 
@@ -146,8 +152,10 @@ def _candidates(
     goal: SearchGoal,
     left: int,
 ) -> list[_Candidate]:
-    """Return sets of edits within the remaining budget; if it is small, also sets that revert
-    moves."""
+    """Return placements after possible edits of the ``active`` banks, within ``left`` moves.
+
+    If few moves are left, the candidates include edits that revert moves from ``start``.
+    """
     found = []
     for b in active.tolist():
         view = BankView(now.slots[b], now.primary[b], now.slot_loads[b], limits)
@@ -165,7 +173,10 @@ def _candidates(
 
 
 def _chosen(found: list[_Candidate], gains: Floats, goal: SearchGoal) -> list[int]:
-    """Return the best candidate of each bank, most valuable first."""
+    """Return the indices of the best candidate of each bank, most valuable first.
+
+    Candidates whose gain is too small are left out.
+    """
     best: dict[int, tuple[float, int]] = {}
     for i, candidate in enumerate(found):
         moves = candidate.moves
@@ -178,7 +189,7 @@ def _chosen(found: list[_Candidate], gains: Floats, goal: SearchGoal) -> list[in
 
 
 def edited(slots: Ints, primary: Ints, edits: list[Edit]) -> tuple[Ints, Ints]:
-    """Apply edits to one bank's slots and primary copies; moved primary copies stay primary."""
+    """Return one bank's slots and primary copies after edits; moved primary copies stay primary."""
     slots, primary = slots.copy(), primary.copy()
     gone = [(device, int(slots[device, slot])) for device, slot, _ in edits]
     for device, slot, expert in edits:
@@ -193,7 +204,11 @@ def edited(slots: Ints, primary: Ints, edits: list[Edit]) -> tuple[Ints, Ints]:
 def spread_over_nodes(
     placed: PlacedBanks, loads: Floats, limits: Limits, budget: int
 ) -> tuple[PlacedBanks, int]:
-    """Add missing second copies on other nodes; return the result and its moves."""
+    """Add second copies on other nodes for experts that have copies on one node only.
+
+    Returns the placed banks and the number of moves, at most ``budget``. Does nothing unless
+    ``limits.two_nodes``.
+    """
     now = placed.copy()
     used = 0
     for b in range(len(loads) if limits.two_nodes else 0):
@@ -208,7 +223,7 @@ def spread_over_nodes(
 
 
 def lacks_nodes(slots: Ints, limits: Limits, num_experts: int) -> Bools:
-    """[num_banks] whether an expert is on fewer nodes than required."""
+    """Return whether each bank has an expert on one node that must be on two, [num_banks]."""
     return np.array(
         [limits.two_nodes and bool(_on_one_node(bank, limits, num_experts)) for bank in slots]
     )

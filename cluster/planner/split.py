@@ -22,57 +22,58 @@ from cluster.planner.base import Bools, Floats, Ints
 
 _MAX_ITERATIONS = 40
 _CENTERING = 0.1
-"""Factor by which each iteration lowers the complementarity."""
+"""Factor by which each iteration of the interior point method lowers the complementarity."""
 _STEP = 0.95
-"""Maximum step, as a share of the distance to the boundary."""
+"""Maximum step of the interior point method, as a share of the distance to the boundary."""
 _TINY = 1e-7
-"""Smallest load of an expert relative to the mean: the method needs positive loads."""
+"""Smallest load of an expert relative to the mean; the solver needs positive loads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Copies:
-    """The copies of experts that have more than one, sorted by expert, over all banks."""
+    """The copies of all experts with more than one copy, over all banks, sorted by expert."""
 
     bank: Ints
-    """[num_copies] bank."""
+    """Bank of each copy, [num_copies]."""
     expert: Ints
-    """[num_copies] bank * num_experts + expert."""
+    """Expert of each copy, as bank * num_experts + expert, [num_copies]."""
     device: Ints
-    """[num_copies] bank * num_devices + device."""
+    """Device of each copy, as bank * num_devices + device, [num_copies]."""
     load: Floats
-    """[num_copies] load of the expert."""
+    """Load of each copy's expert, over all its copies, [num_copies]."""
     position: Ints
-    """[num_copies] index in the flattened slots."""
+    """Index of each copy in the flattened array of slots, [num_copies]."""
     pairs: tuple[Ints, Ints]
     """Index pairs of copies of the same expert."""
     base: Floats
-    """[num_banks * num_devices] load of experts with a single copy."""
+    """Load of each device from experts with a single copy, [num_banks * num_devices]."""
     target: Floats
-    """[num_banks * num_devices] speed, which is the load at perfect balance."""
+    """Speed of each device, which is its load at perfect balance, [num_banks * num_devices]."""
     shape: tuple[int, int, int]
-    """Banks, devices, experts."""
+    """Numbers of banks, devices per bank and experts per bank."""
 
     def over_experts(self, values: Floats) -> Floats:
-        """[num_copies] sum of the values over all copies of the same expert."""
+        """Sum ``values`` [num_copies] over the copies of each expert; return it for each copy."""
         banks, _, experts = self.shape
         return np.asarray(np.bincount(self.expert, values, banks * experts)[self.expert])
 
     def over_devices(self, values: Floats) -> Floats:
-        """[num_banks * num_devices] sum of the values over the copies on a device."""
+        """Sum ``values`` [num_copies] over the copies on each device, [num_banks * num_devices]."""
         banks, devices, _ = self.shape
         return np.bincount(self.device, values, banks * devices).astype(np.float64, copy=False)
 
     def over_banks(self, values: Floats) -> Floats:
-        """[num_banks] sum of the values over the copies of a bank."""
+        """Sum ``values`` [num_copies] over the copies of each bank, [num_banks]."""
         return np.bincount(self.bank, values, self.shape[0]).astype(np.float64, copy=False)
 
 
 def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-6) -> Floats:
-    """Return slot loads [num_banks, num_devices, num_slots] with the best balance.
+    """Return the slot loads with the best balance of the devices, for given copies of experts.
 
-    ``loads`` sum to 1 in each bank, ``speeds`` to 1. The loads of an expert's copies sum to its
-    load (an expert without load counts as a tiny one). ``tolerance`` bounds the gap to the optimum
-    of the quadratic program.
+    Slots and slot loads have the shape [num_banks, num_devices, num_slots]. ``loads`` [num_banks,
+    num_experts] sum to 1 in each bank, ``speeds`` [num_devices] to 1. The loads of an expert's
+    copies sum to the expert's load (an expert without load counts as a tiny load). ``tolerance``
+    bounds the gap to the optimum of the quadratic program.
     """
     loads = np.maximum(loads, _TINY / loads.shape[1])
     loads = loads / loads.sum(1, keepdims=True)
@@ -83,9 +84,9 @@ def solve(slots: Ints, loads: Floats, speeds: Floats, tolerance: float = 1e-6) -
 
 
 def shares(slots: Ints, slot_loads: Floats, num_experts: int) -> Floats:
-    """Return split weights: slot loads divided by the load of their expert; 0 in free slots.
+    """Return split weights: each slot's load divided by the load of its expert; 0 in free slots.
 
-    The copies of an expert without any load share it equally.
+    Copies of an expert without load get equal weights.
     """
     banks = len(slots)
     expert = np.where(slots == FREE_SLOT, num_experts, slots)
@@ -97,7 +98,10 @@ def shares(slots: Ints, slot_loads: Floats, num_experts: int) -> Floats:
 
 
 def _index(slots: Ints, loads: Floats, speeds: Floats) -> tuple[Floats, _Copies]:
-    """Return flattened slot loads with single copies filled in, and the copies to be solved."""
+    """Return flattened slot loads, and the copies whose loads are to be solved.
+
+    The slot loads of experts with a single copy are filled in; the others are 0.
+    """
     banks, devices, width = slots.shape
     experts = loads.shape[1]
     position = np.nonzero(slots.reshape(-1) != FREE_SLOT)[0]
@@ -128,7 +132,7 @@ def _index(slots: Ints, loads: Floats, speeds: Floats) -> tuple[Floats, _Copies]
 
 
 def _pairs(expert: Ints) -> tuple[Ints, Ints]:
-    """Return index pairs of equal values in a sorted array."""
+    """Return the index pairs of equal values in a sorted array, as two arrays."""
     firsts, seconds = [], []
     for offset in range(1, len(expert)):
         same = np.nonzero(expert[offset:] == expert[:-offset])[0]
@@ -141,7 +145,10 @@ def _pairs(expert: Ints) -> tuple[Ints, Ints]:
 
 
 def _interior_point(copies: _Copies, tolerance: float) -> Floats:
-    """Return [num_copies] slot loads; all positive, with exact sums over experts."""
+    """Solve the quadratic program: return the slot loads of the copies, [num_copies].
+
+    All slot loads are positive, and the sums over the copies of an expert are exact.
+    """
     banks, _, experts = copies.shape
     slot_load = copies.load / copies.over_experts(np.ones(len(copies.load)))
     utilization = (copies.base + copies.over_devices(slot_load)) / copies.target
@@ -166,11 +173,11 @@ def _interior_point(copies: _Copies, tolerance: float) -> Floats:
 def _newton(
     copies: _Copies, slot_load: Floats, slack: Floats, centre: Floats, is_open: Bools
 ) -> Floats:
-    """Return the Newton direction of the slot loads of open banks; it preserves every expert's sum.
+    """Return the Newton direction of the slot loads of open banks, [num_copies].
 
-    With D = slot load / slack and v the change of the devices' utilization: change = D (r - v)
-    minus D times the D-weighted mean of (r - v) over the expert, and ``(T + Laplacian(D)) v`` = the
-    sum of r over the devices.
+    The direction preserves the sum of the slot loads of every expert. With D = slot load / slack
+    and v the change of the devices' utilization: change = D (r - v) minus D times the D-weighted
+    mean of (r - v) over the expert, and ``(T + Laplacian(D)) v`` = the sum of r over the devices.
     """
     banks, devices, _ = copies.shape
     utilization = (copies.base + copies.over_devices(slot_load)) / copies.target
@@ -197,7 +204,10 @@ def _newton(
 
 
 def _step(copies: _Copies, values: Floats, change: Floats) -> Floats:
-    """Return [num_copies] step of each copy's bank that keeps all values positive, at most 1."""
+    """Return the longest step, at most 1, that keeps all values of a copy's bank positive.
+
+    The shape is [num_copies]; ``change`` is the direction of the step.
+    """
     falling = change < 0
     ratio = np.where(falling, -values / np.where(falling, change, -1.0), np.inf)
     longest = np.full(copies.shape[0], np.inf)

@@ -1,7 +1,7 @@
 """Divides a change of placement into stages, because no slot in use may be overwritten.
 
 Each stage drops copies that are not needed and fills slots that are free in the placement in force.
-It takes effect before the next stage begins:
+A stage takes effect before the next stage begins:
 
     now      device 0: 0 1 2    device 1: 2 3 0     (2 and 0 have two copies)
     target   device 0: 0 1 3    device 1: 2 3 1
@@ -25,37 +25,38 @@ from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotFill:
-    """One expert to load into a free slot."""
+    """One expert to load into a free expert slot of a device."""
 
     bank: int
     """Index of the bank in the placement."""
     device: int
     slot: int
-    """Expert slot that is free in the placement in force; may be after the last slot of the
-    maps."""
+    """Expert slot of the device that is free in the placement in force; may be after the last slot
+    of the maps."""
     expert: int
     sources: tuple[int, ...] = ()
-    """Devices that hold it in the placement in force; empty if it is read from the checkpoint."""
+    """Devices that hold the expert in the placement in force; if empty, the checkpoint is read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """One step of a change."""
+    """One step of a change of the placement: experts to load, then a placement that uses them."""
 
     fills: tuple[SlotFill, ...]
-    """Loads that the stage requires; may be empty."""
+    """Experts to load before the placement of the stage takes effect; may be empty."""
     placement: ExpertPlacement
-    """The placement of the stage. Remaining copies take the shares of dropped copies; new copies
-    have no share until the planner's split is applied."""
+    """Placement after the stage. Remaining copies take the shares of dropped copies; new copies
+    have no share until the planner's split weights are applied."""
 
 
 def next_stage(
     current: ExpertPlacement, target: ExpertPlacement, num_slots: int, devices: frozenset[int]
 ) -> Stage | None:
-    """Return the next stage from ``current`` to ``target``; None if the target is reached.
+    """Return the next stage from ``current`` to ``target``; None if no stage is left or possible.
 
     Only the set of experts on each of ``devices`` (the live ones) matters, not their slots;
-    ``num_slots`` is the capacity of each device. The epoch is one above the current one.
+    ``num_slots`` is the number of slots per bank of each device. The placement of the stage has the
+    epoch after that of ``current``.
     """
     changes = [
         _BankChange(now, then, num_slots, devices)
@@ -74,12 +75,12 @@ def next_stage(
 
 
 def held_by(bank: BankPlacement, device: int) -> frozenset[int]:
-    """Return the experts that a device holds."""
+    """Return the experts of a bank that a device holds."""
     return frozenset(e for e in bank.physical_to_logical[device] if e != FREE_SLOT)
 
 
 def is_reached(current: ExpertPlacement, target: ExpertPlacement) -> bool:
-    """Return whether every device holds the same experts."""
+    """Return whether every device holds the same experts in ``current`` as in ``target``."""
     return all(
         held_by(now, device) == held_by(then, device)
         for now, then in zip(current.banks, target.banks, strict=True)
@@ -88,7 +89,7 @@ def is_reached(current: ExpertPlacement, target: ExpertPlacement) -> bool:
 
 
 class _BankChange:
-    """One bank during a change."""
+    """One bank during one stage of a placement change: its maps, and the wanted experts."""
 
     def __init__(
         self, now: BankPlacement, then: BankPlacement, num_slots: int, devices: frozenset[int]
@@ -101,12 +102,13 @@ class _BankChange:
         self._wanted = [held_by(then, d) for d in range(now.num_devices)]
         self._copies = Counter(e for row in self._rows for e in row if e != FREE_SLOT)
         self.is_changed = False
-        """Whether the contents of any slot have changed."""
+        """Whether the contents of any slot of the bank have changed in this stage."""
 
     def fill(self, index: int) -> list[SlotFill]:
-        """Load missing experts into free slots, if there are any.
+        """Put missing experts into free slots; return the loads of these slots.
 
         Experts whose unwanted copies on other devices can be dropped afterwards come first.
+        ``index`` is the index of the bank in the placement.
         """
         fills = []
         displaced = self._displaced()
@@ -128,13 +130,17 @@ class _BankChange:
     def drop_replaced(self) -> None:
         """Empty the slots of unwanted copies, for experts whose wanted copies are all in place.
 
-        Therefore an expert never has fewer copies during the change than before or after it.
+        Therefore an expert never has fewer copies during the change than before or after it. The
+        last copy of an expert stays.
         """
         missing = {e for d in self._devices for e in self._wanted[d] - set(self._rows[d])}
         self._drop(missing)
 
     def drop_unwanted(self) -> None:
-        """If no slot has changed, empty unwanted copies of all experts that have another copy."""
+        """Empty the slots of all unwanted copies, for experts that have another copy.
+
+        Called if ``fill`` and ``drop_replaced`` changed no slot of any bank.
+        """
         self._drop(set())
 
     def _drop(self, kept: set[int]) -> None:
@@ -144,10 +150,10 @@ class _BankChange:
                     self._empty(device, slot)
 
     def make_room(self) -> None:
-        """If still no slot has changed, empty a wanted copy for one stage to free its slot.
+        """Empty the slot of a wanted copy for one stage, so that another expert can use the slot.
 
-        An expert can then move there from a device on which it is not wanted, so that the stages
-        end.
+        The other expert can then leave a device on which it is not wanted, so that the stages end.
+        Called if ``drop_unwanted`` changed no slot of any bank either.
         """
         displaced = self._displaced()
         for device in self._devices:
@@ -160,7 +166,7 @@ class _BankChange:
                 break
 
     def _displaced(self) -> set[int]:
-        """Return experts on devices that should not have them."""
+        """Return the experts that any device holds but should not hold in the target."""
         unwanted = (set(self._rows[d]) - self._wanted[d] for d in self._devices)
         return set().union(*unwanted) - {FREE_SLOT}
 
@@ -172,5 +178,5 @@ class _BankChange:
             self.is_changed = True
 
     def result(self) -> BankPlacement:
-        """Return the current maps; the same object if nothing changed."""
+        """Return the bank's placement after the stage; the same object as before if unchanged."""
         return self._now.with_slots(self._rows) if self.is_changed else self._now
