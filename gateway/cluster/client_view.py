@@ -67,7 +67,7 @@ def client_samples(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def client_families(families: Iterable[PlainFamily]) -> Iterator[PlainFamily]:
-    """Yield metric families except families by expert or layer, and with empty ``node`` labels."""
+    """Yield metric families that do not reveal which experts tokens use, without node names."""
     for family in families:
         name, samples = family["name"], family["samples"]
         follows_routes = name.startswith(_PREFIXES) and name not in _OPEN_METRICS

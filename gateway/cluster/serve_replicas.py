@@ -20,7 +20,7 @@ class ServeReplicas(Protocol):
     """Interface that sends a call to all gateway replicas."""
 
     async def call(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
-        """Return the replies by replica name, the own reply first. Late replies are omitted."""
+        """Return replies by replica name, this replica's reply first. Late replies are omitted."""
 
 
 class ReplicaHandlers:

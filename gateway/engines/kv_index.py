@@ -56,7 +56,7 @@ class KvIndex:
         return True
 
     def expect(self, worker: str, hashes: Sequence[bytes]) -> None:
-        """Count blocks as expected at a worker, until ``end_expectation`` is called."""
+        """Count blocks as expected (soon reported) at a worker, until ``end_expectation``."""
         if (known := self._workers.get(worker)) is not None:
             known.expected.update(hashes)
             self._hold(known, hashes)
@@ -81,7 +81,7 @@ class KvIndex:
                 self._clear(name, known.bit)
 
     def matches(self, hashes: Sequence[bytes]) -> dict[str, int]:
-        """Return for each worker the number of leading blocks of ``hashes`` that it has.
+        """Return, by worker, the number of leading blocks of ``hashes`` that the worker has.
 
         Workers with fewer blocks come first; workers without the first block are omitted.
 
@@ -109,7 +109,7 @@ class KvIndex:
         return found
 
     def best_holder(self, hashes: Sequence[bytes], matches: dict[str, int]) -> tuple[str, int]:
-        """Return the worker with the longest prefix that can be fetched, and its length in blocks.
+        """Return the worker with the longest fetchable prefix, and the prefix's length in blocks.
 
         Only reported blocks count, not expected blocks. ``matches`` is the unchanged result of
         ``matches(hashes)``. Returns ("", 0) if no worker has reported the first block.
@@ -128,7 +128,7 @@ class KvIndex:
         return best, most
 
     def _note(self, workers: int, depth: int, found: dict[str, int]) -> None:
-        """Set ``found`` to ``depth`` for each worker in the bit set ``workers``."""
+        """Record ``depth`` in ``found`` for each worker in the bit set ``workers``."""
         names = self._names
         while workers:
             bit = workers & -workers

@@ -43,10 +43,11 @@ MAX_CONCURRENT_MOVES = 4
 """Maximum number of concurrent moves from one worker. Each move adds rows to a step of its target
 worker, so that requests that arrive together delay each other."""
 MAX_REMAINING_TOKENS = 32
-"""Maximum number of tokens generated since a move's last ``Prefetch`` message with which the move
-fetches only its last block. With more tokens, it fetches all new blocks again before."""
+"""Maximum number of tokens generated since a move's last ``Prefetch`` message at which the move
+proceeds to its last KV block. With more tokens, the target first fetches the new blocks in another
+round."""
 MAX_ROUNDS = 4
-"""Maximum number of ``Prefetch`` messages of one move before the fetch of its last block."""
+"""Maximum number of ``Prefetch`` messages (rounds) of one move before its last KV block."""
 _ANSWER_LIMIT_S = 5.0
 """Longest time in seconds for which a move waits for the target's reply ``Prefetched``."""
 _BLOCK_LIMIT_S = 2.0
@@ -295,12 +296,12 @@ class RequestMover:
 
 
 def _can_move(entry: Submission) -> bool:
-    """Whether a request can move with its KV blocks: it has output and no prompt embeddings."""
+    """Whether a request can move with its KV blocks: it has output, and no prompt embeddings."""
     return any(entry.outputs) and entry.request.prompt_embeds is None
 
 
 def _are_idle(move: _Move) -> bool:
-    """Whether the two workers of a move have no other request of this gateway."""
+    """Whether the two workers of a move have no request of this gateway except the moving one."""
     return len(move.source.submissions) + len(move.target.submissions) == 1
 
 

@@ -14,7 +14,7 @@ from workers.requests.block_hash import block_hashes
 
 FREE_KV_FACTOR = 4
 """Free KV tokens that the target of a move needs, as a multiple of the moving request's tokens.
-Other requests may take blocks before it arrives, and it must not soon move again."""
+Other requests may take blocks before the request arrives, and it must not soon move again."""
 
 
 class RequestRouter:

@@ -20,10 +20,11 @@ class RoutingPolicy(Enum):
 
 
 MISSING_WEIGHT = 1.25
-"""Cost of computing a prompt token, relative to waiting for one. Above 1, as computing also delays
-all later requests and stores one more copy of the KV block in the caches. On the Mooncake trace
-(``benchmarks/simulated/routing.py``) the mean time to the first token is flat from 1 to 3; larger
-values make bursts with a common prefix wait longer.
+"""Cost of a prompt token that the worker computes for a new request, relative to a token for which
+the request only waits. Above 1, as computing also delays all later requests and stores one more
+copy of the KV block in the caches. On the Mooncake trace (``benchmarks/simulated/routing.py``) the
+mean time to the first token is flat from 1 to 3; larger values make bursts with a common prefix
+wait longer.
 """
 DECODE_TOKENS = 64
 """Delay that each decoding sequence of a worker adds to a new prompt there, in units of the time to
@@ -91,7 +92,7 @@ def pick_worker(
         num_routed: number of requests routed so far; used for round-robin and ties.
         prompt_tokens: length of the request's prompt.
         cached_tokens: number of cached prompt tokens by worker; 0 for missing workers.
-        peer: worker from which another one can fetch a prefix of the prompt.
+        peer: worker from which another worker can fetch a prefix of the prompt; None if none.
         session_worker: worker that served the last request of the session; empty if none.
 
     The ``kv`` policy minimizes a cost in prompt tokens: the tokens to wait for plus the tokens to

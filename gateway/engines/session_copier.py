@@ -3,7 +3,7 @@ the cached session.
 
 A request with ``Request.is_retained`` leaves its blocks at the worker that has computed them. When
 the request ends, the gateway sends the hashes of the blocks to a second worker. If that worker
-lacks many blocks of the prompt, the gateway sends them as soon as the prompt is computed. The
+lacks many blocks of the prompt, the gateway sends the hashes as soon as the prompt is computed. The
 second worker reads the missing blocks from the first worker in the background and keeps them in
 host memory. Its block events inform all gateways, which route the session to the second worker
 when the first worker is lost or drained. This module keeps no state. The choice depends only on

@@ -193,7 +193,10 @@ class Submission:
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
     def needs_confirmation(self, unresolved: Collection[str]) -> bool:
-        """Whether the request must run alone but a worker counted as dead is in ``unresolved``."""
+        """Whether the request must run alone but a worker that counts as dead may be alive.
+
+        ``unresolved`` has the workers that may be alive although their connection was lost.
+        """
         return self.num_deaths >= MAX_DEATHS and not self.deaths.keys().isdisjoint(unresolved)
 
     def set_stage(self, stage: RequestStage) -> None:

@@ -182,7 +182,7 @@ class ChatTemplate:
     def _instruction_variants(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> Iterator[Sequence[Mapping[str, Any]]]:
-        """Yield variants of the conversation with instructions at other positions, best first."""
+        """Yield the conversation with system and developer messages at other places, best first."""
         yield self._move_instructions(messages, tools)
         yield late_instructions_to_user(merge_leading_instructions(messages))
         together = merge_all_instructions(messages)

@@ -1,7 +1,7 @@
 """Renders chat templates that clients send, if the server allows them.
 
 Each rendering runs in a new process, so that a template cannot affect later renderings.
-``render_template`` has the limits of the process.
+The module ``render_template`` sets the time and memory limits of the process.
 """
 
 from __future__ import annotations

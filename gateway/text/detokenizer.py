@@ -136,8 +136,8 @@ def align_offsets(
 class StopStringFinder:
     """Finds stop strings, and holds back text that may be the start of a stop string.
 
-    The match that ends first counts, and the longest of several with the same end. The result thus
-    does not depend on how the text is split into pieces.
+    The match that ends first counts; of several matches with the same end, the longest match. The
+    result thus does not depend on how the text is split into pieces.
     """
 
     def __init__(self, strings: Sequence[str], include: bool = False) -> None:

@@ -4,7 +4,7 @@ The tokenizers library creates one string per token and holds the GIL while it r
 them: a text of 8 MiB blocked the gateway for half a second and used 1 GiB of memory.
 
 A message is a length (8 bytes) followed by a ``TextToEncode`` in msgpack. The reply is the total
-number of token ids (8 bytes), the length of the rest in bytes (8 bytes), and the requested ids
+number of token ids (8 bytes), the length of the requested ids in bytes (8 bytes), and these ids
 (4 bytes each). The program exits at the end of its input.
 """
 
@@ -25,7 +25,7 @@ from gateway.text.tokenizer import Tokenizer
 LENGTH = struct.Struct("<Q")
 REPLY = struct.Struct("<QQ")
 ID_TYPE = "I"
-"""Type code of ``array`` for token ids in messages."""
+"""Type code of Python's ``array`` for the token ids in replies of the tokenizing process."""
 
 
 class TextToEncode(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,8 +2,8 @@
 
 Jinja's sandbox protects Python objects but does not stop endless loops or texts, so the process has
 limits on CPU time and memory. It reads a JSON object from standard input (``source``,
-``variables``, ``messages``, ``options``) and writes one: ``has_tools``, ``tool_format``,
-``has_thinking``, and ``text`` or ``error`` with ``param``. ``client_templates`` starts it.
+``variables``, ``messages``, ``options``) and writes a JSON object: ``has_tools``, ``tool_format``,
+``has_thinking``, and ``text`` or ``error`` with ``param``. ``client_templates`` starts the program.
 """
 
 from __future__ import annotations

@@ -42,14 +42,14 @@ class ArgumentSet:
     others: Any = False
     """Schema of arguments that match no name or pattern; False forbids these arguments."""
     min_arguments: int = 0
-    """Minimum number of arguments."""
+    """Minimum number of arguments in a call."""
     max_arguments: int | None = None
-    """Maximum number of arguments; None for no limit."""
+    """Maximum number of arguments in a call; None for no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolArguments:
-    """The arguments of a function."""
+    """The arguments that the schema of a function allows, as one or more sets."""
 
     clean: CleanSchema
     argument_sets: Sequence[ArgumentSet]

@@ -100,7 +100,8 @@ class CleanSchema:
 
 
 def forbid_additional(schema: Any) -> Mapping[str, Any]:
-    """Forbid additional arguments in a clean schema unless a keyword may allow them.
+    """Return the schema of a tool's arguments without additional arguments, unless a keyword may
+    allow them.
 
     JSON Schema allows additional properties by default, which small models may then generate
     endlessly. Arguments that are named only in ``required`` may be of any type.

@@ -24,7 +24,8 @@ _MAX_TAGS = 16
 _MAX_STEPS = 64
 """Maximum length of a chain of references that is followed in a client's schema."""
 Resolve = Callable[[Any], Any]
-"""Returns the target of a schema that is only a reference; returns other schemas unchanged."""
+"""Type of a function that returns the target of a schema that is only a reference, and returns
+other schemas unchanged."""
 
 
 def replace_one_of(schema: Any, resolve: Resolve) -> Any:
@@ -107,7 +108,7 @@ class _Rewriter:
 
 
 def _have_tag(pieces: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all members are objects with a tag: a required property with other texts in each."""
+    """Whether all members are objects with a tag: a required property whose texts all differ."""
     if any(list(piece.get("type", ())) != ["object"] for piece in pieces):
         return False
     for name in islice(pieces[0].get("required", ()), _MAX_TAGS):

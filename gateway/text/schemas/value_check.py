@@ -1,4 +1,4 @@
-"""Checks whether a value matches a clean schema, to tell texts from other values in model output.
+"""Checks whether a value matches a JSON schema, to tell texts from other values in model output.
 
 Patterns and formats of texts are not checked. The work is limited; beyond the limit a value counts
 as matching.

@@ -53,7 +53,7 @@ class AnswerParser:
     ``<think>Hm.</think>On it. <tool_call>\\n{"name": "f", "arguments": {"a": 1}}\\n
     </tool_call>`` is the reasoning ``Hm.``, the content ``On it. `` and one call of ``f``. Line
     breaks next to ``<think>`` and ``</think>`` do not belong to the reasoning. The head of a call
-    also ends the reasoning.
+    (its delimiter and function name) also ends the reasoning.
 
     No text is lost: a delimiter without the head of a call is text, also if the end of the answer
     cuts it, unless the answer must be a call. Arguments are returned as they arrive: a call with
@@ -314,7 +314,10 @@ class AnswerParser:
 
 
 def _check_head(reading: TemplateMatch, text: str, ahead: tuple[str, ...]) -> MatchOutcome:
-    """Return the outcome of matching a call's head, after which a text of ``ahead`` must follow."""
+    """Return the outcome of matching the head of a tool call (the part with the function's name).
+
+    One of the texts ``ahead`` must follow the head.
+    """
     if reading.outcome is not MatchOutcome.WHOLE:
         return reading.outcome
     following = text[reading.end :].lstrip()

@@ -24,7 +24,7 @@ class JsonObjectScanner:
         self._is_escaped = False
 
     def read(self, text: str) -> tuple[str, bool]:
-        """Read the next piece; return its part in the object, and whether the object ends there."""
+        """Read the next piece; return its part in the JSON object, and whether the object ends."""
         for index, char in enumerate(text):
             if self._is_string:
                 if self._is_escaped:
@@ -82,7 +82,7 @@ class ArgumentReader:
         return rest, self._writer.feed(certain), False
 
     def _read_json(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        """Read a value that is JSON, with the result of ``read``.
+        """Read the next piece of a value that is JSON; return the results of ``read``.
 
         If a string in the value does not end, the first delimiter ends the value.
         """

@@ -79,8 +79,8 @@ class ValueWriter(ABC):
     """
 
     json_openings = ""
-    """A value that begins with one of these characters is JSON, in whose strings any delimiter may
-    occur. With ``ANY_OPENING``, every value is JSON."""
+    """First characters of values that are certainly JSON, in whose strings any delimiter may occur.
+    Empty if no first character is certain; ``ANY_OPENING`` if every value is JSON."""
 
     @abstractmethod
     def feed(self, text: str) -> str:
@@ -135,7 +135,7 @@ class _AnyWriter(ValueWriter):
         return self._to_json("".join(self._pieces))
 
     def finish_incomplete(self) -> str:
-        """Return the incomplete value, whose first character determines the type."""
+        """Return the JSON of an incomplete value, whose first character determines its type."""
         text = "".join(self._pieces)
         plain = text.strip()
         is_json = "string" not in self._types or self.json_openings == ANY_OPENING

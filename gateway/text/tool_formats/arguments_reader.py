@@ -15,18 +15,18 @@ from gateway.text.tool_formats.lookahead import Lookahead
 
 
 class ArgumentsState(Enum):
-    """State of reading a tool call's arguments, named after the next part of the text."""
+    """State of reading a tool call's arguments, named after the text that follows."""
 
     OBJECT = auto()
-    """The rest of a JSON object with all arguments."""
+    """The rest of the JSON object with all arguments follows."""
     PAIR = auto()
-    """The next single argument, or the end of the arguments."""
+    """The next single argument, or the end of all arguments, follows."""
     VALUE = auto()
-    """The rest of the value of a single argument."""
+    """The rest of the value of a single argument follows."""
     COMPLETE = auto()
-    """Text after the arguments, which are complete."""
+    """The arguments are complete; other text follows."""
     BROKEN = auto()
-    """Text that interrupts the arguments, which are incomplete."""
+    """The arguments are incomplete; other text interrupts them."""
 
 
 class ArgumentsReader:

@@ -46,7 +46,8 @@ class GrammarRule:
 
 
 ArgumentRules = Callable[[Tool, int], list[GrammarRule]]
-"""Returns, for a tool and its index INDEX, the rule ``args_INDEX`` and the rules that it uses."""
+"""Type of a function that returns, for a tool and its index INDEX, the grammar rule ``args_INDEX``
+and the rules that this rule uses."""
 
 
 def check_combinable_with_tools(answer: Grammar | None) -> None:
@@ -146,7 +147,7 @@ def json_rule(schema: Mapping[str, Any], is_strict: bool = True) -> str:
 
 
 def _is_miscounted(schema: Mapping[str, Any], keyword: str) -> bool:
-    """Whether ``keyword`` limits the number of keys in a way that the compiler miscounts.
+    """Whether ``keyword`` limits the number of keys in a way that the grammar compiler miscounts.
 
     The compiler counts only additional keys, which is wrong if named keys are optional.
     """

@@ -44,7 +44,7 @@ def make_grammar(
     constraints: Mapping[str, Any],
     names: FormatFieldNames = CHAT_NAMES,
 ) -> Grammar | None:
-    """Return the grammar of an output; None if its text is not constrained.
+    """Return the grammar that a model's output must match; None if the output is not constrained.
 
     Args:
         format_type: ``response_format.type``; None if it is not set.

@@ -17,7 +17,7 @@ from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
 MAX_TOOLS = 128
 NAME_RULE = "must be 1 to 128 letters, digits, _, . or -"
 MAX_SHOWN_DEPTH = 64
-"""Maximum nesting of a tool's schema that is not strict. Grammars use only the first
+"""Maximum nesting of the schema of a tool that is not strict. Grammars use only the first
 ``MAX_SCHEMA_DEPTH`` levels of the schema."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _SHOWN_CHARS = 128
