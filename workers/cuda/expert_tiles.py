@@ -36,8 +36,8 @@ _TILES = {
 The two products of 32,768 pairs reach 506 and 477 TFLOPS; ``torch.nn.functional.grouped_mm`` (2.11)
 reaches 350 to 400, and needs the same time again to sort pairs and restore their order."""
 _CODED_TILES = dict.fromkeys(_TILES, _TILES[64])
-"""Tiles by block height for quantized weights, the fastest of six variants: they start more
-programs, which hide the cost of dequantization."""
+"""Tiles by block height for quantized weights, the fastest of six variants: more programs start,
+which hide the cost of dequantization."""
 TALLEST_BLOCK = {2: 128, 4: 64}
 """Maximum height of a block in pairs, by bytes of an input element."""
 _INTERPRETED_SHARED_BYTES = 227 << 10

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Whether Triton's interpreter runs the kernels; it cannot multiply bfloat16."""
+"""Whether Triton's interpreter runs the kernels. The interpreter cannot multiply bfloat16."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 """log2(e): factor that turns exponentials into powers of 2, which GPUs compute in hardware."""
 MIN_DOT = 16

@@ -33,7 +33,7 @@ class LoadedExpert:
 
 def torch_reason(banks: Sequence[BankSpec], dtype: torch.dtype) -> str:
     """Return, for logs, why torch computes experts instead of the compiled CPU kernels; ``""`` if
-    it does not."""
+    the kernels support all experts."""
     missing = {
         unsupported_feature(exchange, dtype) for bank in banks for exchange in bank.exchanges
     }

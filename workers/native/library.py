@@ -164,8 +164,8 @@ def runnable(
 ) -> list[InstructionSet]:
     """Return the instruction sets to try on this processor, best first.
 
-    The environment variable ``MAX_VARIABLE`` excludes better ones than it names. Raises
-    ``InstructionsError`` if it is invalid.
+    The environment variable ``MAX_VARIABLE`` may name one of them; better ones are then left out.
+    Raises ``InstructionsError`` if the variable is invalid.
 
     On Intel processors, the set with bfloat16 products is second: a ``vdpbf16ps`` of 32 products
     takes two cycles, in which fused float32 operations compute 64. With 8 or more rows, a thread of

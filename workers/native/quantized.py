@@ -193,7 +193,8 @@ def _to_lanes(values: Tensor, is_gated: bool) -> Tensor:
 
 
 def _from_lanes(lanes: Tensor, rows: int, is_gated: bool) -> Tensor:
-    """Inverse of ``_to_lanes``: [panels, groups, 32] -> [rows, groups]."""
+    """Reorder [panels, groups, 32] -> [rows, groups], without padding: the inverse of
+    ``_to_lanes``."""
     halves = lanes.transpose(1, 2).chunk(2 if is_gated else 1, 1)
     flat = [half.reshape(-1, lanes.shape[1])[: rows // len(halves)] for half in halves]
     return torch.cat(flat)

@@ -12,12 +12,12 @@ from workers.native.library import Library, LibraryChoice, find_library
 logger = logging.getLogger(__name__)
 
 _SPINS = 1_000
-"""Pause instructions that an idle thread spins before it sleeps: some 30 microseconds on an AMD
-EPYC, longer than most barriers. A thread that spins longer keeps a core from the gateway, or from a
-waiting thread of its own team. Measured decode rate over HTTP of the mini model on two cores of a
-virtual machine, at batch 1 / 8 / 32: 1.38 / 1.17 / 1.19 times the rate with 16,000 pauses, and 0.91
-/ 0.89 / 0.99 times the rate with 200. The engine alone shows no difference beyond the noise; on
-another such machine it was 1.05 to 1.10 times as fast with 8,000 as with 2,000."""
+"""Number of pause instructions that an idle thread spins before it sleeps: some 30 microseconds on
+an AMD EPYC, longer than most barriers. A thread that spins longer keeps a core from the gateway, or
+from a waiting thread of its own team. Measured decode rate over HTTP of the mini model on two cores
+of a virtual machine, at batch 1 / 8 / 32: 1.38 / 1.17 / 1.19 times the rate with 16,000 pauses, and
+0.91 / 0.89 / 0.99 times the rate with 200. The engine alone shows no difference beyond the noise;
+on another such machine it was 1.05 to 1.10 times as fast with 8,000 as with 2,000."""
 _ERRORS = (
     "",
     "another thread computes with the team",

@@ -8,8 +8,8 @@ steps recover the grid of weights that were quantized before with wider groups. 
 group depend on its numbers alone, and sums have a fixed order, so all machines and
 ``workers.native`` get the same bits.
 
-Source: the search over scales of ``make_qkx2_quants`` in llama.cpp's ggml-quants.c; here each error
-includes the rounding of scale and zero point.
+Source: the search over scales of ``make_qkx2_quants`` in llama.cpp's ggml-quants.c; unlike there,
+each error includes the rounding of scale and zero point.
 """
 
 from __future__ import annotations

@@ -162,7 +162,8 @@ class CompiledGrammar:
     def replay(self, matcher: llguidance.LLMatcher, output: Sequence[int]) -> bool:
         """Add the tokens of an output to a parser; return whether all could be added.
 
-        Masks are computed as in the first run, as a Lark grammar may count tokens (``max_tokens``).
+        For a Lark grammar, a mask is computed before each token, as when the output was generated,
+        because such a grammar may count tokens (``max_tokens``).
         """
         if self.grammar.kind is not GrammarKind.LARK:
             return not output or bool(matcher.consume_tokens(list(output)))

@@ -1,4 +1,4 @@
-"""Guesses the next tokens of a text: those that followed the same last tokens earlier. Pure.
+"""Guesses the next tokens of a text: the tokens that followed the same last tokens earlier. Pure.
 
 Source: prompt lookup decoding (Saxena 2023), as in vLLM's n-gram method. A guess does not search
 the text: each position stores the previous position with the same few tokens before it, so that the

@@ -84,8 +84,8 @@ class Speculator:
     ) -> list[tuple[int, ...]]:
         """Return the draft tokens of all sequences, at most ``max_tokens`` together.
 
-        If there are more, those with the highest probability of acceptance are kept. Of equally
-        likely tokens, each step prefers those of another sequence.
+        If there are more, the tokens with the highest probability of acceptance are kept. Among
+        equally likely tokens, successive steps prefer different sequences.
         """
         drafts = [self.draft(sequence) for sequence in sequences]
         if sum(map(len, drafts)) <= max_tokens:

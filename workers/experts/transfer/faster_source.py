@@ -67,8 +67,8 @@ class FasterSource:
         return {name: _rate(last) for name, last in self._last.items()}
 
     def weights(self, bank: BankSpec, expert: int, dtype: torch.dtype) -> Iterator[ExpertWeight]:
-        """Yield all matrices of an expert from one source. If it fails, the next source yields all
-        matrices again.
+        """Yield all matrices of an expert from one source. If the source fails, the next one yields
+        all matrices again.
 
         Raises the error of the first source in ``sources`` if all sources fail.
         """

@@ -3,9 +3,10 @@
     controller ── LoadExperts(order, experts, source) ─▶ control thread ─▶ ExpertLoader's queue
     controller ◀─ ExpertsLoaded(order, error, num_bytes) ─ loader thread, after the last matrix
 
-All loads after the start happen here: experts of a lost worker (``source`` kind ``checkpoint``),
-and experts that a rebalance moves. A new kind of source is an ``ExpertSource`` and an entry in the
-mapping of ``ExpertLoader``; ``source`` in the command names the kind and its parameters.
+All loads after the start are commands to this thread: experts of a lost worker (``source`` kind
+``checkpoint``), and experts that a rebalance moves. A new kind of source is an ``ExpertSource`` and
+an entry in the mapping of ``ExpertLoader``; ``source`` in the command names the kind and its
+parameters.
 
 A command fills only slots that no current placement uses, so no step reads a slot while it is being
 written. A command for other slots comes from a controller that does not know the current placement,
