@@ -191,7 +191,7 @@ class EngineClient:
             self._report(RequestChange.QUEUED_ALONE, entry)
 
     def _deliver_step(self, step: StepOutput) -> None:
-        """Pass the outputs of a step to their sinks, first tokens of choices before the others."""
+        """Pass a step's outputs to their sinks, first tokens of choices before later tokens."""
         now_s = time.monotonic()
         entries = []
         for output in sorted(step.outputs, key=lambda output: output.index > 0):

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from workers.requests.block_hash import KvEvents
 
 _SKIP_BLOCKS = 16
-"""Number of blocks that a search skips if all workers with the blocks before have the last one."""
+"""Number of blocks that a search skips at once if all workers with the preceding blocks also have
+the last skipped block."""
 
 
 @dataclass(slots=True)

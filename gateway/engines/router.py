@@ -27,8 +27,8 @@ mean time to the first token is flat from 1 to 3; larger values make bursts with
 wait longer.
 """
 DECODE_TOKENS = 64
-"""Delay that each decoding sequence of a worker adds to a new prompt there, in units of the time to
-compute one prompt token."""
+"""Delay that each decoding sequence of a worker adds to a new prompt at the worker, in units of the
+time to compute one prompt token."""
 SESSION_TOKENS = 64
 """Preference, in prompt tokens, for the worker that served the last request of a session. This
 worker caches more of the session than the full blocks of the new prompt."""

@@ -11,7 +11,7 @@ MAX_SESSIONS = 8192
 
 
 class SessionAffinity:
-    """Maps each session of a tenant to the worker of its last request."""
+    """Maps each session of a tenant to the worker of the session's last request."""
 
     def __init__(self) -> None:
         self._workers: dict[str, OrderedDict[str, str]] = {}

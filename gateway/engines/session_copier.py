@@ -63,7 +63,7 @@ def pick_copy_target(keepers: Sequence[CopyTarget], num_prompt: int, key: str) -
 
 
 class SessionCopier:
-    """Requests copies of the KV blocks of sessions on a second worker, in case the first is lost.
+    """Requests copies of the KV blocks of sessions on a second worker, in case a worker is lost.
 
     All methods run on the event loop.
 

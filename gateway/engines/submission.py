@@ -24,7 +24,7 @@ MAX_RETURNS_WITHOUT_ADAPTER = 3
 """Number of times that workers without a request's adapter may hand it back before it fails."""
 MAX_UNACKNOWLEDGED_DEATHS = 2
 """Number of workers that died before they acknowledged a request, after which the gateway sends
-only one such request at a time."""
+only one request with this many deaths at a time."""
 MAX_TOTAL_UNACKNOWLEDGED_DEATHS = 5
 """Number of workers that died before they acknowledged a request, after which the request fails."""
 
