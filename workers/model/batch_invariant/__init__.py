@@ -1,4 +1,4 @@
-"""Products and attention whose results do not depend on the batch, for ``--deterministic``.
+"""Products and attention in which a row's bits do not depend on its batch, for ``--deterministic``.
 
 Imports ``workers.model``.
 """

@@ -2,10 +2,10 @@
 
 Keys and values are read in tiles of 64 positions, always from position 0 of their sequence. The
 shape of each tile's products does not depend on the batch, except for the number of query rows,
-which has no effect from four rows on (``invariant`` checks that at the start). Masked positions
-contribute exactly zero, and tiles are added in order. So the result of a row has the same bits in
-any batch, with any block table, in a chunk of any size, and as a decode row or as a prompt row. All
-computation is in float32.
+which has no effect from four rows on (``invariant`` checks this when the worker starts). Masked
+positions contribute exactly zero, and tiles are added in order. So the result of a row has the same
+bits in any batch, with any block table, in a chunk of any size, and as a decode row or as a prompt
+row. All computation is in float32.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from workers.model.batch_invariant.row_invariance import MAX_ROWS
 
 TILE = 64
 _MIN_QUERIES = 4
-"""Minimum query rows of a product; fewer rows are padded."""
+"""Minimum number of query rows of a product; fewer rows are padded with zeros."""
 _PIECE_ELEMENTS = 1 << 20
-"""Maximum elements of queries, scores and outputs of prompt rows in memory at a time."""
+"""Maximum number of elements of queries, scores and outputs of prompt rows that are in memory at a
+time."""
 
 
 def attend_tiles(
@@ -49,7 +50,8 @@ def attend_tiles(
 def _decode(
     scaled: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """Attend with decode rows: [rows, K, A / K, V] float32."""
+    """Attend with a group of decode rows; ``scaled`` queries [T, K, A / K, D] -> [rows, K, A / K,
+    V] float32."""
     rows, sinks = group.last - group.first, batch.sinks
     found = _gather(cache, group.blocks.view(rows, -1), space, batch)
     heads = scaled[group.first : group.last].transpose(0, 1)
@@ -61,7 +63,8 @@ def _decode(
 def _prefill(
     scaled: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
 ) -> list[Tensor]:
-    """Attend with prompt rows: [rows, K, A / K, V] float32 in pieces that fit the memory limit."""
+    """Attend with the rows of a prompt chunk; ``scaled`` queries [T, K, A / K, D] -> list of pieces
+    [rows, K, A / K, V] float32, each small enough for the memory limit."""
     keys, values = _gather(cache, chunk.blocks.view(1, -1), space, batch)
     num_kv_heads, group_size, head_dim = scaled.shape[1:]
     per_row = num_kv_heads * group_size * keys.shape[2] * (2 * head_dim + TILE)
@@ -88,8 +91,8 @@ def _prefill(
 def _gather(
     cache: Tensor, tables: Tensor, space: Workspace, batch: AttentionBatch
 ) -> tuple[Tensor, Tensor]:
-    """Gather keys and values [K, rows, tiles, TILE, D or V] float32 of block tables [rows,
-    blocks]."""
+    """Gather the keys [K, rows, tiles, TILE, D] and values [K, rows, tiles, TILE, V] of block
+    tables [rows, blocks], as float32."""
     num_blocks, block_size = cache.shape[1:3]
     per_tiles = math.lcm(block_size, TILE) // block_size
     # The last block of the cache is the null block: zeros.
@@ -109,7 +112,8 @@ def _attend(
     """Attend with heads [K, rows, M, D] float32 to ``found`` (see ``_gather``): [K, rows, M, V].
 
     lengths [rows, M]: number of positions that a query attends to, at least one; with a ``window``,
-    only the last ``window`` of them. sinks [K, M]: see ``AttentionBatch``.
+    the query attends to the last ``window`` of these positions. sinks [K, M]: attention sinks, see
+    ``AttentionBatch.sinks``.
     """
     num_kv_heads, rows, num_queries, head_dim = heads.shape
     missing = _MIN_QUERIES - num_queries

@@ -1,8 +1,8 @@
 """Batch-invariant building blocks, for ``--deterministic``.
 
 Each product is tested when it is made (``row_invariance``). If a variant fails the test, the next
-one is tried; if all fail, the worker does not start (``ConfigError``). Requires a single compute
-thread: several threads would split sums and products according to the number of rows.
+variant is tried; if all fail, the worker does not start (``ConfigError``). Requires a single
+compute thread: several threads would split sums and products according to the number of rows.
 """
 
 from __future__ import annotations
@@ -41,28 +41,32 @@ from workers.model.layers import Attend, Linear, rms_norm
 from workers.model.rope import Rope, RopeConfig
 
 MIN_ROWS = 8
-"""Minimum rows of a product; fewer rows are padded."""
+"""Minimum number of rows of a product; fewer rows are padded with zeros."""
 MIN_PACKED_ROWS = 2
-"""Minimum rows of a product with packed weights."""
+"""Minimum number of rows of a product whose weight is in oneDNN's packed layout; fewer rows are
+padded with zeros."""
 BLOCK_ROWS = 32
-"""Fixed number of rows of each product, used if padding to a minimum is not enough."""
+"""Fixed number of rows of a product, for machines on which a minimum is not enough for batch
+invariance."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProductVariant:
-    """A way to compute a product: layout of the weight and number of rows."""
+    """Way to compute a linear product: layout of the weight, and numbers of rows."""
 
     may_pack: bool
-    """Whether to use oneDNN's layout of the weight, if it is faster."""
+    """Whether the weight may be in oneDNN's packed layout, if this is faster."""
     block_rows: int = 0
-    """Fixed number of rows of all products; 0: any number from a minimum to ``MAX_ROWS``."""
+    """Fixed number of rows with which every product is computed; 0: any number from a minimum to
+    ``MAX_ROWS``."""
 
 
 LINEAR_FORMS = (ProductVariant(True), ProductVariant(False), ProductVariant(False, BLOCK_ROWS))
 
 
 class RowInvariantLinear(Linear):
-    """``Linear`` whose products have only tested numbers of rows: it pads few and splits many."""
+    """``Linear`` in which a row's bits do not depend on other rows: pads few rows and splits many,
+    so that products have only numbers of rows that were tested."""
 
     __slots__ = ("_max_rows", "_min_rows")
 
@@ -96,12 +100,14 @@ class RowInvariantLinear(Linear):
 
 
 class RowInvariantBlocks(BuildingBlocks):
-    """Building blocks that use, for each shape, the first variant that passes a test."""
+    """Batch-invariant building blocks: for each shape of a product, they use the first variant in
+    ``LINEAR_FORMS`` that passes a test on this machine."""
 
     are_exact: ClassVar[bool] = True
 
     def __init__(self, device: torch.device, agree: Agree = rows_agree) -> None:
-        """``agree`` tests a variant. Raises ``ConfigError`` for devices other than a CPU."""
+        """``agree``: test of whether a function is batch-invariant. Raises ``ConfigError`` for
+        devices other than a CPU."""
         check_device(device)
         super().__init__()
         self._agree = agree
@@ -114,7 +120,8 @@ class RowInvariantBlocks(BuildingBlocks):
         may_pack: bool = True,
         may_quantize: bool = True,
     ) -> Linear:
-        """Return a linear product in the first row-invariant variant. Raises ``ConfigError``."""
+        """Return a linear product, computed with the first variant that is batch-invariant. Raises
+        ``ConfigError`` if none is."""
         key = (weight.shape, weight.dtype, bias is None, may_pack)
         if key in self._forms:
             return RowInvariantLinear(weight, bias, self._forms[key], self._compute_threads)
@@ -128,15 +135,17 @@ class RowInvariantBlocks(BuildingBlocks):
         raise refusal(f"the product with a {weight.dtype} matrix {list(weight.shape)}")
 
     def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:
-        """Return a product for each head. Raises ``ConfigError``."""
+        """Return batch-invariant products for each head of latent attention. Raises ``ConfigError``
+        if this machine has none."""
         return LinearHeadProducts(weight, plain_dim, self.linear)
 
     def delta_net(self, net: DeltaNet) -> Mix:
-        """See ``BuildingBlocks``. Computes row by row."""
+        """Return the function that computes a Gated DeltaNet layer row by row."""
         return TorchDeltaNet(net, row_by_row=True)
 
     def attention(self, config: ModelConfig, dtype: torch.dtype) -> Attend:
-        """See ``BuildingBlocks``. Attention over tiles. Raises ``ConfigError``."""
+        """Return batch-invariant attention, ``attend_tiles``. Raises ``ConfigError`` if tests show
+        that attention, norm or softmax are not batch-invariant on this machine."""
         norm = random_rows(config.hidden_size, dtype=dtype)
         rows = random_rows(NUM_TRIED_ROWS, config.hidden_size, dtype=dtype)
         if not self._agree(lambda x: rms_norm(x, norm, config.rms_norm_eps), rows):
@@ -151,12 +160,13 @@ class RowInvariantBlocks(BuildingBlocks):
     def rope(
         self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
     ) -> Rope:
-        """See ``BuildingBlocks``. Rotations in the step are computed row by row."""
+        """Return a rotary embedding in which a row's bits do not depend on other rows."""
         return Rope(config, max_positions, dtype, device, row_by_row=True)
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ``ConfigError`` for a device with kernels that have not been tested."""
+    """Raise ``ConfigError`` for a device that batch-invariant blocks do not support: all except
+    CPUs."""
     if device.type != "cpu":
         raise ConfigError("deterministic", True, f"needs device cpu (is {device.type})")
 
@@ -168,7 +178,8 @@ def tiles_agree(
     dtype: torch.dtype,
     latent_rank: int | None = None,
 ) -> bool:
-    """Whether a position's output has the same bits in a whole prompt, a chunk and a decode."""
+    """Return whether ``attend_tiles`` computes the same bits for a position in a whole prompt, in
+    chunks of the prompt, and as a decode row."""
     trial = _AttentionTrial(num_heads, num_kv_heads, head_dim, dtype, latent_rank)
     whole = trial.prefill(0, trial.length)
     for bounds in ((0, 1, 2, 5, 12, 64, 65, 130), (0, 3, 67, 130), (0, 129, 130)):
@@ -215,7 +226,8 @@ class _AttentionTrial:
         return self._attend(torch.arange(first, last), (), (chunk,))
 
     def decode(self, positions: range | tuple[int, ...]) -> Tensor:
-        """Return outputs of ``positions`` as decode rows, each of a sequence that ends there."""
+        """Return the outputs of ``positions`` as decode rows, each as if the sequence ended at this
+        position."""
         rows = torch.tensor(list(positions))
         blocks = torch.arange(self._num_blocks).repeat(len(rows))
         width = self._num_blocks * self._block_size

@@ -21,24 +21,27 @@ from workers.native.matrix import Matrix
 from workers.native.thread_team import ThreadTeam
 
 _SHAPES = ((96, 40), (520, 130))
-"""[out, half of in] of products: one too small for packing, one large enough."""
+"""(out, half of in) of the products in a fingerprint: the first is too small for oneDNN's packed
+layout, the second is large enough."""
 _NUM_ROWS = 12
 
 
 def torch_digest(with_products: bool) -> str:
-    """Return 8 hex digits of a hash of torch's results: of all operators that are used, and of
-    products if ``with_products`` (native kernels do not compute them).
+    """Return a fingerprint of torch's arithmetic: 8 hex digits of a hash of results for fixed
+    inputs.
 
+    ``with_products``: whether to include linear products; False if native kernels compute them.
     Takes some milliseconds.
     """
     return _digest(_torch_results(with_products))
 
 
 def arithmetic_of(library: Library, dtype: torch.dtype) -> str:
-    """Return the arithmetic of a library's kernels: its name, and 8 hex digits of their results.
+    """Return the arithmetic of a library of native kernels: a name, and 8 hex digits of a hash of
+    the kernels' results for fixed inputs.
 
-    ``float32`` is the same on all instruction sets; ``bfloat16-fma`` sums like float32, and
-    ``bfloat16-dot`` uses the processor's dot products, which round differently.
+    The name ``float32`` is the same for all instruction sets; ``bfloat16-fma`` sums like float32,
+    and ``bfloat16-dot`` uses the processor's dot products, which round differently.
     """
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.bfloat16:
@@ -55,7 +58,7 @@ def _digest(results: Iterator[Tensor]) -> str:
 
 
 def _torch_results(with_products: bool) -> Iterator[Tensor]:
-    """Yield the outputs of torch's building blocks for fixed inputs."""
+    """Yield the results of the torch operators that models use, for fixed inputs."""
     for dtype in (torch.float32, torch.bfloat16):
         for out, width in _SHAPES:
             weight, rows = _operands(out, width, dtype)
@@ -73,7 +76,7 @@ def _torch_results(with_products: bool) -> Iterator[Tensor]:
 
 
 def _native_results(library: Library, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the outputs of compiled kernels for fixed inputs."""
+    """Yield the results of native matrix products for fixed inputs."""
     team = ThreadTeam(library, 1)
     for out, width in _SHAPES:
         weight, rows = _operands(out, width, dtype)
@@ -81,10 +84,10 @@ def _native_results(library: Library, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _operands(out: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a weight [out, 2 * width] and rows whose products would be 0 without rounding of
-    sums.
+    """Return a weight [out, 2 * width] and rows [_NUM_ROWS, 2 * width] whose products would be 0
+    without rounding.
 
-    The second half of each sum subtracts the first, term by term, so that only its rounding errors
+    The second half of each sum subtracts the terms of the first half, so that only rounding errors
     remain.
     """
     weight, rows = _numbers(out, width).to(dtype), _numbers(_NUM_ROWS, width).to(dtype)

@@ -1,1 +1,1 @@
-"""A model on a GPU: attention, attention sublayers, and the device."""
+"""Parts of a model on a GPU: attention, attention sublayers, and properties of the device."""

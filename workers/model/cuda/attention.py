@@ -1,9 +1,9 @@
-"""Attention on a GPU with kernels that read the cache in place. Reference:
-``workers.model.attention``.
+"""Attention on a GPU with kernels that read the KV cache in place. Results are those of
+``workers.model.attention`` up to rounding.
 
-A chunk that begins its sequence attends only to keys of the current step, so torch's SDPA runs
-FlashAttention for it. For float32 or with a mask, SDPA does not use FlashAttention; with grouped
-heads it then keeps all scores in memory, so these cases use the kernels.
+A chunk that begins its sequence attends only to keys of the current step, so torch's SDPA computes
+it with FlashAttention. For float32 or with a mask, SDPA does not use FlashAttention, and with
+grouped heads keeps all scores in memory; in these cases the kernels are used.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from workers.model.attention_batch import (
 def attend_in_place(
     queries: Tensor, keys: Tensor, values: Tensor | None, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """GPU version of ``attention.attend``, with the same arguments and equal up to rounding.
+    """Write the rows' keys and values to the KV cache and attend, with GPU kernels.
 
-    Latent caches are not supported.
+    Has the arguments and, up to rounding, the result of ``attention.attend``. Latent attention
+    (``values`` None) is not supported.
     """
     assert values is not None, "a latent cache"
     write_rows(keys, values, cache, batch.slot_mapping)
@@ -40,11 +41,10 @@ def attend_in_place(
 def attend_written(
     queries: Tensor, keys: Tensor, values: Tensor, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """``attend_in_place`` for rows with keys and values already in the cache; queries are
-    contiguous.
+    """Attend like ``attend_in_place``, for rows whose keys and values are already in the cache.
 
-    An fp8 cache is dequantized piece by piece, for which the batch needs ``decodes`` and
-    ``prefills``; for other caches it needs ``paged``.
+    ``queries`` are contiguous. An fp8 cache is dequantized piece by piece, for which the batch
+    needs ``decodes`` and ``prefills``; for other caches, the batch needs ``paged``.
     """
     assert batch.scale is None, "the kernels have a scale of their own"
     assert batch.latent_rank is None, "latent caches have no kernel"
@@ -66,10 +66,12 @@ def attend_written(
 def warm_kernels(
     cache: Tensor, num_heads: int, windows: Collection[int], max_length: int, has_sinks: bool
 ) -> None:
-    """Compile all variants of the kernels that sequences of up to ``max_length`` tokens need.
+    """Compile all variants of the attention kernels that sequences of up to ``max_length`` tokens
+    need.
 
     cache [2 * K, num_blocks, block_size, D] in the dtype of the queries; it is not written.
-    ``has_sinks``: see ``AttentionBatch.sinks``.
+    ``windows``: widths of the model's sliding windows. ``has_sinks``: whether the model has
+    attention sinks.
     """
     from workers.cuda.decode_attention import decode, num_splits
     from workers.cuda.prefill_attention import prefill
@@ -136,7 +138,8 @@ def _attend_paged(
 
 
 def _plain_causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend causally with the first n tokens: queries [n, A, D], keys, values [n, K, D]."""
+    """Attend causally with the first n tokens of a sequence, using torch's SDPA: queries [n, A, D],
+    keys and values [n, K, D] -> [n, A, D]."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (queries, keys, values))
     has_groups = queries.shape[1] != keys.shape[1]
     output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=has_groups)
@@ -151,7 +154,8 @@ def _attend_piece(
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Attend with the rows of a piece to its blocks, after copying these into a small cache."""
+    """Attend with the rows of a piece: copy the piece's blocks of the cache, dequantized, to
+    scratch memory, and run a kernel on the copy. Writes the result to ``out``."""
     from workers.cuda.decode_attention import decode
     from workers.cuda.prefill_attention import prefill
 

@@ -1,4 +1,4 @@
-"""Makes the parts of a model on a GPU."""
+"""Factory of the parts of a model on a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from workers.model.layers import Attend
 
 
 class CudaBlocks(BuildingBlocks):
-    """Makes parts that compute with torch, except attention, which uses GPU kernels."""
+    """Building blocks for a GPU: the attention sublayer uses GPU kernels, all other parts torch."""
 
     def sublayer(self, half: TorchAttentionSublayer) -> StagedSublayer:
         return CudaAttentionSublayer(half)

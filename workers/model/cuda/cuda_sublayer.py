@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 
 class CudaAttention:
-    """``HeadAttention`` with GPU kernels; results differ only in the order of sums."""
+    """Attention from projected rows to attended values with GPU kernels. Results differ from those
+    of ``HeadAttention`` only in the order of sums."""
 
     def __init__(self, attention: HeadAttention) -> None:
         self._attention = attention
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Attend from projected rows; see ``RowAttention``."""
+        """Attend: projected queries, keys and values of T rows -> attended values; see
+        ``RowAttention.attend_rows``."""
         from workers.cuda.heads import prepare_heads
 
         shape, batch = self._attention.shape, self._attention.batch(context)
@@ -57,7 +59,8 @@ class CudaAttention:
 
 
 class CudaAttentionSublayer(CudaAttention):
-    """``TorchAttentionSublayer`` with GPU kernels; results differ only in the order of sums."""
+    """Attention sublayer with GPU kernels. Results differ from those of ``TorchAttentionSublayer``
+    only in the order of sums."""
 
     def __init__(self, half: TorchAttentionSublayer) -> None:
         super().__init__(half)
@@ -75,7 +78,7 @@ class CudaAttentionSublayer(CudaAttention):
         return self.leave(hidden, projected, context)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """Run the stage before attention; see ``SublayerStages``."""
+        """Run the stage before attention, only for routed projections: first norm, router."""
         from workers.cuda.norms import norm
 
         parts = self._half.projections
@@ -84,7 +87,7 @@ class CudaAttentionSublayer(CudaAttention):
         return normed, _route(parts.router, normed, context)
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
-        """Run the stage after attention; see ``SublayerStages``."""
+        """Run the stage after attention: residual sum, second norm, router."""
         from workers.cuda.norms import sum_and_norm
 
         half = self._half
@@ -109,7 +112,7 @@ def _route(router: Router, rows: Tensor, context: LayerContext) -> Routes:
 
 
 def choice_of(routing: Routing) -> RoutingParams:
-    """Return the kernel's parameters for a router without groups."""
+    """Return the parameters of the GPU routing kernel for a router without expert groups."""
     from workers.cuda.routing import RoutingParams
 
     return RoutingParams(

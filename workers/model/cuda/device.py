@@ -11,11 +11,11 @@ from cluster.config.gpu_memory import GpuMemory
 _HAS_NVML = find_spec("pynvml") is not None
 """Whether torch can ask the driver how busy a GPU is."""
 _TRANSFERS_PER_CLOCK = 2
-"""Transfers per clock: GPU memory has double data rate, and CUDA reports its clock."""
+"""Transfers per clock cycle of GPU memory (double data rate); CUDA reports the clock."""
 
 
 def gpu_facts(device: torch.device) -> tuple[str, float]:
-    """Return the GPU's name and its memory bandwidth in bytes per second; 0 if unknown."""
+    """Return the GPU's name and its memory bandwidth in bytes per second (0: unknown)."""
     found = torch.cuda.get_device_properties(device)
     kilohertz = getattr(found, "memory_clock_rate", 0)
     bits = getattr(found, "memory_bus_width", 0)
@@ -23,7 +23,8 @@ def gpu_facts(device: torch.device) -> tuple[str, float]:
 
 
 def gpu_memory(device: torch.device, share: float = 1.0) -> GpuMemory:
-    """Free torch's cached memory; return the memory of a GPU. ``share``: see ``GpuMemory``."""
+    """Return a GPU's memory sizes, after freeing the memory that torch caches. ``share``: share of
+    the GPU that the worker may use."""
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return GpuMemory(
@@ -35,7 +36,8 @@ def gpu_memory(device: torch.device, share: float = 1.0) -> GpuMemory:
 
 
 def gpu_stats(device: torch.device) -> dict[str, float]:
-    """Return gauges of a GPU by metric name without prefix; none on CPUs. Any thread."""
+    """Return gauges of a GPU by metric name without prefix; empty for a CPU. May be called on any
+    thread."""
     if device.type != "cuda":
         return {}
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)

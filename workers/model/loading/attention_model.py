@@ -1,4 +1,4 @@
-"""Loads the attention side of a model from a checkpoint into the building blocks of one device."""
+"""Loads a model without its routed experts from a checkpoint, as attention workers need it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ def load_attention_model(
     team: ThreadTeam | None = None,
     form: WeightFormat | None = None,
 ) -> AttentionModel:
-    """Load everything except the routed experts. ``max_positions`` bounds the table of rotations.
+    """Load a model without its routed experts; close the checkpoint's files afterwards.
 
-    With a ``team``, native kernels compute on the CPU. Otherwise ``compute_threads`` share large
-    products; None: the calling thread computes alone, as it does on a GPU or if ``deterministic``.
-    ``form``: see ``NativeBlocks``; it requires a team.
+    ``max_positions``: number of positions in the table of the rotary embedding; None: the model's
+    context. On a CPU with a ``team``, native kernels compute. Without a team, ``compute_threads``
+    share large products; None: the calling thread computes alone, as it always does on a GPU or if
+    ``deterministic``. ``form``: format to which native products are quantized while they are
+    loaded; None: not quantized. It requires a team.
 
     Raises ``CheckpointError``, and ``ConfigError`` if this machine cannot be deterministic.
     """

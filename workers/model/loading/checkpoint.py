@@ -30,7 +30,7 @@ from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes loaded, total bytes) after each tensor."""
+"""Progress callback, called with (bytes loaded, total bytes) after each tensor."""
 
 _DTYPES = {
     "F32": torch.float32,
@@ -39,9 +39,9 @@ _DTYPES = {
     scaled_blocks.DTYPE: torch.float8_e4m3fn,
 }
 _BLOCK_DTYPES = {mxfp4.DTYPE: torch.uint8}
-"""Dtypes of numbers in blocks of MXFP4."""
+"""Dtypes allowed for MXFP4 blocks and their scales, by safetensors name."""
 _PACKED_DTYPES = {**_DTYPES, "I32": torch.int32}
-"""Dtypes of packed integers, their scales and zero points."""
+"""Dtypes allowed for packed integers, their scales and zero points, by safetensors name."""
 
 
 class Checkpoint:
@@ -55,8 +55,10 @@ class Checkpoint:
         *,
         has_predictor: bool = False,
     ) -> None:
-        """Read config and headers. ``quantize`` as in ``ModelSection``; ``has_predictor``: see
-        ``Family.with_predictor``.
+        """Read ``config.json`` and the headers of the weight files in the folder ``path``.
+
+        ``quantize``: format of the experts in workers (``--quantize``). ``has_predictor``: whether
+        to include the multi-token prediction layer (MTP).
 
         Raises ``CheckpointError`` naming the problem, and ``ConfigError`` if the model cannot be
         quantized.
@@ -68,12 +70,12 @@ class Checkpoint:
         stamps = {file: FileStamp.of(file) for file in weights.files}
         headers, digest = _read_headers(self.path, stamps)
         self.files = MappedFiles(headers, stamps)
-        """Files of this thread, mapped while weights are read."""
+        """Weight files of the thread that uses this object, mapped while weights are read."""
         self.tensors, self._unclear = weights.choose(headers)
         """All readable tensors by name."""
         self.checkpoint_id = _checkpoint_id(digest, self.tensors, headers, self.path)
-        """Hash of config.json, all headers, the file of each tensor, sizes and samples of the data
-        (16 hex digits)."""
+        """Hash that identifies the checkpoint, 16 hex digits: of config.json, of all headers, and
+        of sizes and samples of the weight files."""
         self.loaded_bytes = 0
         """Bytes on disk that were read so far."""
         self._progress = progress
@@ -81,38 +83,38 @@ class Checkpoint:
         dtypes = {name: entry.dtype for name, entry in self.tensors.items()}
         self.family.banks = kept_banks(quantize, self.family, dtypes)
         self.keeps_codes = quantize == "auto"
-        """Whether experts with a format (``ExchangeSpec.form``) are stored in that format on disk;
-        otherwise they are quantized during loading.
+        """Whether experts that workers keep in a quantized format (``ExchangeSpec.form``) are
+        stored in this format on disk; False: they are quantized during loading.
         """
 
     def another(self) -> Checkpoint:
-        """Return an object for another thread to read the same checkpoint; it shares the headers.
-
-        It reports no progress.
-        """
+        """Return a ``Checkpoint`` with which another thread can read the same files. It shares the
+        headers with this object and reports no progress."""
         twin = copy(self)
         twin.files, twin._progress = self.files.another(), None
         return twin
 
     def expect(self, num_bytes: int) -> None:
-        """Announce bytes that will be read, for the progress callback."""
+        """Add bytes that will be read to the total that the progress callback reports."""
         self._total_bytes += num_bytes
 
     def count(self, num_bytes: int) -> None:
-        """Report that announced bytes are in memory, read here or received."""
+        """Report to the progress callback that further bytes are in memory, read from disk or
+        received from another worker."""
         self.loaded_bytes += num_bytes
         if self._progress is not None:
             self._progress(self.loaded_bytes, max(self._total_bytes, self.loaded_bytes))
 
     def num_bytes(self, part: TensorPart) -> int:
-        """Return the bytes on disk of a part, including its scales."""
+        """Return the bytes on disk of a part of a tensor, including scales and zero points."""
         total = sum(entry.num_bytes for entry in self._entries(part))
         if part.index is not None:
             total //= max(part.shape[0], 1)
         return total if part.rows is None else total // part.rows[1]
 
     def _entries(self, part: TensorPart) -> list[TensorEntry]:
-        """Return the tensors on disk that make up a part."""
+        """Return the tensors on disk in which a part is stored: one tensor or, for quantized
+        values, also their scales and zero points."""
         if part.is_mxfp4:
             return [self._entry(own, _BLOCK_DTYPES) for own in mxfp4.stored_parts(part)]
         if (packed := self._packed_parts(part)) is not None:
@@ -123,7 +125,8 @@ class Checkpoint:
         return [entry]
 
     def _packed_parts(self, part: TensorPart) -> list[TensorPart] | None:
-        """Return the tensors of a matrix that is stored as packed integers; None if it is not."""
+        """Return the tensors of a matrix that is stored as packed integers; None if the matrix is
+        stored in another way."""
         stored = self.config.stored
         if stored is None:
             return None
@@ -135,7 +138,8 @@ class Checkpoint:
         return packed_integers.stored_parts(part, stored)
 
     def expert_bytes(self, bank: BankSpec, expert: int) -> int:
-        """Return the bytes on disk of an expert in all exchanges of its bank."""
+        """Return the bytes on disk of one expert, with its matrices in all exchanges of the
+        bank."""
         return sum(map(self.num_bytes, self._expert_parts(bank, expert)))
 
     def _expert_parts(self, bank: BankSpec, expert: int) -> Iterator[TensorPart]:
@@ -144,7 +148,8 @@ class Checkpoint:
                 yield from matrix.parts
 
     def read_quantized(self, matrix: ExpertMatrix, form: WeightFormat) -> QuantizedMatrix:
-        """Return one matrix of an expert as stored, if the checkpoint ``keeps_codes``.
+        """Return one matrix of an expert in the quantized format in which it is stored (only if
+        ``keeps_codes``).
 
         The result may share the memory of the mapped file, valid until the checkpoint is closed.
         """
@@ -165,7 +170,7 @@ class Checkpoint:
         return scaled_blocks.as_stored(*self._scaled(part), form)
 
     def _unpacked(self, part: TensorPart, packed: Sequence[TensorPart]) -> QuantizedMatrix:
-        """Return a matrix that is stored as packed integers."""
+        """Return a matrix that is stored as packed integers, still quantized."""
         stored = self.config.stored
         assert stored is not None
         tensors = [self._stored(own, _PACKED_DTYPES) for own in packed]
@@ -178,17 +183,18 @@ class Checkpoint:
     def read_stacked(
         self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """Stack parts [rows_i, ..] row over row: [sum of rows_i, ..], in ``out`` if given.
+        """Read parts [rows_i, ..] and stack them row over row: [sum of rows_i, ..] on the CPU.
 
-        The result is converted to ``dtype`` and newly allocated on the CPU.
+        The numbers are dequantized and converted to ``dtype``. ``out``: memory for the result;
+        None: new memory.
         """
         return self._stack(parts, map(self._mapped, parts), dtype, out)
 
     def borrow(
         self, parts: Sequence[TensorPart], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """``read_stacked`` for a caller that copies the result. If possible, returns memory of the
-        mapped file itself."""
+        """Like ``read_stacked``, for a caller that only copies from the result: if possible,
+        returns memory of the mapped file, which is valid until the checkpoint is closed."""
         found = [self._mapped(part) for part in parts]
         whole = joined(found) if all(t.dtype == dtype for t in found) else None
         if whole is None:
@@ -235,7 +241,8 @@ class Checkpoint:
         return entry
 
     def _scales(self, part: TensorPart) -> tuple[TensorPart, tuple[int, int]]:
-        """Return the scales of a float8 matrix, and the size of a block with one scale."""
+        """Return the tensor with the scales of a float8 matrix, and the size (rows, columns) of a
+        block that has one scale."""
         stored = self.config.stored
         if stored is None or stored.method != "fp8" or len(part.part_shape) != 2:
             raise CheckpointError(
@@ -245,7 +252,8 @@ class Checkpoint:
         return scaled_blocks.scales_of(part, stored.block), stored.block
 
     def _mapped(self, part: TensorPart) -> Tensor:
-        """Return the mapped file's memory, or new memory for a matrix that is quantized on disk."""
+        """Return a part, dequantized: in memory of the mapped file, or in new memory if the part is
+        quantized on disk."""
         if part.is_mxfp4:
             parts = mxfp4.stored_parts(part)
             return mxfp4.decoded(*(self._stored(own, _BLOCK_DTYPES) for own in parts))
@@ -256,7 +264,8 @@ class Checkpoint:
         return scaled_blocks.unscaled(*self._scaled(part))
 
     def _scaled(self, part: TensorPart) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Return a float8 matrix as stored, its scales, and the size of a block with one scale."""
+        """Return a float8 matrix as stored, its scales, and the size (rows, columns) of a block
+        that has one scale."""
         scales, block = self._scales(part)
         stored = self._stored(part)
         scaled_blocks.check_codes(stored, part.name)
@@ -271,7 +280,8 @@ class Checkpoint:
 def _read_headers(
     path: Path, stamps: Mapping[Path, FileStamp]
 ) -> tuple[dict[Path, dict[str, TensorEntry]], Any]:
-    """Return all tensors of each file, and a hash object of config.json and the headers."""
+    """Return the tensors by name of each file, and a hash object of config.json, the headers and
+    the samples in ``stamps``."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     headers: dict[Path, dict[str, TensorEntry]] = {}
     for file, stamp in stamps.items():
@@ -288,7 +298,8 @@ def _checkpoint_id(
     headers: Mapping[Path, Mapping[str, TensorEntry]],
     path: Path,
 ) -> str:
-    """Return the id. It covers the file chosen for each tensor that several files have."""
+    """Return the checkpoint id. Add to ``digest`` the chosen file of each tensor that several files
+    have."""
     copies = Counter(name for header in headers.values() for name in header)
     for name, entry in sorted(tensors.items()):
         if copies[name] > 1:

@@ -15,26 +15,28 @@ from workers.model.loading.expert_format import kept_banks
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSummary:
-    """Result of ``check_checkpoint`` and ``plan_checkpoint``."""
+    """Model family and sizes of a checkpoint, from ``check_checkpoint`` or ``plan_checkpoint``."""
 
     family: Family
     checkpoint_id: str
     attention_bytes: int
-    """Bytes on disk that each attention worker loads; 0 if nothing is on disk."""
+    """Bytes on disk that each attention worker loads; 0 if only ``config.json`` was read."""
     expert_bytes: int
-    """Bytes on disk of all experts of all banks together."""
+    """Bytes on disk of all experts of all banks together; 0 if only ``config.json`` was read."""
     attention_weights: int
-    """Number of weights that an attention rank holds."""
+    """Number of weights (parameters) that each attention worker holds."""
     attention_values: int
-    """Number of weights that an attention rank reads in each step, without an untied embedding."""
+    """Number of weights (parameters) that an attention worker reads in each step: all that it holds
+    except an embedding that is not shared with lm_head."""
     expert_values: tuple[int, ...]
-    """Number of weights of one expert, by bank."""
+    """Number of weights (parameters) of one expert, for each bank."""
 
 
 def check_checkpoint(
     path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
 ) -> CheckpointSummary:
-    """Read config and headers, and check every tensor's presence, shape and dtype.
+    """Summarize a checkpoint from its ``config.json`` and the headers of its weight files; check
+    that every tensor is present with the right shape and dtype.
 
     Raises ``CheckpointError`` naming the first problem, and ``ConfigError`` if the model cannot be
     quantized.
@@ -56,9 +58,11 @@ def check_checkpoint(
 def plan_checkpoint(
     path: Path | str, quantize: Quantize = "none", *, has_predictor: bool = False
 ) -> CheckpointSummary:
-    """Return a summary from ``config.json`` alone, to plan for a model whose weights are not here.
+    """Summarize a checkpoint from its ``config.json`` alone, to plan for a model whose weights are
+    not on this machine. Sizes on disk are 0, and the id is empty.
 
-    Raises the errors of ``check_checkpoint``.
+    Raises ``CheckpointError`` naming the first problem, and ``ConfigError`` if the model cannot be
+    quantized.
     """
     family = read_family(Path(path), has_predictor)
     family.banks = kept_banks(quantize, family, {})

@@ -15,18 +15,21 @@ from workers.model.loading.weight_files import read_json
 
 
 def read_family(path: Path, has_predictor: bool) -> Family:
-    """Return the family of a folder, without weights. Raises ``CheckpointError``."""
+    """Return the model family of a checkpoint folder; reads no weights. ``has_predictor``: whether
+    to include the multi-token prediction layer (MTP). Raises ``CheckpointError``."""
     family = load_family(read_config(path))
     return family.with_predictor() if has_predictor else family
 
 
 def auto_dtype(config: ModelConfig) -> str:
-    """Return the dtype of ``--dtype auto``: the checkpoint's, or float32 instead of float16."""
+    """Return the compute dtype for ``--dtype auto``: the checkpoint's dtype, but float32 in place
+    of float16."""
     return "float32" if config.dtype == "float16" else config.dtype
 
 
 def resolve_dtype(setting: str, config: ModelConfig) -> torch.dtype:
-    """Return the compute dtype for ``--dtype``. Raises ``ConfigError`` for an unsupported one."""
+    """Return the compute dtype for ``--dtype`` ``setting``. Raises ``ConfigError`` for an
+    unsupported dtype."""
     name = auto_dtype(config) if setting == "auto" else setting
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in known:
@@ -37,7 +40,8 @@ def resolve_dtype(setting: str, config: ModelConfig) -> torch.dtype:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return ``config.json`` of a folder, with the eos ids of ``generation_config.json`` added."""
+    """Return ``config.json`` of a folder, with the end-of-sequence ids of
+    ``generation_config.json`` added. Raises ``CheckpointError``."""
     if not path.is_dir():
         raise CheckpointError(f"{path.name}: no such folder")
     config = read_json(path / "config.json")

@@ -1,7 +1,8 @@
 """Formats in which workers keep the routed experts of a checkpoint.
 
-By default, this is the format on disk if the kernels compute with it, otherwise the model dtype.
-``--quantize`` may select another format. All experts of an exchange have the same format.
+By default, workers keep experts in the format on disk if the kernels compute with this format, and
+in the model dtype if they do not. ``--quantize`` may select another format. All experts of an
+exchange have the same format.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredExperts:
-    """How the checkpoint stores the experts of an exchange."""
+    """Storage of the experts of one exchange in the checkpoint: quantized format, or why not."""
 
     form: WeightFormat | None = None
-    """The common format of all experts, if kernels compute with it."""
+    """Quantized format that all experts share and that kernels compute with; None: there is
+    none."""
     obstacle: str = ""
-    """Reason why the workers must dequantize some experts; empty if they need not, or if no expert
-    is quantized."""
+    """Reason why workers must dequantize experts that are quantized on disk; empty: no such
+    reason, or no expert is quantized."""
 
 
 def kept_banks(
@@ -39,9 +41,9 @@ def kept_banks(
 ) -> tuple[BankSpec, ...]:
     """Return the family's banks with the format in which workers keep the experts of each exchange.
 
-    ``dtypes``: all tensors by name, with safetensors names of dtypes. If it is empty, nothing is on
-    disk and the config is trusted. Raises ``ConfigError`` if the experts cannot be kept in that
-    format.
+    ``dtypes``: dtypes of all tensors by tensor name, in safetensors spelling; empty: no weights are
+    on disk, so experts are assumed to be stored as ``config.json`` says. Raises ``ConfigError`` if
+    the experts cannot be kept in the format that ``setting`` requests.
     """
     if setting == "none":
         return family.banks
@@ -64,14 +66,14 @@ def kept_banks(
 
 
 def with_form(banks: Sequence[BankSpec], form: WeightFormat | None) -> tuple[BankSpec, ...]:
-    """Return the banks with their experts in one format; None: in the compute dtype."""
+    """Return the banks with all experts in the format ``form``; None: in the compute dtype."""
     return tuple(_with_forms(bank, [form] * len(bank.exchanges)) for bank in banks)
 
 
 def rounded_form(setting: Quantize, banks: Sequence[BankSpec]) -> WeightFormat | None:
-    """Return the format that ``--quantize`` requests, or None.
+    """Return the format to which ``--quantize`` rounds experts; None: ``setting`` is not a format.
 
-    Raises ``ConfigError`` if the model's widths do not allow it.
+    Raises ``ConfigError`` if the widths of the experts do not allow the format.
     """
     if setting not in ("int8", "int4"):
         return None
@@ -87,9 +89,10 @@ def rounded_form(setting: Quantize, banks: Sequence[BankSpec]) -> WeightFormat |
 def stored_experts(
     parts: Sequence[TensorPart], stored: StorageFormat | None, dtypes: Mapping[str, str]
 ) -> StoredExperts:
-    """Check whether all these matrices are stored in one format that kernels compute with.
+    """Return how expert matrices are stored: in one format that kernels compute with, or not.
 
-    ``dtypes`` as for ``kept_banks``.
+    ``parts``: tensors of all experts in one exchange. ``stored``: format that ``config.json``
+    declares; None: not quantized. ``dtypes``: see ``kept_banks``.
     """
     if parts and all(part.is_mxfp4 for part in parts):
         return StoredExperts(form=mxfp4.FORMAT)
@@ -112,8 +115,8 @@ def stored_experts(
 def _products(
     family: Family, bank: BankSpec, exchange: int, names: Container[str]
 ) -> list[TensorPart]:
-    """Return the tensors of all experts' products, without biases; see
-    ``Family.expert_matrices``."""
+    """Return the tensors of the matrices of all experts in one exchange of a bank, without biases.
+    ``names``: see ``Family.expert_matrices``."""
     count = len(bank.exchanges[exchange].product_shapes)
     return [
         part
@@ -124,7 +127,8 @@ def _products(
 
 
 def _report(obstacles: Sequence[str]) -> None:
-    """Log why quantized experts are dequantized. ``obstacles``: one text per exchange, or empty."""
+    """Log why quantized experts are dequantized. ``obstacles``: ``StoredExperts.obstacle`` of each
+    exchange."""
     found = [words for words in obstacles if words]
     if found:
         logger.warning(

@@ -14,17 +14,17 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 32, 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileStamp:
-    """Size, time and samples of a file."""
+    """Size, modification time and hash of samples of a file, to detect that the file changed."""
 
     num_bytes: int
     modified_ns: int
-    """Modification time on this host in nanoseconds; not part of the checkpoint's id."""
+    """Modification time on this host in nanoseconds since 1970; not part of the checkpoint's id."""
     samples: str
-    """Hash of samples from the whole file."""
+    """Hash (hex) of samples that are spread over the whole file."""
 
     @classmethod
     def of(cls, file: Path) -> FileStamp:
-        """Take the stamp of a file. Raises ``CheckpointError``."""
+        """Return the stamp of a file. Raises ``CheckpointError`` if the file cannot be read."""
         digest = hashlib.sha256()
         try:
             with file.open("rb") as data:
@@ -41,10 +41,10 @@ class FileStamp:
 
 
 def size_and_change(file: Path) -> tuple[int, int]:
-    """Return bytes and time of the last change in nanoseconds. Raises ``CheckpointError``.
+    """Return the size of a file in bytes and its inode change time (ctime) in nanoseconds.
 
-    This is the inode change time (ctime). A restored backup sets the modification time back, but
-    cannot set the change time.
+    A restored backup sets the modification time back, but cannot set the inode change time. Raises
+    ``CheckpointError`` if the file cannot be read.
     """
     try:
         found = file.stat()

@@ -1,4 +1,4 @@
-"""Mapped weight files, and tensors that share their memory."""
+"""Memory-mapped weight files, and tensors that share the files' memory."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from workers.model.loading.weight_files import Headers, entries_of
 
 
 class MappedFiles:
-    """Memory-mapped files, checked to be the files of the first read. Used by one thread."""
+    """Memory-mapped weight files of a checkpoint, for one thread. Files are checked to be unchanged
+    since their headers were first read."""
 
     def __init__(self, headers: Headers, stamps: Mapping[Path, FileStamp]) -> None:
         self._headers = headers
         self._stamps = stamps
         self._readers: dict[Path, tuple[Any, tuple[int, int]]] = {}
-        """Open files, each with the ``size_and_change`` from before the first read."""
+        """Open file and the file's ``size_and_change`` from before it was opened, by path."""
 
     def another(self) -> MappedFiles:
-        """Return the same files for another thread; only headers and stamps are shared."""
+        """Return an object for another thread that maps the same files itself and shares only the
+        headers and stamps."""
         return MappedFiles(self._headers, self._stamps)
 
     def read(self, file: Path, name: str, index: int | None) -> Tensor:
-        """Return a tensor, or its entry ``index``, in mapped memory. Raises ``CheckpointError``."""
+        """Return the tensor ``name`` of a file, or entry ``index`` of its first dimension, in
+        mapped memory. Raises ``CheckpointError``."""
         try:
             reader = self._reader(file)
             found: Tensor = (
@@ -43,9 +46,10 @@ class MappedFiles:
         return found
 
     def confirm(self) -> None:
-        """Check that the files read since the last ``close`` are unchanged.
+        """Raise ``CheckpointError`` if a file has changed since it was opened.
 
-        The check is needed as a mapped file shows later writes. Raises ``CheckpointError``.
+        Checks the files read since the latest ``close``. The check is needed because memory of a
+        mapped file shows later writes to the file.
         """
         for file, (_, opened) in self._readers.items():
             if size_and_change(file) != opened:
@@ -56,7 +60,8 @@ class MappedFiles:
         self._readers.clear()
 
     def _reader(self, file: Path) -> Any:
-        """Return an open file. Its header, size, time and samples must match the first read."""
+        """Return a reader of a file; open the file if it is not open. Raises ``CheckpointError`` if
+        its header or stamp is not the one of the checkpoint."""
         if file not in self._readers:
             opened = size_and_change(file)
             reader = safe_open(file, framework="pt")
@@ -71,10 +76,10 @@ class MappedFiles:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return CPU tensors [rows_i, ..] of one dtype as [sum of rows_i, ..] in the same memory.
+    """Join CPU tensors [rows_i, ..] of one dtype to a tensor [sum of rows_i, ..] without a copy.
 
-    Returns None unless they are adjacent in memory. They often are, as libraries write the tensors
-    of a file in order of their names: ``gate_proj`` of an expert, then its ``up_proj``.
+    Returns None unless the tensors are adjacent in memory. They often are, as libraries write the
+    tensors of a file in order of their names: ``gate_proj`` of an expert, then its ``up_proj``.
     """
     first = tensors[0]
     if not all(tensor.is_contiguous() for tensor in tensors):

@@ -1,4 +1,4 @@
-"""Weights stored as 4-bit floats in blocks of 32 with a scale.
+"""MXFP4 weights: 4-bit floats in blocks of 32, each with a scale.
 
 Source: Open Compute Project, "OCP Microscaling Formats (MX) Specification" 1.0 (2023): elements of
 E2M1, a scale of E8M0 for 32 neighbours. Tensors as in gpt-oss: ``NAME`` [.., rows, columns] is
@@ -18,13 +18,13 @@ from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 
 DTYPE = "U8"
-"""Dtype of both tensors, in safetensors spelling."""
+"""Dtype of the tensors with MXFP4 blocks and scales, in safetensors spelling."""
 BLOCK = 32
 FORMAT = WeightFormat(codes="e2m1", group=BLOCK, scales="e8m0")
 
 
 def stored_parts(part: TensorPart) -> tuple[TensorPart, TensorPart]:
-    """Return the blocks and scales of a matrix."""
+    """Return the two tensors in which an MXFP4 matrix is stored: blocks and scales."""
     *outer, columns = part.shape
     counts = (*outer, columns // BLOCK)
     blocks = replace(part, name=f"{part.name}_blocks", shape=(*counts, BLOCK // 2), is_mxfp4=False)
@@ -33,14 +33,16 @@ def stored_parts(part: TensorPart) -> tuple[TensorPart, TensorPart]:
 
 
 def as_stored(blocks: Tensor, scales: Tensor) -> QuantizedMatrix:
-    """Return the matrix [rows, 32 n] of blocks [rows, n, 16] and scales [rows, n], both uint8."""
+    """Return the quantized matrix [rows, 32 n] of MXFP4 blocks [rows, n, 16] and scales [rows, n],
+    both uint8."""
     shape = (scales.shape[0], BLOCK * scales.shape[1])
     return QuantizedMatrix(format=FORMAT, shape=shape, codes=blocks.flatten(1), scales=scales)
 
 
 def decoded(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize blocks [rows, n, 16] and scales [rows, n], both uint8: [rows, 32 n] bfloat16.
+    """Dequantize MXFP4 blocks [rows, n, 16] with scales [rows, n], both uint8: [rows, 32 n]
+    bfloat16.
 
-    A scale of 255 is NaN, as are all numbers of its block.
+    If a scale is 255 (NaN), all numbers of its block become NaN.
     """
     return as_stored(blocks, scales).dequantized().to(torch.bfloat16)

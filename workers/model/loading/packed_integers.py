@@ -35,26 +35,31 @@ _SUFFIXES: Final[Mapping[Method, tuple[str, str, str]]] = {
     "awq": (".qweight", ".scales", ".qzeros"),
     "compressed-tensors": (".weight_packed", ".weight_scale", ".weight_zero_point"),
 }
-"""Suffixes of the names of the tensors with values, scales and zero points."""
+"""Suffixes of the names of the tensors with values, scales and zero points, by quantization
+method."""
 _AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Position of each of eight neighbours within an int32 of AWQ."""
+"""Position, within an int32 of AWQ, of each of eight neighbouring values."""
 _INT32_BITS: Final = 32
 
 
 def codes_name(name: str, stored: StorageFormat) -> str:
-    """Name of the tensor with the quantized values of a matrix; empty if there can be none."""
+    """Return the name of the tensor with the packed values of the matrix ``name``; empty if the
+    matrix cannot be stored as packed integers."""
     if stored.method not in _SUFFIXES or not name.endswith(_WEIGHT):
         return ""
     return name.removesuffix(_WEIGHT) + _SUFFIXES[stored.method][0]
 
 
 def groups_name(name: str) -> str:
-    """Name of the tensor that may have the group of each column of a matrix."""
+    """Return the name of the optional GPTQ tensor with the group index of each column of the matrix
+    ``name``."""
     return f"{name.removesuffix(_WEIGHT)}.g_idx"
 
 
 def stored_parts(part: TensorPart, stored: StorageFormat) -> list[TensorPart]:
-    """Return values, scales, and zero points if they are stored. Raises ``CheckpointError``."""
+    """Return the tensors in which a matrix is stored as packed integers: values, scales and, if the
+    format stores them, zero points. Raises ``CheckpointError`` for a part that is not a whole
+    matrix."""
     if len(part.shape) != 2 or part.rows is not None or part.is_transposed:
         raise CheckpointError(
             f"tensor {part.name} {list(part.shape)} is missing: only whole matrices may be stored "
@@ -78,10 +83,10 @@ def stored_parts(part: TensorPart, stored: StorageFormat) -> list[TensorPart]:
 def as_stored(
     part: TensorPart, stored: StorageFormat, tensors: list[Tensor], groups: Tensor | None
 ) -> QuantizedMatrix:
-    """Make the matrix from the tensors of ``stored_parts``; ``groups`` [in]: ``X.g_idx``, if it
-    exists.
+    """Return the quantized matrix that is stored in ``tensors``, which ``stored_parts`` names.
 
-    Raises ``CheckpointError`` for groups that are not neighbours, and for zero points that
+    ``groups`` [in]: GPTQ's group index of each column (``g_idx``); None: not stored. Raises
+    ``CheckpointError`` if the columns of a group are not neighbours, and for zero points that
     ``quantization_config`` does not allow.
     """
     form, columns = stored.form, part.shape[1]
@@ -111,7 +116,8 @@ def as_stored(
 
 
 def _codes(packed: Tensor, stored: StorageFormat) -> Tensor:
-    """Return signed values [out, bytes] uint8, as ``QuantizedMatrix.codes`` stores them."""
+    """Return the values as signed integers, [out, bytes] uint8 in the layout of
+    ``QuantizedMatrix.codes``."""
     form = stored.form
     if stored.method == "awq":
         unsigned = _integers(packed, stored).T.contiguous()
@@ -123,7 +129,8 @@ def _codes(packed: Tensor, stored: StorageFormat) -> Tensor:
 
 
 def _integers(packed: Tensor, stored: StorageFormat) -> Tensor:
-    """Unpack [n, m / 8] int32 into unsigned values [n, m] uint8."""
+    """Unpack int32 numbers, [n, m / 8] for 4 bits or [n, m / 4] for 8 bits, into unsigned values
+    [n, m] uint8."""
     bits = stored.form.code_bits
     shifts = torch.arange(0, _INT32_BITS, bits, dtype=torch.int32)
     found = (packed.unsqueeze(2) >> shifts) & ((1 << bits) - 1)

@@ -2,7 +2,7 @@
 
 Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 3.3; the tensors are as
 transformers writes them: ``NAME`` in float8 E4M3 and ``NAME_scale_inv``, the scales to multiply by.
-They are read as float32, in which the product of both is exact except for its last bit.
+Both are converted to float32, in which their product is exact except for its last bit.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import QuantizedMatrix
 
 DTYPE = "F8_E4M3"
-"""Dtype of these weights, in safetensors spelling."""
+"""Dtype of float8 weights, in safetensors spelling."""
 
 
 def scales_of(part: TensorPart, block: tuple[int, int]) -> TensorPart:
-    """Return the tensor of a matrix's scales, one per block; blocks at the edges may be smaller."""
+    """Return the tensor with the scales of a float8 matrix, one scale per block of (rows, columns)
+    ``block``; blocks at the right and lower edges may be smaller."""
     *outer, rows, columns = part.shape
     counts = -(-rows // block[0]), -(-columns // block[1])
     return TensorPart(name=f"{part.name}_scale_inv", shape=(*outer, *counts), index=part.index)
 
 
 def check_codes(stored: Tensor, name: str) -> None:
-    """Raise ``CheckpointError`` for NaN values, which kernels would read as 480.
+    """Raise ``CheckpointError`` if a float8 matrix has NaN values, which kernels would read as 480.
 
     Reads 35 GB/s on one core of an AMD EPYC; a comparison of each element reads 0.5 GB/s.
     """
@@ -41,7 +42,8 @@ def check_codes(stored: Tensor, name: str) -> None:
 def as_stored(
     stored: Tensor, scales: Tensor, block: tuple[int, int], form: WeightFormat
 ) -> QuantizedMatrix:
-    """Make a matrix of ``stored`` [rows, columns] float8, repeating the scales for each row."""
+    """Return the quantized matrix of ``stored`` [rows, columns] float8, with the scales of each
+    block repeated for each of its rows."""
     rows, columns = stored.shape
     by_row = scales.float().repeat_interleave(block[0], 0)[:rows]
     codes = stored.view(torch.uint8)
@@ -49,7 +51,7 @@ def as_stored(
 
 
 def unscaled(stored: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return ``stored`` [.., rows, columns] float8 times the scale of each block, in float32."""
+    """Dequantize ``stored`` [.., rows, columns] float8 to float32, with one scale per block."""
     rows, columns = stored.shape[-2:]
     by_row = scales.float().repeat_interleave(block[0], -2)[..., :rows, :]
     by_element = by_row.repeat_interleave(block[1], -1)[..., :columns]

@@ -1,4 +1,4 @@
-"""The safetensors files of a folder, and the file of each tensor."""
+"""Safetensors files of a checkpoint folder, and the file of each tensor."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cluster.core.errors import CheckpointError
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-"""Endings of checkpoint files that are never opened."""
+"""Endings of pickled checkpoint files, which are never opened."""
 _ITEM_BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
-    """One tensor of a header."""
+    """Description of one tensor in the header of a safetensors file."""
 
     file: Path
     dtype: str
@@ -31,28 +31,28 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its data; 0 for an unknown dtype."""
+        """Bytes of the tensor's data; 0 for an unknown dtype."""
         return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 0)
 
 
 Headers = Mapping[Path, Mapping[str, TensorEntry]]
-"""All tensors by file and name."""
+"""Headers of a checkpoint's files: all tensors by file and tensor name."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """Files of a checkpoint, and its index."""
+    """Weight files of a checkpoint, and its index (``model.safetensors.index.json``)."""
 
     files: tuple[Path, ...]
     index: Mapping[str, Path]
-    """File by tensor; empty without an index."""
+    """File of each tensor, by tensor name; empty if the checkpoint has no index."""
 
     def choose(self, headers: Headers) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-        """Choose the file of each tensor: the one that the index names, or, as in transformers, for
-        a tensor that the index lacks, the only file that has it.
+        """Choose the file from which each tensor is read.
 
-        Returns the chosen tensors by name, and by name the reasons why other tensors cannot be
-        read.
+        This is the file that the index names. A tensor that is not in the index is read, as in
+        transformers, if only one file has it. Returns the chosen tensors by name and, for tensors
+        that cannot be read, the reason by name.
         """
         chosen, unclear = {}, {}
         for name, file in self.index.items():
@@ -73,7 +73,8 @@ class WeightFiles:
 
 
 def weight_files(path: Path) -> WeightFiles:
-    """Return the files of a folder. Raises ``CheckpointError``."""
+    """Return the weight files of a checkpoint folder. Raises ``CheckpointError`` if files are
+    missing or the index is invalid."""
     index = path / _INDEX
     if not index.is_file():
         if not (path / _SINGLE).is_file():
@@ -92,7 +93,8 @@ def weight_files(path: Path) -> WeightFiles:
 
 
 def _inside(file: str) -> Path:
-    """Check the path of a file in the index, which may be in a subfolder of the checkpoint."""
+    """Return the path of a file that the index names, relative to the checkpoint folder. Raises
+    ``CheckpointError`` for a path outside the folder."""
     found = Path(file)
     if found.is_absolute() or ".." in found.parts:
         raise CheckpointError(f"{_INDEX} names {file}, which is not in the folder")
@@ -108,7 +110,8 @@ def _why_no_weights(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file. Raises ``CheckpointError``."""
+    """Return the JSON object in a file. Raises ``CheckpointError`` if the file is missing or has no
+    JSON object."""
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError as err:
@@ -121,9 +124,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Return all tensors of one file; the library checks the file against its header.
+    """Return the tensors of one safetensors file by name, from its header.
 
-    Raises ``CheckpointError``.
+    Raises ``CheckpointError`` if the file is damaged or its size does not match the header.
     """
     try:
         with safe_open(file, framework="pt") as reader:
@@ -135,7 +138,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def entries_of(reader: Any, file: Path) -> dict[str, TensorEntry]:
-    """Return all tensors of an open file."""
+    """Return the tensors of an open safetensors file by name; ``file`` is its path."""
     slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118
     return {
         name: TensorEntry(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))

@@ -1,4 +1,4 @@
-"""A model on a CPU with native kernels.
+"""Parts of a model on a CPU, computed with native kernels.
 
 Imports ``workers.model`` and ``workers.native``.
 """

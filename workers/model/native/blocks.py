@@ -32,13 +32,14 @@ from workers.quantization.formats import WeightFormat
 
 
 class NativeBlocks(BuildingBlocks):
-    """Building blocks over a team of threads, for models on a CPU."""
+    """Building blocks that compute with native kernels on a team of CPU threads."""
 
     are_native: ClassVar[bool] = True
     are_exact: ClassVar[bool] = True
 
     def __init__(self, team: ThreadTeam, form: WeightFormat | None = None) -> None:
-        """``form``: format to quantize products to, except routers and head products; or None."""
+        """``team``: threads that compute. ``form``: format to which weights are quantized, except
+        those of routers and of latent attention's heads; None: not quantized."""
         super().__init__()
         self._team = team
         self._form = form
@@ -54,7 +55,8 @@ class NativeBlocks(BuildingBlocks):
         return NativeLinear(self._team, weight, bias, self._form if may_quantize else None)
 
     def tied(self, weight: Tensor) -> tuple[Embedding, Linear]:
-        """Return an embedding and a head that share a packed weight if it is not quantized."""
+        """Return an embedding and an lm_head with a weight [vocabulary, H]. They share the packed
+        weight, unless lm_head is quantized: the embedding then has a copy."""
         linear = NativeLinear(self._team, weight, None, self._form)
         if linear.matrix.form is not None:
             return TableEmbedding(weight.clone()), linear
@@ -85,5 +87,5 @@ class NativeBlocks(BuildingBlocks):
     def rope(
         self, config: RopeConfig, max_positions: int, dtype: torch.dtype, device: torch.device
     ) -> Rope:
-        """See ``BuildingBlocks``. Rotations in the step are computed row by row."""
+        """Return a rotary embedding in which a row's bits do not depend on other rows."""
         return Rope(config, max_positions, dtype, device, row_by_row=True)

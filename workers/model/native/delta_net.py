@@ -12,7 +12,8 @@ from workers.native.thread_team import ThreadTeam
 
 
 class NativeDeltaNet:
-    """``Mix`` as one native call. The bits of a row depend on its sequence alone."""
+    """Gated DeltaNet of one layer as one native call; implements ``Mix``. The bits of a row depend
+    on its sequence alone."""
 
     def __init__(self, team: ThreadTeam, net: DeltaNet) -> None:
         spec = net.spec
@@ -33,7 +34,7 @@ class NativeDeltaNet:
         )
 
     def __call__(self, rows: Tensor, cache: Tensor, states: StateRows) -> Tensor:
-        """Mix projected rows along their sequences; see ``Mix``."""
+        """Compute Gated DeltaNet of projected rows [T, row_width]: [T, V * D]; see ``Mix``."""
         spec = self._net.spec
         out = rows.new_empty(len(rows), spec.num_value_heads * spec.value_dim)
         run_delta_net(self._team, self._fields, rows, out, cache, states.places, states.chains)

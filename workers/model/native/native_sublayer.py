@@ -44,19 +44,20 @@ from workers.native.thread_team import ThreadTeam
 
 
 class NativeAttention:
-    """``HeadAttention`` in one native call."""
+    """Attention from projected rows to attended values in one native call, on the CPU."""
 
     def __init__(self, team: ThreadTeam, attention: HeadAttention, dtype: torch.dtype) -> None:
         """``dtype``: data type of the model."""
         self.team = team
         """Threads that compute the attention."""
         self.fields = _attention_fields(attention, dtype)
-        """Description as a C struct; valid as long as this object."""
+        """Description of the attention as a C struct, which points to memory of this object."""
         self._attention = attention
         self._dtype = dtype
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Attend from projected rows; see ``RowAttention``."""
+        """Attend: projected queries, keys and values of T rows -> attended values; see
+        ``RowAttention.attend_rows``."""
         shape = self._attention.shape
         if context.native is None:
             return self._attention.attend_rows(rows, cache, context)
@@ -70,7 +71,8 @@ class NativeAttention:
         return attended
 
     def _queries(self, rows: RowsFields, count: int, context: LayerContext) -> Tensor | None:
-        """Return memory for the rotated queries [count, A, D] if a recorder reads them."""
+        """Let the native call write the rotated queries for the batch's recorder; return their
+        memory [count, A, D]. None: the batch has no recorder."""
         if context.attention.recorder is None:
             return None
         shape = self._attention.shape
@@ -79,7 +81,8 @@ class NativeAttention:
         return queries
 
     def _report(self, queries: Tensor | None, cache: Tensor, context: LayerContext) -> None:
-        """Give the queries to the recorder, which computes attention maps from them."""
+        """Give rotated queries to the batch's recorder, which computes attention maps from them;
+        None: there is no recorder."""
         if queries is not None and (recorder := context.attention.recorder) is not None:
             recorder.attending(queries, cache, self._attention.batch(context))
 
@@ -89,10 +92,11 @@ class NativeAttention:
 
 
 class NativeAttentionSublayer(NativeAttention):
-    """The sublayer in one native call, or in several if its projections are routed or latent."""
+    """Attention sublayer in one native call, or in several calls if its projections are routed or
+    latent."""
 
     def __init__(self, team: ThreadTeam, half: TorchAttentionSublayer) -> None:
-        """``half``: description of the sublayer; its products must be native."""
+        """``half``: weights and parameters of the sublayer; its products must be native."""
         super().__init__(team, half, half.norm1.dtype)
         _add_half(self.fields, half)
         self._apart = SublayerFields.from_buffer_copy(self.fields)
@@ -101,12 +105,13 @@ class NativeAttentionSublayer(NativeAttention):
 
     @property
     def routing(self) -> Routing | None:
-        """Routing of the layer's routed experts; None if there are none."""
+        """Routing of the layer's routed experts; None: the layer has no routed experts."""
         return None if self._half.router is None else self._half.router.routing
 
     @property
     def is_one_call(self) -> bool:
-        """Whether one native call runs the sublayer, as projections are not routed or latent."""
+        """Whether one native call can run the whole sublayer: its projections are neither routed
+        nor latent."""
         return isinstance(self._half.projections, DenseProjections)
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> SublayerSteps:
@@ -127,21 +132,22 @@ class NativeAttentionSublayer(NativeAttention):
     def _adapted(
         self, parts: DenseProjections, hidden: Tensor, cache: Tensor, context: LayerContext
     ) -> SublayerOutput:
-        """Run the sublayer for rows with adapters on its projections. Rows without deltas have the
-        same bits as without adapters."""
+        """Run the sublayer for a batch with LoRA adapters on its projections. Rows without an
+        adapter have the same bits as in a batch without adapters."""
         normed = norm_rows(self.team, hidden.clone(), self._half.norm1, self._half.shape.eps)
         rows = context.multiply(parts.qkv, normed)
         attended = self.attend_rows(rows.contiguous(), cache, context)
         return self.leave(hidden, context.multiply(parts.output, attended), context)
 
     def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
-        """Run ``stages`` on ``rows``, without qkv and output products unless these are all."""
+        """Run ``stages`` (bits) of the sublayer on ``rows``. The q/k/v and output projections run
+        only if ``stages`` has all stages."""
         assert context.native is not None
         fields = self.fields if stages == ENTER | ATTEND | LEAVE else self._apart
         run_sublayer(self.team, fields, context.native, rows, stages)
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:
-        """Run the stage before attention; see ``SublayerStages``."""
+        """Run the stage before attention, only for routed projections: first norm, router."""
         assert isinstance(self._half.projections, RoutedProjections)
         hidden = hidden.contiguous()
         normed = torch.empty_like(hidden)
@@ -149,14 +155,15 @@ class NativeAttentionSublayer(NativeAttention):
         return normed, self._routed(self._half.projections.router, normed, rows, ENTER, context)
 
     def leave(self, hidden: Tensor, projected: Tensor, context: LayerContext) -> SublayerOutput:
-        """Run the stage after attention; see ``SublayerStages``."""
+        """Run the stage after attention: residual sum, second norm, router."""
         projected = projected.contiguous()
         return self._leave(hidden, RowsFields(mixed=projected.data_ptr()), LEAVE, context)
 
     def _leave(
         self, hidden: Tensor, rows: RowsFields, stages: int, context: LayerContext
     ) -> SublayerOutput:
-        """Run ``stages``, which include the last one, and return the sublayer's output."""
+        """Run ``stages`` (bits), which include the stage after attention, and return the sublayer's
+        output."""
         hidden = hidden.contiguous()
         normed = torch.empty_like(hidden)
         rows.hidden, rows.normed = hidden.data_ptr(), normed.data_ptr()
@@ -174,7 +181,8 @@ class NativeAttentionSublayer(NativeAttention):
         stages: int,
         context: LayerContext,
     ) -> Routes:
-        """Run stages that end with a router, and record its choice."""
+        """Run ``stages``, which end with ``router``; return the selected experts, also given to the
+        batch's recorder."""
         routing, count = router.routing, normed.shape[0]
         ids = torch.empty((count, routing.top_k), dtype=torch.int64)
         weights = torch.empty((count, routing.top_k), dtype=torch.float32)
@@ -191,7 +199,7 @@ class NativeAttentionSublayer(NativeAttention):
 
 
 def _attention_fields(attention: HeadAttention, dtype: torch.dtype) -> SublayerFields:
-    """Describe the attention as a C struct that points into the memory of ``attention``."""
+    """Return a C struct that describes the attention and points to memory of ``attention``."""
     shape, norm, sinks = attention.shape, attention.qk_norm, attention.sinks
     qk_norm = NO_NORM
     if norm is not None:
@@ -214,7 +222,8 @@ def _attention_fields(attention: HeadAttention, dtype: torch.dtype) -> SublayerF
 
 
 def _add_half(fields: SublayerFields, half: TorchAttentionSublayer) -> None:
-    """Add the parts of a sublayer around attention to the C struct; they must outlive it."""
+    """Add to the C struct the parts of a sublayer around attention: norms, projections, routers.
+    ``half`` must outlive the struct."""
     norm1, norm2, parts = half.norm1, half.norm2, half.projections
     assert norm1.is_contiguous()
     assert norm2.is_contiguous()
@@ -235,7 +244,7 @@ def _router_fields(router: Router) -> RouterFields:
 
 
 def routing_fields(routing: Routing, correction: Tensor | None) -> RoutingFields:
-    """Describe a router's choice as a C struct; ``correction`` must outlive it."""
+    """Return a C struct with the parameters of a router; ``correction`` must outlive the struct."""
     return RoutingFields(
         num_experts=routing.num_experts,
         top_k=routing.top_k,

@@ -23,7 +23,7 @@ from workers.quantization.rounding import candidates
 
 
 class NativeLinear(Linear):
-    """``Linear`` with a packed weight."""
+    """Linear product with a native kernel; keeps the weight packed and possibly quantized."""
 
     __slots__ = ("matrix",)
 
@@ -34,8 +34,8 @@ class NativeLinear(Linear):
         bias: Tensor | None,
         form: WeightFormat | None = None,
     ) -> None:
-        """``form``: format to quantize the weight to if its width is even. Among ``candidates`` of
-        this format, the one with the least error is used."""
+        """``form``: format to which the weight is quantized if its width is even; of the format's
+        variants (``candidates``), the one with the least error is used. None: not quantized."""
         kept: Weight = weight
         if form is not None and weight.shape[1] % 2 == 0:
             forms = candidates(form, weight.shape[1])
@@ -55,7 +55,7 @@ class NativeNorm:
     __slots__ = ("_team", "eps", "weight")
 
     def __init__(self, team: ThreadTeam, weight: Tensor, eps: float) -> None:
-        """weight [H], contiguous."""
+        """``weight`` [H], contiguous."""
         self._team, self.weight, self.eps = team, weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -63,9 +63,11 @@ class NativeNorm:
 
 
 class NativeMlp:
-    """``GatedMlp`` with silu: it runs as a bank of one expert, with the same rounding.
+    """Gated MLP with silu and native kernels. Runs as a bank of one expert, with the rounding of
+    experts.
 
-    If the stages run separately, results between the products are rounded to the weights' dtype.
+    If its stages (``gate_up``, ``activate``, ``down``) are called separately, results between them
+    are rounded to the weights' dtype.
     """
 
     __slots__ = ("_team", "table")
@@ -79,8 +81,9 @@ class NativeMlp:
     ) -> None:
         """Read and pack the two weights, one at a time; see ``BuildingBlocks.mlp``.
 
-        ``form``: format to quantize the weights to if their widths are even. Among ``candidates``
-        of this format, both use the one with the least error of the first weight.
+        ``form``: format to which both weights are quantized if their widths are even; of the
+        format's variants (``candidates``), the one with the least error of the first weight is
+        used. None: not quantized.
         """
         self._team = team
         first = gate_up()
@@ -93,7 +96,7 @@ class NativeMlp:
         else:
             form = None
         self.table = SlotTable(ExpertShape(width, inner, width, dtype, form=form), 1)
-        """The packed weights."""
+        """Packed weights of the two products."""
         self.table.put(0, 0, pack_weight(team.library, kept, is_gated=True, team=team))
         del first, kept
         kept = down()
@@ -107,23 +110,24 @@ class NativeMlp:
         return expert_pairs(self._team, self.table, x, torch.arange(len(x)), slots)
 
     def gate_up(self, x: Tensor) -> Tensor:
-        """See ``Mlp``. Panels contain gates and ups in equal numbers."""
+        """Compute the first product: [rows, H] -> [rows, 2 * inner], gates before ups."""
         inner = self.table.shape.inner
         panels = self._multiply(x, 0, len(self.table.get(0, 0)) * PANEL)
         halves = panels.view(len(x), -1, 2, PANEL // 2).transpose(1, 2).flatten(2)
         return halves[:, :, :inner].flatten(1)
 
     def activate(self, gate_up: Tensor) -> Tensor:
-        """Apply the activation to gates and ups; see ``Mlp``."""
+        """Compute silu(gate) * up: [rows, 2 * inner] -> [rows, inner]."""
         gate, up = gate_up.chunk(2, 1)
         return row_wise(functional.silu, gate) * up
 
     def down(self, x: Tensor) -> Tensor:
-        """Apply the down projection; see ``Mlp``."""
+        """Compute the second product: [rows, inner] -> [rows, H]."""
         return self._multiply(x, 1, self.table.shape.out_width)
 
     def _multiply(self, x: Tensor, place: int, outputs: int) -> Tensor:
-        """Multiply rows by one of the packed matrices and return all ``outputs``."""
+        """Multiply x [rows, in] by the packed weight with index ``place`` (0: gate and up, 1:
+        down): [rows, outputs]."""
         shape, packed = self.table.shape, self.table.get(0, place)
         inputs = shape.in_width if place == 0 else shape.inner
         size = outputs, inputs
@@ -132,20 +136,23 @@ class NativeMlp:
 
 
 class NativeHeadProducts:
-    """``HeadProducts`` with the expert kernels: each head is an expert."""
+    """``HeadProducts`` (key and value products of latent attention) with the native expert kernels:
+    each head is an expert."""
 
     def __init__(self, team: ThreadTeam, weight: Tensor, plain_dim: int) -> None:
-        """weight [A, N + V, R]."""
+        """``weight`` [A, N + V, R]: N = ``plain_dim`` key rows, then V value rows, for each of A
+        heads."""
         self._team, self._num_heads = team, len(weight)
         self._keys = self._table([head[:plain_dim].T.contiguous() for head in weight])
         self._values = self._table([head[plain_dim:].contiguous() for head in weight])
 
     def absorb(self, queries: Tensor) -> Tensor:
-        """Turn queries [T, A, N] into [T, A, R]; see ``HeadProducts``."""
+        """Multiply queries by key matrices: [T, A, N] -> [T, A, R]; see ``HeadProducts``."""
         return self._multiply(self._keys, queries)
 
     def values(self, attended: Tensor) -> Tensor:
-        """Turn attended vectors [T, A, R] into values [T, A * V]; see ``HeadProducts``."""
+        """Turn sums of latent vectors [T, A, R] into sums of values [T, A * V]; see
+        ``HeadProducts``."""
         return self._multiply(self._values, attended).flatten(1)
 
     def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
@@ -159,7 +166,8 @@ class NativeHeadProducts:
         return table
 
     def _multiply(self, table: SlotTable, rows: Tensor) -> Tensor:
-        """[T, A, in] -> [T, A, out]."""
+        """Multiply each head's rows by the head's matrix in ``table``: [T, A, in] -> [T, A,
+        out]."""
         inputs = rows.reshape(-1, rows.shape[2]).contiguous()
         heads = torch.arange(self._num_heads).repeat(len(rows))
         found = expert_pairs(self._team, table, inputs, torch.arange(len(inputs)), heads)
