@@ -36,13 +36,13 @@ from workers.model.layers import (
 
 
 class WeightReader(Protocol):
-    """Methods of a ``Checkpoint`` that a family uses."""
+    """Interface of a checkpoint for families: the methods with which they read weights."""
 
     def read_stacked(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
-        """Read parts stacked row over row, newly allocated on the CPU."""
+        """Read parts of tensors, stacked row over row, as ``dtype`` in new memory on the CPU."""
 
     def borrow(self, parts: Sequence[TensorPart], dtype: torch.dtype) -> Tensor:
-        """``read_stacked`` into memory that is read-only and valid until the checkpoint closes."""
+        """Like ``read_stacked``; the result is read-only, and valid until the checkpoint closes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +58,24 @@ class Loader:
     parts: Mapping[str, TensorPart]
     """Tensors by short name; the name of a bias is the name of its matrix with ``_bias``."""
     products: list[LayerProduct] = field(default_factory=list)
-    """Products made so far, of all layers; the loader appends each new one."""
+    """Products and MLPs of all layers that were loaded so far; each new product is appended."""
 
     def tensor(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return tensors stacked row over row, in the model dtype unless another is given."""
+        """Read tensors by short name, stacked row over row. ``dtype`` None: the model dtype."""
         parts = [self.parts[name] for name in names]
         return self.reader.read_stacked(parts, dtype or self.dtype).to(self.device)
 
     def weight(self, *names: str) -> Tensor:
-        """Return tensors like ``tensor``, for a product; native products copy the weight."""
+        """Read a product's weight, stacked like ``tensor``; read-only if blocks are native."""
         if not self.blocks.are_native:
             return self.tensor(*names)
         return self.reader.borrow([self.parts[name] for name in names], self.dtype)
 
     def linear(self, *names: str, order: Tensor | None = None, may_quantize: bool = True) -> Linear:
-        """Return one product for all these matrices stacked, with their biases if they have any.
+        """Load one product from matrices stacked row over row, with their biases if present.
 
-        order [rows] int64: order of the matrices' rows in the product; None: unchanged.
-        ``may_quantize`` as in ``BuildingBlocks.linear``.
+        ``order`` [rows] int64: index of the stacked row at each row of the product; None: the same
+        order. ``may_quantize``: see ``BuildingBlocks.linear``.
         """
         biases = [f"{name}_bias" for name in names]
         bias = self.tensor(*biases) if biases[0] in self.parts else None
@@ -89,11 +89,11 @@ class Loader:
         return product
 
     def router(self, name: str) -> Linear:
-        """Return the product of a router or gate, with its bias if it has one."""
+        """Load the product of a router or gate, with its bias if present; never quantized."""
         return self.linear(name, may_quantize=False)
 
     def float32_linear(self, name: str, *, rounds: bool = True) -> Linear:
-        """Return a product in float32, without a bias.
+        """Load a product that is computed in float32, without a bias.
 
         ``rounds``: whether the matrix is first rounded to the model dtype.
         """
@@ -101,7 +101,7 @@ class Loader:
         return self.blocks.linear(weight.float(), None, may_quantize=False)
 
     def mlp(self, gate: str, up: str, down: str, activation: Activation) -> Mlp:
-        """Return a gated MLP without biases."""
+        """Load a gated MLP without biases, from the short names of its three matrices."""
         weights = partial(self.weight, gate, up), partial(self.weight, down)
         product = self.blocks.mlp(*weights, activation)
         parts = {"gate": self.parts[gate], "up": self.parts[up], "down": self.parts[down]}
@@ -112,20 +112,20 @@ class Loader:
 class Family(ABC):
     """Description of one checkpoint's model: an embedding, layers, a final norm and one head.
 
-    ``attention_model`` and methods with a ``Loader`` load weights; the others describe them.
+    ``attention_model`` and methods with a ``Loader`` load weights; other methods describe weights.
     """
 
     windows: frozenset[int] = frozenset()
     """Widths of the sliding windows in use, in tokens."""
     prefix: str = "model"
-    """Prefix of the names of all tensors except the head's."""
+    """Prefix of the checkpoint's tensor names, except the name of the head's tensor."""
     has_sinks: ClassVar[bool] = False
-    """Whether the model has attention sinks: see ``AttentionBatch.sinks``."""
+    """Whether attention has sinks: an extra score per head in the softmax, without a value."""
 
     def __init__(self, config: ModelConfig, banks: tuple[BankSpec, ...]) -> None:
         self.config = config
         self.banks = banks
-        """Expert banks in the order of their use."""
+        """Banks (the routed experts of each router), in the order in which a step uses them."""
 
     @abstractmethod
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
@@ -133,12 +133,12 @@ class Family(ABC):
 
     @abstractmethod
     def make_layer(self, layer: int, loader: Loader) -> Layer:
-        """Return a layer made of the tensors that ``layer_parts`` names."""
+        """Load a layer from the tensors that ``layer_parts`` names."""
 
     def with_predictor(self) -> Family:
-        """Return the family with the layer that predicts the token after the next.
+        """Return a copy of the family that includes the multi-token prediction layer (MTP).
 
-        Raises ``CheckpointError`` if the checkpoint has no such layer, as in most families.
+        Raises ``CheckpointError`` if no such layer is supported, as in most families.
         """
         name = self.config.model_type
         raise CheckpointError(
@@ -148,15 +148,15 @@ class Family(ABC):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """Return the location of one expert's matrices: by default, of a gated MLP with the usual
-        names.
+        """Return the tensor parts that make up one expert's matrices in an exchange. By default,
+        these are the parts of a gated MLP with the usual tensor names.
 
         ``names``: all tensor names, which show if experts are separate tensors or fused.
         """
         return gated_expert(f"{self.prefix}.layers.{bank.layer}.mlp.experts", bank, expert, names)
 
     def attention_tensors(self) -> Iterator[TensorPart]:
-        """Return all tensors of an attention worker: everything except the routed experts."""
+        """Yield all tensors that an attention worker loads: all except the routed experts."""
         yield from self._outer_parts().values()
         for layer in range(self.config.num_layers):
             yield from self.layer_parts(layer).values()
@@ -171,9 +171,9 @@ class Family(ABC):
         max_positions: int | None,
         blocks: BuildingBlocks,
     ) -> AttentionModel:
-        """Load everything except the routed experts, one tensor at a time.
+        """Load the model except its routed experts, one tensor at a time.
 
-        ``max_positions`` None: the checkpoint's context.
+        ``max_positions``: positions in the table of the rotary embedding; None: the context.
         """
         config = self.config
         attend = blocks.attention(config, dtype)
@@ -221,14 +221,14 @@ class Family(ABC):
         return {**self.layer_parts(layer), **around}
 
     def final_norm(self, outer: Loader) -> Norm:
-        """Return the norm after the layers."""
+        """Load the norm that follows the last layer."""
         return outer.blocks.norm(outer.tensor("norm"), self.config.rms_norm_eps)
 
     def _ends(self, outer: Loader, blocks: BuildingBlocks) -> tuple[Embedding, Linear]:
-        """Return the embedding and the head. Call it before the layers are loaded.
+        """Load the embedding and the head. Must be called before the layers are loaded.
 
-        Packing the head, the largest matrix, may temporarily take a second copy of it, which is
-        less memory than the layers take later.
+        Packing the head, the largest matrix, may temporarily take memory for a second copy of the
+        head, which is less memory than the layers take later.
         """
         if not self.config.labels and self.config.tie_word_embeddings:
             return blocks.tied(outer.weight("embedding"))
@@ -236,7 +236,7 @@ class Family(ABC):
         return TableEmbedding(outer.tensor("embedding")), head
 
     def _outer_parts(self) -> dict[str, TensorPart]:
-        """Tensors outside the layers, by short name, with ``head`` unless it is the embedding."""
+        """Return the tensors outside the layers by short name; no ``head`` if it is tied."""
         config = self.config
         width = config.hidden_size
         parts = {

@@ -1,7 +1,7 @@
-"""Reading of ``config.json``: typed values in both spellings, and a check of the remaining keys.
+"""Reading of ``config.json``: typed values, under old or new keys, and a check of unread keys.
 
-A family reads its keys; ``check_rest`` then checks the keys that were not read. A key that would
-change the result stops the start; unknown keys are reported.
+A family reads its keys; ``check_rest`` then checks the keys that were not read. An unread key that
+would change the model's results is an error; unknown keys are reported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_VALUES: Mapping[str, int] = {
     "n_routed_experts": 65536,
     "moe_num_experts": 65536,
 }
-"""Limits far above the layers and experts of any model; a larger value could loop for hours."""
+"""Maximum values of keys, far above those of any model: larger values could loop for hours."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
@@ -65,7 +65,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "residual_multiplier": (1, 1.0),
     "attention_multiplier": (),
 }
-"""Keys that change results unless they are null or have one of these values."""
+"""Keys that change a model's results unless their value is null or in the tuple."""
 _HARMLESS_WORDS = """
     _attn_implementation _name_or_path architectures attention_dropout attn_implementation auto_map
     aux_loss_alpha aux_loss_coef bos_token_id chunk_size_feed_forward cross_attention_hidden_size
@@ -84,11 +84,11 @@ _HARMLESS_WORDS = """
     tf_legacy_loss top_k top_p typical_p
 """
 _HARMLESS = frozenset(_HARMLESS_WORDS.split())
-"""Keys of transformers or public checkpoints that do not change the result."""
+"""Keys of transformers or public checkpoints that do not change a model's results."""
 
 
 class ConfigReader:
-    """Values of a ``config.json``; null counts as absent, as in transformers."""
+    """Reader of a parsed ``config.json``; null values count as absent, as in transformers."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.raw = config
@@ -100,7 +100,7 @@ class ConfigReader:
         return next((self.raw[key] for key in keys if self.raw.get(key) is not None), default)
 
     def integer(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """Return an integer; without a default the key is required."""
+        """Return an integer of at least ``least``. If ``default`` is None, a key is required."""
         value = self.value(*keys, default=default)
         if value is None:
             raise CheckpointError(f"config.json: {keys[0]} is missing")
@@ -114,7 +114,7 @@ class ConfigReader:
         return value
 
     def real(self, key: str, default: float) -> float:
-        """Return a positive number."""
+        """Return the positive number at ``key``. Raises ``CheckpointError`` for other values."""
         value = self.value(key, default=default)
         if (
             isinstance(value, bool)
@@ -125,7 +125,7 @@ class ConfigReader:
         return float(value)
 
     def flag(self, key: str, default: bool, *, null: bool | None = None) -> bool:
-        """Return a boolean. ``null``: the meaning of null, if it is not the default."""
+        """Return a boolean. ``null``: meaning of a null value; None: null means ``default``."""
         is_null = key in self.raw and self.raw[key] is None
         value = self.value(key, default=null if is_null and null is not None else default)
         if not isinstance(value, bool):
@@ -140,7 +140,7 @@ class ConfigReader:
             raise CheckpointError(f"config.json: {key} {value!r} is not supported: must be {known}")
 
     def activation(self, *keys: str) -> Activation:
-        """Return ``hidden_act`` under the family's names for it."""
+        """Return the activation (``hidden_act``) at the first present key; silu if none is."""
         value = self.value(*keys) or "silu"
         if value not in get_args(Activation):
             known = ", ".join(get_args(Activation))
@@ -150,7 +150,7 @@ class ConfigReader:
         return cast(Activation, value)
 
     def token_ids(self, key: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-        """Return one id or a list; null means none. Drops default ids beyond the vocabulary."""
+        """Return the token ids at ``key``; none for null, ``default`` if the key is absent."""
         self._asked.add(key)
         if key not in self.raw:
             return tuple(token for token in default if token < vocab_size)
@@ -161,7 +161,7 @@ class ConfigReader:
         return tuple(ids)
 
     def architecture(self, *known: str) -> str:
-        """Return the first of ``architectures``; if it is absent, the first of ``known``."""
+        """Return the first of ``architectures``, one of ``known``; if absent, ``known[0]``."""
         names = self.value("architectures") or [known[0]]
         if not isinstance(names, list) or not names or names[0] not in known:
             raise CheckpointError(
@@ -171,7 +171,7 @@ class ConfigReader:
         return str(names[0])
 
     def labels(self) -> tuple[str, ...]:
-        """Return the names of a classifier's classes by index."""
+        """Return the names of a classifier's classes (``id2label``) in index order."""
         names = self.value("id2label")
         if names is None:
             return tuple(f"LABEL_{i}" for i in range(self.integer("num_labels", default=2)))
@@ -184,13 +184,13 @@ class ConfigReader:
             ) from err
 
     def storage_format(self) -> StorageFormat | None:
-        """Return ``ModelConfig.stored``, which ``quantization_config`` describes."""
+        """Return the format of quantized weights (``quantization_config``); None: no such key."""
         return parse_storage_format(self.value("quantization_config"))
 
     def check_rest(self, model_type: str) -> tuple[str, ...]:
         """Return the unknown keys that the family has not read, sorted.
 
-        Raises ``CheckpointError`` for one that would change the result.
+        Raises ``CheckpointError`` for an unread key that would change the model's results.
         """
         rest = self.raw.keys() - self._asked
         for key in sorted(rest & _NEUTRAL.keys()):
@@ -206,7 +206,7 @@ class ConfigReader:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """Default values of a family for keys that its file lacks."""
+    """A model family's default values for keys that ``config.json`` lacks."""
 
     vocab_size: int
     hidden_size: int
@@ -216,7 +216,7 @@ class Defaults:
     rms_norm_eps: float
     rope_theta: float = 10000.0
     rotates_neighbours: bool = False
-    """See ``RopeConfig.has_neighbours``."""
+    """Whether checkpoints rotate element 2i with 2i + 1; see ``RopeConfig.has_neighbours``."""
     rotary_share: float | None = None
     """Default of ``partial_rotary_factor``; None: the family has no such key."""
     tied: bool = False
@@ -227,13 +227,13 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionHeads:
-    """Shape of attention heads, for which every family has its own keys."""
+    """Numbers and width of attention heads, read from keys that differ between families."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     are_tiled: bool = False
-    """See ``ModelConfig.has_tiled_heads``."""
+    """Whether query head h uses key head h mod ``num_kv_heads``; False: neighbours share one."""
 
     @classmethod
     def read(
@@ -245,7 +245,7 @@ class AttentionHeads:
         default_kv_heads: int | None = None,
         default_head_dim: int | None = None,
     ) -> AttentionHeads:
-        """Read the usual keys.
+        """Read the numbers and the width of attention heads from the usual keys.
 
         ``default_kv_heads`` None: the number of query heads; ``default_head_dim`` None: the hidden
         size divided by the number of heads.
@@ -278,7 +278,7 @@ def check_top_k(key: str, top_k: int, of_key: str, num_experts: int) -> None:
 
 
 def sparse_layers(settings: ConfigReader, num_layers: int) -> tuple[int, ...]:
-    """Return every ``decoder_sparse_step``-th layer, except ``mlp_only_layers``."""
+    """Return layers with experts: each ``decoder_sparse_step``-th, except ``mlp_only_layers``."""
     step = settings.integer("decoder_sparse_step", default=1)
     dense = settings.value("mlp_only_layers", default=[])
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
@@ -293,7 +293,7 @@ def sparse_layers(settings: ConfigReader, num_layers: int) -> tuple[int, ...]:
 
 
 def _prediction_layers(settings: ConfigReader) -> int:
-    """Return the number of prediction layers. Any number is valid, as few users need the layers."""
+    """Return the number of multi-token prediction layers (MTP); 0 if absent or not a number."""
     count = settings.raw.get("num_nextn_predict_layers")
     return count if isinstance(count, int) and count > 0 else 0
 
@@ -308,9 +308,9 @@ def model_config(
     is_classifier: bool = False,
     latent_rank: int | None = None,
 ) -> ModelConfig:
-    """Return the config that all families share. Call it last: it also checks all unread keys.
+    """Read the config that all families share. Must be called last: it checks all unread keys.
 
-    ``latent_rank``: see ``ModelConfig``; the elements of a head after it are rotated.
+    ``latent_rank``: see ``ModelConfig``; only elements of a head from this index on are rotated.
 
     Raises ``CheckpointError`` naming key, value and rule.
     """

@@ -20,16 +20,16 @@ from workers.model.routing import Router
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderLayer:
-    """h = x + attention(norm1(x)), then h + experts(norm2(h)) + mlp(norm2(h)), or one of both."""
+    """Layer: h = x + attention(norm1(x)); n = norm2(h); h + experts(n), h + mlp(n), or both."""
 
     half: AttentionSublayer
     mlp: Mlp | None = None
-    """The MLP of a layer without routed experts, or the shared experts of one with them."""
+    """MLP of a layer without routed experts, or shared experts of a layer with routed experts."""
     bias: Tensor | None = None
-    """[H]: bias, added once per row to the weighted sum of the routed experts."""
+    """[H]: bias, added once per row to the weighted sum of routed experts; None: no bias."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """See ``Layer``. The MLP is computed while the routed experts run."""
+        """Run the layer, see ``Layer``; the MLP is computed while the routed experts run."""
         half = yield from self.half.forward(hidden, cache, context)
         if half.routes is None:
             assert self.mlp is not None, "a layer has an MLP or routed experts"
@@ -51,11 +51,11 @@ def dense_attention_layer(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> DecoderLayer:
-    """Return a layer whose projections are the same for all rows, from the usual short names of
-    its tensors.
+    """Load a decoder layer whose attention projections are not routed to experts, from the usual
+    short names of its tensors.
 
-    ``gate``, ``up`` and ``down``, if present, are its MLP; ``router`` None: no experts.
-    ``qk_norm``: see ``HeadAttention``, in the checkpoint's order of rows.
+    ``gate``, ``up`` and ``down``, if present, are the layer's MLP; ``router`` None: no experts.
+    ``qk_norm``: see ``HeadAttention``, but with elements in the checkpoint's order.
     """
     order = rotation_rows(config)
     if qk_norm is not None and order is not None:

@@ -24,11 +24,11 @@ from workers.model.routing import Router
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupDefaults:
-    """Default values of a family; None: the config must contain the key."""
+    """A model family's default settings of experts; None: ``config.json`` must have the key."""
 
     num_experts: int | None = None
     num_experts_key: str = "num_local_experts"
-    """Alternative key for ``n_routed_experts``."""
+    """Key of ``config.json`` that is read if ``n_routed_experts`` is absent."""
     top_k: int | None = None
     num_shared_experts: int | None = None
     expert_width: int = 1408
@@ -56,9 +56,9 @@ class GroupedExperts:
     norm_topk_prob: bool
     """Whether the weights of the selected experts are scaled to sum 1."""
     scaling_factor: float
-    """Final factor of the weights."""
+    """Factor by which the weights of the selected experts are finally multiplied."""
     scoring: Literal["sigmoid", "float32_softmax"] = "sigmoid"
-    """See ``Routing``; for sigmoid, a bias of each expert corrects the selection."""
+    """Function from logits to weights; for sigmoid, a bias per expert corrects the selection."""
 
     @classmethod
     def read(
@@ -70,7 +70,7 @@ class GroupedExperts:
         sparse_layers: tuple[int, ...] | None = None,
         scoring: Literal["sigmoid", "float32_softmax"] = "sigmoid",
     ) -> GroupedExperts:
-        """Read the usual keys. ``sparse_layers`` None: the layers after ``first_k_dense_replace``.
+        """Read the settings. ``sparse_layers`` None: all layers after ``first_k_dense_replace``.
 
         Raises ``CheckpointError`` naming the unsupported key.
         """
@@ -100,17 +100,17 @@ class GroupedExperts:
         return found
 
     def with_layer(self, layer: int) -> GroupedExperts:
-        """Return the experts with one more layer of experts after the others."""
+        """Return a copy in which ``layer``, which follows all other layers, also has experts."""
         layers = (*(self.routed.sparse_layers or ()), layer)
         return replace(self, routed=replace(self.routed, sparse_layers=layers))
 
     def banks(self, config: ModelConfig) -> tuple[BankSpec, ...]:
-        """Return one bank for each layer that is not dense."""
+        """Return a bank of routed experts for each layer that is not dense."""
         return self.routed.banks(config, float32_weights=True, aux_copies=0)
 
     def parts(self, layer: int, width: int) -> dict[str, TensorPart]:
-        """Tensors of a layer's router, and of the dense MLP or the shared experts: ``gate``, ``up``
-        and ``down``.
+        """Return the tensors of a layer's router and shared experts, or of its dense MLP, by short
+        name: ``router``, ``correction``, ``gate``, ``up``, ``down``.
         """
         prefix = f"model.layers.{layer}.mlp"
         if not self.routed.is_in(layer):
@@ -145,7 +145,7 @@ class GroupedExperts:
         )
 
     def _check(self) -> None:
-        """Check that the selected groups contain enough experts for every token."""
+        """Raise ``CheckpointError`` if the selected groups have too few experts for a token."""
         num_experts, top_k = self.routed.num_experts, self.routed.top_k
         size = num_experts // self.num_groups
         if num_experts % self.num_groups or (self.num_groups > 1 and size < 2):

@@ -38,14 +38,14 @@ Experts = LocalExperts | Sequence[AttentionSideFields]
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """Parts of a layer for native calls."""
+    """Attention sublayer and MLP (None: no MLP) of a layer, both with native kernels."""
 
     half: NativeAttentionSublayer
     mlp: NativeMlp | None
 
 
 class NativeMicroBatch:
-    """A micro-batch that native layers run, and its progress."""
+    """Micro-batch that ``NativeLayers`` runs: its tensors and its progress."""
 
     def __init__(
         self,
@@ -58,25 +58,25 @@ class NativeMicroBatch:
         logits: Tensor | None,
         keeps: object,
     ) -> None:
-        """hidden [T, H] is modified; if ``tokens`` [T] are given, their embeddings are written to
-        it first.
+        """``hidden`` [T, H] is modified; if ``tokens`` [T] are given, their embeddings are first
+        written to ``hidden``. ``experts``: routed experts in this process or other ranks.
 
         ``logits`` [T, V] are written, if given. ``keeps``: owner of the memory to which ``batch``
         points.
         """
         num_banks, (num_rows, width) = len(experts), hidden.shape
         self.hidden = hidden.contiguous()
-        """[T, H]: the residual stream after the completed layers; normed at the end."""
+        """[T, H]: residual stream after the completed layers; its final norm once ``is_done``."""
         self.finite = torch.empty(num_rows, dtype=torch.bool)
         """[T]: whether all numbers of a row are finite; undefined until ``is_done``."""
         self.logits = logits
         """Logits [T, V], undefined until ``is_done``; None if not requested."""
         self.topk_ids = torch.empty((num_banks, num_rows, top_k), dtype=torch.int64)
-        """Chosen experts [banks, T, k]; undefined for layers that have not begun."""
+        """Selected experts of the rows, [banks, T, k]; undefined for layers not yet begun."""
         self.topk_weights = torch.empty((num_rows, top_k), dtype=torch.float32)
         """Router weights [T, k] of the last layer that has begun."""
         self.ends = (LayerEnds * num_banks)()
-        """Times at which the parts of each layer ended, by bank."""
+        """Monotonic times in ns at which the parts of each layer ended, by the layer's bank."""
         self._memory = torch.empty((3, num_rows, width), dtype=hidden.dtype)
         self._kept = tokens, batch, experts, keeps  # C reads it
         part, memory = self.hidden.nbytes, self._memory.data_ptr()
@@ -93,7 +93,7 @@ class NativeMicroBatch:
             routed=memory + 2 * part,
             ends=ctypes.addressof(self.ends),
         )
-        """C struct of the micro-batch."""
+        """C struct that describes the micro-batch and its progress."""
         if isinstance(experts, LocalExperts):
             self.fields.experts = ctypes.addressof(experts.calls)
         else:
@@ -112,17 +112,17 @@ class NativeMicroBatch:
 
     @property
     def is_done(self) -> bool:
-        """Whether the rows are normed, and have their logits if requested."""
+        """Whether all layers and the final norm have run, and logits if requested."""
         return bool(self.fields.is_done)
 
     @property
     def others(self) -> Tensor:
-        """[T, H]: MLP output of the last begun layer, to be added to the experts' outputs."""
+        """[T, H]: MLP output of the layer that began last, to add to its experts' outputs."""
         return self._memory[1]
 
 
 class NativeLayers:
-    """The layers of a model in C, with embedding, norm and head, for one thread."""
+    """Layers, embedding, final norm and head of a model, run by native calls of one thread."""
 
     def __init__(
         self,
@@ -132,11 +132,11 @@ class NativeLayers:
         head: NativeLinear,
         caches: Sequence[Tensor],
     ) -> None:
-        """``caches``: cache tensors by layer, which must outlive this object."""
+        """``caches``: KV cache tensor of each layer; the tensors must outlive this object."""
         self._parts, self._norm, self._head = parts, norm, head  # the fields point to its memory
         self._team = parts[0].half.team
         self.top_k = max(part.half.fields.router.routing.top_k for part in parts)
-        """Number of experts of a row."""
+        """Number of routed experts per row."""
         self._fields = (LayerFields * len(parts))()
         for fields, part, cache in zip(self._fields, parts, caches, strict=True):
             routing = part.half.routing
@@ -146,7 +146,7 @@ class NativeLayers:
                 fields.mlp = part.mlp.table.fields
         self._table = table = embedding.table if isinstance(embedding, TableEmbedding) else None
         self.has_table = table is not None
-        """Whether micro-batches may contain tokens."""
+        """Whether micro-batches may contain token ids: the embedding is a plain table."""
         width, dtype = head.matrix.shape[1], head.matrix.dtype
         for weight in (norm.weight, *(() if table is None else (table,))):
             assert weight.is_contiguous()
@@ -170,7 +170,7 @@ class NativeLayers:
         return self._norm.weight.new_empty(num_rows, self._head.matrix.shape[0])
 
     def bank_of(self, layer: int) -> int:
-        """Return ``BankSpec.index`` of a layer's routed experts."""
+        """Return ``BankSpec.index`` of a layer's routed experts; ``NO_BANK``: it has none."""
         return int(self._fields[layer].bank)
 
     def has_mlp(self, layer: int) -> bool:
@@ -179,9 +179,9 @@ class NativeLayers:
     def run(
         self, flows: Sequence[NativeMicroBatch], advance: Callable[[], None], advance_s: float
     ) -> tuple[int, int]:
-        """Run all layers, alternating between the micro-batches.
+        """Run all layers in one native call, alternating between the micro-batches ``flows``.
 
-        ``run_layers`` describes ``advance``, the result and the errors.
+        ``advance``, ``advance_s``, the result and the errors are those of ``run_layers``.
         """
         fields = (FlowFields * len(flows))(*(flow.fields for flow in flows))
         found = run_layers(self._team, self._stack, fields, advance, advance_s)
@@ -191,7 +191,7 @@ class NativeLayers:
 
 
 def native_layers(model: AttentionModel, caches: Sequence[Tensor]) -> NativeLayers | None:
-    """Return a model's layers for native calls; None if a layer has unsupported parts."""
+    """Return the layers of a model for native calls; None if a part is not supported."""
     parts = [found for layer in model.layers if (found := _parts(layer)) is not None]
     choices = {found.half.routing.top_k for found in parts if found.half.routing is not None}
     if not parts or len(parts) < len(model.layers) or len(choices) > 1:

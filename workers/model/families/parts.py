@@ -21,7 +21,7 @@ from workers.model.rope import rotation_order
 
 
 def part(name: str, *shape: int, index: int | None = None) -> TensorPart:
-    """Name a tensor of the checkpoint, or entry ``index`` of its first dimension."""
+    """Describe a checkpoint tensor, or entry ``index`` of its first dimension (one expert)."""
     return TensorPart(name=name, shape=shape, index=index)
 
 
@@ -47,7 +47,7 @@ def mlp_exchange(
 
 
 def norm_parts(prefix: str, config: ModelConfig) -> dict[str, TensorPart]:
-    """Return ``norm1`` (before attention) and ``norm2`` (before experts or MLP) of a layer."""
+    """Return a layer's norm tensors: ``norm1`` (before attention), ``norm2`` (before the MLP)."""
     names = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
     return {k: part(f"{prefix}.{name}.weight", config.hidden_size) for k, name in names.items()}
 
@@ -59,7 +59,7 @@ def attention_shape(
     clip: float | None = None,
     window: int | None = None,
 ) -> AttentionShape:
-    """Return the attention shape of a layer; ``eps`` None: ``rms_norm_eps``."""
+    """Return the dimensions and parameters of a layer's attention; ``eps`` None: the model's."""
     return AttentionShape(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -78,7 +78,7 @@ def projection_parts(
     *,
     has_gates: bool = False,
 ) -> dict[str, TensorPart]:
-    """Return ``q``, ``k``, ``v`` and ``o`` of a layer, and ``q_bias`` and so on if it has biases.
+    """Return a layer's attention projections ``q``, ``k``, ``v``, ``o``, and their biases if any.
 
     ``has_output_bias``: whether ``o`` has a bias; None: as q, k and v. ``has_gates``: whether ``q``
     also has the rows of gates, one per query row.
@@ -99,15 +99,15 @@ def projection_parts(
 
 
 def head_norm_parts(prefix: str, config: ModelConfig) -> dict[str, TensorPart]:
-    """Return ``q_norm`` and ``k_norm`` [D] of a layer, each shared by all its heads."""
+    """Return a layer's norm tensors of queries and keys, [D] each, shared by all heads."""
     names = ("q_norm", "k_norm")
     return {name: part(f"{prefix}.{name}.weight", config.head_dim) for name in names}
 
 
 def rotation_rows(config: ModelConfig) -> Tensor | None:
-    """Return the order [(A + 2K) * D] int64 of q, k and v rows for heads that are rotated whole.
+    """Return the order of q, k, v rows that gives query and key heads ``rotation_order``.
 
-    None if the checkpoint already has this order.
+    Shape [(A + 2K) * D], int64. None if the checkpoint already has this order.
     """
     rope, dim = config.rope, config.head_dim
     if rope.rotary_dim == dim and not rope.has_neighbours:
@@ -119,13 +119,13 @@ def rotation_rows(config: ModelConfig) -> Tensor | None:
 
 
 def head_norms(config: ModelConfig, queries: Tensor, keys: Tensor) -> Tensor:
-    """Return [A + K, D]: the weight [D] of query heads A times, then that of key heads K times."""
+    """Return norm weights [A + K, D]: ``queries`` [D] A times, then ``keys`` [D] K times."""
     heads = queries.expand(config.num_heads, -1), keys.expand(config.num_kv_heads, -1)
     return torch.cat(heads)
 
 
 def mlp_parts(prefix: str, width: int, inner: int) -> dict[str, TensorPart]:
-    """Name ``gate``, ``up`` [inner, width] and ``down`` [width, inner] of a gated MLP."""
+    """Return a gated MLP's tensors ``gate``, ``up`` [inner, width] and ``down`` [width, inner]."""
     return {
         "gate": part(f"{prefix}.gate_proj.weight", inner, width),
         "up": part(f"{prefix}.up_proj.weight", inner, width),
@@ -136,7 +136,7 @@ def mlp_parts(prefix: str, width: int, inner: int) -> dict[str, TensorPart]:
 def gated_expert(
     prefix: str, bank: BankSpec, expert: int, names: Container[str]
 ) -> tuple[ExpertMatrix, ...]:
-    """Return gate over up [2 * inner, width], then down [width, inner], separate or fused."""
+    """Return an expert's matrices: gate over up [2 * inner, width], and down [width, inner]."""
     (exchange,) = bank.exchanges
     width, inner = exchange.in_width, exchange.expert_width
     up: tuple[TensorPart, ...]
@@ -154,7 +154,7 @@ def gated_expert(
 
 
 def block_sparse_expert(bank: BankSpec, expert: int) -> tuple[ExpertMatrix, ...]:
-    """Like ``gated_expert``, with Mixtral's names: w1 is gate, w3 is up and w2 is down."""
+    """Return an expert's matrices with Mixtral's names: gate (w1) over up (w3), down (w2)."""
     (exchange,) = bank.exchanges
     width, inner = exchange.in_width, exchange.expert_width
     prefix = f"model.layers.{bank.layer}.block_sparse_moe.experts.{expert}"

@@ -1,8 +1,8 @@
 """Layer after the last one that predicts the token after the next (multi-token prediction).
 
-The inputs are the final hidden state of a position and the token at the next position. The
-predictor computes another hidden state, from which the head makes the logits of the token after
-that. It is a decoder layer with its own keys and values, and its routed experts are one more bank.
+The inputs are the final hidden state at position i and the token at position i + 1. The predictor
+computes another hidden state, from which the head makes the logits of the token at position i + 2.
+The predictor is a decoder layer with its own keys and values; its routed experts are one more bank.
 It uses the embedding and the head of the model.
 
 Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024), section 2.2; checkpoint layout of
@@ -25,26 +25,26 @@ from workers.model.layers import Layer, LayerContext, LayerSteps, Linear, Norm
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predictor:
-    """``TokenPredictor`` that consists of a projection and one decoder layer."""
+    """Multi-token prediction layer (MTP): a projection and one decoder layer."""
 
     token_norm: Norm
     state_norm: Norm
     projection: Linear
-    """2H -> H: projection of an embedding followed by a hidden state."""
+    """Projection of a token's embedding [H] and a hidden state [H], concatenated: 2H -> H."""
     layer: Layer
     norm: Norm
 
     def forward(
         self, embedded: Tensor, hidden: Tensor, cache: Tensor, context: LayerContext
     ) -> LayerSteps:
-        """Run the predictor; see ``TokenPredictor``."""
+        """Return hidden states for the logits of the token after the next: [T, H]."""
         normed = self.token_norm(embedded), self.state_norm(hidden.clone())
         joined = self.projection(torch.cat(normed, 1))
         return self.norm((yield from self.layer.forward(joined, cache, context)))
 
 
 def predictor_parts(config: ModelConfig, prefix: str) -> dict[str, TensorPart]:
-    """Return the predictor's tensors outside its decoder layer, by short name."""
+    """Return the prediction layer's tensors that a decoder layer does not have."""
     width = config.hidden_size
     return {
         "token_norm": part(f"{prefix}.enorm.weight", width),
@@ -55,7 +55,7 @@ def predictor_parts(config: ModelConfig, prefix: str) -> dict[str, TensorPart]:
 
 
 def predicting(config: ModelConfig) -> ModelConfig:
-    """Return the config with the predictor. Raises ``CheckpointError`` if there is none."""
+    """Return ``config`` with the prediction layer in use. Raises ``CheckpointError`` if absent."""
     if not config.num_prediction_layers:
         raise CheckpointError(
             "config.json: num_nextn_predict_layers must be at least 1 for speculative_method mtp: "

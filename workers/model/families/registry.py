@@ -28,7 +28,7 @@ FAMILIES = {
     "qwen3_5_moe_text": "workers.model.families.hybrid.qwen3_5_moe",
     "jetmoe": "workers.model.families.routed.jetmoe",
 }
-"""Module of each ``model_type``; it has a function ``family(config) -> Family``."""
+"""Module for each ``model_type``; its function ``family(config)`` returns a ``Family``."""
 
 
 def load_family(config: Mapping[str, Any]) -> Family:

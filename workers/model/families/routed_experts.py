@@ -12,10 +12,10 @@ from workers.model.routing import Routing, Scoring
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutedExperts:
-    """Number and width of a layer's experts, and number of experts per token."""
+    """Settings of routed experts: number, width, experts per token, and layers with experts."""
 
     num_experts: int
-    """E: number of routed experts of a layer."""
+    """E: number of routed experts in a layer."""
     top_k: int
     expert_width: int
     """I: inner width of an expert."""
@@ -32,7 +32,7 @@ class RoutedExperts:
         expert_width: tuple[int, str],
         sparse_layers: tuple[int, ...] | None = None,
     ) -> RoutedExperts:
-        """Read each setting. Arguments: (default, usual name of its key, other names).
+        """Read the settings. Each argument: (default, usual name of the key, other names).
 
         Raises ``CheckpointError`` naming the unsupported key.
         """
@@ -58,7 +58,7 @@ class RoutedExperts:
         activation: ClampedSwiglu | None = None,
         has_bias: bool = False,
     ) -> tuple[BankSpec, ...]:
-        """Return each sparse layer's bank of gated MLPs; see ``BankSpec`` and ``mlp_exchange``."""
+        """Return a bank of gated MLPs for each layer with experts; arguments: see ``BankSpec``."""
         exchange = mlp_exchange(config, self.expert_width, activation, has_bias)
         layers = range(config.num_layers) if self.sparse_layers is None else self.sparse_layers
         return tuple(
@@ -87,7 +87,7 @@ class RoutedExperts:
         num_groups: int = 1,
         top_groups: int = 1,
     ) -> Routing:
-        """Return the routing of a layer with experts; see ``Routing``."""
+        """Return the parameters of the router of a layer with experts; see ``Routing``."""
         return Routing(
             bank=layer if self.sparse_layers is None else self.sparse_layers.index(layer),
             num_experts=self.num_experts,

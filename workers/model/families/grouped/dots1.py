@@ -43,11 +43,11 @@ class Dots1Config:
     attention_bias: bool
     """Whether q, k, v and o have biases."""
     windows: tuple[int | None, ...]
-    """Positions that a token attends to, by layer; None: all."""
+    """Width of each layer's sliding window in tokens; None: no window."""
 
 
 def family(config: Mapping[str, Any]) -> Dots1Family:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("Dots1ForCausalLM")
     windows = _windows(settings)
@@ -62,8 +62,8 @@ def family(config: Mapping[str, Any]) -> Dots1Family:
 
 
 def _windows(settings: ConfigReader) -> tuple[int | None, ...]:
-    """Return the windows by layer. ``sliding_window`` null disables windows; the default is
-    4096."""
+    """Return the width of each layer's sliding window in tokens; None: no window.
+    ``sliding_window`` null disables all windows; the default is 4096."""
     layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     given = settings.value("sliding_window")
     is_off = given is None and "sliding_window" in settings.raw
@@ -91,7 +91,7 @@ class Dots1Family(Family):
         self.windows = frozenset(width for width in dots1.windows if width is not None)
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. ``gate``, ``up``, ``down``: the dense MLP, or the shared experts."""
+        """Return a layer's tensors; ``gate``, ``up``, ``down``: dense MLP or shared experts."""
         config, prefix = self.config, f"model.layers.{layer}"
         return {
             **norm_parts(prefix, config),

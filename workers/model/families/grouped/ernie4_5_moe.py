@@ -1,4 +1,4 @@
-"""ERNIE 4.5: neighbours rotated, a softmax router with a correction, shared experts, dense layers.
+"""ERNIE 4.5: interleaved RoPE, a softmax router with correction, shared experts, dense layers.
 
 Source: checkpoint layout and math as in transformers ``models/ernie4_5_moe``.
 """
@@ -54,11 +54,11 @@ class Ernie45MoeConfig:
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     least_sum: float
-    """See ``Routing``."""
+    """Lower bound of the sum by which router weights are divided (``moe_norm_min``)."""
 
 
 def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("Ernie4_5_MoeForCausalLM")
     own = Ernie45MoeConfig(
@@ -81,7 +81,7 @@ def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
 
 
 def _sparse_layers(settings: ConfigReader) -> tuple[int, ...]:
-    """Return every ``moe_layer_interval``-th layer from the start to the end index, inclusive."""
+    """Return the layers with experts: each ``moe_layer_interval``-th from start to end index."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     interval = settings.integer("moe_layer_interval", default=1)
     first = settings.integer("moe_layer_start_index", default=1, least=0)
@@ -103,7 +103,7 @@ class Ernie45MoeFamily(Family):
         self.ernie = ernie
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. ``gate``, ``up``, ``down``: the dense MLP, or the shared experts."""
+        """Return a layer's tensors; ``gate``, ``up``, ``down``: dense MLP or shared experts."""
         config, own, prefix = self.config, self.ernie, f"model.layers.{layer}"
         width = config.hidden_size
         parts = {

@@ -51,7 +51,7 @@ class FlexOlmoConfig:
 
 
 def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("FlexOlmoForCausalLM")
     own = FlexOlmoConfig(
@@ -71,7 +71,7 @@ def family(config: Mapping[str, Any]) -> FlexOlmoFamily:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PostNormLayer:
-    """h = x + norm1(attention(x)), then h + norm2(experts(h))."""
+    """Decoder layer with norms of outputs: h = x + norm1(attention(x)); h + norm2(experts(h))."""
 
     heads: RowAttention
     qkv: Linear

@@ -1,6 +1,6 @@
 """GLM-4.5 to 4.7: a sigmoid router in groups, a part of each head rotated, dense first layers.
 
-The checkpoint has prediction layers after the last layer. The first of them is loaded on request.
+The checkpoint has prediction layers (MTP) after the last layer; only the first can be loaded.
 
 Source: checkpoint layout and math as in transformers ``models/glm4_moe``.
 """
@@ -54,7 +54,7 @@ class Glm4MoeConfig:
 
 
 def family(config: Mapping[str, Any]) -> Glm4MoeFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("Glm4MoeForCausalLM")
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
@@ -81,7 +81,7 @@ class Glm4MoeFamily(Family):
         return Glm4MoeFamily(config, replace(self.glm, experts=experts))
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. ``gate``, ``up``, ``down``: the dense MLP, or the shared experts."""
+        """Return a layer's tensors; ``gate``, ``up``, ``down``: dense MLP or shared experts."""
         config, own, prefix = self.config, self.glm, f"model.layers.{layer}"
         attention = f"{prefix}.self_attn"
         return {

@@ -55,13 +55,13 @@ class GptOssConfig:
     """Whether q, k, v and o have biases."""
     swiglu: ClampedSwiglu
     windows: tuple[int | None, ...]
-    """Positions that a token attends to, by layer; None: all."""
+    """Width of each layer's sliding window in tokens; None: no window."""
     is_quantized: bool
     """Whether experts are stored in MXFP4, from ``quantization_config``."""
 
 
 def family(config: Mapping[str, Any]) -> GptOssFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     ignored = _ignored_keys(config.get("quantization_config"))
     known = {key: value for key, value in config.items() if key != "quantization_config"}
     if not (known.get("rope_scaling") or known.get("rope_parameters")):
@@ -115,7 +115,7 @@ def _ignored_keys(found: Any) -> tuple[str, ...]:
 
 
 def _windows(settings: ConfigReader) -> tuple[int | None, ...]:
-    """Return windows by layer: in layers 0, 2, 4 .. unless ``layer_types`` lists the kinds."""
+    """Return each layer's sliding window, None: none; by default layers 0, 2, 4 .. have one."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     has_window = "sliding_window" not in settings.raw or settings.value("sliding_window")
     width = settings.integer("sliding_window", default=128) if has_window else None
@@ -140,8 +140,8 @@ class GptOssFamily(Family):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """See ``Family``. Rows of gate and up alternate on disk, where matrices are [in, out], but
-        [out, in] in MXFP4."""
+        """Return the tensor parts that make up one expert's matrices and biases. On disk, rows of
+        gate and up alternate, and matrices are [in, out], but in MXFP4 [out, in]."""
         (spec,) = bank.exchanges
         width, inner = spec.in_width, spec.expert_width
         prefix = f"model.layers.{bank.layer}.mlp.experts"

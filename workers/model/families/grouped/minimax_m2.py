@@ -46,7 +46,7 @@ _HEAD_DIM = 128
 
 
 def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("MiniMaxM2ForCausalLM")
     experts = RoutedExperts.read(
@@ -76,7 +76,7 @@ class MiniMaxM2Family(Family):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """Return the location of one expert's matrices; see ``Family``."""
+        """Return the tensor parts that make up one expert's matrices; see ``Family``."""
         return block_sparse_expert(bank, expert)
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:

@@ -39,7 +39,7 @@ _DEFAULTS = Defaults(
 
 
 def family(config: Mapping[str, Any]) -> MixtralFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("MixtralForCausalLM")
     has_window = settings.value("sliding_window") is not None
@@ -59,7 +59,7 @@ def family(config: Mapping[str, Any]) -> MixtralFamily:
 
 class MixtralFamily(Family):
     def __init__(self, config: ModelConfig, experts: RoutedExperts, window: int | None) -> None:
-        """``window``: positions that a token attends to in every layer; None: all."""
+        """``window``: width of every layer's sliding window in tokens; None: no window."""
         super().__init__(config, experts.banks(config))
         self.experts, self.window = experts, window
         self.windows = frozenset(() if window is None else (window,))
@@ -67,7 +67,7 @@ class MixtralFamily(Family):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """Return the location of one expert's matrices; see ``Family``."""
+        """Return the tensor parts that make up one expert's matrices; see ``Family``."""
         return block_sparse_expert(bank, expert)
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:

@@ -48,11 +48,11 @@ class OlmoeConfig:
     attention_bias: bool
     """Whether q, k, v and o have biases."""
     clip_qkv: float | None
-    """Limit of the absolute value of q, k and v, after the norms."""
+    """Limit of the absolute values of q, k and v, after the norms; None: no limit."""
 
 
 def family(config: Mapping[str, Any]) -> OlmoeFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("OlmoeForCausalLM")
     own = OlmoeConfig(

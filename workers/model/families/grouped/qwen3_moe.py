@@ -47,11 +47,11 @@ class Qwen3MoeConfig:
     attention_bias: bool
     """Whether q, k, v and o have biases."""
     window: int | None
-    """Positions that a token attends to in every layer; None: all."""
+    """Width of every layer's sliding window in tokens; None: no window."""
 
 
 def family(config: Mapping[str, Any]) -> Qwen3MoeFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("Qwen3MoeForCausalLM")
     width = settings.integer("sliding_window", default=4096)
@@ -84,7 +84,7 @@ class Qwen3MoeFamily(Family):
         self.windows = frozenset(() if qwen3.window is None else (qwen3.window,))
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. ``gate``, ``up``, ``down``: the MLP of a dense layer."""
+        """Return a layer's tensors; ``gate``, ``up``, ``down``: MLP of a dense layer."""
         config, own, prefix = self.config, self.qwen3, f"model.layers.{layer}"
         width = config.hidden_size
         parts = {

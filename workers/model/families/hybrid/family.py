@@ -41,14 +41,14 @@ class HybridFamily(Family):
 
     @abstractmethod
     def delta_parts(self, prefix: str, spec: DeltaNetSpec) -> dict[str, TensorPart]:
-        """Return input projections of Gated DeltaNet by short name, in the order of their rows."""
+        """Return the input projections of Gated DeltaNet by short name, in stacking order."""
 
     def delta_order(self, spec: DeltaNetSpec) -> Tensor | None:
-        """Order of the projections' rows that ``DeltaNet`` expects; None: unchanged."""
+        """Return the order of the stacked rows that ``DeltaNet`` expects; None: unchanged."""
         return None
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. ``gate``, ``up``, ``down``: the shared expert, or the dense MLP."""
+        """Return a layer's tensors; ``gate``, ``up``, ``down``: dense MLP or shared expert."""
         config, own = self.config, self.experts
         prefix, width = f"{self.prefix}.layers.{layer}", config.hidden_size
         parts = norm_parts(prefix, config) | self._mixer_parts(prefix, layer)
@@ -78,7 +78,7 @@ class HybridFamily(Family):
         return self._norm(outer, "norm")
 
     def _mixer_parts(self, prefix: str, layer: int) -> dict[str, TensorPart]:
-        """Return tensors of a layer's mixer. ``q`` has rows of queries and gates, head by head."""
+        """Return the tensors of a layer's attention (``q``: queries, gates by head) or DeltaNet."""
         config, spec = self.config, self.config.delta_net
         width = config.hidden_size
         if spec is not None and layer in spec.layers:
@@ -134,7 +134,7 @@ class HybridFamily(Family):
         return Router(routing=routing, linear=loader.router("router"))
 
     def _norm(self, loader: Loader, name: str, order: Tensor | None = None) -> Norm:
-        """Norm in float32 with the stored weight plus 1; ``order``: order of its elements."""
+        """Load a norm in float32; weight: 1 + the stored weight, whose elements ``order`` sorts."""
         weight = 1 + loader.tensor(name).float()
         if order is not None:
             weight = weight.index_select(0, order.to(weight.device))
@@ -142,9 +142,9 @@ class HybridFamily(Family):
 
 
 def _gated_order(config: ModelConfig) -> Tensor:
-    """[(2A + 2K) * D] int64: rows of q_proj, k_proj and v_proj as queries, keys, values, gates.
+    """Return the order of q_proj, k_proj, v_proj rows as queries, keys, values, gates, int64.
 
-    q_proj stores each head's query before its gate; here, heads are rotated whole.
+    q_proj stores each head's query before its gate. Queries and keys get ``rotation_order``.
     """
     dim, places = config.head_dim, rotation_order(config.rope)
     queries = torch.arange(config.num_heads).unsqueeze(1) * 2 * dim

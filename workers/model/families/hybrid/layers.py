@@ -26,7 +26,7 @@ from workers.model.layers import (
 from workers.model.routing import Router
 
 Mixer = Callable[[Tensor, Tensor, LayerContext], Tensor]
-"""Function of normed rows [T, H], this layer's cache and the context; returns [T, H]."""
+"""Attention or Gated DeltaNet of a layer: normed rows [T, H], cache, context -> [T, H]."""
 
 
 class Float32Norm:
@@ -51,15 +51,15 @@ class GatedAttention:
     heads: RowAttention
     shape: AttentionShape
     project: Linear
-    """Product H -> (2A + 2K) * D: rows of q, k, v, then gates [A * D]."""
+    """Input projection, H -> (2A + 2K) * D: rows of q, k, v, then gates [A * D]."""
     q_norm: Norm
-    """Norm of each query head; ``k_norm``: of each key head."""
+    """Norm of each query head, [.., D]; ``k_norm`` is the norm of each key head."""
     k_norm: Norm
     output: Linear
-    """Product A * D -> H."""
+    """Output projection, A * D -> H."""
 
     def __call__(self, normed: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Mix rows [T, H] along their sequences; see ``Mixer``."""
+        """Compute gated attention of normed rows: [T, H] -> [T, H]; see ``Mixer``."""
         shape = self.shape
         queries, values = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         widths = [queries, values, values, queries]
@@ -74,16 +74,16 @@ class GatedAttention:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecurrentMixer:
-    """Gated DeltaNet with its projections."""
+    """Gated DeltaNet (linear attention with a recurrent state) with its projections."""
 
     project: Linear
-    """Product H -> ``DeltaNet.row_width``."""
+    """Input projection, H -> ``DeltaNet.row_width``."""
     mix: Mix
     output: Linear
-    """Product V * D -> H."""
+    """Output projection, V * D -> H."""
 
     def __call__(self, normed: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Mix rows [T, H] along their sequences; see ``Mixer``."""
+        """Compute Gated DeltaNet of normed rows: [T, H] -> [T, H]; see ``Mixer``."""
         states = context.attention.states
         assert states is not None, "the model has recurrent states"
         mixed = self.mix(context.multiply(self.project, normed), cache, states)
@@ -98,14 +98,14 @@ class HybridLayer:
     norm1: Norm
     norm2: Norm
     mlp: Mlp
-    """The shared expert, or the MLP of a layer without routed experts."""
+    """Shared expert of a layer with routed experts, or MLP of a layer without routed experts."""
     gate: Linear | None
-    """Product H -> 1: gate of the shared expert."""
+    """Product H -> 1: sigmoid gate of the shared expert; None without routed experts."""
     router: Router | None
-    """None in a layer without routed experts."""
+    """Router of the routed experts; None in a layer without routed experts."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """See ``Layer``. The shared expert is computed while the routed experts run."""
+        """Run the layer, see ``Layer``; the shared expert runs while routed experts compute."""
         hidden = hidden + self.mixer(self.norm1(hidden), cache, context)
         normed = self.norm2(hidden)
         if self.router is None:

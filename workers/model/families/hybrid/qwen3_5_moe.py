@@ -41,7 +41,7 @@ _TEXT, _WHOLE = "qwen3_5_moe_text", "qwen3_5_moe"
 
 
 def family(config: Mapping[str, Any]) -> Qwen35MoeFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     is_whole = config.get("model_type") == _WHOLE
     settings = ConfigReader(_text_config(config) if is_whole else config)
     names = ("Qwen3_5MoeForConditionalGeneration",) if is_whole else ("Qwen3_5MoeForCausalLM",)
@@ -72,7 +72,7 @@ def family(config: Mapping[str, Any]) -> Qwen35MoeFamily:
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of ``text_config``, completed with the outer keys that it lacks."""
+    """Return the keys of ``text_config``, and the outer keys that ``text_config`` lacks."""
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         raise CheckpointError(f"config.json: text_config {text!r} must be an object")

@@ -37,7 +37,7 @@ _DEFAULTS = Defaults(
 
 
 def family(config: Mapping[str, Any]) -> Qwen3NextFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("Qwen3NextForCausalLM")
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
@@ -73,8 +73,8 @@ class Qwen3NextFamily(HybridFamily):
         }
 
     def delta_order(self, spec: DeltaNetSpec) -> Tensor:
-        """See ``HybridFamily``. Both projections store rows by key head: first q, k, v, z; then
-        strengths, decays."""
+        """Return the order of the stacked rows that ``DeltaNet`` expects. Both projections store
+        rows by key head: the first one q, k, v, z, the second one strengths, decays."""
         share = spec.num_value_heads // spec.num_key_heads
         widths = [spec.key_dim, spec.key_dim, share * spec.value_dim, share * spec.value_dim]
         rows = torch.arange(spec.num_key_heads * sum(widths)).view(spec.num_key_heads, -1)

@@ -10,12 +10,12 @@ from workers.model.families.config_reader import ConfigReader
 from workers.model.families.routed_experts import RoutedExperts
 
 LINEAR, FULL = "linear_attention", "full_attention"
-"""Kinds of layers in ``layer_types``."""
+"""Kinds of layers in ``layer_types`` of ``config.json``: Gated DeltaNet, attention."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HybridExperts:
-    """The routed and shared experts of a layer, and the MLP of a layer without experts."""
+    """Settings of routed and shared experts, and of the MLP of layers without experts."""
 
     routed: RoutedExperts
     shared_width: int
@@ -35,7 +35,7 @@ def read_experts(
     dense_width: int,
     norm_topk_prob: bool,
 ) -> HybridExperts:
-    """Read the keys that the families share; other arguments are defaults or fixed."""
+    """Read settings of experts; ``num_experts`` and ``top_k`` are defaults, others are fixed."""
     return HybridExperts(
         routed=RoutedExperts.read(
             settings,
@@ -51,7 +51,7 @@ def read_experts(
 
 
 def read_delta_net(settings: ConfigReader, num_layers: int) -> DeltaNetSpec | None:
-    """Read the layers with a recurrent state; return None if there are none."""
+    """Read the settings of Gated DeltaNet layers; None: the model has no such layers."""
     layers = tuple(i for i, kind in enumerate(_kinds(settings, num_layers)) if kind == LINEAR)
     spec = DeltaNetSpec(
         layers=layers,
@@ -70,7 +70,7 @@ def read_delta_net(settings: ConfigReader, num_layers: int) -> DeltaNetSpec | No
 
 
 def _kinds(settings: ConfigReader, num_layers: int) -> list[str]:
-    """Return ``layer_types``, or attention in every ``full_attention_interval``-th layer."""
+    """Return the kind of each layer, from ``layer_types`` or ``full_attention_interval``."""
     interval = settings.integer("full_attention_interval", default=4)
     kinds = settings.value("layer_types")
     if kinds is None:

@@ -1,4 +1,4 @@
-"""Latent attention of all its families, from ``config.json`` and the checkpoint.
+"""Multi-head latent attention: its settings in ``config.json``, and loading of its tensors.
 
 Source: checkpoint layout and math as in transformers ``models/deepseek_v3``.
 """
@@ -33,7 +33,7 @@ _NORM_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentDefaults:
-    """Default values of a family."""
+    """A model family's default dimensions of multi-head latent attention."""
 
     num_heads: int
     query_rank: int = 1536
@@ -45,13 +45,13 @@ class LatentDefaults:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentAttention:
-    """Latent attention of all layers."""
+    """Settings of multi-head latent attention, the same for all layers of a model."""
 
     shape: LatentShape
     query_rank: int | None
-    """Elements of the latent vector of queries; None: queries come from the hidden state."""
+    """Elements of the queries' latent vector; None: queries come from the hidden state."""
     has_bias: bool
-    """Whether the projections to latent vectors and the output have biases."""
+    """Whether projections to latent vectors and the output projection have biases."""
 
     @classmethod
     def read(cls, settings: ConfigReader, defaults: LatentDefaults) -> LatentAttention:
@@ -83,7 +83,7 @@ class LatentAttention:
         return cls(shape=shape, query_rank=rank, has_bias=has_bias)
 
     def config(self, settings: ConfigReader, model_type: str, defaults: Defaults) -> ModelConfig:
-        """Read the other settings; call it last. A key is a latent vector and a rotated part."""
+        """Read all other settings. Must be called last, as it checks keys that were not read."""
         shape = self.shape
         return model_config(
             settings,
@@ -120,7 +120,7 @@ class LatentAttention:
         return parts
 
     def projections(self, config: ModelConfig, loader: Loader, norm1: Tensor) -> LatentProjections:
-        """Return the projections; ``norm1`` [H]: weight of the layer's first norm."""
+        """Load a layer's latent attention; ``norm1`` [H]: weight of the norm before attention."""
         shape, blocks = self.shape, loader.blocks
         order = rotation_order(config.rope)
         weight = loader.weight("heads").view(-1, shape.plain_dim + shape.value_dim, shape.rank)
@@ -154,13 +154,13 @@ def _by_rank(x: Tensor, context: LayerContext, first: Linear, norm: Norm, second
 
 
 def _ends_ordered(order: Tensor, num_heads: int, first: int) -> Tensor:
-    """Return the order of rows for heads with rotated elements from ``first`` on."""
+    """Return the order of rows that applies ``order`` to each head from element ``first`` on."""
     head = torch.cat((torch.arange(first), first + order))
     return (torch.arange(num_heads).unsqueeze(1) * len(head) + head).flatten()
 
 
 def _score_scale(config: Mapping[str, Any]) -> float:
-    """Return the factor of scores (``context_scale``), besides the rotation's own factor."""
+    """Return yarn's factor of queries and keys that ``mscale_all_dim`` requests; 1.0 if absent."""
     params = rope_parameters(config)
     kind = params.get("rope_type") or params.get("type") or "default"
     mscale, factor = params.get("mscale_all_dim"), params.get("factor")

@@ -34,7 +34,7 @@ _EXPERTS = GroupDefaults(
 
 
 def family(config: Mapping[str, Any]) -> LatentFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("DeepseekV2ForCausalLM")
     settings.only("scoring_func", "softmax")

@@ -1,6 +1,6 @@
 """DeepSeek-V3, R1 and Kimi K2: latent attention, a sigmoid router in groups, dense first layers.
 
-The checkpoint has prediction layers after the last layer. The first of them is loaded on request.
+The checkpoint has prediction layers (MTP) after the last layer; only the first can be loaded.
 
 Source: checkpoint layout and math as in transformers ``models/deepseek_v3``.
 """
@@ -40,7 +40,7 @@ _EXPERTS = GroupDefaults(
 
 
 def family(config: Mapping[str, Any]) -> LatentFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("DeepseekV3ForCausalLM")
     settings.only("scoring_func", "sigmoid")

@@ -13,7 +13,7 @@ from workers.model.families.predictor import predicting
 
 
 class LatentFamily(Family):
-    """Layers of latent attention, then grouped experts or a dense MLP."""
+    """Model family with latent attention, then grouped experts or a dense MLP, in each layer."""
 
     def __init__(
         self, config: ModelConfig, attention: LatentAttention, experts: GroupedExperts
@@ -27,7 +27,7 @@ class LatentFamily(Family):
         return LatentFamily(config, self.attention, self.experts.with_layer(config.num_layers))
 
     def layer_parts(self, layer: int) -> dict[str, TensorPart]:
-        """See ``Family``. ``gate``, ``up``, ``down``: the dense MLP, or the shared experts."""
+        """Return a layer's tensors; ``gate``, ``up``, ``down``: dense MLP or shared experts."""
         prefix, width = f"model.layers.{layer}", self.config.hidden_size
         return {
             **norm_parts(prefix, self.config),

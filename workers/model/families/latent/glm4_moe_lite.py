@@ -1,6 +1,6 @@
 """GLM-4.7-Flash: the latent attention of DeepSeek-V3, the experts of GLM-4.5.
 
-The checkpoint has prediction layers after the last layer. The first of them is loaded on request.
+The checkpoint has prediction layers (MTP) after the last layer; only the first can be loaded.
 
 Source: checkpoint layout and math as in transformers ``models/glm4_moe_lite``.
 """
@@ -39,7 +39,7 @@ _KINDS = ("dense", "sparse")
 
 
 def family(config: Mapping[str, Any]) -> LatentFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     settings.architecture("Glm4MoeLiteForCausalLM")
     settings.only("scoring_func", "sigmoid")
@@ -55,7 +55,7 @@ def family(config: Mapping[str, Any]) -> LatentFamily:
 
 
 def _sparse_layers(settings: ConfigReader, num_layers: int) -> tuple[int, ...]:
-    """Return all layers except the first one, unless ``mlp_layer_types`` lists the kinds."""
+    """Return the layers with experts, from ``mlp_layer_types``; default: all but the first."""
     settings.only("first_k_dense_replace", 1)
     kinds = settings.value("mlp_layer_types", default=["dense"] + ["sparse"] * (num_layers - 1))
     if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= set(_KINDS):

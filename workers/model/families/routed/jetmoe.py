@@ -42,7 +42,7 @@ _DEFAULTS = Defaults(
 )
 _CLASSIFIER = "JetMoeForSequenceClassification"
 _BLOCK_EPS = 1e-6
-"""Epsilon of the norms within layers; ``rms_norm_eps`` is the final norm's."""
+"""Epsilon of the norms within layers; only the final norm uses ``rms_norm_eps``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +52,13 @@ class JetMoeConfig:
     num_experts: int
     """E: number of experts of each of a layer's two banks."""
     top_k: int
-    """Number of experts selected for each token; also query heads per key head."""
+    """Number of experts selected for each token; also the number of query heads per key head."""
     expert_width: int
     """I: inner width of an MLP expert."""
 
 
 def family(config: Mapping[str, Any]) -> JetMoeFamily:
-    """Make the family of ``config.json``. Raises ``CheckpointError`` naming an unsupported key."""
+    """Return the model that ``config`` describes. Raises ``CheckpointError`` if unsupported."""
     settings = ConfigReader(config)
     architecture = settings.architecture("JetMoeForCausalLM", "JetMoEForCausalLM", _CLASSIFIER)
     own = JetMoeConfig(
@@ -86,7 +86,7 @@ def family(config: Mapping[str, Any]) -> JetMoeFamily:
 
 
 class JetMoeFamily(Family):
-    """``Family`` of a JetMoE checkpoint. Bank 2l is layer l's attention, 2l + 1 its MLP."""
+    """JetMoE model family. Bank 2l has layer l's attention experts, bank 2l + 1 its MLP experts."""
 
     def __init__(self, config: ModelConfig, jetmoe: JetMoeConfig) -> None:
         exchanges = _attention_exchanges(config), (mlp_exchange(config, jetmoe.expert_width),)
@@ -110,7 +110,7 @@ class JetMoeFamily(Family):
     def expert_matrices(
         self, bank: BankSpec, exchange: int, expert: int, names: Container[str]
     ) -> tuple[ExpertMatrix, ...]:
-        """See ``Family``. One tensor holds all experts of a layer."""
+        """Return the tensor parts of one expert's matrices; a tensor holds all experts."""
         spec = bank.exchanges[exchange]
         place = "mlp" if bank.bank == "mlp" else "self_attention.experts"
         linears = {"mlp": ("input", "output"), "query": ("input",), "output": ("output",)}
@@ -160,7 +160,7 @@ class JetMoeFamily(Family):
 
 
 def _attention_exchanges(config: ModelConfig) -> tuple[ExchangeSpec, ...]:
-    """Return both exchanges: query returns an output per slot, output sends a row per slot."""
+    """Return the query exchange (k outputs per row) and the output exchange (k inputs per row)."""
     inner = config.num_kv_heads * config.head_dim
     return (
         ExchangeSpec(
