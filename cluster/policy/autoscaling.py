@@ -37,11 +37,11 @@ from cluster.config.autoscale import AutoscaleSection, PoolLimits
 from cluster.core.topology import Role
 
 _TOLERANCE = 1.1
-"""Ratio of use to target up to which a pool does not grow."""
+"""Ratio of a pool's use to its target up to which the pool does not grow."""
 _AFTER_SHRINKING = 0.85
-"""Highest expected ratio after a pool shrinks."""
+"""Highest ratio of use to target that is expected after a pool shrinks."""
 _MOST_HOLDS = 8
-"""Longest time before shrinking, in multiples of ``down_s``."""
+"""Longest time that a pool waits before it shrinks, in multiples of ``down_s``."""
 _SAME = 1e-9
 
 
@@ -57,48 +57,51 @@ class Urgency(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSample:
-    """Measurements of a pool at one time; ``*_use`` and ``slot_time`` are means of its workers."""
+    """Measurements of a pool of workers at one time.
+
+    ``kv_use``, ``seat_use`` and ``slot_time`` are means of the workers.
+    """
 
     at_s: float
     num_workers: int
     kv_use: float | None = None
-    """Share of KV blocks in use; None for workers without requests."""
+    """Share of KV blocks in use, 0 to 1; None for expert workers, which have no KV cache."""
     seat_use: float | None = None
-    """Running sequences divided by ``max_num_seqs``."""
+    """Running sequences of a worker divided by ``max_num_seqs``; None for expert workers."""
     slot_time: float | None = None
-    """Share of the time in which activated expert slots were computed; None if unknown."""
+    """Share of time in which a worker computed activated expert slots; None if unknown."""
     num_running: float = 0.0
-    """Running sequences of all workers."""
+    """Number of running sequences of all workers together."""
     num_waiting: float = 0.0
-    """Waiting sequences of all workers."""
+    """Number of waiting sequences of all workers together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proposal:
-    """The number of workers that one pool needs."""
+    """The number of workers that one pool needs, with the reason and the urgency."""
 
     urgency: Urgency
     wanted: int
-    """Number of workers, within the limits."""
+    """Number of workers that the pool needs, within the limits of the pool."""
     reason: str
-    """Reason, for display."""
+    """Reason of the proposal, as a text for operators."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoscaleDecision:
-    """Pool sizes that the controller should reach."""
+    """Pool sizes that the controller should reach by a scale operation."""
 
     wanted: Mapping[Role, int]
-    """Workers of each pool; at most one pool differs from the current number."""
+    """Number of workers of each pool; at most one pool differs from its current size."""
     changes: Role | None
-    """The pool to change, if any."""
+    """The pool to change; None if no pool changes."""
     reason: str
-    """Reason, for display."""
+    """Reason of the decision, as a text for operators."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One measure, averaged over ``up_s``."""
+    """One measure of a pool's use, averaged over ``up_s``, with its target."""
 
     name: str
     share: float
@@ -113,28 +116,28 @@ class _Use:
 
 
 class PoolHistory:
-    """Measurements of a pool's workers since the pool last changed its size."""
+    """Measurements of one pool since its size last changed, and the size that follows from them."""
 
     def __init__(self, section: AutoscaleSection, limits: PoolLimits) -> None:
         self._section = section
         self._limits = limits
         self._samples: deque[PoolSample] = deque()
         self._demands: deque[tuple[float, float]] = deque()
-        """(time, number of workers with which the average use over ``up_s`` would meet its
-        target)."""
+        """(time, number of workers with which the pool's use, averaged over ``up_s``, would meet
+        its target)."""
         self._began_at = self._queued_at = math.inf
         self._size = 0
         self._hold_s = section.down_s
         self._shrunk_at: float | None = None
-        """Time of the last shrink, if the pool has not grown since."""
+        """Time at which the pool last shrank; None if it has grown since, or never shrank."""
 
     def restart(self) -> None:
-        """Forget the measurements, because the pool does not serve normally."""
+        """Forget all measurements of the pool, which does not serve normally or was resized."""
         self._samples.clear()
         self._demands.clear()
 
     def add(self, sample: PoolSample) -> None:
-        """Add measurements of the workers; a different number of workers restarts all averages."""
+        """Add measurements of the pool; a different number of workers restarts all averages."""
         if sample.num_workers != self._size:
             self._resize(sample)
         if not self._samples:
@@ -223,7 +226,7 @@ class PoolHistory:
         self.restart()
 
     def _lasts(self, seconds: float) -> bool:
-        """Return whether the pool has reported for ``seconds``."""
+        """Return whether measurements of the pool have been added for at least ``seconds``."""
         return self._samples[-1].at_s - self._began_at >= seconds - _SAME
 
     def _recent(self, seconds: float) -> list[PoolSample]:
@@ -231,11 +234,11 @@ class PoolHistory:
         return [s for s in self._samples if s.at_s > since]
 
     def _waiting(self) -> float:
-        """Waiting sequences of each worker, averaged over ``queue_s``."""
+        """Return the number of waiting sequences per worker, averaged over ``queue_s``."""
         return _mean_waiting(self._recent(self._section.queue_s)) / max(self._size, 1)
 
     def _uses(self) -> list[_Use]:
-        """The known measures, sorted by falling ratio."""
+        """Return the known measures of use, sorted by falling ratio to their targets."""
         section, samples = self._section, self._samples
         found = (
             ("KV use", [s.kv_use for s in samples], section.kv_target),
@@ -254,7 +257,10 @@ class PoolHistory:
 
 
 def decide(pools: Mapping[Role, PoolHistory], sizes: Mapping[Role, int]) -> AutoscaleDecision:
-    """Return which pool should change, if any: the first of the most urgent ones."""
+    """Decide which pool should change, and to which size: the pool with the most urgent proposal.
+
+    ``pools`` are the measurements and ``sizes`` the current sizes of the pools, by role.
+    """
     proposals = {role: history.proposal() for role, history in pools.items()}
     role = min(proposals, key=lambda r: proposals[r].urgency)
     chosen = proposals[role]

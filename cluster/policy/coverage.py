@@ -1,9 +1,9 @@
 """Decides which worker serves which expert after members left or joined. Pure.
 
-Weights stay in place if possible. The maps use the desired copies that each device holds; an expert
-without a desired copy uses any other copy. An expert that no device holds is loaded by a member
-with free slots, chosen so that loads stay even. When all devices of the desired placement are back,
-the maps are the desired placement.
+Weights stay in place if possible. The maps use the copies of the desired placement that each device
+holds; an expert without such a copy uses any other copy. An expert that no device holds is loaded
+by a member with free slots, chosen so that loads stay even. When all devices of the desired
+placement are back, the maps are the desired placement.
 
 Example, one bank of 4 experts, desired ((0, 1), (2, 3), (0, 2)), device 1 is lost:
 
@@ -28,21 +28,21 @@ from cluster.planner.stages import SlotFill, Stage
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertHoldings:
-    """The experts in the workers' memory, and their free slots."""
+    """The experts that workers hold in memory, and the slots that are free."""
 
     current: ExpertPlacement
-    """Placement in force: survivors hold the experts that it names."""
+    """Placement in force: workers that were not lost hold the experts that it names for them."""
     desired: ExpertPlacement
-    """The placement of the whole cluster."""
+    """Desired placement, that of the complete cluster."""
     joining: Mapping[int, ExpertPlacement] = field(default_factory=dict)
-    """Device -> placement with which its new worker was started; the worker holds its part of
-    it."""
+    """Device -> placement with which a new worker was started; the worker holds the device's part
+    of this placement."""
     room: int | None = None
-    """Number of expert slots of a device in each bank; None if banks can grow."""
+    """Maximum number of expert slots of a device in each bank; None if devices can add slots."""
     barred: frozenset[int] = frozenset()
     """Devices that reported that they cannot load experts."""
     failed: Collection[SlotFill] = ()
-    """Failed loads on which ``current`` relies."""
+    """Loads of experts that failed although ``current`` names the experts in these slots."""
     expert_load: Mapping[tuple[str, int], Sequence[float]] = field(default_factory=dict)
     """(bank, layer) -> tokens by logical expert; experts of other banks have equal weights."""
     is_local: bool = False
@@ -50,15 +50,16 @@ class ExpertHoldings:
 
 
 Missing = Sequence[tuple[int, int]]
-"""(index of the bank, expert) of experts for which there is no free slot."""
+"""(index of the bank, expert) of each expert without a copy for which no slot is free."""
 
 
 def plan_coverage(
     holdings: ExpertHoldings, devices: Collection[int], epoch: int
 ) -> tuple[Stage | None, Missing]:
-    """Return the stage to a placement on ``devices`` (those of the members), and missing experts.
+    """Return the stage to a placement that uses only ``devices``, and the missing experts.
 
-    ``epoch`` is the epoch of the new placement. The stage is None if any expert is missing.
+    A missing expert has no copy on these devices, and no free slot. If any expert is missing, the
+    stage is None. ``epoch`` is the epoch of the new placement.
     """
     present = frozenset(devices)
     banks: list[BankPlacement] = []
@@ -79,9 +80,10 @@ def plan_coverage(
 
 
 def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | None) -> Stage:
-    """Return a placement that uses only ``devices``, with the loads that it needs.
+    """Return a stage from ``current`` to a placement that uses only ``devices``.
 
-    ``room`` as in ``ExpertHoldings``. Raises ``ConflictError`` if the devices have too few slots.
+    ``room`` is the maximum number of slots of a device in each bank, None for no maximum. Raises
+    ``ConflictError`` if the devices have too few slots.
     """
     holdings = ExpertHoldings(current=current, desired=current, room=room)
     stage, missing = plan_coverage(holdings, devices, current.epoch + 1)
@@ -95,9 +97,10 @@ def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | Non
 def without_devices(
     gone: Collection[int], placement: ExpertPlacement, room: int | None
 ) -> ExpertPlacement:
-    """Return a placement without these devices; rows after the last remaining device are dropped.
+    """Return ``placement`` without the devices ``gone``, whose experts move to the other devices.
 
-    ``room`` as in ``ExpertHoldings``. Raises ``ConflictError`` if the others have too few slots.
+    Devices after the last remaining one are cut off. ``room`` is the maximum number of slots of a
+    device in each bank, None for no maximum. Raises ``ConflictError`` if slots do not suffice.
     """
     left = set(range(placement.num_devices)) - set(gone)
     return stage_on(left, placement, room).placement.up_to(max(left, default=-1) + 1)
@@ -105,24 +108,24 @@ def without_devices(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailureDecision:
-    """How the cluster continues after members left or joined."""
+    """Decision how the cluster continues after members were lost or new workers joined."""
 
     stage: Stage | None
-    """Maps of the new generation, and the loads that it needs first. None if no generation can run,
-    because an expert has no copy or no attention worker is left."""
+    """Placement of the new generation, and the experts to load first. None if no generation can
+    run, because an expert has no copy or no attention worker is left."""
     experts_complete: bool
-    """Whether every expert has a copy on a member, or will have one after the loads."""
+    """Whether every expert has a copy on a member, or will have one after the experts to load."""
     effect: str
-    """Effect, for display."""
+    """Description of the decision, as a text for operators."""
 
 
 def decide_members(
     members: Sequence[Member], holdings: ExpertHoldings, highest_epoch: int
 ) -> FailureDecision:
-    """Decide how the cluster continues with these ``members``, survivors and new workers.
+    """Decide how the cluster continues with these ``members``, which include new workers.
 
-    ``highest_epoch`` is the highest placement epoch that any worker ran; new maps have a higher
-    one.
+    ``highest_epoch`` is the highest placement epoch that any worker ran; a changed placement gets a
+    higher epoch.
     """
     current, epoch = holdings.current, max(highest_epoch, holdings.current.epoch)
     devices = {m.device for m in members if m.holds_experts}
@@ -144,17 +147,17 @@ def decide_members(
 
 
 def describe_losses(lost: Mapping[str, str]) -> str:
-    """``lost expert-0: closed; lost expert-2: no heartbeat``; ``lost`` is worker -> reason."""
+    """Describe lost workers (name -> reason), as ``lost expert-0: closed; lost expert-2: ...``."""
     return "; ".join(f"lost {name}: {reason}" for name, reason in sorted(lost.items()))
 
 
 def describe_members(members: Sequence[Member]) -> str:
-    """Return ``1 attention and 2 expert workers`` or ``2 colocated workers``."""
+    """Describe members by role: ``1 attention and 2 expert workers``, ``2 colocated workers``."""
     return describe_pools(Counter(m.role for m in members))
 
 
 def describe_pools(pools: Mapping[Role, int]) -> str:
-    """``describe_members`` for workers by role."""
+    """Describe pool sizes, as ``1 attention and 2 expert workers`` or ``2 colocated workers``."""
     together, experts = pools.get("colocated", 0), pools.get("expert", 0)
     plural = "" if (together or experts) == 1 else "s"
     if together:
@@ -163,7 +166,7 @@ def describe_pools(pools: Mapping[Role, int]) -> str:
 
 
 class _Bank:
-    """Chooses the used copies of one bank from the held ones."""
+    """Chooses which copies of one bank to use, from the copies that devices hold."""
 
     def __init__(
         self,
@@ -201,7 +204,7 @@ class _Bank:
         return row
 
     def _used(self, device: int, row: list[int], wanted: set[int]) -> list[int]:
-        """Return the row without superfluous copies, as short as possible."""
+        """Return a device's slots without superfluous copies of experts, as short as possible."""
         desired = self._desired.physical_to_logical[device]
         used = [e if e in desired or e not in wanted else FREE_SLOT for e in row]
         while len(used) > len(desired) and used[-1] == FREE_SLOT:
@@ -209,13 +212,14 @@ class _Bank:
         return used
 
     def without_copy(self) -> list[int]:
-        """Experts of which no device holds a copy."""
+        """Return the experts of which no device holds a copy."""
         found = {expert for row in self._rows for expert in row}
         return [e for e in range(self._desired.num_experts) if e not in found]
 
     def fill(self) -> list[SlotFill]:
-        """Assign experts without a copy to devices with free slots, the heaviest first to the least
-        loaded.
+        """Assign experts without a copy to free slots; return the loads of these slots.
+
+        The heaviest expert comes first; each goes to the least loaded device with a free slot.
 
         Source: longest processing time first (Graham 1969).
         """
@@ -244,7 +248,7 @@ class _Bank:
         return len(row) if len(row) < self._room else None
 
     def placement(self) -> BankPlacement:
-        """Return the maps, with the desired shares and decode devices if possible."""
+        """Return the bank's placement, with the desired shares and decode devices if possible."""
         if tuple(map(tuple, self._rows)) == self._current.physical_to_logical:
             return self._current
         holders: list[list[int]] = [[] for _ in range(self._desired.num_experts)]
@@ -258,7 +262,11 @@ class _Bank:
         return self._desired.with_slots(self._rows, decode)
 
     def _decode_device(self, places: Sequence[int], expert: int, others: Sequence[int]) -> int:
-        """Return the desired or the current decode device if it has a copy, else the least used."""
+        """Return the decode device for an expert, one of ``places`` (devices with a copy).
+
+        The desired device comes first, then the current one, then the device that serves the fewest
+        of the earlier experts, whose decode devices are ``others``.
+        """
         for device in (self._desired.decode_device[expert], self._current.decode_device[expert]):
             if device in places:
                 return device
@@ -276,7 +284,7 @@ def _missing_text(placement: ExpertPlacement, missing: Missing) -> str:
 
 
 def _loads_text(loads: Sequence[SlotFill], members: Sequence[Member]) -> str:
-    """``expert-0, expert-2 load 64 experts``."""
+    """Describe loads of experts, as ``expert-0, expert-2 load 64 experts``."""
     devices = {load.device for load in loads}
     names = [m.name for m in members if m.device in devices]
     return f"{', '.join(names)} load{'s' if len(names) == 1 else ''} {len(loads)} experts"

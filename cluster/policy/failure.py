@@ -12,31 +12,31 @@ from cluster.core.topology import Member
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Liveness:
-    """The last sign of life of one worker. Times are monotonic seconds."""
+    """Last sign of life and progress of one worker. Times are monotonic seconds."""
 
     name: str
     heard_at: float
-    """Time of its last frame."""
+    """Time at which the last frame of the worker arrived."""
     progress_at: float = 0.0
-    """Time of the last heartbeat with a higher progress counter or from an idle loop."""
+    """Time of the worker's last heartbeat with a higher progress counter, or from an idle loop."""
     waiting: bool = False
-    """Whether its loop waits for a peer within a step."""
+    """Whether the worker's step loop waits for a peer within a step."""
     running: bool = True
-    """Whether it is in a running generation, so that its loop must progress."""
+    """Whether the worker is in a running generation, so that its step loop must progress."""
     host: str = ""
     patience_s: float = math.inf
-    """Longest silence that its gaps explain (``cluster.policy.silence``)."""
+    """Silence after which the worker is lost, from the recent gaps between its frames."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerReport:
-    """A report of one worker that it lost another. ``at`` is in monotonic seconds."""
+    """Report of one worker, ``reporter``, that it lost its connection to another, ``suspect``."""
 
     reporter: str
     suspect: str
     reason: str
     at: float
-    """Time at which the controller received it."""
+    """Monotonic time at which the controller received the report."""
 
 
 def find_silent(
@@ -47,13 +47,13 @@ def find_silent(
     *,
     is_wary: bool = False,
 ) -> dict[str, str]:
-    """Return workers to declare lost (name -> reason).
+    """Return workers to declare lost (name -> reason), because they are silent or stalled.
 
-    A worker is lost if its silence exceeds its patience, or with ``is_wary`` if it exceeds
-    ``limit_s``. If half of the running workers on the controller's host (``own_host``), and at
-    least two, are silent for half of their limit, the machine is busy, and their limit is
-    ``limit_s``. A worker is also lost if its loop stalls with pending work for ``limit_s``, unless
-    it waits for a peer or another worker is silent, for which it may wait.
+    A worker is lost if its silence exceeds its patience (at most ``limit_s``), or with ``is_wary``
+    if its silence exceeds ``limit_s``. If half of the running workers on the controller's host
+    (``own_host``), and at least two, are silent for half of their limit, the machine is busy, and
+    their limit is ``limit_s``. Without silent workers, a worker is also lost if its loop stalls
+    with pending work for ``limit_s``, unless it waits for a peer.
     """
     limits = {p.name: limit_s if is_wary else min(p.patience_s, limit_s) for p in pulses}
     here = [p for p in pulses if p.running and p.host == own_host]
@@ -79,8 +79,8 @@ def silent_hosts(
 ) -> frozenset[str]:
     """Return workers whose silence may be caused by the controller's own host, ``own_host``.
 
-    It may be if the silence of a worker exceeds its patience or half of ``limit_s``, and most other
-    hosts are silent for at least half of the exceeded limit.
+    This is possible if the silence of a worker on another host exceeds its patience or half of
+    ``limit_s``, and most other hosts are silent for at least half of the exceeded limit.
     """
     away = [p for p in pulses if p.host not in ("", own_host)]
     over = [limit for p in away if now - p.heard_at > (limit := min(p.patience_s, limit_s / 2))]
@@ -88,8 +88,11 @@ def silent_hosts(
 
 
 def unheard_hosts(pulses: Sequence[Liveness], own_host: str, since: float) -> frozenset[str]:
-    """Return the workers of hosts without a frame since ``since``, if these are most other hosts
-    and have at least two workers."""
+    """Return the workers of hosts from which no frame has arrived since ``since``.
+
+    The result is empty unless these are most of the hosts other than ``own_host``, and have at
+    least two workers.
+    """
     away = [p for p in pulses if p.host not in ("", own_host)]
     heard: dict[str, float] = {}
     for pulse in away:
@@ -115,9 +118,9 @@ def confirm_losses(
     usually closes. The remaining reports come from bad paths, between two hosts or two workers of
     one host, which only one end may notice. One end is declared lost, together with workers of its
     role and host that reports name for the same path. The choice prefers, in this order, an end
-    that is ``silent``; that is on most bad paths; that has yet to join (``joins``); that the others
-    can spare (``can_spare``); that is an expert worker (which holds no requests); that most
-    reporters name; that has the highest name.
+    that is ``silent``; that is on most bad paths; that has yet to join (``joins``); without which
+    the other members can run (``can_spare``); that is an expert worker (which holds no requests);
+    that most reporters name; that has the highest name.
     """
     if not any(now - r.at >= confirm_s for r in reports):
         return {}

@@ -1,8 +1,8 @@
 """Node following: computes the numbers of workers from the nodes that are labelled for a role.
 
-A node is new until no other one has registered for a while and the numbers include its workers (it
-is accounted for). Then it changes no number, so that a client's scale command stays in force until
-other nodes register. Pure; times are arguments.
+A node is new until no other node has registered for a while and the numbers include its workers.
+Then the node is accounted for and changes no number, so that a client's scale command stays in
+force until other nodes register. Pure; times are arguments.
 
     new nodes, then none for SETTLE_S   add the workers that fit on them, minus the places that wait
                                         for resources and do not fit on known nodes
@@ -24,46 +24,46 @@ from cluster.core.topology import Role
 from cluster.policy.places import place_of
 
 SETTLE_S = 10.0
-"""Time without another new node after which new nodes are used, so that nodes that register
-together cause one scale command, and a node that leaves immediately causes none."""
+"""Seconds without another new node after which new nodes are used, so that nodes that register
+together cause one scale command, and a node that leaves immediately causes no command."""
 MAX_SETTLE_S = 60.0
-"""Longest wait for new nodes to settle."""
+"""Longest time, in seconds, for which new nodes wait for further nodes before they are used."""
 LOST_S = 300.0
-"""Time for which a place waits for a replacement of a lost node."""
+"""Seconds for which a place of a lost node waits for another node, before it is removed."""
 RETRY_S = 30.0
-"""Pause after a failed scale command; doubled each time."""
+"""Pause after a failed scale command, in seconds; doubled after each further failure."""
 MAX_RETRY_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FollowedNode:
-    """A live node that is labelled for a role of workers."""
+    """A live Ray node that is labelled for a role of workers."""
 
     node_id: str
-    """Ray's id; a host that returns gets another one."""
+    """Ray's id of the node; a host that returns gets another id."""
     address: str
-    """Address, for display."""
+    """Address of the node, for texts to operators."""
     role: Role
     room: int
-    """Number of workers that fit on the empty node."""
+    """Number of workers that fit on the node if it is empty."""
     workers: tuple[str, ...] = ()
-    """Workers on the node."""
+    """Names of the workers on the node."""
     leaves: bool = False
     """Whether Ray drains the node, because it will leave."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FollowDecision:
-    """New numbers of workers, which the controller should reach."""
+    """Decision to change the numbers of workers, or to account for new nodes without a change."""
 
     wanted: dict[Role, int]
-    """New numbers of workers, for the roles whose number changes."""
+    """New numbers of workers, for the roles whose number changes; empty if none does."""
     reason: str = ""
-    """Reason, for display."""
+    """Reason of the decision, as a text for operators."""
     nodes: frozenset[str] = frozenset()
-    """Ids of nodes that are accounted for once these numbers are reached."""
+    """Ids of the new nodes, which are accounted for once the numbers of workers are reached."""
     too_small: tuple[str, ...] = ()
-    """Addresses of those nodes on which no worker fits."""
+    """Addresses of the new nodes on which no worker fits."""
 
 
 def followed_nodes(
@@ -73,9 +73,10 @@ def followed_nodes(
     homes: Mapping[str, str],
     leaving: Collection[str],
 ) -> tuple[FollowedNode, ...]:
-    """Return the nodes that are labelled for one of these roles.
+    """Return the nodes that are labelled for one of ``roles``.
 
-    ``homes`` are the nodes of the workers (name -> id), ``leaving`` ids of nodes that Ray drains.
+    ``share`` are the resources of one worker, ``homes`` the nodes of the workers (name -> node id),
+    and ``leaving`` the ids of nodes that Ray drains.
     """
     kinds: dict[str, Role] = {role: role for role in roles}
     return tuple(
@@ -94,14 +95,14 @@ def followed_nodes(
 
 @dataclass(slots=True)
 class NodeFollowingPolicy:
-    """Decides the numbers of workers from the nodes. Owned by the controller."""
+    """Decides the numbers of workers from the labelled nodes. Owned by the controller."""
 
     _new_since: dict[str, float] = field(default_factory=dict)
-    """Ids of new nodes -> time of their first appearance."""
+    """Id of a new node -> time at which the node first appeared."""
     _waits_since: dict[str, float] = field(default_factory=dict)
-    """Places whose worker is not on a remaining node -> start of their wait."""
+    """Place without a worker on a live node -> time at which the place began to wait for one."""
     _departed: set[str] = field(default_factory=set)
-    """Places whose worker was on a node that was drained."""
+    """Places whose last worker was on a node that Ray drained."""
     _not_before: float = 0.0
     _retry_s: float = RETRY_S
 
@@ -113,10 +114,11 @@ class NodeFollowingPolicy:
         now: float,
         most_experts: int = 0,
     ) -> FollowDecision | None:
-        """Return the decision; None if no number changes yet.
+        """Decide new numbers of workers; None if nothing changes yet.
 
-        ``places`` are the places of the cluster by name; ``known`` are ids of nodes that are
-        accounted for; ``most_experts`` limits the workers that hold experts, 0 for no limit.
+        ``nodes`` are the live labelled nodes; ``places`` the places of the cluster with their
+        roles; ``known`` the ids of nodes that are accounted for; ``most_experts`` limits the number
+        of workers that hold experts, 0 for no limit.
         """
         self._look(nodes, places, known, now)
         if now < self._not_before:
@@ -142,11 +144,14 @@ class NodeFollowingPolicy:
         return FollowDecision(wanted=wanted, reason=", ".join(reasons), nodes=new, too_small=small)
 
     def succeeded(self) -> None:
-        """Record that the number of workers of the last decision is reached."""
+        """Record that the numbers of workers of the last decision are reached."""
         self._not_before, self._retry_s = 0.0, RETRY_S
 
     def failed(self, now: float) -> None:
-        """Record that the command was refused or failed: decide again after a pause."""
+        """Record that the scale command of the last decision was refused or failed.
+
+        ``decide`` then makes no decision for a pause.
+        """
         self._not_before = now + self._retry_s
         self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
 
@@ -170,23 +175,23 @@ class NodeFollowingPolicy:
         return bool(times) and (now - max(times) >= SETTLE_S or now - min(times) >= MAX_SETTLE_S)
 
     def _given_up(self, waiting: Iterable[str], now: float) -> list[str]:
-        """Return the waiting places for which no other node is expected."""
+        """Return the places among ``waiting`` for which no other node is expected any more."""
         limits = {p: SETTLE_S if p in self._departed else LOST_S for p in waiting}
         return [p for p, limit_s in limits.items() if now - self._waits_since[p] >= limit_s]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pool:
-    """The nodes and places of one role."""
+    """Places of one role, and the room for their workers on the nodes of this role."""
 
     size: int
-    """Number of places."""
+    """Number of places of the role."""
     waiting: tuple[str, ...]
-    """Places without a worker, and places whose worker's node leaves."""
+    """Names of the places without a worker on any labelled live node."""
     more: int
     """Number of workers that fit on the new nodes, beyond the waiting places."""
     missing: int
-    """Waiting places that fit on no node."""
+    """Number of waiting places that fit on no node."""
     addresses: tuple[str, ...]
     """Addresses of new nodes on which a worker fits."""
 

@@ -1,7 +1,7 @@
 """Places of the cluster: tracks the empty ones and decides when a new worker starts. Pure.
 
-A place is a position in a pool: a role and a rank. Scaling adds and removes places. If a worker is
-lost, a new worker starts in its place with the same rank and device under a new name
+A place is a position in a pool of workers: a role and a rank. Scaling adds and removes places. If a
+worker is lost, a new worker starts in its place with the same rank and device under a new name
 (``expert-1.2`` after ``expert-1``). Times are arguments.
 
     FILLED ──▶ EMPTY ◀──▶ STARTING ──▶ FILLED
@@ -26,34 +26,34 @@ from cluster.core.states import next_state
 from cluster.core.topology import ADDRESS_FIELDS, Member, Role, holds_experts
 
 NodeIds = Mapping[str, frozenset[str]]
-"""Address of a host -> ids of its live nodes; an old node counts until Ray notices its end."""
+"""Address of a host -> ids of the live Ray nodes there; a dead node counts until Ray notices."""
 MAX_START_DEATHS = 3
-"""Number of consecutive deaths during starts after which a place is skipped."""
+"""Number of consecutive workers that die while they start, after which their place is skipped."""
 LEFT_OUT_S = 300.0
-"""Time until a skipped place gets one more try: the longest back-off of a restarted container in
-Kubernetes."""
+"""Seconds until another worker is started in a skipped place; the longest back-off of a restarted
+container in Kubernetes."""
 _CALM_S = 60.0
 _MAX_DELAY_S = 30.0
-"""Longest delay between two workers of a place, also of a skipped place while no generation
-runs."""
+"""Longest delay, in seconds, between the loss of a worker and the start of the next one in its
+place; also for a skipped place while no generation runs."""
 
 
 class PlaceState(Enum):
-    """State of a place."""
+    """State of a place, a position for a worker in its pool."""
 
     FILLED = "filled"
-    """Its worker has been in a generation, or belongs to the start of the cluster."""
+    """The worker of the place has been in a generation, or was there at the cluster's start."""
     EMPTY = "empty"
-    """Its worker is lost. Another one starts, with a delay if several were lost recently."""
+    """The worker of the place is lost. Another one starts, later if several were lost recently."""
     STARTING = "starting"
-    """Its worker has never been in a generation."""
+    """The worker of the place starts, and has never been in a generation."""
     LEFT_OUT = "left out"
-    """Skipped: too many workers died while they started. Another one starts after ``LEFT_OUT_S``,
-    or sooner if the cluster cannot run without it."""
+    """The place is skipped: too many workers died there while they started. Another worker starts
+    after ``LEFT_OUT_S``, or sooner if the cluster cannot run."""
     CORDONED = "cordoned"
-    """Its worker was drained; no other starts before ``reopen``."""
+    """The worker of the place was drained; no other worker starts before ``Places.reopen``."""
     REMOVED = "removed"
-    """Removed by scaling. The number of its workers is kept, so that names are not reused."""
+    """The place was removed by scaling. It keeps its number of workers, so no name is reused."""
 
 
 _NEXT = {
@@ -80,32 +80,31 @@ class ClosedPlace(Message, frozen=True, kw_only=True):
     state: PlaceState
     why: str
     node: str = ""
-    """Address of the node that must leave first; empty if another event reopens the place."""
+    """Address of the node that must leave before the place reopens; empty for no node."""
     node_ids: frozenset[str] = frozenset()
-    """Ids of the nodes at that address; empty until known. A host may return as another node before
-    its departure is noticed."""
+    """Ids of the Ray nodes at address ``node`` when the place was closed; empty until known. A host
+    may return as another node before Ray notices that the old node has left."""
 
 
 @dataclass(slots=True)
 class _Place:
-    """One place of the cluster."""
+    """One place (position for a worker) of the cluster, and the history of its workers."""
 
     member: Member
-    """Its newest worker."""
+    """The newest worker of the place, perhaps lost; in a new place, the future first worker."""
     number: int
     """Number of workers that the place has had."""
     state: PlaceState = PlaceState.FILLED
     not_before: float = 0.0
-    """Monotonic time at which the next worker may start."""
+    """Monotonic time from which the next worker may start in the place."""
     start_deaths: int = 0
-    """Deaths during starts since the last worker that served."""
+    """Number of workers that died while they started, since a worker of the place last served."""
     lost_at: deque[float] = field(default_factory=lambda: deque(maxlen=8))
-    """Monotonic times of the last losses."""
+    """Monotonic times at which workers of the place were lost; the newest eight."""
     closed: ClosedPlace | None = None
-    """Set while it is skipped or cordoned."""
+    """Reason why no worker starts in the place; None unless it is skipped or cordoned."""
     is_new: bool = False
-    """Whether scaling is adding it: no worker of it has been in a generation, and the cluster runs
-    without it."""
+    """Whether scaling is adding the place: none of its workers has been in a generation yet."""
 
     @property
     def name(self) -> str:
@@ -120,10 +119,10 @@ class _Place:
 
 
 class Places:
-    """All places of a cluster. Owned by the controller."""
+    """All places (positions for workers) of a cluster. Owned by the controller."""
 
     def __init__(self, members: Sequence[Member]) -> None:
-        """``members`` are all workers so far, including the newest of each place."""
+        """Create a place for each role and rank in ``members``, all workers so far."""
         by_age = sorted(members, key=lambda m: _number_of(m.name))
         self._places = {
             place_name(m.role, m.rank): _Place(member=m, number=_number_of(m.name)) for m in by_age
@@ -131,7 +130,10 @@ class Places:
         self._alive: NodeIds = {}
 
     def lost(self, name: str, reason: str, now: float) -> None:
-        """Record a lost worker. No effect if it has already left its place."""
+        """Record that worker ``name`` is lost, so that another worker starts in its place.
+
+        No effect if the worker has already left its place.
+        """
         place = self._place_of(name)
         if place is None or place.state not in _HELD:
             return
@@ -147,21 +149,27 @@ class Places:
             place.enter(PlaceState.EMPTY)
 
     def cordon(self, name: str, node: str = "") -> None:
-        """Keep the place of a drained worker empty until ``reopen``, or until ``node`` has left."""
+        """Keep the place of drained worker ``name`` empty until ``reopen``.
+
+        With the address of a ``node``, the place reopens once this node has left.
+        """
         place = self._place_of(name)
         if place is not None and place.state in _HELD:
             ids = self._alive.get(node, frozenset())
             place.close(PlaceState.CORDONED, "left on purpose", node, ids)
 
     def reopen(self, name: str) -> None:
-        """Allow a new worker in the place of this drained or failed one."""
+        """Allow a new worker in the closed place of drained or failed worker ``name``."""
         place = self._place_of(name)
         if place is not None and place.state in _CLOSED:
             place.enter(PlaceState.EMPTY)
             place.start_deaths, place.not_before = 0, 0.0
 
     def nodes_alive(self, alive: NodeIds) -> bool:
-        """Reopen the places whose nodes have left; return whether any place has changed."""
+        """Reopen the places that waited for a node to leave, once the node is not in ``alive``.
+
+        Returns whether any closed place has changed.
+        """
         self._alive, before = alive, self.closed
         for place in self._places.values():
             closed = place.closed
@@ -183,9 +191,10 @@ class Places:
                 place.start_deaths, place.is_new = 0, False
 
     def take_due(self, now: float, is_stalled: bool = False) -> list[Member]:
-        """Return new workers to start now; they report addresses and node themselves.
+        """Return new workers to start now, and mark their places as starting.
 
-        If the cluster cannot run (``is_stalled``), skipped places are tried sooner.
+        The workers report their addresses and nodes later. If the cluster cannot run
+        (``is_stalled``), skipped places are tried sooner.
         """
         sooner_s = LEFT_OUT_S - _MAX_DELAY_S if is_stalled else 0.0
         due = []
@@ -205,58 +214,64 @@ class Places:
         return due
 
     def is_full(self, members: Iterable[Member]) -> bool:
-        """Return whether these workers fill every place that is not new."""
+        """Return whether ``members`` fill every place that scaling is not just adding."""
         names = {m.name for m in members}
         return all(p.member.name in names for p in self._present() if not p.is_new)
 
     @property
     def are_due(self) -> bool:
-        """Return whether a worker will be started for some place, now or later."""
+        """Whether a worker will be started in some place without another event, now or later."""
         return any(p.state is PlaceState.EMPTY for p in self._places.values())
 
     # ---- scaling --------------------------------------------------------------------------
 
     def names(self) -> tuple[str, ...]:
-        """Names of the places, such as ``expert-1``, by role and rank."""
+        """Return the names of all places, such as ``expert-1``, by role and rank."""
         return tuple(p.name for p in self._present())
 
     def roles(self) -> dict[str, Role]:
-        """Places of the cluster with their roles."""
+        """Return place name -> role, for all places of the cluster."""
         return {p.name: p.member.role for p in self._present()}
 
     def pools(self) -> dict[Role, int]:
-        """Number of places of each role."""
+        """Return the number of places of each role."""
         return dict(Counter(p.member.role for p in self._present()))
 
     def devices(self) -> frozenset[int]:
-        """Devices with experts if every place is filled."""
+        """Return the devices that hold experts if every place is filled."""
         return frozenset(p.member.device for p in self._present() if p.member.holds_experts)
 
     def workers_of(self, names: Iterable[str]) -> list[str]:
-        """The newest worker of each of these places."""
+        """Return the name of the newest worker of each of these places."""
         return [self._places[name].member.name for name in names]
 
     def is_new(self, name: str) -> bool:
-        """Whether scaling is adding this place: none of its workers has been in a running
-        generation."""
+        """Return whether scaling is adding the place ``name``.
+
+        If so, none of its workers has been in a running generation.
+        """
         return self._places[name].is_new
 
     def to_add(self, role: Role, count: int) -> list[str]:
-        """Return the places to add for ``count`` workers of a role: unused ones of the lowest
-        ranks."""
+        """Return the names of places to add, so that a role has ``count`` places.
+
+        These have the lowest unused ranks. Empty if the role has enough places.
+        """
         taken = {p.member.rank for p in self._present() if p.member.role == role}
         free = [rank for rank in range(count + len(taken)) if rank not in taken]
         return [place_name(role, rank) for rank in free[: max(count - len(taken), 0)]]
 
     def to_remove(self, role: Role, count: int) -> list[str]:
-        """Return the places to remove for ``count`` workers of a role: first places without a
-        worker, then high ranks."""
+        """Return the names of places to remove, so that a role has ``count`` places.
+
+        Places without a serving worker come first, then high ranks.
+        """
         own = [p for p in self._present() if p.member.role == role]
         own.sort(key=lambda p: (p.state is not PlaceState.FILLED, p.member.rank))
         return sorted(p.name for p in own[count:])
 
     def add(self, names: Iterable[str]) -> None:
-        """Add empty places to the cluster."""
+        """Add empty places to the cluster, or removed places again; workers start there."""
         for name in names:
             place = self._places.get(name)
             if place is None:
@@ -267,7 +282,7 @@ class Places:
             place.is_new, place.start_deaths, place.not_before = True, 0, 0.0
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove places from the cluster; none of them is filled."""
+        """Remove places from the cluster; none of these places has a serving worker."""
         for name in names:
             place = self._places[name]
             place.enter(PlaceState.REMOVED)
@@ -279,7 +294,7 @@ class Places:
 
     @property
     def closed(self) -> dict[str, ClosedPlace]:
-        """Places in which no worker starts now, such as ``expert-1``, with the reason."""
+        """Place name, such as ``expert-1`` -> reason why no worker starts there now."""
         return {name: p.closed for name, p in self._places.items() if p.closed is not None}
 
     def restore(
@@ -292,10 +307,15 @@ class Places:
         new: Collection[str] = (),
         members: Collection[str] | None = None,
     ) -> None:
-        """Restore places of an earlier controller; ``gone``: workers that left (name -> reason).
+        """Restore the places of an earlier controller.
 
-        ``names`` are all its places, empty if unknown, and ``new`` the places that it was adding.
-        ``members`` are the workers of its newest generation, None if unknown.
+        Args:
+            closed: places in which no worker starts, with the reason.
+            gone: workers that were lost or drained (name -> reason).
+            now: monotonic time.
+            names: all places; empty if unknown.
+            new: places that the earlier controller was adding.
+            members: workers of the newest generation; None if unknown.
         """
         self.add(name for name in names if name not in self._places)
         for name, place in self._places.items():
@@ -326,7 +346,7 @@ def place_name(role: Role, rank: int) -> str:
 
 
 def place_of(worker: str) -> str:
-    """Return the place of a worker: ``expert-1`` for ``expert-1.2``."""
+    """Return the name of a worker's place: ``expert-1`` for the worker ``expert-1.2``."""
     return worker.partition(".")[0]
 
 
@@ -338,6 +358,9 @@ def _first_member(place: str) -> Member:
 
 
 def _number_of(name: str) -> int:
-    """Return the number of workers that a place has had, from its newest worker's name."""
+    """Return the number of workers that a place has had, from the name of its newest worker.
+
+    It is 2 for ``expert-1.2`` and 1 for ``expert-1``.
+    """
     _, _, number = name.partition(".")
     return int(number) if number.isdigit() else 1

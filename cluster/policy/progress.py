@@ -1,8 +1,8 @@
 """Finds the workers for which steps wait while no step commits, to report the cluster not ready.
 
-This takes at most 2 s after the last progress: workers send a heartbeat every 0.5 s, so a stall of
-``STALL_S`` is reported after 1.5 s, and a silent worker is late after the same time. No worker is
-declared lost here; the limits of failure detection may be much longer.
+A stall is found at most 2 s after the last progress: workers send a heartbeat every 0.5 s, so a
+stall of ``STALL_S`` is reported after 1.5 s, and a silent worker is late after 1.5 s, too. This
+module declares no worker lost; the limits of failure detection may be much longer.
 """
 
 from __future__ import annotations
@@ -11,37 +11,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STALL_S = 0.9
-"""Time without progress after which a step counts as stalled. Exchanges and commits are progress,
-and so is computation for a time that grows with the rows (``workers.metrics.activity``)."""
+"""Seconds without progress after which a step counts as stalled. Exchanges and commits are
+progress, and so is computation for a time that grows with the number of rows."""
 STEPS_WAIT = "steps wait for"
-"""Text for operators, before the names of workers."""
+"""Words of the status that precede the names of the workers for which steps wait."""
 SILENT_S = 1.5
-"""Time without a sign of life after which a worker is late, even if idle: every step needs all
-members."""
+"""Seconds without a sign of life after which a worker is late, even if it is idle, because every
+step needs all members."""
 _FRESH_S = 1.0
-"""Maximum age of a heartbeat that shows that a worker advances."""
+"""Maximum age, in seconds, of a heartbeat that shows that the worker's step advances."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepProgress:
-    """The last heartbeat of a member of a running generation."""
+    """Progress of a member of the running generation, from its last heartbeat."""
 
     name: str
     heard_at: float
-    """Monotonic time of its last sign of life."""
+    """Monotonic time of the member's last sign of life."""
     runs_attention: bool
     stalled_s: float | None
-    """See ``Heartbeat``."""
+    """Seconds for which a requested or running step has not advanced; None without such a step."""
     waits_for: tuple[str, ...] = ()
-    """See ``Heartbeat``."""
+    """Names of the workers for which the member's step waits."""
 
 
 def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
     """Return the members for which steps wait; none if a step advances or no step is requested.
 
-    Members silent for ``SILENT_S`` are late. Without any, if a step of an attention worker stalls,
-    the late members are those silent for half as long, else those that stall without waiting for a
-    peer, else those for which attention workers wait, preferably ones that do not wait themselves.
+    Members that are silent for ``SILENT_S`` are late. If none is, but a step of an attention worker
+    stalls, the late members are the ones silent for half of ``SILENT_S``; without any, the ones
+    that stall and wait for no peer; without any, the ones for which attention workers wait,
+    preferably ones that do not wait themselves.
     """
     if silent := tuple(p.name for p in paces if now - p.heard_at >= SILENT_S):
         return silent

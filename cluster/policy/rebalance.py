@@ -1,7 +1,7 @@
 """Rebalancing policy: decides whether to change the placement, and to which one. Pure.
 
-There are two kinds of changes: new shares and decode devices alone, which move no weights, and
-moves of single experts within the budget. With the times of experts from ``cluster.sizing.replay``,
+There are two kinds of changes: new split weights and decode devices alone, which move no experts,
+and moves of single experts within the budget. With the times of experts (``cluster.sizing.replay``)
 
     gain of a second  = 1 - time after / time now
     cost              = most bytes into a device / rate x _MOVE_SLOWDOWN + stages x _SWITCH_S
@@ -27,51 +27,51 @@ from cluster.sizing.replay import ExpertStepCost, simulate_window
 
 Action = Literal["none", "split", "move"]
 _MOVE_SLOWDOWN = 0.1
-"""Assumed share of throughput that is lost while weights move."""
+"""Assumed share of throughput that is lost while expert weights move between devices."""
 _SWITCH_S = 0.05
-"""Assumed cost of a new epoch: a message to all workers, and at worst an empty step."""
+"""Assumed cost of a new placement epoch, in seconds: a message to all workers, perhaps a step."""
 _LEAST_GAIN = 0.015
-"""Share of the step time below which a predicted gain is noise."""
+"""Smallest predicted gain, as a share of the step time, for which the placement changes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurrentLoad:
-    """The load for which a decision is made."""
+    """Load of the experts for which a rebalancing decision is made."""
 
     profile: LoadProfile
-    """Tokens by logical expert."""
+    """Tokens that each logical expert of each bank computed."""
     prefill_share: float
-    """Share of the rows that are prompt rows, 0 to 1."""
+    """Share of the load that comes from prompt rows, 0 to 1; the rest comes from decode rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebalanceDecision:
-    """The decision and its predicted effect."""
+    """Decision whether and how to change the placement of experts, with its predicted effect."""
 
     action: Action
-    """``none``; ``split``: other shares and decode devices only; ``move``: weights too."""
+    """``none``; ``split``: change split weights and decode devices; ``move``: move experts too."""
     reason: str
-    """Reason, for display."""
+    """Reason of the decision, as a text for operators."""
     target: ExpertPlacement
-    """The new placement; the current one for ``none``."""
+    """Placement to change to; the current placement if ``action`` is ``none``."""
     num_moves: int
-    """Number of slots to fill."""
+    """Number of expert slots that the change fills with other experts."""
     num_bytes: int
-    """Bytes of weights to move."""
+    """Bytes of expert weights that the change moves."""
     balancedness_now: float | None
-    """Mean divided by the largest load of the devices, under the observed load."""
+    """Balancedness (mean load over largest load of devices) before the change; None if unknown."""
     balancedness_then: float | None
-    """``balancedness_now`` with ``target``."""
+    """Predicted balancedness (mean load over largest load) with ``target``; None if unknown."""
     time_ratio: float
-    """Predicted time of the experts' work relative to the current time."""
+    """Predicted time of the experts' work after the change, divided by the time now."""
     gain_s: float
-    """Predicted seconds gained within the horizon."""
+    """Seconds of work that the change is predicted to save within ``horizon_s``."""
     cost_s: float
-    """Predicted seconds that the change costs."""
+    """Seconds of work that the change itself is predicted to cost."""
 
 
 def why_impossible(config: ClusterConfig, num_expert_workers: int) -> str:
-    """Return the reason why such a cluster cannot rebalance; empty if it can."""
+    """Return the reason why a cluster cannot be rebalanced; empty if it can be."""
     workers = config.workers
     if workers.mode == "local":
         return "one worker holds all experts (--mode local)"
@@ -89,11 +89,10 @@ def decide_placement(
     section: RebalanceSection,
     step: ExpertStepCost,
 ) -> RebalanceDecision:
-    """Decide whether to change the placement, and to which one. Deterministic.
+    """Decide whether to change the placement, and to which placement. Deterministic.
 
-    ``step`` is the time of a step on an expert worker.
-
-    Raises ``ConfigError`` if load, devices and placement do not match.
+    ``step`` is the cost of a step on an expert worker; ``section`` has the limits of moves and the
+    horizon. Raises ``ConfigError`` if load, devices and placement do not match.
     """
     scales = _CandidateEvaluator(load, topology, current.packed(), section, step)
     time_now = scales.seconds(scales.current)
@@ -106,7 +105,10 @@ def decide_placement(
 
 
 def mixed_balancedness(placement: ExpertPlacement, load: CurrentLoad) -> float | None:
-    """Balancedness, prompts by split weights, decodes by decode device; None without load."""
+    """Return the balancedness of a placement under a load of prompts and decodes; None if no load.
+
+    Prompt rows are divided by split weights, and decode rows go to the decode device.
+    """
     by_share = expected_loads(placement, load.profile, "prefill")
     by_table = expected_loads(placement, load.profile, "decode")
     part = load.prefill_share
@@ -116,7 +118,7 @@ def mixed_balancedness(placement: ExpertPlacement, load: CurrentLoad) -> float |
 
 @dataclass(frozen=True, slots=True)
 class _CandidateEvaluator:
-    """Evaluates candidate changes for one load."""
+    """Plans candidate changes of the placement for one load, and evaluates them."""
 
     load: CurrentLoad
     topology: PlannedTopology
@@ -125,7 +127,7 @@ class _CandidateEvaluator:
     step: ExpertStepCost
 
     def candidates(self) -> list[Plan]:
-        """Plan the candidates: shares alone; moves for prompts, for decodes, for both."""
+        """Plan the candidates: split weights alone; moves for prompts, for decodes, for both."""
         rows, profile, topology = self.step.decode_tokens, self.load.profile, self.topology
         still = PlanOptions(max_move_fraction=0.0, decode_tokens=rows)
         plans = [mesh.plan(profile, topology, self.current, still)]
@@ -167,7 +169,10 @@ class _CandidateEvaluator:
         )
 
     def seconds(self, placement: ExpertPlacement) -> float:
-        """Predicted time of the experts for one row of the load, with its mix of phases."""
+        """Return the predicted time of the experts' work for one row, in seconds.
+
+        The row stands for the load's mix of prompt and decode rows.
+        """
         window = simulate_window(self.load.profile, self.topology, placement, self.step)
         prefill = window.prefill_step_s / self.step.prefill_tokens
         decode = window.decode_step_s / self.step.decode_tokens

@@ -12,18 +12,21 @@ from __future__ import annotations
 import math
 
 LATENESS_FACTOR = 4.0
-"""Patience is the expected gap plus this factor times the largest recent lateness."""
+"""Factor of the largest recent lateness in the patience, which also has the expected gap."""
 MIN_GAPS = 4.0
-"""Smallest patience, in multiples of the expected gap: a machine may become busy at any time."""
+"""Smallest patience, in multiples of the expected gap, since a machine may become busy anytime."""
 REMOTE_MIN_S = 1.0
-"""Smallest patience over a network: TCP retransmits a lost segment after 0.2 s, and again 0.4 s
-later (RFC 6298, with the smallest timeout of Linux)."""
+"""Smallest patience over a network, in seconds: TCP retransmits a lost segment after 0.2 s, and
+again 0.4 s later (RFC 6298, with the smallest timeout of Linux)."""
 WINDOW_S = 15.0
-"""Shortest time for which a gap counts; the longest is twice that."""
+"""Shortest time, in seconds, for which a gap counts; the longest time is twice as long."""
 
 
 class GapWindow:
-    """The largest recent gap, in constant memory. Times are monotonic seconds."""
+    """Tracks the largest recent gap between two frames of a worker, in constant memory.
+
+    Times are monotonic seconds.
+    """
 
     def __init__(self, expected_s: float = 0.1, is_remote: bool = False) -> None:
         self._expected_s = expected_s
@@ -40,6 +43,9 @@ class GapWindow:
 
     @property
     def patience_s(self) -> float:
-        """Longest silence that the gaps explain; infinite until a whole window has passed."""
+        """Longest silence, in seconds, that the recent gaps explain.
+
+        Infinite until a whole window (``WINDOW_S``) has passed, or if a recent gap is unknown.
+        """
         late_s = max(self._largest, self._largest_before) - self._expected_s
         return max(self._least_s, self._expected_s + LATENESS_FACTOR * late_s)
