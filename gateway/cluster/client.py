@@ -31,7 +31,7 @@ class RayController:
     async def call(self, call: ControllerCall, *details: Any) -> Any:
         """Call a method of the controller and return its result.
 
-        Raises the method's expertmesh errors without Ray's wrapper, and other errors as they are.
+        Raises the method's expertmesh errors without Ray's wrapper, and other errors as Ray does.
         """
         try:
             return await getattr(self._handle, call).remote(*details)

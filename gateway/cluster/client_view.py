@@ -62,7 +62,7 @@ def client_workers(status: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def client_samples(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return dashboard samples without fields about hosts and the balance of experts."""
+    """Return dashboard samples without the balance of experts."""
     return [_picked(sample, _SAMPLE) for sample in samples]
 
 

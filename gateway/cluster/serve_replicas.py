@@ -20,11 +20,11 @@ class ServeReplicas(Protocol):
     """Interface that sends a call to all gateway replicas."""
 
     async def call(self, call: ReplicaCall, *details: Any) -> dict[str, Any]:
-        """Return replies by replica name, this replica's reply first. Late replies are omitted."""
+        """Return replies by replica name, this replica's first, without late and failed ones."""
 
 
 class ReplicaHandlers:
-    """Makes the replies of one gateway replica; replaces ``ServeReplicas`` if there is one replica.
+    """Makes the replies of one gateway replica; implements ``ServeReplicas`` for a single replica.
 
     Args:
         name: name of the replica.

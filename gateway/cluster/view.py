@@ -83,8 +83,7 @@ class SnapshotFollower:
     """Keeps ``snapshot``, the state of the cluster, up to date by long-polling the controller.
 
     Args:
-        find: finds the controller; raises if there is none. Called again after each lost
-            connection.
+        find: finds the controller; raises if there is none. Called again after each failed poll.
         name: name of this gateway, with which the controller records when the gateway stops
             polling. Empty: the controller does not record this.
         release: release of this gateway. Snapshots of a controller of another release are rejected.
@@ -112,7 +111,7 @@ class SnapshotFollower:
     _listeners: list[Callable[[Snapshot], None]] = field(default_factory=list)
 
     def listen(self, listener: Callable[[Snapshot], None]) -> None:
-        """Register ``listener``, which is called with every new snapshot on the event loop."""
+        """Register ``listener``, which the event loop calls with every accepted snapshot."""
         self._listeners.append(listener)
 
     def start(self) -> None:
@@ -141,7 +140,7 @@ class SnapshotFollower:
                     await self.call("streams_paused", *pause)
 
     async def wait_change(self, timeout_s: float) -> None:
-        """Wait for the next new snapshot, at most ``timeout_s`` seconds."""
+        """Wait until a snapshot is accepted, at most ``timeout_s`` seconds."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
@@ -173,8 +172,8 @@ class SnapshotFollower:
     ) -> Any:
         """Call a method of the controller and return its result.
 
-        Raises the method's errors, and ``NotReadyError`` if the controller does not respond within
-        ``limit_s`` seconds.
+        Raises the method's errors, and ``NotReadyError`` if the controller is unknown, is rejected
+        or does not respond within ``limit_s`` seconds.
         """
         if self._controller is None or self.refusal:
             reason = self.refusal or "the controller does not answer"
@@ -218,7 +217,7 @@ class SnapshotFollower:
 
     async def _find(self) -> ControllerCalls:
         """Find the controller. At most one search runs, as Ray may block the search's thread for
-        minutes. Raises ``TimeoutError`` if the search takes longer than ``CALL_TIMEOUT_S``."""
+        minutes. Raises ``TimeoutError`` if the search does not end within ``CALL_TIMEOUT_S``."""
         if self._search is None:
             self._search = asyncio.ensure_future(self.find())
         done, _ = await asyncio.wait({self._search}, timeout=CALL_TIMEOUT_S)

@@ -39,14 +39,14 @@ class WorkerStats:
         await (self._refresh.get() if self.age_s else self._cluster.refresh())
 
     async def load(self) -> Any:
-        """Return the number of tokens that each expert and each of its copies has computed.
+        """Return token counts of experts and expert copies, and balancedness.
 
         Raises ``NotReadyError`` if the controller does not respond.
         """
         return await (self._load.get() if self.age_s else self._cluster.call("load"))
 
     async def placement(self) -> Any:
-        """Return the map of expert copies to workers.
+        """Return placement, current load and balancedness of all expert banks.
 
         Raises ``NotReadyError`` if the controller does not respond.
         """
