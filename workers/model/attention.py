@@ -27,9 +27,9 @@ from workers.model.attention_batch import AttentionBatch, DecodeGroup, PrefillCh
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor | None, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """Write the rows' keys and values to the cache, and attend: queries [T, A, D] -> [T, A * V].
+    """Write the rows' keys and values to the KV cache, and attend: queries [T, A, D] -> [T, A * V].
 
-    keys [T, K, D]; values [T, K, V], where V = D, or None for a latent cache. A is a multiple of K;
+    keys [T, K, D]; values [T, K, V], where V = D; None: latent attention. A is a multiple of K;
     key head j serves query heads j * (A / K) .. (j + 1) * (A / K) - 1.
     """
     write_rows(keys, values, cache, batch.slot_mapping)

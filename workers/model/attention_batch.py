@@ -58,7 +58,7 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Consecutive decode rows with sequences of about the same length."""
+    """Consecutive decode rows that are computed together: their sequences have similar lengths."""
 
     first: int
     last: int
@@ -143,7 +143,7 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RowChunks:
-    """The rows of a batch for native kernels: consecutive rows of a sequence are one chunk."""
+    """Rows of a batch, as native kernels read them: consecutive rows of a sequence are a chunk."""
 
     num_rows: int
     """Number of rows in all chunks."""
@@ -182,7 +182,8 @@ class RowChunks:
 
 @dataclass(frozen=True, slots=True)
 class PagedRows:
-    """The rows of a batch for GPU kernels that read the cache in place. Decode rows are first."""
+    """Rows of a batch, as GPU kernels read them that use the KV cache in place; decode rows are
+    first."""
 
     tables: Tensor
     """[sequences, max_blocks] int32: block table of each sequence; entries after its last block are

@@ -24,7 +24,8 @@ from workers.model.rope import rotate
 from workers.model.routing import Router, Routes
 
 QUERY_EXCHANGE, OUTPUT_EXCHANGE = 0, 1
-"""``ExchangeSpec.index`` of the two exchanges of a bank of attention experts."""
+"""Indices of the two exchanges of a bank of attention experts: query projection and output
+projection (``ExchangeSpec.index``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +60,8 @@ class AttentionShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadAttention:
-    """Attention of projected rows: norms of heads, clip, rotation and attention, with torch."""
+    """Attention from projected rows to attended values with torch: norms of query and key heads,
+    clipping, rotary embedding, attention."""
 
     shape: AttentionShape
     qk_norm: Tensor | None = None
@@ -117,9 +119,9 @@ class DenseProjections:
     """Query, key, value and output projections that are the same for all rows."""
 
     qkv: Linear
-    """Product H -> (A + 2K) * D, rows of q, k, v in this order."""
+    """Query, key and value projection, H -> (A + 2K) * D: rows of q, k, v in this order."""
     output: Linear
-    """Product A * D -> H."""
+    """Output projection, A * D -> H."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +136,7 @@ class RoutedProjections:
 
     router: Router
     kv: Linear
-    """Product H -> 2K * D, rows of k before those of v."""
+    """Key and value projection, H -> 2K * D: rows of k, then rows of v."""
     bias: Tensor
     """[H]: output bias, added once per row to the weighted sum of the experts' outputs."""
 

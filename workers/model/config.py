@@ -22,7 +22,7 @@ ExpertKind = Literal["gated", "linear"]
 """Computation of an expert. ``gated``: down(activation(gate x) * up x), two matrices (gate over up,
 down); ``linear``: one matrix."""
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
-"""Activation of a gated expert or MLP, with the names of ``hidden_act``."""
+"""Activation of a gated expert or MLP, named as in ``hidden_act`` of ``config.json``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class ClampedSwiglu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExchangeSpec:
-    """One round trip of a bank: rows are dispatched to experts, and their outputs combined."""
+    """Description of one exchange of a bank: dispatch of rows to experts, combine of outputs."""
 
     index: int
     """Index among the bank's exchanges."""
@@ -72,7 +72,8 @@ class ExchangeSpec:
 
     @property
     def product_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Shape [out, in] of each matrix that an expert multiplies rows by, first applied first."""
+        """Shape [out, in] of each matrix that an expert multiplies rows by, in the order of the
+        products."""
         if self.expert_kind == "linear":
             return ((self.out_width, self.in_width),)
         inner = self.expert_width

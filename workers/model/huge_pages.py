@@ -30,7 +30,8 @@ _MIN_PRESENT = 0.95
 """Minimum share of a huge page's range that must be in use already to move the range to a huge
 page, so that the process hardly grows."""
 _MAPPING = re.compile(r"([0-9a-f]+-[0-9a-f]+) rw-p \S+ \S+ 0\s+(?:\[heap\])?$")
-"""First line of the heap and of anonymous private memory in ``/proc/self/smaps``."""
+"""Pattern of the line in ``/proc/self/smaps`` at which the heap or anonymous private memory
+begins."""
 _PRESENT_BIT = 0x80
 _ENTRY_BYTES = 8
 """Bytes of an entry of ``/proc/self/pagemap``, one per page; its last byte has the present bit."""

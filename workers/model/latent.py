@@ -142,8 +142,8 @@ class LinearHeadProducts:
 
 AttendRows = Callable[[Tensor, Tensor, LayerContext], Tensor]
 """Function with the arguments of ``RowAttention.attend_rows`` for latent attention. Its rows
-[T, (A + 1) * (R + P)] are A queries, already multiplied by the key matrices, and the latent vector
-with the rotated key."""
+[T, (A + 1) * (R + P)] are A queries, already multiplied by the key matrices, and one key: the
+latent vector [R] and P elements that are still to be rotated, as those of the queries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

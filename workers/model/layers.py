@@ -45,7 +45,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 _VECTORS = 32
-"""A multiple of torch's vector width in float32 elements, to which ``row_wise`` pads."""
+"""Number of float32 elements to a multiple of which ``row_wise`` pads rows: itself a multiple of
+torch's vector width."""
 
 
 def row_wise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class Linear:
         return torch.cat([unpack(w) if self._is_packed else w for w in self._weights])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out]."""
+        """Return x @ weight.T + bias: [rows, in] -> [rows, out]."""
         multiply = packed_linear if self._is_packed else functional.linear
         if len(self._weights) > 1:  # each thread reads its own part of the weights
             tasks = [
@@ -168,7 +169,7 @@ class Mlp(Protocol):
     """Interface of an MLP; its two products can also be computed separately."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, H] -> [rows, H]."""
+        """Compute the whole MLP: [rows, H] -> [rows, H]."""
 
     def gate_up(self, x: Tensor) -> Tensor:
         """Compute the first product: [rows, H] -> [rows, 2 * inner], the gate first."""
@@ -192,7 +193,7 @@ class GatedMlp:
         self.down = down
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, H] -> [rows, H]."""
+        """Compute the whole MLP: [rows, H] -> [rows, H]."""
         return self.down(self.activate(self.gate_up(x)))
 
 

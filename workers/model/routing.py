@@ -78,7 +78,7 @@ class Router:
 
     routing: Routing
     linear: Linear
-    """Product H -> E."""
+    """Product that turns a row [H] into logits [E] of the experts."""
     correction: Tensor | None = None
     """[E] float32: bias added to the experts' scores to select experts; the weights are computed
     from scores without bias. None: no bias."""

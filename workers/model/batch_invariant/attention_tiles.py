@@ -31,8 +31,10 @@ time."""
 def attend_tiles(
     queries: Tensor, keys: Tensor, values: Tensor | None, cache: Tensor, batch: AttentionBatch
 ) -> Tensor:
-    """Batch-invariant version of ``attention.attend``, with the same arguments and equal up to
-    rounding."""
+    """Write the rows' keys and values to the KV cache and attend, with batch-invariant results.
+
+    Has the arguments and, up to rounding, the result of ``attention.attend``.
+    """
     write_rows(keys, values, cache, batch.slot_mapping)
     if batch.recorder is not None:
         batch.recorder.attending(queries, cache, batch)

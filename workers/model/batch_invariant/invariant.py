@@ -84,7 +84,7 @@ class RowInvariantLinear(Linear):
         self._max_rows = form.block_rows or MAX_ROWS
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out]."""
+        """Return x @ weight.T + bias: [rows, in] -> [rows, out]."""
         if len(x) <= self._max_rows:
             return self._at_least(x, self._min_rows)
         pieces = torch.split(x, self._max_rows)
@@ -193,7 +193,8 @@ def tiles_agree(
 
 
 class _AttentionTrial:
-    """A random sequence of 130 tokens in blocks of 16, with all keys in the cache."""
+    """Test data for batch-invariant attention: a random sequence of 130 tokens in blocks of 16,
+    with all keys and values in a KV cache."""
 
     length = 2 * TILE + 2
     _block_size = 16
@@ -219,15 +220,15 @@ class _AttentionTrial:
         self._compute_threads = ComputeThreads()
 
     def prefill(self, first: int, last: int) -> Tensor:
-        """Return the outputs of positions first .. last - 1 as one chunk."""
+        """Return the attention outputs of positions ``first`` to ``last`` - 1 as one chunk."""
         cpu = torch.device("cpu")
         blocks = torch.arange(-(-last // self._block_size))
         chunk = PrefillChunk(0, last - first, last, blocks, chunk_mask(first, last - first, cpu))
         return self._attend(torch.arange(first, last), (), (chunk,))
 
     def decode(self, positions: range | tuple[int, ...]) -> Tensor:
-        """Return the outputs of ``positions`` as decode rows, each as if the sequence ended at this
-        position."""
+        """Return the attention outputs of ``positions`` as decode rows, each as if the sequence
+        ended at this position."""
         rows = torch.tensor(list(positions))
         blocks = torch.arange(self._num_blocks).repeat(len(rows))
         width = self._num_blocks * self._block_size

@@ -236,7 +236,7 @@ class Family(ABC):
         return TableEmbedding(outer.tensor("embedding")), head
 
     def _outer_parts(self) -> dict[str, TensorPart]:
-        """Return the tensors outside the layers by short name; no ``head`` if it is tied."""
+        """Return the tensors outside the layers by short name; no ``head`` if lm_head is tied."""
         config = self.config
         width = config.hidden_size
         parts = {

@@ -100,7 +100,7 @@ class ConfigReader:
         return next((self.raw[key] for key in keys if self.raw.get(key) is not None), default)
 
     def integer(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """Return an integer of at least ``least``. If ``default`` is None, a key is required."""
+        """Return the integer >= ``least`` at the first present key; default None: required."""
         value = self.value(*keys, default=default)
         if value is None:
             raise CheckpointError(f"config.json: {keys[0]} is missing")
@@ -150,7 +150,7 @@ class ConfigReader:
         return cast(Activation, value)
 
     def token_ids(self, key: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-        """Return the token ids at ``key``; none for null, ``default`` if the key is absent."""
+        """Return the token ids at ``key``: empty for null, ``default`` if the key is absent."""
         self._asked.add(key)
         if key not in self.raw:
             return tuple(token for token in default if token < vocab_size)

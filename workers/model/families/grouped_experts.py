@@ -46,7 +46,7 @@ class GroupedExperts:
 
     routed: RoutedExperts
     num_shared_experts: int
-    """Number of shared experts, which run as one MLP of ``num_shared_experts`` times the width."""
+    """Number of shared experts, computed as one MLP of this number times an expert's width."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     num_groups: int

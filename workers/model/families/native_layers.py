@@ -68,7 +68,7 @@ class NativeMicroBatch:
         self.hidden = hidden.contiguous()
         """[T, H]: residual stream after the completed layers; its final norm once ``is_done``."""
         self.finite = torch.empty(num_rows, dtype=torch.bool)
-        """[T]: whether all numbers of a row are finite; undefined until ``is_done``."""
+        """[T]: whether a row's final hidden state is finite; undefined until ``is_done``."""
         self.logits = logits
         """Logits [T, V], undefined until ``is_done``; None if not requested."""
         self.topk_ids = torch.empty((num_banks, num_rows, top_k), dtype=torch.int64)

@@ -140,8 +140,8 @@ class NativeAttentionSublayer(NativeAttention):
         return self.leave(hidden, context.multiply(parts.output, attended), context)
 
     def _run(self, context: LayerContext, rows: RowsFields, stages: int) -> None:
-        """Run ``stages`` (bits) of the sublayer on ``rows``. The q/k/v and output projections run
-        only if ``stages`` has all stages."""
+        """Run ``stages`` (ENTER, ATTEND, LEAVE bits) of the sublayer on ``rows``. The q/k/v and
+        output projections run only if all stages run."""
         assert context.native is not None
         fields = self.fields if stages == ENTER | ATTEND | LEAVE else self._apart
         run_sublayer(self.team, fields, context.native, rows, stages)
@@ -162,8 +162,8 @@ class NativeAttentionSublayer(NativeAttention):
     def _leave(
         self, hidden: Tensor, rows: RowsFields, stages: int, context: LayerContext
     ) -> SublayerOutput:
-        """Run ``stages`` (bits), which include the stage after attention, and return the sublayer's
-        output."""
+        """Run ``stages`` (ENTER, ATTEND, LEAVE bits), which include LEAVE, the stage after
+        attention; return the sublayer's output."""
         hidden = hidden.contiguous()
         normed = torch.empty_like(hidden)
         rows.hidden, rows.normed = hidden.data_ptr(), normed.data_ptr()

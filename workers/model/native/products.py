@@ -105,7 +105,7 @@ class NativeMlp:
         self.table.put(0, 1, pack_weight(team.library, kept, team=team))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, H] -> [rows, H]."""
+        """Compute the whole MLP: [rows, H] -> [rows, H]."""
         slots = torch.zeros(len(x), dtype=torch.int64)
         return expert_pairs(self._team, self.table, x, torch.arange(len(x)), slots)
 

@@ -50,7 +50,7 @@ class Ernie45MoeConfig:
 
     experts: RoutedExperts
     num_shared_experts: int
-    """Number of shared experts, which run as one MLP of ``num_shared_experts`` times the width."""
+    """Number of shared experts, computed as one MLP of this number times an expert's width."""
     dense_width: int
     """Inner width of the MLP of a dense layer."""
     least_sum: float

@@ -42,7 +42,7 @@ _ROPE: Mapping[str, Any] = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-"""Value of ``rope_parameters`` for a config that lacks the key."""
+"""Value of ``rope_parameters`` for a ``config.json`` that lacks this key."""
 _KINDS = ("sliding_attention", "full_attention")
 
 
@@ -115,7 +115,7 @@ def _ignored_keys(found: Any) -> tuple[str, ...]:
 
 
 def _windows(settings: ConfigReader) -> tuple[int | None, ...]:
-    """Return each layer's sliding window, None: none; by default layers 0, 2, 4 .. have one."""
+    """Return each layer's window in tokens or None; by default layers 0, 2, 4 .. have a window."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     has_window = "sliding_window" not in settings.raw or settings.value("sliding_window")
     width = settings.integer("sliding_window", default=128) if has_window else None

@@ -83,7 +83,7 @@ class LatentAttention:
         return cls(shape=shape, query_rank=rank, has_bias=has_bias)
 
     def config(self, settings: ConfigReader, model_type: str, defaults: Defaults) -> ModelConfig:
-        """Read all other settings. Must be called last, as it checks keys that were not read."""
+        """Read the config that all families share. Must be called last: it checks unread keys."""
         shape = self.shape
         return model_config(
             settings,
