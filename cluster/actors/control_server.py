@@ -142,7 +142,10 @@ class ControlServer:
             connection.send(data)
 
     def drop(self, worker: str) -> None:
-        """Close a worker's connection once its queued frames are sent; skip ``on_closed``."""
+        """Close a worker's connection once its queued frames are sent.
+
+        ``ControlEvents.on_closed`` is not called.
+        """
         connection = self._workers.pop(worker, None)
         if connection is not None:
             connection.writer.close()
@@ -169,7 +172,7 @@ class ControlServer:
             self._forget(connection, reason, is_invalid)
 
     def _hand_over(self, worker: str, frame: ControlFrame) -> None:
-        """Pass a frame to ``events``. ``ProtocolError`` is raised; other errors are only logged."""
+        """Pass a frame to ``events``. Errors other than ``ProtocolError`` are only logged."""
         try:
             self._events.on_frame(worker, frame)
         except ProtocolError:

@@ -46,7 +46,10 @@ _KEEP_LIMIT_S = 5.0
 
 
 class ControllerActor:
-    """Async Ray actor that starts at most one cluster; see ``cluster.actors.controller_client``."""
+    """Async Ray actor that starts and controls at most one cluster.
+
+    Created and called through ``cluster.actors.controller_client``.
+    """
 
     def __init__(
         self,
@@ -225,7 +228,7 @@ class ControllerActor:
         return controller.cluster.operations.to_list() if controller is not None else []
 
     async def cancel_operation(self, operation_id: str) -> dict[str, Any]:
-        """Cancel an operation. Raises ``UnknownNameError`` and ``ConflictError``."""
+        """Cancel and return an operation. Raises ``UnknownNameError`` and ``ConflictError``."""
         controller = await self._serving_controller()
         operation = self.runner.handle_event(partial(controller.commands.cancel, operation_id))
         await self._kept(controller)

@@ -157,7 +157,7 @@ class ControllerRunner:
         return Controller(cluster, ControllerSettings.of(plan.config), self._planner)
 
     def _run(self, controller: Controller, plan: StartPlan) -> None:
-        """Make ``controller`` the active controller, and start its ticks."""
+        """Make ``controller`` the active controller, and start its periodic tasks."""
         self.controller, self.plan, self.failure = controller, plan, ""
         self.traces = start_traces(plan.config.observability.otlp_endpoint, "controller")
         self.background.spawn(self._tick_forever(controller))

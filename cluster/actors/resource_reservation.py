@@ -37,7 +37,7 @@ class ResourceReservation:
 
     nodes: dict[str, str] = field(default_factory=dict)
     """Ray's node id by worker name, for the workers that ``reserve`` has placed. Workers that a
-    restarted controller has found are absent, as their names may be used again.
+    restarted controller has found are absent, as other workers may get their names.
     """
     _group: PlacementGroup | None = None
     _added: dict[str, PlacementGroup] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class ResourceReservation:
         """Return Ray's scheduling strategy for the actor of a worker.
 
         An added ``place`` has its own placement group; other workers use ``bundle`` of the common
-        one.
+        group.
         """
         group = self._added.get(place, self._group)
         assert group is not None, "resources are reserved before a worker starts"

@@ -1,4 +1,4 @@
-"""Calls one worker actor, and ends its process."""
+"""Wraps one worker actor: converts Ray's errors of calls, and ends the actor's process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ class ActorCalls:
     """Process of the worker; None before ``introduce``."""
 
     async def introduce(self) -> dict[str, Any]:
-        """Record the worker's process and node; return its ``describe()``. Raises Ray's errors."""
+        """Record the worker's process and node; return the result of its ``describe()``.
+
+        Raises Ray's errors.
+        """
         call: Any = self.handle.__ray_call__.remote
         arguments: dict[str, Any]
         arguments, self.process, self.node_id = await call(_describe_worker)

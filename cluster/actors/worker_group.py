@@ -66,7 +66,7 @@ class WorkerGroup:
     draining_nodes = staticmethod(ray_tools.draining_nodes)
 
     def node_ids_by_worker(self) -> dict[str, str]:
-        """Return Ray's node id of each worker by worker name; an empty id is unknown."""
+        """Return Ray's node id of each worker by worker name; empty while unknown."""
         return {name: actor.node_id for name, actor in list(self._actors.items())}
 
     def resources(self) -> tuple[NodeResources, ...]:
@@ -191,7 +191,10 @@ class WorkerGroup:
         return found
 
     def names(self) -> list[str]:
-        """Return the names of workers that were started or found and not ended, even if silent."""
+        """Return the names of workers that were started or found and not ended.
+
+        Workers that do not reply are included.
+        """
         return list(self._actors)
 
     async def log(self, name: str, after: int) -> tuple[int, list[str]]:

@@ -1,6 +1,6 @@
-"""Entry point of the installed command: Ctrl-C ends it without a traceback, even during imports.
+"""Entry point of the installed command. Ctrl-C ends it without a traceback, even during imports.
 
-Imports only the standard library before it runs.
+Imports only the standard library before the command runs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def main() -> int:
 
 
 def find_shadow(root: Path) -> str:
-    """Find a package that ``python -m`` would import here instead of the one in ``root``.
+    """Return an error text if ``python -m`` would not import a package from ``root``.
 
-    ``python -m`` searches the working directory first. Return an error text or "".
+    ``python -m`` searches the working directory first. Returns an empty text if all is well.
     """
     for name in _PACKAGES:
         spec = PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])

@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _common(absent: object, off: object) -> argparse.ArgumentParser:
-    """Make the options of every command.
+    """Make a parser with the options that every command has.
 
     ``absent`` and ``off`` are the defaults of options and switches. The parsers of commands get
     ``SUPPRESS``, so that they keep a value that was given before the command.

@@ -13,20 +13,20 @@ _PREFIX = "sha256:"
 
 
 def hash_key(key: str) -> str:
-    """``sha256:`` and the 64 hex digits of the key's digest; a hashed key is returned unchanged."""
+    """Return ``sha256:`` and the 64 hex digits of the key's digest; a hashed key is unchanged."""
     return key if is_hashed(key) else f"{_PREFIX}{digest_of(key).hex()}"
 
 
 def is_hashed(key: str) -> bool:
-    """Whether a text is a hashed key in the format of ``hash_key``."""
+    """Return whether a text is a hashed key in the format of ``hash_key``."""
     return _HASHED.fullmatch(key) is not None
 
 
 def digest_of(key: str) -> bytes:
-    """SHA-256 of a key, [32] bytes. Hashes a client's key even if it looks like a hashed key."""
+    """Return the SHA-256 of a key, [32] bytes, even if the key looks like a hashed key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def stored_digest(hashed: str) -> bytes:
-    """The digest in a hashed key, [32] bytes."""
+    """Return the digest in a hashed key, [32] bytes."""
     return bytes.fromhex(hashed.removeprefix(_PREFIX))

@@ -21,7 +21,7 @@ class PoolLimits:
     max_workers: int
 
     def clamp(self, count: int) -> int:
-        """The allowed number nearest to ``count``."""
+        """Return the allowed number of workers that is nearest to ``count``."""
         return max(self.min_workers, min(self.max_workers, count))
 
 
@@ -54,13 +54,13 @@ class AutoscaleSection:
     down_s: float = field(default=180.0, metadata=flag("--autoscale-down-s"))
     """Time for which fewer workers must be sufficient before a pool shrinks."""
     limit_s: float = field(default=300.0, metadata=INTERNAL)
-    """Time limit for new workers to serve; after it the scale operation is rolled back."""
+    """Time limit in seconds for new workers to serve; after it the scaling is rolled back."""
     queue_s: float = field(default=5.0, metadata=INTERNAL)
-    """Time over which the queue is averaged."""
+    """Time in seconds over which the number of waiting sequences is averaged."""
     sample_s: float = field(default=1.0, metadata=INTERNAL)
-    """Time between two samples of the workers' stats."""
+    """Time in seconds between two samples of the workers' stats."""
     retry_s: float = field(default=60.0, metadata=INTERNAL)
-    """Pause after a failed scale operation; each further failure doubles it."""
+    """Pause in seconds after a failed scaling; each further failure doubles the pause."""
 
     def __post_init__(self) -> None:
         check_choice("autoscale", self.autoscale, AutoscaleMode)
@@ -74,7 +74,7 @@ class AutoscaleSection:
         check(self.down_s >= self.up_s, "autoscale_down_s", self.down_s, rule)
 
     def limits(self, pools: Mapping[Role, int]) -> dict[Role, PoolLimits]:
-        """The limits of each pool. ``pools``: role -> number of workers at start."""
+        """Return the size limits of each pool. ``pools``: number of workers at start, by role."""
         found = {}
         for role, start in pools.items():
             least, most = self._configured_limits(role)
@@ -82,7 +82,7 @@ class AutoscaleSection:
         return found
 
     def check_pools(self, mode: str, pools: Mapping[Role, int]) -> None:
-        """Raise ``ConfigError`` if the pools at start contradict this section."""
+        """Raise ``ConfigError`` if the pools at start contradict the autoscaler's options."""
         if self.autoscale == "off" or mode == "auto":  # checked again once the mode is chosen
             return
         rule = "must be off in local mode: one worker holds everything"

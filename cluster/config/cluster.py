@@ -57,7 +57,7 @@ class EngineSection:
     """Limits and switches of the engine of one attention worker."""
 
     block_size_tokens: int = field(default=16, metadata=INTERNAL)
-    """Tokens in one KV block."""
+    """Number of tokens in one KV block."""
     kv_cache_bytes: int | None = None
     """KV cache size of each attention worker, for example 512M. The default on a GPU is the rest of
     ``gpu_memory_utilization``, on CPUs the size of 16 full contexts within 64 MiB to 1 GiB."""
@@ -92,8 +92,10 @@ class EngineSection:
     """Maximum time that a request waits for KV blocks from another attention worker, after which it
     computes them; 0 disables fetches."""
     combine_mode: CombineMode = field(default="sum", metadata=INTERNAL)
-    """``per_slot`` makes results independent of the placement, with more traffic. Exact generations
-    with several expert ranks always use it."""
+    """Form in which expert outputs return to attention: ``sum`` of a row's outputs on a worker, or
+    ``per_slot``, each output by itself, which makes results independent of the placement, with more
+    traffic. Exact generations with several expert ranks always use ``per_slot``.
+    """
     deterministic: Deterministic = "auto"
     """Make tokens and logprobs bitwise independent of batch, layout and history: ``auto`` if all
     workers support it; ``on`` requires CPUs, and the start fails unless all workers do."""
@@ -103,7 +105,9 @@ class EngineSection:
     micro_batch_decode_threshold: int = 64
     """Rows of the busiest attention worker from which ``auto`` splits a step without prompts."""
     micro_batch_prefill_threshold: int = field(default=256, metadata=INTERNAL)
-    """Rows of the busiest attention rank from which ``auto`` splits a step with prompt rows."""
+    """Rows of the busiest attention rank from which ``num_micro_batches`` ``auto`` splits a step
+    that has prompt rows.
+    """
     enforce_eager: bool = False
     """Run decode steps on a GPU without CUDA graphs."""
     seed: int = 0
@@ -139,17 +143,18 @@ class EngineSection:
 
     @property
     def num_states(self) -> int:
-        """Recurrent states of one attention worker if the model has recurrent states.
+        """Number of recurrent states of one attention worker, if the model has such states.
 
         Each sequence has the states that a step reads and writes and, with prefix caching, the
-        state after its last full block. The rest are states of prefixes.
+        state after its last full block. The other states cache prefixes.
         """
         return (3 if self.enable_prefix_caching else 2) * self.max_num_seqs + self.num_cached_states
 
     def num_kv_blocks(self, bytes_per_token: int, max_model_len: int) -> int:
-        """KV blocks of one attention worker, with the default size for CPUs.
+        """Return the number of KV blocks of one attention worker.
 
-        Raises ``ConfigError`` if the memory is too small for one block.
+        If ``kv_cache_bytes`` is not set, the default size for CPUs applies. Raises ``ConfigError``
+        if the memory is too small for one block.
         """
         each = bytes_per_token * self.block_size_tokens
         budget = self.kv_cache_bytes
@@ -166,33 +171,33 @@ class ClusterConfig:
     """The whole configuration of one expertmesh cluster."""
 
     model: ModelSection
-    """Checkpoint."""
+    """Options of the checkpoint that is served."""
     workers: WorkersSection = field(default_factory=WorkersSection)
-    """Pools."""
+    """Options of the worker pools: sizes, and resources of each worker."""
     engine: EngineSection = field(default_factory=EngineSection)
-    """Engine of each attention worker."""
+    """Options of the engine of each attention worker."""
     speculation: SpeculationSection = field(default_factory=SpeculationSection)
-    """Speculative decoding."""
+    """Options of speculative decoding."""
     transport: TransportSection = field(default_factory=TransportSection)
-    """Data plane and failure detection."""
+    """Options of the data plane and of failure detection."""
     observability: ObservabilitySection = field(default_factory=ObservabilitySection)
-    """Traces of steps and of requests, and logs."""
+    """Options of traces (of steps and requests) and logs."""
     load: LoadSection = field(default_factory=LoadSection)
-    """Expert load."""
+    """Options of the measurement of expert load."""
     rebalance: RebalanceSection = field(default_factory=RebalanceSection)
-    """Changes of the expert placement while serving."""
+    """Options of rebalancing: changes of the expert placement while serving."""
     autoscale: AutoscaleSection = field(default_factory=AutoscaleSection)
-    """Autoscaling of the pools."""
+    """Options of the autoscaling of the pools."""
     lora: LoraSection = field(default_factory=LoraSection)
-    """Adapters."""
+    """Options of LoRA adapters."""
     gateway: GatewaySection = field(default_factory=GatewaySection)
-    """HTTP and gRPC servers."""
+    """Options of the gateway's HTTP and gRPC servers."""
     kv_events: KvEventsSection = field(default_factory=KvEventsSection)
-    """Events about cached KV blocks for the routers of other projects."""
+    """Options of events about cached KV blocks for the routers of other projects."""
     kv_tiers: KvTiersSection = field(default_factory=KvTiersSection)
-    """Copies of KV blocks outside the pool."""
+    """Options of KV block copies outside the KV cache, in host memory and on disk."""
     cluster_token: str = field(default="", repr=False)
-    """Shared secret of the workers' sockets, generated at start."""
+    """Shared secret of the cluster's processes, generated at the start."""
 
     def __post_init__(self) -> None:
         if self.engine.deterministic == "on":
@@ -232,24 +237,30 @@ class ClusterConfig:
 
     @property
     def max_decode_rows(self) -> int:
-        """Decode rows in a step of one attention worker, including rows of drafts."""
+        """Maximum number of decode rows in a step of one attention worker, with rows of drafts."""
         return self.engine.max_num_seqs + self.speculation.max_draft_rows
 
     @property
     def is_collective(self) -> bool:
-        """Whether torch.distributed carries the data. Needs resolved devices and shares."""
+        """Whether torch.distributed carries the rows between workers, instead of sockets.
+
+        Needs a configuration with resolved devices and shares.
+        """
         gpus = self.workers.gpus_per_worker or 0.0
         has_gpus = self.workers.device == "cuda" and gpus >= 1
         kind = self.transport.transport
         return kind == "collective" or (kind == "auto" and has_gpus)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain data that JSON can represent."""
+        """Return the configuration as plain data that JSON can represent."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ClusterConfig:
-        """Inverse of ``to_dict``. Raises ``ConfigError``: unknown or missing name, wrong type."""
+        """Make a configuration from the data of ``to_dict``.
+
+        Raises ``ConfigError`` for an unknown or missing name and a wrong type.
+        """
         values = dict(data)
         sections = section_types()
         for name, value in data.items():
@@ -262,10 +273,10 @@ class ClusterConfig:
         return config
 
     def kv_fingerprint(self) -> str:
-        """Hash of the options that determine the contents of a KV block (12 hex digits).
+        """Return a hash of the options that determine the contents of a KV block (12 hex digits).
 
-        Blocks on disk outlive a process and stay valid if memory limits change. The rest of their
-        identity is agreed among the workers: see ``workers.process.kv_identity``.
+        Blocks on disk outlive a process and stay valid if memory limits change. The workers agree
+        on the rest of the blocks' identity: see ``workers.process.kv_identity``.
         """
         engine = self.engine
         return _hash_of(
@@ -286,7 +297,7 @@ class ClusterConfig:
         )
 
     def fingerprint(self) -> str:
-        """Hash of all values that must be equal on every worker (12 hex digits)."""
+        """Return a hash of all values that must be equal on every worker (12 hex digits)."""
         shared = {
             "engine": dataclasses.asdict(self.engine),
             "speculation": dataclasses.asdict(self.speculation),
@@ -305,7 +316,7 @@ def _hash_of(values: Mapping[str, Any]) -> str:
 
 
 def section_types() -> dict[str, Any]:
-    """Map from section name to the class of the section."""
+    """Return the class of each section of the configuration, by section name."""
     hints = get_type_hints(ClusterConfig)
     return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 
@@ -322,7 +333,10 @@ def _from_dict(kind: Any, data: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Convert lists to tuples and integers to floats. Raises ``ConfigError`` for other types."""
+    """Convert a value to type ``kind``: lists to tuples, integers to floats.
+
+    Raises ``ConfigError`` if the value has another type.
+    """
     if get_origin(kind) is Literal or dataclasses.is_dataclass(kind):
         return value  # a section checks its choices itself
     try:

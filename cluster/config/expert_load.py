@@ -15,17 +15,21 @@ class RebalanceSection:
     enable_eplb: bool = False
     """Rebalance experts by load automatically; requires spare expert slots."""
     interval_s: float = field(default=30.0, metadata=INTERNAL)
-    """Shortest time from the end of one automatic change to the next."""
+    """Shortest time in seconds from the end of an automatic rebalancing to the next one."""
     horizon_s: float = field(default=300.0, metadata=INTERNAL)
-    """Time that the load is assumed to last; the gain in it must exceed the cost of the moves."""
+    """Time in seconds for which the load is assumed to last; the gain of a rebalancing in this time
+    must exceed the cost of its moves.
+    """
     max_move_fraction: float = field(default=0.1, metadata=INTERNAL)
-    """Share of all expert slots that one change may fill."""
+    """Largest share of all expert slots that one rebalancing may fill."""
     bytes_per_s: float = field(default=100e6, metadata=flag("--rebalance-bytes-per-s"))
     """Maximum bytes per second of expert weights that each worker receives while serving."""
     limit_s: float = field(default=120.0, metadata=INTERNAL)
-    """Time limit for each stage of a change; after it the change is aborted."""
+    """Time limit in seconds for each stage of a rebalancing, which is aborted after it."""
     slot_cost_pairs: float | None = field(default=None, metadata=INTERNAL)
-    """Cost of an activated expert slot, in (row, expert) pairs; by default from the roofline."""
+    """Cost of an activated expert slot, as a number of (row, expert) pairs that cost the same;
+    None: from the roofline.
+    """
 
     def __post_init__(self) -> None:
         rates = "interval_s horizon_s bytes_per_s limit_s"
@@ -41,13 +45,13 @@ class LoadSection:
     """How expert load is measured and averaged."""
 
     report_s: float = field(default=2.0, metadata=INTERNAL)
-    """Time between two reports of an attention worker to the controller."""
+    """Time in seconds between two load reports of an attention worker to the controller."""
     window_s: float = field(default=10.0, metadata=INTERNAL)
-    """Length of one window."""
+    """Length of one load window (count of the expert load) in seconds."""
     num_windows: int = field(default=60, metadata=INTERNAL)
-    """Number of windows that are kept."""
+    """Number of load windows that are kept."""
     half_life_s: float = field(default=60.0, metadata=INTERNAL)
-    """Half-life of a window's weight in the exponential average, counted in time with load."""
+    """Half-life of a load window's weight in the exponential average, in seconds with load."""
 
     def __post_init__(self) -> None:
         check_each(self, "report_s window_s half_life_s", is_positive, "must be positive")

@@ -29,14 +29,17 @@ ShutdownStage = Literal["lead", "refuse", "fail"]
 """Stages of a gateway's shutdown: ``lead`` serves but is not ready, ``refuse`` also rejects new
 requests, ``fail`` also fails the running requests."""
 MAX_BODY_BYTES = 8 * 1024 * 1024
-"""Default limit of an HTTP body."""
+"""Default maximum size of an HTTP request body, in bytes."""
 MAX_TTL_S = 10 * 365 * 24 * 3600
-"""Maximum of ``state_ttl_s``."""
+"""Maximum of ``state_ttl_s`` (lifetime of stored objects), in seconds."""
 RoutingPolicyName = Literal["kv", "least-loaded", "round-robin"]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this host can reach a server on the interface; empty means all interfaces."""
+    """Return whether only this host can reach a server that listens on ``host``.
+
+    An empty ``host`` means all interfaces.
+    """
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -44,7 +47,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_network(text: str) -> bool:
-    """Whether a text is an address, a network, or ``*`` for all."""
+    """Return whether a text is an IP address, a network, or ``*`` for all."""
     try:
         ipaddress.ip_network(text)
     except ValueError:
@@ -53,7 +56,7 @@ def _is_network(text: str) -> bool:
 
 
 def reachable_host(host: str) -> str:
-    """Host part of a URL at which this host reaches a server bound to the interface ``host``."""
+    """Return the host part of a URL at which this host reaches a server listening on ``host``."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
@@ -236,7 +239,7 @@ class GatewaySection:
 
     @property
     def requires_keys(self) -> bool:
-        """Whether clients must present a key."""
+        """Whether clients must present an API key."""
         return bool(self.api_keys) or self.api_key_file is not None
 
     @property

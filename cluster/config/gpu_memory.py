@@ -20,7 +20,7 @@ class GpuMemory:
     free_bytes: int
     """Bytes of the GPU that no process uses."""
     own_bytes: int
-    """Bytes of this process's tensors."""
+    """Bytes of this process's tensors on the GPU."""
     share: float = 1.0
     """Share of the GPU that the worker may use: ``gpus_per_worker``."""
 
@@ -78,7 +78,7 @@ def check_slots(
 ) -> None:
     """Raise ``ConfigError`` if a GPU has too little memory for a worker's expert slots.
 
-    ``reserves`` as in ``kv_budget``.
+    ``num_bytes``: bytes of the slots. ``reserves``: bytes that steps allocate later, by purpose.
     """
     kept = "".join(f", of which {_gib(size)} are for {what}" for what, size in reserves.items())
     rule = (

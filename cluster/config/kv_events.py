@@ -28,7 +28,7 @@ class KvEventsSection:
     kv_events_topic: str = ""
     """ZeroMQ topic of the events; llm-d's router expects kv@ADDRESS@MODEL."""
     kv_events_buffer_steps: int = field(default=10_000, metadata=INTERNAL)
-    """Number of steps whose events are kept for replay, and may wait for one subscriber."""
+    """Number of steps whose KV events are kept for replay, and may wait for one subscriber."""
 
     def __post_init__(self) -> None:
         for name in ("kv_events_endpoint", "kv_events_replay_endpoint"):
@@ -66,7 +66,7 @@ _NEEDS_EVENTS = "needs kv_events_endpoint"
 
 
 def is_listening(endpoint: str) -> bool:
-    """Whether the worker listens on the endpoint; otherwise it connects to a router there."""
+    """Return whether a worker listens on the endpoint; if not, it connects to a router there."""
     host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     if host == "*":
         return True

@@ -14,19 +14,19 @@ NAME_RULE = "must be 1 to 128 letters, digits or ._:/- and begin with a letter o
 MAX_PATH = 1024
 """Maximum length of a folder's path in characters."""
 MAX_TENANTS = 64
-"""Maximum number of tenants of an adapter."""
+"""Maximum number of tenants (owners of API keys) to which an adapter may be restricted."""
 MAX_TENANT = 128
-"""Maximum length of a tenant's name."""
+"""Maximum length of a tenant's name in characters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraModule:
-    """An adapter to load at the start."""
+    """A LoRA adapter to load at the start."""
 
     name: str
     path: str
     tenants: tuple[str, ...] = ()
-    """Names of the keys that may use it; if empty, every caller may."""
+    """Names of the API keys that may use the adapter; if empty, every caller may use it."""
 
     @classmethod
     def parse(cls, text: str) -> LoraModule:
@@ -36,7 +36,7 @@ class LoraModule:
         return cls(name=name, path=path, tenants=tuple(tenants.split("+")) if mark else ())
 
     def __str__(self) -> str:
-        """The text that ``parse`` accepts."""
+        """Return the text that ``parse`` accepts."""
         mark = f"@{'+'.join(self.tenants)}" if self.tenants else ""
         return f"{self.name}{mark}={self.path}"
 
@@ -74,18 +74,20 @@ class LoraSection:
 
     @property
     def adapters(self) -> tuple[LoraModule, ...]:
-        """The adapters to load at the start."""
+        """LoRA adapters to load at the start."""
         return tuple(map(LoraModule.parse, self.lora_modules))
 
     @property
     def modules(self) -> tuple[tuple[str, str], ...]:
-        """(name, folder) of the adapters to load at the start."""
+        """Name and folder of each LoRA adapter to load at the start."""
         return tuple((module.name, module.path) for module in self.adapters)
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """Folders from which an adapter may be loaded while serving: ``lora_roots``, or the parent
-        folders of the adapters to load at the start.
+        """Folders from which LoRA adapters may be loaded while serving.
+
+        These are ``lora_roots``, or by default the parent folders of the adapters to load at the
+        start.
         """
         if self.lora_roots:
             return self.lora_roots
@@ -93,7 +95,10 @@ class LoraSection:
         return tuple(dict.fromkeys(str(p) for p in parents if len(p.parts) > 1))
 
     def allows_path(self, path: str) -> bool:
-        """Whether an adapter may be loaded from this path. Symbolic links are not resolved."""
+        """Return whether an adapter may be loaded from this path.
+
+        Symbolic links are not resolved.
+        """
         folder = PurePosixPath(path)
         is_plain = is_folder_path(path) and ".." not in folder.parts
         named = {path for _, path in self.modules}
@@ -101,16 +106,16 @@ class LoraSection:
 
 
 def are_valid_tenants(names: Collection[str]) -> bool:
-    """Whether ``names`` may be the tenants of an adapter."""
+    """Return whether ``names`` may be the tenants of a LoRA adapter."""
     is_each = all(0 < len(name) <= MAX_TENANT and name.isprintable() for name in names)
     return is_each and len(names) <= MAX_TENANTS
 
 
 def is_folder_path(path: str) -> bool:
-    """Whether ``path`` is an absolute path of at most ``MAX_PATH`` characters."""
+    """Return whether ``path`` is an absolute path of at most ``MAX_PATH`` characters."""
     return len(path) <= MAX_PATH and PurePosixPath(path).is_absolute() and "\0" not in path
 
 
 def is_valid_name(name: str) -> bool:
-    """Whether an adapter may have this name."""
+    """Return whether a LoRA adapter may have this name."""
     return _NAME.fullmatch(name) is not None

@@ -18,7 +18,7 @@ class ModelSection:
     """The checkpoint that is served, and the types of its weights."""
 
     path: str = field(metadata=INTERNAL)
-    """Local folder of the checkpoint (a hub id is resolved to one before this is built)."""
+    """Local folder of the checkpoint; for a hub id, the folder of the download."""
     served_model_name: str
     """Model name in requests; by default the name of the checkpoint's folder or hub id."""
     dtype: DType = "auto"

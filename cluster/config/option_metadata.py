@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 FLAG = "flag"
-"""Metadata key of the option's name."""
+"""Metadata key for the name of a field's command-line option."""
 BARE = "bare"
-"""Metadata key of the value of an option that is given without a value."""
+"""Metadata key for the value of a command-line option that is given without a value."""
 INTERNAL: Mapping[str, str] = MappingProxyType({FLAG: ""})
-"""Metadata of a field without an option."""
+"""Metadata of a configuration field that has no command-line option."""
 
 
 def flag(name: str) -> Mapping[str, str]:
-    """Metadata of a field whose option is called ``name``, which includes the dashes."""
+    """Return metadata of a field whose option is called ``name``, which includes the dashes."""
     return MappingProxyType({FLAG: name})
 
 
 def bare(value: str) -> Mapping[str, str]:
-    """Metadata of a field whose option may be given without a value, which stands for ``value``."""
+    """Return metadata of a field whose option means ``value`` if given without a value."""
     return MappingProxyType({BARE: value})

@@ -1,7 +1,7 @@
 """Computes each worker's share of the cluster's CPUs and GPUs. Plain values.
 
-Ray uses the reserved CPUs only to decide where a worker fits; ``WorkerShare.threads`` is its number
-of threads.
+Ray uses the reserved CPUs only to decide where a worker fits; ``WorkerShare.threads`` is the
+worker's number of compute threads.
 
 Example: on one node of 2 CPUs, 3 workers each reserve 0.6666 CPUs and compute with one thread; one
 worker alone reserves 2 CPUs and computes with two threads.
@@ -21,7 +21,7 @@ from cluster.core.errors import ConfigError
 from cluster.core.node_labels import NodeLabels
 
 _GRAIN = 10_000
-"""Ray counts resources in units of 1/10,000."""
+"""Number of units in one CPU or GPU: Ray counts resources in 1/10,000."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,18 +51,19 @@ class WorkerShare:
     """Resources that Ray reserves for each worker."""
 
     cpus: float
-    """CPUs, may be a fraction; 0 only if the cluster has none left."""
+    """Number of CPUs of a worker, may be a fraction; 0 only if the cluster has none left."""
     gpus: float
-    """GPUs, may be a fraction."""
+    """Number of GPUs of a worker, may be a fraction."""
     device: Literal["cpu", "cuda"]
     """Device on which the workers compute."""
     threads: int = 1
-    """Compute threads of one worker: the whole cores of its share, at least one. No cores are
-    reserved for the gateway, the controller and Ray, since their load is small."""
+    """Number of compute threads of one worker: the whole cores of its CPU share, at least one. No
+    cores are reserved for the gateway, the controller and Ray, since their load is small.
+    """
 
 
 def resolved_share(workers: WorkersSection) -> WorkerShare:
-    """The share in the configuration of a started cluster, in which no value is ``auto``."""
+    """Return the share in the configuration of a started cluster, in which no value is ``auto``."""
     return WorkerShare(
         cpus=workers.cpus_per_worker or 0.0,
         gpus=workers.gpus_per_worker or 0.0,
@@ -72,7 +73,7 @@ def resolved_share(workers: WorkersSection) -> WorkerShare:
 
 
 def num_fitting_workers(node: NodeResources, share: WorkerShare) -> int:
-    """Number of workers with this share that fit on the empty node; one if the share is zero."""
+    """Return how many workers with this share fit on the empty node; 1 if the share is zero."""
     wanted = ((share.gpus, node.gpus), (share.cpus, node.cpus))
     return min(
         (_num_fitting_shares([amount], each) for each, amount in wanted if each > 0), default=1
@@ -80,7 +81,7 @@ def num_fitting_workers(node: NodeResources, share: WorkerShare) -> int:
 
 
 def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources, ...]:
-    """Return the nodes for a role: those labelled for it, otherwise those without a role label.
+    """Return the nodes labelled for a role, or if there are none, the nodes without a role label.
 
     Equivalent to the selector of ``node_labels.selector_for``.
     """
@@ -89,11 +90,11 @@ def nodes_for(role: str, nodes: Sequence[NodeResources]) -> tuple[NodeResources,
 
 
 _Pools = Mapping[tuple[NodeResources, ...], int]
-"""Nodes -> number of workers on them. Two pools have no node in common."""
+"""Number of workers by the nodes on which they run. Two pools have no node in common."""
 
 
 def _pools(workers: WorkersSection, nodes: Sequence[NodeResources]) -> _Pools:
-    """Group the roles that run on the same nodes into one pool."""
+    """Return the pools: roles that run on the same nodes form one pool."""
     counts: Counter[tuple[NodeResources, ...]] = Counter()
     for role, number in workers.pools.items():
         counts[nodes_for(role, nodes)] += number
@@ -130,7 +131,10 @@ def plan_shares(
 
 
 def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
-    """GPUs of one worker: the explicit value, else 1, or if too few a fraction (``auto``: 0)."""
+    """Return the GPUs of one worker: the explicit value, else 1, or a fraction if too few.
+
+    With device ``auto``, 0 replaces the fraction. Raises ``ConfigError``.
+    """
     asked = workers.gpus_per_worker
     if workers.device == "cpu":
         if asked:
@@ -168,7 +172,8 @@ def _check_fit(kind: Literal["cpus", "gpus"], value: float, pools: _Pools) -> No
 def _largest_share(amounts: Sequence[float], num_workers: int) -> float:
     """Return the largest share with which ``num_workers`` workers fit, each on one node.
 
-    It is some node's amount divided by an integer, because else a larger share would fit too.
+    The result is some node's amount divided by an integer, because else a larger share would fit
+    too.
     """
     candidates = {
         _round_down(amount / parts) for amount in amounts for parts in range(1, num_workers + 1)
@@ -180,7 +185,7 @@ def _largest_share(amounts: Sequence[float], num_workers: int) -> float:
 
 
 def _num_fitting_shares(amounts: Sequence[float], share: float) -> int:
-    """Number of workers with this share that fit on nodes with these amounts."""
+    """Return how many workers with this share fit on nodes with these amounts."""
     grains = max(1, round(share * _GRAIN))
     return sum(round(amount * _GRAIN) // grains for amount in amounts)
 

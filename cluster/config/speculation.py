@@ -48,5 +48,5 @@ class SpeculationSection:
 
     @property
     def max_draft_rows(self) -> int:
-        """Decode rows of a step in addition to one for each of ``max_num_seqs`` sequences."""
+        """Maximum decode rows of a step for drafts, beyond one row for each running sequence."""
         return self.num_speculative_tokens if self.is_on else 0

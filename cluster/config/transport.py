@@ -21,11 +21,13 @@ class TransportSection:
     detection_limit_s: float = 2.0
     """Time without heartbeats or step progress after which a worker is declared lost."""
     heartbeat_s: float = field(default=0.5, metadata=INTERNAL)
-    """Time between two heartbeats of a worker."""
+    """Time in seconds between two heartbeats of a worker."""
     connect_timeout_s: float = field(default=10.0, metadata=INTERNAL)
-    """Time limit for opening one edge, including the handshake."""
+    """Time limit in seconds for opening a connection between two workers, with the handshake."""
     step_timeout_s: float = field(default=60.0, metadata=INTERNAL)
-    """Time limit for one wait on a peer within a step if nothing else reports its loss."""
+    """Time limit in seconds for one wait on a peer within a step, if nothing else reports the loss
+    of the peer.
+    """
 
     def __post_init__(self) -> None:
         check_choice("transport", self.transport, Transport)
@@ -36,11 +38,14 @@ class TransportSection:
 
     @property
     def alive_s(self) -> float:
-        """Time between two signs of life of a worker; a heartbeat counts as one."""
+        """Time in seconds between two signs of life of a worker, such as a heartbeat."""
         return min(self.heartbeat_s, max(0.1, self.detection_limit_s / 20))
 
     @property
     def lease_s(self) -> float:
-        """Time with neither a reply of the controller nor a committed step until a worker stops.
-        The controller may declare it lost earlier, because no step commits without it."""
+        """Seconds without a controller reply or a committed step until a worker stops serving.
+
+        The controller may declare the worker lost earlier, because no step commits without the
+        worker.
+        """
         return 1.8 * self.detection_limit_s

@@ -31,7 +31,7 @@ class WorkersSection:
     both; ``local``: one worker does both; ``auto``: the faster of the first two, chosen at
     start."""
     mode_reason: str = field(default="", metadata=INTERNAL)
-    """Why ``auto`` chose this mode; empty if the mode was given."""
+    """Reason why ``auto`` chose this mode; empty if the mode was given."""
     num_attention_workers: int | None = None
     """Number of attention workers; by default 1, in colocated mode ``num_expert_workers``."""
     num_expert_workers: int = 2
@@ -49,9 +49,9 @@ class WorkersSection:
     """CPUs that Ray reserves for each worker, also a fraction; by default an equal share. A worker
     computes with one thread for each whole CPU, at least one."""
     has_equal_cpus: bool = field(default=False, metadata=INTERNAL)
-    """Whether ``cpus_per_worker`` was left out and is an equal share of all CPUs."""
+    """Whether ``cpus_per_worker`` was not given, and is an equal share of all CPUs."""
     threads_per_worker: int = field(default=1, metadata=INTERNAL)
-    """Compute threads of a worker, set by ``cluster.sizing.start_plan.plan_start``."""
+    """Number of compute threads of a worker, set by ``cluster.sizing.start_plan.plan_start``."""
     gpus_per_worker: float | None = None
     """GPUs that Ray reserves for each worker, at most 1, also a fraction; by default 1 on CUDA, 0
     on CPUs."""
@@ -108,7 +108,7 @@ class WorkersSection:
 
     @property
     def pools(self) -> dict[Role, int]:
-        """Workers to start, by role."""
+        """Number of workers to start, by role."""
         match self.mode:
             case "colocated":
                 return {"colocated": self.num_expert_workers}

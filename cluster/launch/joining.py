@@ -51,7 +51,7 @@ class JoinedRay:
 
 
 def inspect_ray(plan: LaunchPlan, address: str) -> JoinedRay:
-    """Inspect the Ray at ``address``, which this process has joined.
+    """Inspect the Ray cluster at ``address``, which this process has joined; adapt the plan to it.
 
     Raises ``ConfigError`` and ``StartError``.
     """

@@ -87,7 +87,7 @@ class Launcher:
         self._claims: list[socket.socket] = []
 
     def run(self) -> int:
-        """Start the cluster, wait until it must end, stop it; return the exit status."""
+        """Start the cluster, wait for the reason to end it, and stop it; return the exit status."""
         self._install_handlers()
         status, has_left = 1, False
         try:

@@ -73,7 +73,7 @@ def make_temp_dir() -> Path:
 
 
 def temp_base() -> str:
-    """Return the parent folder of ``make_temp_dir``. Raises ``StartError``."""
+    """Return the folder in which ``make_temp_dir`` creates folders. Raises ``StartError``."""
     for base in (tempfile.gettempdir(), "/tmp"):
         if os.access(base, os.W_OK) and len(base) + _RAY_PATH_CHARS < _SOCKET_PATH_LIMIT:
             return base

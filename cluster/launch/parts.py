@@ -45,7 +45,7 @@ ProgressFn = Callable[[str, int, int], None]
 
 
 class ClusterParts:
-    """Handles to everything that one launcher started."""
+    """Parts of a cluster that one launcher starts and ends."""
 
     def __init__(self, plan: LaunchPlan, progress: ProgressFn) -> None:
         self.plan = plan
@@ -162,7 +162,7 @@ class ClusterParts:
             _run_logged("ending the controller", end_leftovers)
 
     def stop_ray(self) -> None:
-        """End the private Ray, or disconnect from the joined one."""
+        """End the private Ray, or disconnect from the joined Ray."""
         if self._ray is not None:
             _run_logged("ending Ray", self._ray.stop)
         elif self._is_connected:

@@ -68,7 +68,7 @@ class LaunchPlan:
 
     @property
     def private_nodes(self) -> tuple[NodeResources, ...]:
-        """Resources of this host, which is the only node of a private Ray."""
+        """This host with its resources, as the only node of a private Ray."""
         cpus, gpus = float(self.num_cpus), float(self.num_gpus)
         return (NodeResources(node_id="", address="here", cpus=cpus, gpus=gpus),)
 

@@ -21,11 +21,12 @@ CPU_CORE = DeviceSpec(
     latency_s=50e-6,
     message_s=50e-6,
 )
-"""One core of a server. Measured on an AMD EPYC with torch 2.13, one thread: expert products with
-few rows read bfloat16 weights at 11 GB/s (29 GB/s is the maximum, with large matrices that oneDNN
-prepacked); a product of 256 x 2048 x 2048 runs at 98 GFLOPS in float32 and 155 in bfloat16;
-loopback TCP transfers 6 GB/s in large frames, and a small frame from one Python process to another
-costs about 50 us at each end and as much between."""
+"""Characteristics of one core of a server. Measured on an AMD EPYC with torch 2.13, one thread:
+expert products with few rows read bfloat16 weights at 11 GB/s (29 GB/s is the maximum, with large
+matrices that oneDNN prepacked); a product of 256 x 2048 x 2048 runs at 98 GFLOPS in float32 and 155
+in bfloat16; loopback TCP transfers 6 GB/s in large frames, and a small frame from one Python
+process to another costs about 50 us at each end and as much between.
+"""
 NETWORK_LATENCY_S = 100e-6
 """Latency between two hosts in seconds, through the kernel's TCP."""
 CPU_NETWORK_BYTES_S = 1.25e9

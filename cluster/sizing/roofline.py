@@ -64,8 +64,7 @@ class BankSize:
     expert_bytes: int = 0
     """Bytes of one quantized expert; 0 if the expert's values have the model's dtype."""
     activation: tuple[float, ...] = ()
-    """Share of rows that choose each expert, by expert; sums to ``top_k``. Empty if all are equal.
-    """
+    """Share of rows that choose each expert, by expert; sums to ``top_k``. Empty if all equal."""
 
     def memory_bytes(self, itemsize: int) -> int:
         """Return the bytes of one expert in a worker's memory.

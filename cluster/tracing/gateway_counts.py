@@ -46,7 +46,7 @@ class GatewayCounts:
         self._drop_old_records()
 
     def newer_than(self, times: Mapping[str, float]) -> dict[str, GatewayRecord]:
-        """Return records newer than ``times`` (both by gateway), each with only newer samples."""
+        """Return records newer than their gateway's time in ``times``, with only newer samples."""
         return {
             name: {
                 **record,

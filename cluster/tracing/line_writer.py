@@ -22,8 +22,8 @@ class LineWriter:
     """Writes lines in order, in a background thread. May be called on any thread.
 
     ``put`` returns once the line is written, so that the last lines of a process are in its log.
-    ``put`` waits at most ``LIMIT_S``; after such a timeout, it does not wait until all pending
-    lines are written. ``put`` never waits on a thread that runs an event loop.
+    ``put`` waits at most ``LIMIT_S``; after a timeout, no call waits again before all pending lines
+    are written. ``put`` never waits on a thread that runs an event loop.
 
     Args:
         write: writes a line to a stream; must not raise.
@@ -58,7 +58,7 @@ class LineWriter:
     def wait(self) -> None:
         """Wait until all lines so far are written, at most ``LIMIT_S``.
 
-        Returns immediately while an earlier timeout's lines are still pending.
+        After a timeout, calls return immediately until all pending lines are written.
         """
         with self._changed:
             if not self._is_late and current_thread() is not self._thread:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 MAX_TOKENS = 10_000_000
-"""Longest prompt or output in a trace; longer than the context of any model."""
+"""Maximum number of tokens of a prompt or output in a trace; exceeds the context of any model."""
 BLOCK_TOKENS = 512
-"""Tokens of a block in ``hash_ids``. Source: README of Mooncake's open traces."""
+"""Number of tokens in a block of ``hash_ids``. Source: README of Mooncake's open traces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +25,18 @@ class Arrival:
     """Arrival time and lengths of one request."""
 
     due_s: float
-    """Time of sending, in seconds after the first request."""
+    """Time at which the request is sent, in seconds after the first request."""
     input_len: int
     """Number of prompt tokens."""
     output_len: int
     """Number of output tokens."""
     blocks: Sequence[int] = ()
-    """Ids of the prompt's blocks in order; a block with an equal id has equal tokens."""
+    """Ids of the prompt's token blocks in order; blocks with equal ids have equal tokens."""
     block_len: int = BLOCK_TOKENS
-    """Number of tokens in each of ``blocks``."""
+    """Number of tokens in each block of ``blocks``."""
 
     def prompt(self, vocab_size: int, seed: str) -> list[int]:
-        """Make the tokens of the prompt; ``seed`` generates the tokens outside ``blocks``."""
+        """Make the token ids of the prompt; ``seed`` generates the tokens outside ``blocks``."""
         shared = [
             token
             for block in self.blocks
@@ -46,7 +46,10 @@ class Arrival:
 
 
 def _tokens(seed: str, vocab_size: int, number: int) -> list[int]:
-    """Random tokens, from numpy because slow code would delay the event loop that takes times."""
+    """Return ``number`` random tokens.
+
+    Uses numpy, because slow code would delay the event loop, which also measures times.
+    """
     import numpy as np  # slow to import
 
     draw = np.random.default_rng(list(seed.encode()))
@@ -57,7 +60,7 @@ def _tokens(seed: str, vocab_size: int, number: int) -> list[int]:
 def poisson(
     number: int, rate_per_s: float, input_len: int, output_len: int, seed: int
 ) -> list[Arrival]:
-    """Make requests of equal lengths with exponential gaps, or no gaps at an infinite rate."""
+    """Make arrivals of equal lengths with exponential gaps, or without gaps at an infinite rate."""
     draw = random.Random(f"{seed} gaps")
     due_s = 0.0
     found = []
@@ -101,7 +104,10 @@ def read_trace(
 
 
 def _first(rows: Iterator[Arrival], number: int | None) -> list[Arrival]:
-    """Return the first ``number`` requests in order of time, and hold only these in memory."""
+    """Return the first ``number`` requests in order of time, holding only these in memory.
+
+    None: all requests.
+    """
     if number is None:
         return sorted(rows, key=_due_s)
     return heapq.nsmallest(number, rows, key=_due_s)
@@ -127,7 +133,7 @@ def _mooncake_rows(file: Iterable[str]) -> Iterator[Arrival]:
 
 
 def _azure_rows(file: Iterable[str]) -> Iterator[Arrival]:
-    """Read rows of an Azure trace. A request that has generated no token gets one."""
+    """Yield the requests of an Azure trace. A request without output tokens gets one."""
     for place, row in enumerate(csv.DictReader(file), 1):
         with _names_request(place):
             when = datetime.fromisoformat(row["TIMESTAMP"])
@@ -137,7 +143,10 @@ def _azure_rows(file: Iterable[str]) -> Iterator[Arrival]:
 
 
 def _length(name: str, value: Any) -> int:
-    """Parse a number of tokens, called ``name`` in the trace. Raises ``ValueError``."""
+    """Return ``value`` if it is a valid number of tokens; ``name``: its name in the trace.
+
+    Raises ``ValueError`` for any other value.
+    """
     if type(value) is not int or not 0 < value <= MAX_TOKENS:
         raise ValueError(f"{name} ({value}) must be a whole number from 1 to {MAX_TOKENS}")
     return value
@@ -145,7 +154,7 @@ def _length(name: str, value: Any) -> int:
 
 @contextmanager
 def _names_request(place: int) -> Iterator[None]:
-    """Convert errors of reading a request to a ``ValueError`` with the request's number."""
+    """Convert errors in the ``with`` block to a ``ValueError`` with request number ``place``."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as err:

@@ -19,23 +19,26 @@ from cluster.cli.terminal.output import note, show, table
 
 _HIGHER = ("_per_s", "successful")
 _LOWER = ("_ms", "_us", "_s", "failed", "failures", "unfinished", "_bytes")
-"""Endings of the names of values for which higher or lower is better; others are only shown."""
+"""Endings of value names: lower is better for ``_LOWER``, higher for ``_HIGHER``."""
 _COMMANDS = ("bench ", "benchmarks.")
-"""Prefixes of the names of commands that write documents."""
+"""Prefixes of the names of commands whose documents can be compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValueChange:
-    """One value in both documents, before and after."""
+    """A measured value in two documents, before and after."""
 
     name: str
-    """Path of the value: names joined by dots."""
+    """Path of the value in the document: nested keys joined by dots."""
     before: float
     after: float
 
     @property
     def better(self) -> str:
-        """``higher``, ``lower`` or ``neither``, by the innermost name that has a known ending."""
+        """``higher``, ``lower`` or ``neither``: direction in which the value is better.
+
+        The innermost part of the name that has a known ending decides.
+        """
         if self.name.startswith("sent_late_ms."):  # a property of the client
             return "neither"
         for name in reversed(self.name.split(".")):
@@ -78,7 +81,10 @@ def add_command(kinds: CommandParsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the ratio of every value; return 1 if one got worse by more than the threshold."""
+    """Print the ratio of every value; return the exit code.
+
+    The exit code is 1 if a value got worse by more than the threshold, and 130 after Ctrl-C.
+    """
     are_servers = [_is_url(name) for name in (args.a, args.b)]
     if any(are_servers) != all(are_servers):
         raise CommandError(ExitCode.USAGE, "give two files or two URLs")
@@ -109,7 +115,7 @@ def _read_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ValueChange]:
-    """Pair the values of both documents. A failure count that one of them lacks is 0 there."""
+    """Pair the values of two documents. A failure count that a document lacks is 0."""
     old, new = dict(iter_values(before)), dict(iter_values(after))
     counter = "failures."  # counts by error code; a missing one is 0
     shared = [n for n in {**old, **new} if n.startswith(counter) or (n in old and n in new)]
@@ -117,7 +123,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ValueCh
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a document of ``bench``. Raises ``CommandError``."""
+    """Read a saved document of a bench command. Raises ``CommandError``."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         is_ours = document["schema"] == 1 and str(document["command"]).startswith(_COMMANDS)
@@ -140,7 +146,7 @@ def _note_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> No
 
 
 def _document(command: str, found: list[ValueChange], threshold: float) -> dict[str, Any]:
-    """Make the document. A ratio to zero is null, because JSON has no infinity."""
+    """Make the document of ``bench compare``. JSON has no infinity: an infinite ratio is null."""
     numbers = {
         change.name: {
             "before": change.before,

@@ -14,7 +14,7 @@ from cluster.cli.terminal.output import save, show
 
 
 def add_save(parser: argparse.ArgumentParser) -> None:
-    """Add ``--save``."""
+    """Add the option ``--save``, whose file gets the results."""
     text = "File to write the results to, for bench compare"
     parser.add_argument("--save", type=Path, metavar="FILE", help=text)
 
@@ -33,20 +33,23 @@ def document_of(
 
 
 def require_folder(file: Path | None) -> None:
-    """Raise ``CommandError`` before the measurement if ``file`` could not be written after it."""
+    """Raise ``CommandError`` if the folder of ``file`` is not writable; None: no file.
+
+    Called before a measurement, whose results are written to ``file``.
+    """
     if file is not None and not os.access(file.parent, os.W_OK):
         raise CommandError(ExitCode.USAGE, f"cannot write {file}: its folder does not exist")
 
 
 def show_and_save(args: argparse.Namespace, document: Mapping[str, Any], text: str) -> None:
-    """Print the document or the text, and save the document with ``--save``."""
+    """Print the document (``--json``) or the text; with ``--save``, also write the document."""
     show(args, document, text)
     if args.save is not None:
         save(args.save, json.dumps(document, indent=1) + "\n")
 
 
 def iter_values(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
-    """Yield all numbers in a document's results with their names, joined by dots."""
+    """Yield name and value of all numbers in nested results; a name is keys joined by dots."""
     for key, value in document.items():
         if isinstance(value, Mapping):
             yield from iter_values(value, f"{inside}{key}.")
@@ -60,7 +63,7 @@ def format_number(value: float | None, digits: int = 2) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Round every measured number to six digits, more than the resolution of clocks."""
+    """Round every measured number to six significant digits, more than the resolution of clocks."""
     if isinstance(value, Mapping):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -42,7 +42,7 @@ class GrpcTarget:
         cache_salt: str,
         timeout_s: float,
     ) -> None:
-        """``tls_files``: ``ca_cert``, ``client_cert`` and ``client_key``; None: plain text."""
+        """``tls_files``: paths of ``ca_cert``, ``client_cert``, ``client_key``; None: no TLS."""
         keep_grpc_poller()
         if tls_files is None:
             self._channel = grpc.aio.insecure_channel(address)
@@ -56,7 +56,7 @@ class GrpcTarget:
         self._timeout_s = timeout_s
 
     async def vocab_size(self) -> int:
-        """Size of the model's vocabulary. Raises ``RequestFailed``."""
+        """Return the size of the model's vocabulary. Raises ``RequestFailed``."""
         request = pb.GetModelInfoRequest(model=self._model)
         try:
             info = await self._stub.GetModelInfo(
@@ -99,7 +99,10 @@ def _credentials(files: Mapping[str, str | None]) -> grpc.ChannelCredentials:
 
 
 def _failure(err: grpc.aio.AioRpcError) -> RequestFailed:
-    """Convert a gRPC error. One without the server's details means that no server was reached."""
+    """Convert a gRPC error to ``RequestFailed``.
+
+    ``UNAVAILABLE`` without the server's error details means that no server was reached.
+    """
     code = err.code()
     exit_code = _EXITS.get(code, ExitCode.FAILED)
     metadata: Any = err.trailing_metadata() or ()

@@ -19,7 +19,7 @@ class HttpTarget:
     """Sends completions over HTTP, each on its own connection; see ``BenchTarget``."""
 
     def __init__(self, client: Client, model: str | None, cache_salt: str) -> None:
-        """Must be called in the event loop of the requests."""
+        """Must be called in the event loop that sends the requests."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True, ssl=client.tls or True),
             headers=client.headers,
@@ -37,7 +37,10 @@ class HttpTarget:
     async def complete(
         self, prompt: Sequence[int], max_tokens: int, on_piece: Callable[[], None]
     ) -> int:
-        """See ``BenchTarget``. ``on_piece`` is called for events with text, not for empty ones."""
+        """Stream a completion; see ``BenchTarget.complete``.
+
+        ``on_piece`` is called for each choice in an event, not for events without choices.
+        """
         body = {"prompt": prompt, "max_tokens": max_tokens, **self._fields}
         try:
             async with self._session.post(self._url, json=body) as answer:
@@ -54,7 +57,10 @@ class HttpTarget:
 
 
 async def _count_tokens(lines: aiohttp.StreamReader, on_piece: Callable[[], None]) -> int:
-    """Count the tokens of a complete event stream."""
+    """Read an event stream to its end; return the number of output tokens.
+
+    Raises ``RequestFailed`` for an error event or an incomplete stream.
+    """
     tokens, is_whole = 0, False
     async for line in lines:
         if not line.startswith(b"data:"):
@@ -77,7 +83,7 @@ async def _count_tokens(lines: aiohttp.StreamReader, on_piece: Callable[[], None
 
 
 def _refused(status: int, body: bytes) -> RequestFailed:
-    """Convert a response with an error object to an exception."""
+    """Convert an error response to ``RequestFailed``."""
     err = response_error(status, body)
     try:
         reason = f"{status} {json.loads(body)['error']['code']}"

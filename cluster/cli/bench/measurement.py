@@ -16,11 +16,11 @@ from cluster.cli.terminal.progress import Progress
 
 _TICK_S = 0.2
 _LATE_MS = 10.0
-"""Warn if more than a tenth of the requests are sent later than this after their time."""
+"""Delay in milliseconds; a warning is shown if over a tenth of the requests are sent later."""
 
 
 class Measurement:
-    """Accumulates results over the parts of a workload that have run."""
+    """Accumulates one server's results over the parts of a workload that have run."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.tally = Tally(dict(args.goodput))
@@ -34,7 +34,7 @@ class Measurement:
     async def run(
         self, load: Workload, part: Workload, target: BenchTarget, progress: Progress
     ) -> None:
-        """Run a part of the workload. A bar shows how many requests of the whole one have ended."""
+        """Run ``part`` of workload ``load``. A progress bar counts ended requests of ``load``."""
 
         def tick() -> None:
             if time.monotonic() - self._shown_at >= _TICK_S:
@@ -49,7 +49,7 @@ class Measurement:
             self._duration_s = earlier_s + time.monotonic() - began
 
     def document(self, url: str) -> dict[str, Any]:
-        """Make the document of ``bench serve``. Requires that a part has begun."""
+        """Make the document of ``bench serve``. Requires that a part of the workload has begun."""
         assert self.load is not None
         protocol = "http" if getattr(self._args, "grpc", None) is None else "grpc"
         return document_of(
@@ -62,7 +62,7 @@ class Measurement:
 
 
 def warn_if_late(document: Mapping[str, Any]) -> None:
-    """Print a warning if requests were sent late."""
+    """Print a warning if requests were sent later than scheduled."""
     late_ms = document["results"]["sent_late_ms"]["p90"]
     is_open = document["options"].get("request_rate") or "trace" in document["options"]
     if is_open and late_ms is not None and late_ms > _LATE_MS:

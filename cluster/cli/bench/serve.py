@@ -39,7 +39,10 @@ def add_command(kinds: CommandParsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; return 1 if a request failed, 130 after Ctrl-C."""
+    """Measure the server and print the results; return the exit code.
+
+    The exit code is 1 if a request failed, and 130 after Ctrl-C.
+    """
     require_folder(args.save)
     found = Measurement(args)
     try:
@@ -70,7 +73,7 @@ async def _measure(args: argparse.Namespace, found: Measurement, progress: Progr
 
 
 def _text(document: Mapping[str, Any]) -> str:
-    """Format the totals as rows, followed by a table of times."""
+    """Format the totals as rows, followed by a table of measured times."""
     results = document["results"]
     rows = [
         ("Successful requests", results["successful"]),

@@ -16,9 +16,9 @@ from cluster.cli.terminal.progress import Progress
 
 
 def measure_both(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Documents of ``bench serve`` for the servers ``args.a`` and ``args.b``.
+    """Measure the servers ``args.a`` and ``args.b``; return a ``bench serve`` document of each.
 
-    After Ctrl-C they have the results so far, if each server has run a part. Raises
+    After Ctrl-C the documents have the results so far, if each server has run a part. Raises
     ``CommandError``, also if a server does not respond at all.
     """
     a_args = _settings(args, url=args.a)

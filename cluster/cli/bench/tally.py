@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _GROWTH = math.log(1.01)
-"""Logarithm of the ratio of two bucket bounds; quantiles are exact to half a bucket."""
+"""Logarithm of the ratio of adjacent bucket bounds; quantiles are exact to half a bucket."""
 MEASURES = ("ttft", "tpot", "itl", "e2e")
-"""Times to the first token, per further token, between stream pieces, and of the request."""
+"""Names of measured times: to the first token, per further token, between pieces, of a request."""
 
 
 class Distribution:
@@ -28,7 +28,7 @@ class Distribution:
         self._buckets[math.floor(math.log(max(value, 1e-9)) / _GROWTH)] += 1
 
     def quantile(self, part: float) -> float | None:
-        """The ``part`` quantile (0 to 1), exact to half a percent; None without numbers."""
+        """Return the ``part`` quantile (0 to 1), exact to half a percent; None without numbers."""
         left = max(1, math.ceil(part * self.count))
         for bucket in sorted(self._buckets):
             left -= self._buckets[bucket]
@@ -37,7 +37,7 @@ class Distribution:
         return None
 
     def summary(self) -> dict[str, float | None]:
-        """Mean, median, 90th and 99th percentile."""
+        """Return mean, median, 90th and 99th percentile by name; None without numbers."""
         mean = self._sum / self.count if self.count else None
         parts = {"median": 0.5, "p90": 0.9, "p99": 0.99}
         return {"mean": mean, **{name: self.quantile(part) for name, part in parts.items()}}
@@ -45,17 +45,17 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class CompletedRequest:
-    """Times of one completed request, in seconds since it was sent."""
+    """Times of one completed request, in seconds since the request was sent."""
 
     pieces_s: Sequence[float]
-    """Arrival time of each piece of the stream."""
+    """Arrival time of each piece of the stream, in seconds after the request was sent."""
     end_s: float
-    """End of the stream."""
+    """End of the stream, in seconds after the request was sent."""
     prompt_tokens: int
     output_tokens: int
 
     def measures_ms(self) -> dict[str, list[float]]:
-        """Milliseconds by measure; ``itl`` has one value for each gap."""
+        """Return milliseconds by name in ``MEASURES``; ``itl`` has one value for each gap."""
         first, last = self.pieces_s[0], self.pieces_s[-1]
         gaps = [b - a for a, b in zip(self.pieces_s, self.pieces_s[1:], strict=False)]
         found = {
@@ -69,10 +69,10 @@ class CompletedRequest:
 
 @dataclass
 class Tally:
-    """Outcomes of the requests so far."""
+    """Counts and times of the requests of a workload so far."""
 
     goals_ms: Mapping[str, float]
-    """Upper limits of a good request by measure; ``itl`` limits each gap."""
+    """Upper limits of a good request in milliseconds, by measure; ``itl`` limits each gap."""
     successful: int = 0
     good: int = 0
     prompt_tokens: int = 0
@@ -84,7 +84,7 @@ class Tally:
         default_factory=lambda: {name: Distribution() for name in MEASURES}
     )
     late_ms: Distribution = field(default_factory=Distribution)
-    """Delay from the arrival time of each request until it was sent."""
+    """Delays in milliseconds from the arrival time of a request until the request was sent."""
 
     def begin(self, late_s: float = 0.0) -> None:
         """Record that a request is sent, ``late_s`` after its arrival time."""
@@ -93,7 +93,7 @@ class Tally:
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
 
     def fail(self, code: str) -> None:
-        """Record a failed request."""
+        """Record a failed request under its error code."""
         self.in_flight -= 1
         self.failures[code] += 1
 
@@ -116,7 +116,7 @@ class Tally:
         return self.successful + sum(self.failures.values())
 
     def results(self, duration_s: float) -> dict[str, Any]:
-        """The values of the document; requests that still run are ``unfinished``."""
+        """Return the results of the document; requests that still run count as ``unfinished``."""
         span = max(duration_s, 1e-9)
         both = self.prompt_tokens + self.output_tokens
         return {

@@ -1,4 +1,4 @@
-"""Makes the target of a workload and reads the vocabulary size of its model."""
+"""Makes the target (server) of a workload and reads the vocabulary size of the server's model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cluster.cli.terminal.tls import tls_files
 
 
 def http_target(args: argparse.Namespace, client: Client) -> tuple[BenchTarget, int]:
-    """Make a target that speaks OpenAI's protocol; return it with the vocabulary size.
+    """Make a target that speaks OpenAI's protocol; return the target and the vocabulary size.
 
-    Must be called in the event loop of the requests. Raises ``CommandError``.
+    Must be called in the event loop that sends the requests. Raises ``CommandError``.
     """
     from cluster.cli.bench.http_target import HttpTarget  # slow to import
 
@@ -27,9 +27,10 @@ def http_target(args: argparse.Namespace, client: Client) -> tuple[BenchTarget, 
 
 
 async def grpc_target(args: argparse.Namespace, client: Client) -> tuple[BenchTarget, int]:
-    """Make a gRPC target at the address of ``--grpc``, or at the one reported over HTTP.
+    """Make a target that speaks gRPC; return the target and the vocabulary size.
 
-    Raises ``CommandError``.
+    The address is that of ``--grpc``, or else the one that the server reports over HTTP. Raises
+    ``CommandError``.
     """
     from cluster.cli.bench.grpc_target import GrpcTarget  # slow to import
 

@@ -13,21 +13,21 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
 
 class RequestFailed(CommandError):
-    """A request failed. Ends the command if nothing can be measured."""
+    """A request failed. If this happens in the warm-up, it ends the command."""
 
     def __init__(self, reason: str, message: str, code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(code, message)
         self.reason = reason
-        """Key by which failures are counted."""
+        """Reason under which the failure is counted, for example ``timeout``."""
 
 
 class BenchTarget(Protocol):
-    """A server, called over one of its protocols."""
+    """A measured server, called over HTTP or gRPC."""
 
     async def complete(
         self, prompt: Sequence[int], max_tokens: int, on_piece: Callable[[], None]
     ) -> int:
-        """Stream a completion, call ``on_piece`` for each piece and return the number of tokens.
+        """Stream a completion, call ``on_piece`` for each piece, return the number of tokens.
 
         Raises ``RequestFailed``, ``TimeoutError`` and ``OSError``.
         """
@@ -38,27 +38,27 @@ class BenchTarget(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """Requests to send, with their times and limits."""
+    """Requests to send to a server, with their times and limits."""
 
     arrivals: Sequence[Arrival]
-    """The requests in order of time."""
+    """Requests of the workload, in order of time."""
     max_concurrency: int | None
-    """Maximum concurrent requests; further ones wait here and are late. None: no limit."""
+    """Maximum number of concurrent requests; further requests are sent late. None: no limit."""
     vocab_size: int
-    """Vocabulary size; prompts are random tokens below it."""
+    """Vocabulary size of the model; prompts are random tokens below this number."""
     seed: int
-    """Seed of the prompts."""
+    """Seed from which the prompts are generated."""
     timeout_s: float
-    """Time limit of one request."""
+    """Time limit of one request, in seconds."""
     first: int = 0
-    """Index of the first request in the whole workload, if this is a part of one."""
+    """Index of ``arrivals[0]`` in the whole workload, if this workload is a part of another."""
 
     def prompt(self, number: int) -> list[int]:
         """Make the prompt of the request with this index in ``arrivals``."""
         return self.arrivals[number].prompt(self.vocab_size, f"{self.seed} {self.first + number}")
 
     def warm_up_prompt(self) -> list[int]:
-        """Make a prompt that differs from the first one and has its length."""
+        """Make a prompt with the length of the first request's prompt and other tokens."""
         return replace(self.arrivals[0], blocks=()).prompt(self.vocab_size, f"{self.seed} -1")
 
     def parts(self, number: int) -> list[Workload]:
@@ -74,7 +74,7 @@ class Workload:
 
 
 async def warm_up(load: Workload, target: BenchTarget) -> None:
-    """Send one request that is not counted. Raises ``RequestFailed`` if the server fails it."""
+    """Send one request that is not counted. Raises ``RequestFailed`` if the request fails."""
     try:
         async with asyncio.timeout(load.timeout_s):
             await target.complete(load.warm_up_prompt(), load.arrivals[0].output_len, lambda: None)
@@ -90,7 +90,8 @@ async def run_workload(
 ) -> None:
     """Send all requests and wait for their end; ``tick`` is called after each request.
 
-    The times of a request count from its sending; ``Tally.late_ms`` records how late it was sent.
+    The times of a request count from its sending; ``Tally.late_ms`` records how late a request was
+    sent.
     """
     seats = asyncio.Semaphore(load.max_concurrency or len(load.arrivals))
     clock = asyncio.get_running_loop().time

@@ -1,4 +1,4 @@
-"""Options that describe a workload; makes the workload from them."""
+"""Command-line options that describe a workload, and the workload made from the options."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cluster.cli.terminal.arguments import add_model_option, count, positive, po
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
 LIMIT_S = 600.0
-"""Time limit of one request without ``--timeout``."""
+"""Time limit of one request without ``--timeout``, in seconds."""
 _NUM_PROMPTS = 100
 _AT_ONCE = 256
-"""Maximum number of concurrent requests if all are sent at once: servers limit each key."""
+"""Maximum number of concurrent requests if all are sent at once: servers limit each API key."""
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def _goal(text: str) -> tuple[str, float]:
 
 
 def make_workload(args: argparse.Namespace, vocab_size: int) -> Workload:
-    """Make the workload from the options. Raises ``CommandError`` for a bad trace."""
+    """Make the workload from the options. Raises ``CommandError`` for an invalid trace."""
     is_at_once = args.trace is None and not math.isfinite(args.request_rate)
     return Workload(
         arrivals=_arrivals(args),
@@ -95,7 +95,7 @@ def _arrivals(args: argparse.Namespace) -> list[Arrival]:
 
 
 def options_of(args: argparse.Namespace, load: Workload) -> dict[str, Any]:
-    """The settings that a saved document lists."""
+    """Return the settings of a workload that a saved document lists."""
     settings: dict[str, Any] = {
         "num_prompts": len(load.arrivals),
         "max_concurrency": load.max_concurrency,

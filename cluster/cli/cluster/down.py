@@ -34,7 +34,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Stop the cluster. Without one the command succeeds too."""
+    """Stop the cluster. The command also succeeds if no cluster runs."""
     name = args.name or os.environ.get("EXPERTMESH_NAME") or state_file.DEFAULT_NAME
     record = state_file.read_record(name)
     address = args.address or ("" if record else os.environ.get("RAY_ADDRESS", ""))
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 def _end_in(
     args: argparse.Namespace, address: str, record: state_file.ClusterRecord | None
 ) -> bool:
-    """Stop the cluster in the Ray at ``address``; return False if there was none."""
+    """Stop the cluster in the Ray at ``address``; return False if there was no cluster."""
     _confirm(args, f"the cluster in Ray at {address}")
     names = end_by_name(address)
     if record is not None and record.is_detached:
@@ -69,7 +69,10 @@ def _end_in(
 
 
 def _confirm(args: argparse.Namespace, what: str) -> None:
-    """Ask for confirmation on a terminal; scripts are not asked. Raises ``CommandError``."""
+    """Ask for confirmation on a terminal; scripts are not asked.
+
+    Raises ``CommandError`` if the user does not confirm.
+    """
     if args.yes or not sys.stdin.isatty():
         return
     sys.stderr.write(f"end {what}? [y/N] ")
@@ -79,7 +82,10 @@ def _confirm(args: argparse.Namespace, what: str) -> None:
 
 
 def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
-    """Stop the launcher, wait for it, and end processes that it leaves. Raises ``CommandError``."""
+    """Stop a cluster's launcher, wait for its end, and end processes that the launcher leaves.
+
+    The launcher is killed after ``limit_s`` seconds. Raises ``CommandError``.
+    """
     if record.is_alive:
         os.kill(record.launcher.pid, signal.SIGTERM)
         if not _wait_for_end(record, limit_s):
@@ -100,7 +106,7 @@ def end_cluster(record: state_file.ClusterRecord, limit_s: float) -> None:
 
 
 def _wait_for_end(record: state_file.ClusterRecord, limit_s: float) -> bool:
-    """Wait for the end of the launcher; return whether it ended within ``limit_s``."""
+    """Wait for the end of the launcher; return whether it ended within ``limit_s`` seconds."""
     deadline = time.monotonic() + limit_s
     with Progress(lines=False) as progress:
         while is_running(record.launcher) and time.monotonic() < deadline:

@@ -26,7 +26,7 @@ from cluster.core.errors import UNDER_WAY, ConflictError
 DEFAULT_LIMIT_S = 120.0
 _POLL_S = 0.1
 _GRACE_S = 10.0
-"""Time beyond the operation's deadline that the command waits for its end."""
+"""Seconds for which the command waits for a drain's end after the drain's deadline."""
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -59,7 +59,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_drain(args: argparse.Namespace) -> int:
-    """Start a drain and wait for its end."""
+    """Start a drain of a worker or node and wait for its end; return the exit code."""
     fields = {
         args.what: args.target,
         "deadline_s": args.deadline,
@@ -72,9 +72,10 @@ def run_drain(args: argparse.Namespace) -> int:
 
 
 def _begin(admin: AdminClient, fields: dict[str, Any], in_turn: bool) -> dict[str, Any]:
-    """Start a drain; with ``in_turn`` after other operations, because pods may stop together.
+    """Start a drain, and return the operation.
 
-    Raises ``CommandError`` and ``ConflictError``.
+    ``in_turn``: wait while another operation runs, because several pods may stop together. Raises
+    ``CommandError`` and ``ConflictError``.
     """
     give_up = time.monotonic() + fields["deadline_s"]
     while True:
@@ -89,8 +90,10 @@ def _begin(admin: AdminClient, fields: dict[str, Any], in_turn: bool) -> dict[st
 
 
 def drain_gateway(args: argparse.Namespace, quiet_s: float = 12.0) -> int:
-    """Drain a gateway and return once it has had no request for ``quiet_s``, which is longer than
-    its ``leaving_lead_s``. Raises ``CommandError``.
+    """Drain a gateway; return once it has had no request for ``quiet_s`` seconds.
+
+    ``quiet_s`` is longer than the gateway's ``leaving_lead_s``. Returns ``FAILED`` if requests
+    remain after ``--wait``. Raises ``CommandError``.
     """
     admin = find_admin(args, args.gateway)
     if admin is None:

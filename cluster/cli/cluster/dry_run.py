@@ -17,7 +17,7 @@ _KNOWN_AFTER_JOINING = "determined by the nodes of the Ray cluster after joining
 
 
 def describe(plan: LaunchPlan) -> dict[str, Any]:
-    """The document of ``--dry-run --json``.
+    """Return the document of ``--dry-run --json``.
 
     Values that depend on the nodes of a Ray cluster to be joined are None or empty.
     """
@@ -70,7 +70,7 @@ def describe(plan: LaunchPlan) -> dict[str, Any]:
 
 
 def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts, itemsize: int) -> int:
-    """Bytes of a worker's weights: all but routed experts, the experts of its slots, or both."""
+    """Return the bytes of a worker's weights: non-expert weights, experts of its slots, or both."""
     mode = start.config.workers.mode
     held = 0
     if holds_experts(role) or mode == "local":
@@ -82,7 +82,7 @@ def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts, it
 
 
 def text(document: Mapping[str, Any], address: str) -> str:
-    """Format the document as text; ``address`` is the Ray cluster to join."""
+    """Format the document of ``--dry-run`` as text; ``address`` is the Ray cluster to join."""
     reason = document["mode_reason"]
     shares = f"determined by the nodes of {address} after joining"
     if document["device"] is not None:

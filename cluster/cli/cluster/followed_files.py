@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 
 class FollowedFile:
-    """Reader of one growing file. After a rotation it continues with the new file of that name.
+    """Reader of one growing log file, which continues with the new file after a rotation.
 
-    The file stays open, so that text written before the rotation is not lost. Must be closed.
+    The old file stays open, so that text written before the rotation is not lost. Must be closed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +28,7 @@ class FollowedFile:
             self._file = None
 
     def read(self) -> str:
-        """The text since the last call; invalid bytes become U+FFFD. Does not block."""
+        """Return the text since the last call; invalid bytes become U+FFFD. Does not block."""
         newest = self._open_newest()
         data = self._read_rest()
         if newest is not None:
@@ -38,7 +38,7 @@ class FollowedFile:
         return self._decoder.decode(data)
 
     def _open_newest(self) -> BinaryIO | None:
-        """The file that has the name now; None if it is the open one or does not exist."""
+        """Open the file that now has the path; None if it is open already or does not exist."""
         try:
             found = self._path.open("rb")
         except FileNotFoundError:

@@ -20,7 +20,10 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_health(args: argparse.Namespace) -> int:
-    """Print the reasons for bad health, or ``ok``. Raises ``CommandError`` without a server."""
+    """Print the reasons for bad health, or ``ok``; return the exit code.
+
+    Raises ``CommandError`` if no server can be reached.
+    """
     client = Client(args)
     if args.node is None:
         answer = client.get("/ready", any_status=True)
@@ -36,7 +39,7 @@ def run_health(args: argparse.Namespace) -> int:
 
 
 def unhealthy_reasons(node: str, workers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return reasons why the workers on a node (an IP address) are not healthy; empty if they are.
+    """Return reasons why workers on a node (an IP address) are not healthy; empty if all are.
 
     A worker in state ``SERVING`` has loaded its weights and takes part in the running generation.
     """

@@ -27,7 +27,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Print the state; return ``NOT_READY`` unless the cluster serves clients now."""
+    """Print the state of the cluster; return ``NOT_READY`` unless the cluster serves clients."""
     while True:
         client = Client(args)
         status: dict[str, Any] = client.get("/cluster/v1/status")
@@ -74,7 +74,7 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
 
 
 def _autoscale_text(autoscale: Mapping[str, Any]) -> str:
-    """``on: wants 2 attention and 3 expert workers (KV use 85%, target 70%)``."""
+    """Format ``on: wants 2 attention and 3 expert workers (KV use 85%, target 70%)``."""
     wanted = " and ".join(f"{count} {role}" for role, count in autoscale["wanted"].items())
     text = f"{autoscale['mode']}: wants {wanted} workers" if wanted else autoscale["mode"]
     text += f" ({autoscale['reason']})" if autoscale["reason"] else ""
@@ -94,7 +94,7 @@ def _note_partial(status: Mapping[str, Any]) -> None:
 
 
 def _workers_text(status: Mapping[str, Any]) -> str:
-    """A table of the live workers, and one of the ended ones with the reason."""
+    """Format a table of live workers, and a table of ended workers with the reasons."""
     header = ("NAME", "ROLE", "RANK", "STATE", "NODE", "PID", "THREADS", "HOLDS")
     names = ("name", "role", "rank", "state", "node", "pid", "threads")
     workers = status.get("workers", ())
@@ -122,7 +122,7 @@ def _memory_text(worker: Mapping[str, Any]) -> str:
 
 
 def run_events(args: argparse.Namespace) -> int:
-    """Print the history, newest last."""
+    """Print the history of cluster changes, newest last."""
     document = Client(args).get("/cluster/v1/events")
     rows = [
         (time_of_day(e["time"]), e["generation"], e["cause"], e["effect"])

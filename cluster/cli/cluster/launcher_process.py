@@ -1,4 +1,4 @@
-"""The launcher's parent process, ``serve`` or ``up``: starts it, shows its progress, stops it.
+"""The launcher's parent process, ``serve`` or ``up``: starts, shows and stops the launcher.
 
 The launcher owns the cluster. Two pipes connect the processes: if this process dies, the launcher
 stops the cluster; if the launcher dies, this process ends the rest of the cluster.
@@ -29,13 +29,13 @@ from cluster.launch.orphans import end_private_ray
 from cluster.launch.plan import LaunchPlan
 
 PARENT_VARIABLE = "EXPERTMESH_PARENT"
-"""Variable with the process id of ``make serve``; the server stops when that process ends."""
+"""Environment variable with the process id of ``make serve``, whose end stops the server."""
 _TICK_S = 0.25
 _QUIET_TICK_S = 1.0
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived before there is a launcher to stop."""
+    """SIGINT or SIGTERM arrived before a launcher runs."""
 
 
 def raise_on_signals() -> None:
@@ -99,23 +99,23 @@ class LauncherProcess:
         self._detaches = False
 
     def begin(self, plan: LaunchPlan) -> None:
-        """Send the plan; afterwards the launcher must be stopped."""
+        """Send the plan to the launcher, which then starts the cluster and must be stopped."""
         self._plan = plan
         for number in _signals():
             signal.signal(number, self._on_signal)
         self._send_line(json.dumps(asdict(plan)))
 
     def cancel(self) -> None:
-        """End the launcher before ``begin``."""
+        """Kill the launcher, which has not received a plan (``begin``) yet."""
         self._child.kill()
         self._close_pipes()
         self._child.wait()
 
     def run(self, progress: Progress, detach: bool) -> ExitCode:
-        """Show progress until the cluster is ready; then await its end, or return with ``detach``.
+        """Show progress until the cluster is ready, then wait for the end of the launcher.
 
-        A signal sets a deadline for the launcher's end, which every tick checks. Raises
-        ``CommandError`` if the launcher failed.
+        With ``detach``, returns once the cluster is ready. A signal sets a deadline for the
+        launcher's end, which every tick checks. Raises ``CommandError`` if the launcher failed.
         """
         assert self._child.stdout is not None
         self._detaches = detach
@@ -157,7 +157,10 @@ class LauncherProcess:
                 self._stopped = True
 
     def _clean_up(self) -> ExitCode:
-        """End everything that the ended launcher has left running."""
+        """End everything that the ended launcher has left running; return the exit code.
+
+        Raises ``CommandError`` if no signal has caused the end.
+        """
         assert self._plan is not None
         self._child.wait()
         self._close_pipes()
@@ -210,12 +213,12 @@ class LauncherProcess:
         self._send_line(DRAIN)
 
     def _enforce_deadline(self) -> None:
-        """Kill the launcher if its deadline has passed, which closes its pipe."""
+        """Kill the launcher if its deadline has passed; this closes the launcher's pipe."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._child.kill()
 
     def _follow_parent(self) -> None:
-        """Stop if the process that ``PARENT_VARIABLE`` names has ended."""
+        """Send SIGINT to this process if the process in ``PARENT_VARIABLE`` has ended."""
         parent = os.environ.get(PARENT_VARIABLE)
         if parent and parent != str(os.getppid()) and self._signal_count == 0:
             os.kill(os.getpid(), signal.SIGINT)

@@ -43,7 +43,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the last lines."""
+    """Print the newest log lines of the launcher, or of workers and the controller."""
     if not (args.worker or args.all):
         return _show_files(args, _launcher_file(args))
     try:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_processes(args: argparse.Namespace, admin: AdminClient) -> int:
-    """Print the newest lines in the memory of each process, on any host."""
+    """Print the newest log lines in the memory of each process, on any host."""
     seen: dict[str, int] = {}
     found = {}
     for name in _processes(args):
@@ -77,7 +77,7 @@ def _tail(lines: Sequence[str], count: int) -> Sequence[str]:
 
 
 def _print(args: argparse.Namespace, kind: str, found: Mapping[str, Sequence[str]]) -> None:
-    """Print the lines of each source; ``kind`` is ``process`` or ``file``."""
+    """Print the log lines of each source; ``kind`` is ``process`` or ``file``."""
     if args.json:
         write_json({"schema": 1, "logs": [{kind: name, "lines": found[name]} for name in found]})
         return
@@ -91,7 +91,7 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 
 def _processes(args: argparse.Namespace) -> list[str]:
-    """The names given on the command line, or all running processes."""
+    """Return the process names of the command line, or with ``--all`` all running processes."""
     if not args.all:
         return list(args.worker)
     workers = Client(args).get("/cluster/v1/status")["workers"]
@@ -99,7 +99,7 @@ def _processes(args: argparse.Namespace) -> list[str]:
 
 
 def _show_files(args: argparse.Namespace, files: Mapping[Path, str]) -> int:
-    """Print files; the values of ``files`` are the text of their rotated predecessors."""
+    """Print log files. ``files``: path -> text of the file's rotated predecessor."""
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(FollowedFile(path)) for path in files]
         texts = {str(p): files[p] + file.read() for p, file in zip(files, opened, strict=True)}
@@ -134,7 +134,7 @@ def _launcher_file(args: argparse.Namespace) -> dict[Path, str]:
 
 
 def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
-    """Map from each file to the text of its rotated predecessor.
+    """Return a worker's log files: path -> text of the file's rotated predecessor.
 
     Raises ``CommandError`` for a worker that is unknown or on another host.
     """
@@ -162,6 +162,6 @@ def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
 
 
 def _text(path: Path) -> str:
-    """All text of a file; empty if it does not exist."""
+    """Return all text of a file; empty if the file does not exist."""
     with FollowedFile(path) as file:
         return file.read()

@@ -23,7 +23,7 @@ from cluster.launch import local_ray, state_file
 
 DEFAULT_PORT = 6379
 TOKEN_FILE = "ray-token"
-"""File in the folder of cluster records with the token of the Ray cluster."""
+"""Name of the file with the Ray cluster's token, in the folder of cluster records."""
 _LABELS = {
     "role": ROLE,
     "failure_domain": FAILURE_DOMAIN,
@@ -42,7 +42,7 @@ _LIMITS = {
     # hosts outlive a head that restarts
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }
-"""With these settings Ray detects a silent host after 6 to 9 s, otherwise after 65 s."""
+"""Environment variables with which Ray detects a silent host after 6 to 9 s instead of 65 s."""
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -70,7 +70,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def _speed(text: str) -> str:
-    """Check that ``text`` is a number and return it as text, as Ray requires for labels."""
+    """Return ``text`` after checking that it is a number; Ray requires text for labels."""
     positive(text)
     return text
 
@@ -88,7 +88,7 @@ def run_node(args: argparse.Namespace) -> int:
 
 
 def ray_start(args: argparse.Namespace) -> list[str]:
-    """The command line of ``ray start`` for the options."""
+    """Return the command line of ``ray start`` for the options."""
     words = [sys.executable, "-m", "ray.scripts.scripts", "start"]
     if args.head:
         words += ["--head", f"--port={args.port}", "--include-dashboard=false"]
@@ -111,13 +111,16 @@ def ray_start(args: argparse.Namespace) -> list[str]:
 
 
 def redis_password(given: Mapping[str, str]) -> list[str]:
-    """The option for Redis's password. Other users of the host can see it in the process list."""
+    """Return the ``ray start`` option for Redis's password; empty without a password.
+
+    Other users of the host can see the password in the process list.
+    """
     password = given.get("RAY_REDIS_PASSWORD")
     return [f"--redis-password={password}"] if password else []
 
 
 def node_environment(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]:
-    """Environment of ``ray start``: the token, and ``_LIMITS`` unless the user has set them.
+    """Return the environment of ``ray start``: the token, and ``_LIMITS`` as defaults.
 
     Raises ``CommandError`` if there is no token.
     """
@@ -127,7 +130,10 @@ def node_environment(args: argparse.Namespace, given: Mapping[str, str]) -> dict
 
 
 def _token(args: argparse.Namespace, given: Mapping[str, str]) -> dict[str, str]:
-    """Variables that name the token, which a head creates. The user's variables take priority."""
+    """Return environment variables for the Ray cluster's token, which a head node creates.
+
+    The user's variables take priority. Raises ``CommandError`` if there is no token.
+    """
     if given.get("RAY_AUTH_MODE", "token") != "token":
         note("RAY_AUTH_MODE is not token: clients that reach Ray's ports can run code here")
         return {}

@@ -29,7 +29,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    """Print a line for each operation."""
+    """Print a line for each recorded operation (drain, scale or rebalance)."""
     with make_admin_client(args) as admin:
         operations = admin.operations()
     rows = [
@@ -47,7 +47,7 @@ def run_get(args: argparse.Namespace) -> int:
 
 
 def run_wait(args: argparse.Namespace) -> int:
-    """Wait for the end of an operation and print it."""
+    """Wait for the end of an operation and print the operation."""
     with make_admin_client(args) as admin:
         return follow_operation(args, admin, admin.operation(args.id), args.wait)
 

@@ -18,7 +18,7 @@ from cluster.cli.terminal.operations import follow_operation
 
 DEFAULT_LIMIT_S = 300.0
 _GRACE_S = 10.0
-"""Time beyond the operation's deadlines that the command waits for its end."""
+"""Seconds for which the command waits for a scaling's end after the scaling's deadlines."""
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -35,7 +35,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_scale(args: argparse.Namespace) -> int:
-    """Start the operation and wait for its end. Raises ``CommandError``."""
+    """Start a scaling and wait for its end; return the exit code. Raises ``CommandError``."""
     counts = {"attention": args.attention, "expert": args.expert}
     counts = {pool: number for pool, number in counts.items() if number is not None}
     if not counts:

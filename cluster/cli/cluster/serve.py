@@ -44,7 +44,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """Serve in the foreground until a signal."""
+    """Start a cluster and serve in the foreground until a signal arrives."""
     name = args.name or os.environ.get("EXPERTMESH_NAME") or f"serve-{os.getpid()}"
     record = state_file.read_record(name)
     if record is not None and record.is_alive and not args.dry_run:
@@ -53,7 +53,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_up(args: argparse.Namespace) -> int:
-    """Start in the background, unless a cluster with this name and these settings runs already."""
+    """Start in the background, unless a cluster of this name and these settings runs already."""
     name = args.name or os.environ.get("EXPERTMESH_NAME") or state_file.DEFAULT_NAME
     raise_on_signals()
     with _start_lock(name):
@@ -66,9 +66,10 @@ def run_up(args: argparse.Namespace) -> int:
 
 
 def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
-    """Whether the recorded cluster runs with these settings; False if the launcher must check.
+    """Return whether the recorded cluster runs with the settings of ``args``.
 
-    Raises ``CommandError`` if a cluster runs with other settings.
+    False also means that the launcher must check. Raises ``CommandError`` if a cluster runs with
+    other settings.
     """
     given = read_given_options(args, os.environ)
     address = _start_options(given.values).address
@@ -91,7 +92,7 @@ def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
 
 @contextlib.contextmanager
 def _start_lock(name: str) -> Iterator[None]:
-    """Serialize ``up`` commands of one name: the second waits and finds the first one's cluster."""
+    """Serialize ``up`` commands for one cluster name: a second command waits for the first."""
     with state_file.record_path(name).with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -171,7 +172,10 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
 
 
 def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str, dict[str, str]]:
-    """Return a private Ray's new folder, "" for a joined Ray, and the launcher's environment."""
+    """Return the folder and the environment variables of the launcher.
+
+    The folder is new and belongs to a private Ray; it is empty for a joined Ray.
+    """
     if not is_private:
         return "", without_keys({**os.environ, **local_ray.common_environment()})
     folder = local_ray.make_temp_dir()
@@ -180,7 +184,7 @@ def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str
 
 
 def _note_rebalancing(plan: LaunchPlan) -> None:
-    """Show why ``--enable-eplb`` has no effect, as ``status`` does for a running cluster."""
+    """Print why ``--enable-eplb`` has no effect, as ``status`` does for a running cluster."""
     experts = plan.config.workers.num_expert_workers
     impossible = why_impossible(plan.config, experts) if plan.config.rebalance.enable_eplb else ""
     if impossible:
@@ -188,7 +192,7 @@ def _note_rebalancing(plan: LaunchPlan) -> None:
 
 
 def _start_options(values: Mapping[str, Any]) -> StartOptions:
-    """The start options; ``RAY_ADDRESS`` is the default of the address."""
+    """Return the start options; ``RAY_ADDRESS`` is the default of the Ray address."""
     given = {target: value for target, value in values.items() if "." not in target}
     address = given.pop("address", None) or os.environ.get("RAY_ADDRESS")
     return StartOptions(address=address, **given)
@@ -233,7 +237,7 @@ def _ready(
 
 
 def call_hints(config: ClusterConfig, url: str, grpc: str, has_tokenizer: bool) -> tuple[str, ...]:
-    """Example calls with curl, grpcurl and Python; prompts are token ids without a tokenizer."""
+    """Return example calls with curl, grpcurl and Python; without a tokenizer, with token ids."""
     section = config.gateway
     key = " -H 'Authorization: Bearer KEY'" if section.requires_keys else ""
     model = config.model.served_model_name

@@ -26,7 +26,7 @@ _ROWS = {
 _CLEAR = "\x1b[H\x1b[J"
 
 Numbers = Mapping[tuple[str, str], float]
-"""(metric, worker) -> value, summed over all other labels; the worker is empty for the cluster."""
+"""Metric values by (metric, worker), summed over other labels; an empty worker is the cluster."""
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -72,7 +72,7 @@ def parse_series(text: str) -> dict[tuple[str, str], float]:
 def make_document(
     status: Mapping[str, Any], before: Numbers, now: Numbers, seconds: float
 ) -> dict[str, Any]:
-    """Make the document from two scrapes of the metrics that are ``seconds`` apart."""
+    """Make the document of ``top`` from two scrapes of the metrics that are ``seconds`` apart."""
 
     def rate(name: str, worker: str = "") -> float | None:
         at = (name, worker)

@@ -30,7 +30,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_load(args: argparse.Namespace) -> int:
-    """Print the load; with ``--save`` also write it to a file."""
+    """Print the load of the experts; with ``--save`` also write a load profile."""
     if args.merge and args.save is None:
         raise CommandError(ExitCode.USAGE, "--merge needs --save")
     document = Client(args).get("/cluster/v1/load")
@@ -44,7 +44,10 @@ def run_load(args: argparse.Namespace) -> int:
 
 
 def profile_of(document: Mapping[str, Any], view: str) -> LoadProfile:
-    """Convert a view of the load document to a profile. Raises ``CommandError`` if empty."""
+    """Convert a view of the load document to a load profile. Raises ``CommandError`` if empty.
+
+    ``view``: ``total``, ``window`` or ``average``.
+    """
     tokens = document["tokens" if view == "total" else f"{view}_tokens"]
     if not tokens:
         raise CommandError(ExitCode.REFUSED, f"no load has been recorded yet ({view})")
@@ -71,7 +74,7 @@ def _save(profile: LoadProfile, path: Path, merge: bool) -> None:
 
 
 def _text(document: Mapping[str, Any], view: str, top: int) -> str:
-    """One line for each bank: its busiest experts, and the balance of the workers."""
+    """Format a line for each bank: its busiest experts, and the balance of the workers."""
     header = ("LAYER", "BANK", f"BUSIEST OF {view.upper()}", "PREFILL", "DECODE", "EXPECTED")
     rows = [_row(bank, view, top) for bank in document["banks"]]
     whole = document.get("phases", {})

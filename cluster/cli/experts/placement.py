@@ -47,7 +47,7 @@ def _text(client: Client, document: Mapping[str, Any], colours: bool) -> str:
 
 
 def _marked(bank: Mapping[str, Any], colours: bool) -> list[list[str]]:
-    """Format each slot of each device; with ``colours`` the shade of a copy shows its load."""
+    """Format each expert slot of each device; with ``colours`` a copy's shade shows its load."""
     devices: Sequence[Sequence[int]] = bank["physical_to_logical"]
     copies = Counter(expert for slots in devices for expert in slots)
     load: Sequence[float] = bank["load"]

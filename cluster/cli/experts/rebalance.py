@@ -25,14 +25,14 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run_rebalance(args: argparse.Namespace) -> int:
-    """Start the operation and wait for its end."""
+    """Start a rebalancing and wait for its end; return the exit code."""
     fields = {"dry_run": args.dry_run, "request_id": uuid.uuid4().hex}
     with make_admin_client(args) as admin:
         return follow_operation(args, admin, admin.rebalance(fields), args.wait)
 
 
 def describe(rebalance: Mapping[str, Any]) -> str:
-    """Format the document of rebalancing as one line of ``status``."""
+    """Format the ``rebalance`` part of the status document as one line."""
     if not rebalance["possible"]:
         return f"not possible: {rebalance['reason']}"
     words = "automatic" if rebalance["automatic"] else "by command (--enable-eplb: automatic)"

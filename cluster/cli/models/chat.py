@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_messages(args: argparse.Namespace) -> Iterator[str]:
-    """The user's messages: the argument, or lines of stdin."""
+    """Yield the user's messages: the argument, or lines of stdin."""
     if args.message is not None:
         yield args.message
         return

@@ -24,7 +24,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the sampling options."""
+    """Add ``--model`` and the sampling options."""
     add_model_option(parser)
     text = "Maximum number of output tokens"
     parser.add_argument("--max-tokens", type=count, default=64, help=text)
@@ -41,7 +41,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of the request body that the sampling options set, for a streamed response."""
+    """Return the fields of a streamed request's body that the sampling options set."""
     body: dict[str, Any] = {"max_tokens": args.max_tokens, "stream": True}
     body["stream_options"] = {"include_usage": True}
     for field in ("model", "temperature", "top_p", "seed", "stop"):
@@ -51,7 +51,7 @@ def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the text as it arrives, or with ``--json`` one document at the end."""
+    """Print the completion as it arrives, or with ``--json`` one document at the end."""
     prompt = sys.stdin.read() if args.text == "-" else args.text
     if not prompt:
         raise CommandError(ExitCode.USAGE, "the prompt is empty: at least one character is needed")
@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
 def stream_text(
     client: Client, path: str, body: dict[str, Any], show: bool, *, may_interrupt: bool = False
 ) -> dict[str, Any]:
-    """Stream a completion; return ``text``, ``finish_reason`` and ``usage``. ``show`` prints it.
+    """Stream a completion; return ``text``, ``finish_reason`` and ``usage``.
 
-    ``may_interrupt``: Ctrl-C ends the output with the finish reason ``INTERRUPTED``. Raises
-    ``CommandError``, also if the stream ends early.
+    ``show``: print the text as it arrives. ``may_interrupt``: Ctrl-C ends the output with the
+    finish reason ``INTERRUPTED``. Raises ``CommandError``, also if the stream ends early.
     """
     answer: dict[str, Any] = {"text": "", "finish_reason": None, "usage": None}
     try:

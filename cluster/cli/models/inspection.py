@@ -19,7 +19,7 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, table, write_json, write_line
 
 SHOWN = ("logprobs", "loss", "routes")
-"""Outputs that the command requests for its table."""
+"""Names of the outputs that ``inspect`` requests for its table."""
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -70,7 +70,7 @@ def _lines(
     logprobs: Sequence[float | None],
     bank: Mapping[str, Any],
 ) -> list[tuple[object, ...]]:
-    """One row per token with its log-probability and its experts, the largest weight first."""
+    """Return one row per token with log-probability and experts, the largest weight first."""
     rows: list[tuple[object, ...]] = []
     for place, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
         pairs = zip(bank["topk_weights"][place], bank["topk_ids"][place], strict=True)

@@ -24,7 +24,7 @@ _CONCURRENCY = 32
 _GIVE_UP_S = 600.0
 _PRIORITY = 1
 _REFUSED = (401, 403)
-"""HTTP statuses that every further request would get too."""
+"""HTTP statuses of a rejected API key, with which every further request would fail too."""
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -42,7 +42,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Send all requests; return ``FAILED`` if one got an error response."""
+    """Send all requests of the batch; return ``FAILED`` if any of them got an error response."""
     try:
         counts = asyncio.run(_run(args))
     except RequestError as err:
@@ -110,7 +110,10 @@ class _Sender:
         await self._session.close()
 
     async def send(self, request: BatchRequest) -> BatchResponse:
-        """See ``SendRequest``. Raises ``CommandError`` if the server rejects the key."""
+        """Send a request of the batch over HTTP.
+
+        Raises ``UnreachableError``, and ``CommandError`` if the server rejects the API key.
+        """
         try:
             async with self._session.post(self._url + request.url, json=request.body) as answer:
                 text = await answer.read()

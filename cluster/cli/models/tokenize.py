@@ -32,18 +32,18 @@ def _ids(text: str) -> list[int]:
 
 
 def check_text_or_ids(args: argparse.Namespace) -> None:
-    """Raise ``CommandError`` unless either a text or ids are given."""
+    """Raise ``CommandError`` unless exactly one of text and token ids is given."""
     if (args.text is None) is (args.ids is None):
         raise CommandError(ExitCode.USAGE, "one of a text and --ids is required")
 
 
 def model_field(args: argparse.Namespace) -> dict[str, str]:
-    """The field ``model`` of a request, if ``--model`` is given."""
+    """Return the field ``model`` of a request body; empty without ``--model``."""
     return {} if args.model is None else {"model": args.model}
 
 
 def tokens_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokenize the text at the gateway and return the response."""
+    """Tokenize the text of ``args`` at the gateway and return the response."""
     text = sys.stdin.read() if args.text == "-" else args.text
     body = {"prompt": text, "return_token_strs": True, **model_field(args)}
     answer: dict[str, Any] = Client(args).run_model("/tokenize", body)

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shown(option: ServeOption, setting: Setting) -> Any:
-    """The value as text or number; secrets are replaced."""
+    """Return the value of an option as text or number; a secret is replaced."""
     value = setting.value
     if option.is_secret:
         value = _HIDDEN if value else None

@@ -56,7 +56,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print all findings; return ``FAILED`` if one is bad."""
+    """Print all findings about this host; return ``FAILED`` if any finding is bad."""
     findings = []
     with Progress(lines=False) as progress:
         for place, examine in enumerate(EXAMINATIONS, 1):
@@ -124,7 +124,7 @@ def examine_kernels() -> Finding:
 
 
 def kernels_finding(found: LibraryChoice) -> Finding:
-    """Make the finding: without kernels it is a warning, since torch computes more slowly."""
+    """Make the finding about kernels: a warning without them, since torch computes more slowly."""
     is_best = found.library is not None and not found.reason
     return make_finding("kernels", is_best, found.description, otherwise="warn")
 
@@ -174,7 +174,7 @@ def examine_gpu() -> Finding:
 
 
 def examine_nccl() -> Finding:
-    """Check NCCL, over which workers on GPUs exchange rows; show its variables."""
+    """Check NCCL, over which workers on GPUs exchange rows; show the variables of NCCL."""
     if count_gpus() == 0:
         return make_finding(
             "nccl", True, "not needed: workers on CPUs exchange tokens over sockets"
@@ -188,7 +188,10 @@ def examine_nccl() -> Finding:
 
 @cache
 def _probe_torch() -> tuple[dict[str, Any], str]:
-    """Read facts about torch, or an error text, in a child process: the import takes seconds."""
+    """Return facts about torch, and an error text or "".
+
+    Runs in a child process, because the import of torch takes seconds.
+    """
     command = [sys.executable, "-c", _TORCH_PROBE]
     try:
         probe = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S)

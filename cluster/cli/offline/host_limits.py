@@ -14,13 +14,16 @@ from cluster.core.errors import StartError
 from cluster.launch.local_ray import temp_base
 
 MIN_THREADS = 1000
-"""Threads that must be available. The demo has about 400 on 2 cores, and more with more cores."""
+"""Minimum number of further threads that must be allowed: the demo has about 400 on 2 cores."""
 MIN_FILES = 4096
-"""Open files of a process. A gateway has about 80, and one for each of 1,024 waiting requests."""
+"""Minimum limit of open files per process: a gateway has about 80, and 1,024 waiting requests."""
 RECOMMENDED_FILES = 65536
-"""Recommended limit of open files if the present one is below ``MIN_FILES``."""
+"""Recommended limit of open files if this host's limit is below ``MIN_FILES``."""
 MIN_FREE_SHARE = 0.05
-"""Ray writes no objects to a disk with less free. Source: Ray's ``local_fs_capacity_threshold``."""
+"""Minimum free share of a disk, below which Ray writes no objects to it.
+
+Source: Ray's ``local_fs_capacity_threshold``.
+"""
 _REMEDIES = {
     "/proc/sys/kernel/threads-max": "as root: sysctl kernel.threads-max",
     "ulimit -u": "docker run --ulimit nproc, systemd's LimitNPROC, limits.conf",
@@ -51,7 +54,7 @@ def _kernel_threads(root: Path, running: Iterable[tuple[int, int]]) -> int | Non
 
 
 def _user_threads(running: Iterable[tuple[int, int]]) -> int | None:
-    """Threads that the user's limit still allows, for all processes of the user; None for root."""
+    """Return how many threads the user's limit still allows; None for root or without a limit."""
     limit, user = resource.getrlimit(resource.RLIMIT_NPROC)[0], os.getuid()
     if user == 0 or limit == resource.RLIM_INFINITY:
         return None
@@ -59,7 +62,7 @@ def _user_threads(running: Iterable[tuple[int, int]]) -> int | None:
 
 
 def _threads() -> Iterator[tuple[int, int]]:
-    """User id and number of threads of each visible process."""
+    """Yield user id and number of threads of each visible process."""
     import psutil
 
     for process in psutil.process_iter(["num_threads", "uids"]):
@@ -68,7 +71,10 @@ def _threads() -> Iterator[tuple[int, int]]:
 
 
 def _group_threads(root: Path) -> int | None:
-    """Threads that the control group and its ancestors still allow. Source: cgroups(7)."""
+    """Return how many threads the control group and its ancestors still allow; None: no limit.
+
+    Source: cgroups(7).
+    """
     free = []
     for folder in _groups(root):
         limit, used = _number(folder / "pids.max"), _number(folder / "pids.current")
@@ -78,7 +84,7 @@ def _group_threads(root: Path) -> int | None:
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the control groups that limit this process, for cgroups v1 and v2."""
+    """Yield folders of the control groups that limit this process, for cgroups v1 and v2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -93,7 +99,7 @@ def _groups(root: Path) -> Iterator[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a kernel file; None if there is no file or no limit."""
+    """Return the number in a kernel file; None if there is no file or no limit."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -116,7 +122,10 @@ def examine_files() -> Finding:
 
 
 def examine_huge_pages(root: Path = Path("/")) -> Finding:
-    """Check huge pages: small batches are memory-bound, see ``workers.model.huge_pages``."""
+    """Check huge pages, which small batches need because they are memory-bound.
+
+    See ``workers.model.huge_pages``.
+    """
     path = root / _HUGE_PAGES
     try:
         found = re.search(r"\[(\w+)\]", path.read_text())

@@ -26,14 +26,14 @@ ALGORITHMS = ("mesh", "eplb", "contiguous")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanQuery:
-    """Input of ``plan placement``."""
+    """Input of the command ``plan placement``."""
 
     profile: LoadProfile
-    """Load to plan for."""
+    """Expert load to plan for."""
     topology: PlannedTopology
     """Devices to plan for."""
     current: ExpertPlacement | None
-    """The current placement; None if it is unknown."""
+    """Current placement of the experts; None if it is unknown."""
     options: PlanOptions
 
 
@@ -70,7 +70,7 @@ def parse_numbers(text: str) -> tuple[float, ...]:
 
 
 def run_placement(args: argparse.Namespace) -> int:
-    """Print the plan; with ``--json`` it is a placement file."""
+    """Print the planned placement; with ``--json`` the output is a placement file."""
     query = read_query(args)
     plan = compute_plan(args.algorithm, query)
     compared = compare(query, {args.algorithm: plan}) if args.compare else {}
@@ -86,7 +86,7 @@ def run_placement(args: argparse.Namespace) -> int:
 
 
 def read_query(args: argparse.Namespace) -> PlanQuery:
-    """Make the query from the options. Raises ``ConfigError`` for inconsistent ones."""
+    """Make the query from the options. Raises ``ConfigError`` for inconsistent options."""
     needs = "needs --current: without it every slot is new"
     limited = args.max_move_fraction is not None
     fraction = args.max_move_fraction
@@ -113,7 +113,10 @@ def compute_plan(algorithm: str, query: PlanQuery) -> Plan:
 
 
 def compare(query: PlanQuery, made: Mapping[str, Plan]) -> dict[str, Plan]:
-    """Plans of all algorithms and the current one; ``made`` has those computed before."""
+    """Return the plans of all algorithms, and the current placement as a plan, by name.
+
+    ``made``: plans that have been computed before.
+    """
     plans = {"current": current_plan(query)} if query.current is not None else {}
     for name in reversed(ALGORITHMS):
         plans[name] = made[name] if name in made else compute_plan(name, query)
@@ -121,7 +124,7 @@ def compare(query: PlanQuery, made: Mapping[str, Plan]) -> dict[str, Plan]:
 
 
 def current_plan(query: PlanQuery) -> Plan:
-    """The current placement as a plan, or the contiguous one if it is unknown."""
+    """Return the current placement as a plan, or the contiguous placement if it is unknown."""
     profile, topology = query.profile, query.topology
     if query.current is None:
         return contiguous_plan(profile, topology)
@@ -129,12 +132,12 @@ def current_plan(query: PlanQuery) -> Plan:
 
 
 def summary(plan: Plan) -> dict[str, Any]:
-    """Predicted stats of a plan, for ``--json``."""
+    """Return predicted stats of a plan, for ``--json``."""
     return {**plan.to_dict()["predicted"], "move_fraction": plan.move_fraction}
 
 
 def write_page(path: Path, query: PlanQuery, plan: Plan, algorithm: str) -> None:
-    """Write the HTML page. Raises ``CommandError``."""
+    """Write the HTML page of ``--plot``. Raises ``CommandError``."""
     name = "contiguous" if query.current is None else "current"
     save(path, plan_page.make_page(query.profile, (name, algorithm), (current_plan(query), plan)))
 

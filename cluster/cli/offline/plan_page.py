@@ -16,7 +16,7 @@ TEMPLATE = Path(__file__).with_name("plan_page.html")
 
 
 def make_page(profile: LoadProfile, names: tuple[str, str], plans: tuple[Plan, Plan]) -> str:
-    """Make the page for two placements of the same banks; the second one is the new plan."""
+    """Make the HTML page for two placements of the same banks; ``plans[1]`` is the new plan."""
     planned = plans[1]
     data = {
         "names": names,
@@ -49,7 +49,7 @@ def _find(plan: Plan, load: BankLoad) -> BankPlacement:
 
 
 def _copies(bank: BankPlacement) -> list[list[list[float]]]:
-    """[device][copy] -> expert, share of its prefill tokens, 1 if it serves decode steps."""
+    """Return, as ``[device][copy]``: expert, prefill share of the copy, 1 if it serves decode."""
     return [
         [
             [expert, round(share, 5), int(bank.decode_device[expert] == device)]

@@ -64,7 +64,7 @@ def add_devices(parser: argparse.ArgumentParser, redundant: int = 0) -> None:
 
 
 def run_simulate(args: argparse.Namespace) -> int:
-    """Print the simulated times of each policy in each window of the trace."""
+    """Print the simulated times of each rebalancing policy in each window of the trace."""
     step = ExpertStepCost(
         slot_s=args.slot_us * 1e-6,
         token_s=args.token_us * 1e-6,
@@ -87,7 +87,7 @@ def run_simulate(args: argparse.Namespace) -> int:
 
 
 def _text(found: Mapping[Policy, Sequence[SimulatedWindow]]) -> str:
-    """Format every window under every policy, followed by the means."""
+    """Format every window under every policy, followed by the means of each policy."""
     head = (
         "WINDOW",
         "POLICY",

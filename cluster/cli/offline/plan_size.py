@@ -80,7 +80,7 @@ def parse_whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def run_size(args: argparse.Namespace) -> int:
-    """Print the best pool sizes for each batch."""
+    """Print the best pool sizes for each batch size."""
     changes = given_device_fields(args)
     try:
         source = find_model(args.model, note)
@@ -113,7 +113,7 @@ def run_size(args: argparse.Namespace) -> int:
 
 
 def given_device_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of the device that options replace."""
+    """Return the fields of ``DeviceSpec`` that options replace, by name."""
     given = {
         "bandwidth_bytes_s": (args.bandwidth_gb_s, 1e9),
         "flops_s": (args.tflops, 1e12),

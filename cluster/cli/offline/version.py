@@ -17,7 +17,7 @@ def add_commands(commands: CommandParsers) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Installed version by package; None if it is not installed."""
+    """Return the version of Python and each package; None for a package that is not installed."""
     installed = {name: installed_version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **installed}
 

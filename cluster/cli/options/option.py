@@ -40,7 +40,7 @@ _METAVARS = {
     "PATH": "path",
     "NAME=FOLDER": "modules",
 }
-"""Metavar in the help, by the last word of the field's name."""
+"""Last words of field names, by the metavar that the help shows for fields with such names."""
 _BYTES = re.compile(r"([+-]?\d+(?:\.\d+)?(?=[KMGT])|[+-]?\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -88,44 +88,44 @@ class ServeOption:
     """One option of ``serve``."""
 
     flag: str
-    """The flag, including the dashes."""
+    """Command-line flag of the option, including the dashes."""
     section: str
-    """Section of the configuration; empty for options of the launcher alone."""
+    """Section of the configuration; empty for options that only the launcher uses."""
     field: str
-    """Name of the section's field."""
+    """Name of the option's field in the section."""
     help: str
-    """Docstring of the field."""
+    """Help text: docstring of the option's field."""
     default: Any
-    """Default of the field; None if it is required."""
+    """Default of the option's field; None if the field has no default."""
     kind: Callable[[str], Any]
-    """Converts text to a value; raises ``ValueError``."""
+    """Function that converts text to a value; raises ``ValueError``."""
     choices: tuple[str, ...]
-    """Allowed values; empty if any text is allowed."""
+    """Allowed values of the option; empty if any text is allowed."""
     metavar: str | None
     """Placeholder for the value in the help; None for a switch and for an option with choices."""
     is_secret: bool
-    """Whether the value is never shown; such an option belongs to every command."""
+    """Whether the value is a secret, which is never shown; every command has such an option."""
     bare: str
-    """Value if the flag is given without one; empty if the flag needs a value."""
+    """Value of the option if the flag is given without a value; empty if a value is required."""
 
     @property
     def target(self) -> str:
-        """``section.field``, or the field alone without a section."""
+        """Key of the option's value: ``section.field``, or the field alone without a section."""
         return f"{self.section}.{self.field}" if self.section else self.field
 
     @property
     def dest(self) -> str:
-        """Attribute in argparse's result."""
+        """Name of the option's attribute in argparse's result."""
         return self.flag.removeprefix("--").replace("-", "_")
 
     @property
     def key(self) -> str:
-        """Name in the file of ``--config``."""
+        """Name of the option in the file of ``--config``."""
         return self.flag.removeprefix("--")
 
     @property
     def variable(self) -> str:
-        """Name of the environment variable."""
+        """Name of the option's environment variable."""
         return f"EXPERTMESH_{self.dest.upper()}"
 
     @property
@@ -134,18 +134,21 @@ class ServeOption:
         return self.kind is _parse_switch
 
     def is_value(self, text: str) -> bool:
-        """Whether a text is a value of this option: a choice, a spelling of one, or a number."""
+        """Return whether a text is a value of this option: one of its choices, or a number.
+
+        A choice may be spelled differently, such as ``true`` for ``on``.
+        """
         return self.kind(text) in self.choices if self.choices else text.isdecimal()
 
     @property
     def rule(self) -> str:
-        """The rule that a text must satisfy, as error messages state it."""
+        """Rule that a text must satisfy to be a value, as error messages state it."""
         if self.choices:
             return f"must be one of {', '.join(self.choices)}"
         return _RULES.get(self.kind, "is not valid")
 
     def parse(self, text: str) -> Any:
-        """Convert a text. Raises ``argparse.ArgumentTypeError`` with the violated rule."""
+        """Convert a text to a value. Raises ``argparse.ArgumentTypeError`` with the rule."""
         try:
             return self.kind(text)
         except ValueError as err:
@@ -158,7 +161,7 @@ class ServeOption:
 
     @property
     def shown_default(self) -> str:
-        """The default as text; empty if it is None or empty."""
+        """Default of the option as text; empty if the default is None or empty."""
         if self.is_switch:
             return "on" if self.default else "off"
         if self.kind is parse_bytes and self.default:
@@ -176,7 +179,7 @@ def _bytes_text(number: int) -> str:
 
 
 def make_options(section: str, kind: type) -> tuple[ServeOption, ...]:
-    """Options for the fields of a dataclass, except internal ones."""
+    """Make the options for the fields of a dataclass, except internal fields."""
     docs, hints = dict(_docstrings(kind)), get_type_hints(kind)
     return tuple(
         _option(section, field, hints[field.name], docs[field.name])
@@ -223,7 +226,7 @@ def _metavar(name: str, hint: Any, kind: Any, choices: tuple[Any, ...]) -> str |
 
 
 def _docstrings(kind: type) -> Iterator[tuple[str, str]]:
-    """Yield the fields of a class with the docstrings below them, read from its source."""
+    """Yield name and docstring of each field of a class, read from the source code."""
     tree = ast.parse(inspect.getsource(sys.modules[kind.__module__]))
     body = next(
         n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == kind.__name__
@@ -235,7 +238,10 @@ def _docstrings(kind: type) -> Iterator[tuple[str, str]]:
 
 
 def help_text(option: ServeOption, flags: Mapping[str, str]) -> str:
-    """Make argparse help from a docstring: names of fields become flags; the default is added."""
+    """Return the argparse help of an option: its docstring, and the default.
+
+    Names of fields in the docstring become flags (``flags``: flag by field).
+    """
     text = re.sub(r"``(.+?)``", lambda m: flags.get(m[1], m[1]), option.help).removesuffix(".")
     shown = option.shown_default
     return (f"{text} (default: {shown})" if shown else text).replace("%", "%%")

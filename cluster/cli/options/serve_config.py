@@ -25,7 +25,7 @@ from gateway.auth.key_file import read_key_file
 logger = logging.getLogger(__name__)
 
 REFUSED_FIELDS = ("host", "admin_host")
-"""Settings whose errors are refusals: they concern safety, not the syntax of a flag."""
+"""Settings whose errors exit with ``REFUSED``: these errors concern safety, not syntax."""
 _KEY_FIELDS = ("api_keys", "api_key_file", "admin_keys", "admin_key_file")
 _HEARTBEATS_PER_LIMIT = 4
 _MAX_HEARTBEAT_S = 0.5
@@ -45,7 +45,7 @@ def check_files(values: Mapping[str, Any]) -> None:
 
 
 def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig:
-    """Build the configuration from option values by target.
+    """Build the configuration from option values, by ``ServeOption.target``.
 
     Raises ``CommandError``: usage for an invalid value, refused for an unsafe one.
     """
@@ -69,9 +69,9 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
 
 
 def options_by_flag(given: GivenOptions) -> dict[str, str]:
-    """The user's options by flag. Two starts with equal options request the same cluster.
+    """Return the user's options by flag. Starts with equal options request the same cluster.
 
-    Keys are compared by their fingerprints.
+    API keys are replaced by fingerprints.
     """
     asked = {"MODEL": given.model.value or ""}
     for option in OPTIONS:
@@ -138,9 +138,9 @@ def _add_heartbeat(transport: dict[str, Any]) -> None:
 
 
 def make_plan(config: ClusterConfig, facts: CheckpointFacts, **values: Any) -> LaunchPlan:
-    """Check the configuration against the model's facts and make the plan from ``values``.
+    """Check the configuration against the model's facts, and make the plan of a start.
 
-    Raises ``CommandError`` (refused).
+    ``values``: further fields of ``LaunchPlan``. Raises ``CommandError`` (refused).
     """
     num_cpus = count_cpus()
     num_gpus = count_gpus() if facts.torch_has_cuda else 0
@@ -170,7 +170,10 @@ def make_plan(config: ClusterConfig, facts: CheckpointFacts, **values: Any) -> L
 
 
 def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
-    """KV blocks of each attention worker. Raises ``ConfigError`` if not even one fits."""
+    """Return the number of KV blocks of each attention worker.
+
+    Raises ``ConfigError`` if not even one block fits.
+    """
     kind = config.engine.kv_cache_dtype
     bytes_per_token = facts.kv_bytes_per_token(config.model.dtype, kind)
     length = config.model.max_model_len or facts.context_tokens
@@ -178,7 +181,7 @@ def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
 
 
 def _with_ports(config: ClusterConfig) -> ClusterConfig:
-    """Replace each port 0 with a free port, each a different one."""
+    """Return the configuration with each port 0 replaced by a different free port."""
     data = config.to_dict()
     section = data["gateway"]
     names = ("port", "grpc_port", "serve_proxy")
@@ -190,7 +193,7 @@ def _with_ports(config: ClusterConfig) -> ClusterConfig:
 
 
 def _profile(config: ClusterConfig, banks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Read the expected load: from the given profile, else from the checkpoint's own.
+    """Return the load profile that the user has given, or else the checkpoint's; or None.
 
     Raises ``ConfigError`` for a given file that cannot be read or belongs to another model.
     """

@@ -48,28 +48,28 @@ _VARIABLES = {
         *("CA_CERT", "CLIENT_CERT", "CLIENT_KEY", "MAX_INSTRUCTIONS", "PARENT"),
     )
 }
-"""Variables that are not options of ``serve``."""
+"""Environment variables of expertmesh that are not options of ``serve``."""
 _KUBERNETES_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT\w*)$|_PORT(_\d+_(TCP|UDP)\w*)?$")
-"""Variables that Kubernetes sets in every pod for Services such as ``expertmesh-gateway``."""
+"""Pattern of variables that Kubernetes sets for Services such as ``expertmesh-gateway``."""
 _MODULES = "--lora-modules"
-"""The only option that takes several values."""
+"""Flag ``--lora-modules``, the only option that takes several values."""
 _KEY_VARIABLES = {
     "gateway.api_keys": "EXPERTMESH_API_KEYS",
     "gateway.admin_keys": "EXPERTMESH_ADMIN_KEYS",
 }
 OPTIONS = tuple(option for name, kind in _SECTIONS.items() for option in make_options(name, kind))
-"""Options of all sections."""
+"""All options of ``serve``, from every section of the configuration."""
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL, every option and ``--dry-run``; absent ones are None."""
+    """Add MODEL, every option of ``serve`` and ``--dry-run``; absent options are None."""
     add_settings(parser)
     text = "Check everything and show the plan; start nothing"
     parser.add_argument("--dry-run", action="store_true", help=text)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL and every option, grouped by section; absent ones are None."""
+    """Add MODEL and every option of ``serve``, grouped by section; absent options are None."""
     text = "Folder or hub id of a checkpoint (default: the bundled one)"
     parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
     text = "YAML file with values of these options, which flags and variables override"
@@ -100,10 +100,10 @@ def _add(group: argparse._ArgumentGroup, option: ServeOption, text: str) -> None
 
 
 def add_missing_values(words: Sequence[str]) -> list[str]:
-    """``--deterministic MODEL`` -> ``--deterministic=on MODEL``.
+    """Add the omitted values of flags: ``--deterministic M`` -> ``--deterministic=on M``.
 
-    Otherwise argparse would take any following word as the value. It would take only the first
-    value of ``--lora-modules a=x b=y``, so the values are joined.
+    Otherwise argparse would take any following word as the value. Also joins the values of
+    ``--lora-modules a=x b=y``, of which argparse would take only the first.
     """
     words = _join_modules(words)
     flags = {option.flag: option for option in OPTIONS if option.bare}
@@ -116,7 +116,7 @@ def add_missing_values(words: Sequence[str]) -> list[str]:
 
 
 def _join_modules(words: Sequence[str]) -> list[str]:
-    """``--lora-modules a=x b=y MODEL`` -> ``--lora-modules a=x,b=y MODEL``."""
+    """Join values: ``--lora-modules a=x b=y MODEL`` -> ``--lora-modules a=x,b=y MODEL``."""
     found: list[str] = []
     is_open = False
     for word in words:
@@ -143,15 +143,15 @@ class GivenOptions:
     """Values that the user has given for a start, by flags, variables or the file."""
 
     model: Setting
-    """MODEL; its value is None for the bundled checkpoint."""
+    """Setting of the argument MODEL; value None: the bundled checkpoint."""
     settings: Mapping[ServeOption, Setting]
     """The options that the user has given, with their values."""
     values: dict[str, Any]
-    """The values by ``ServeOption.target``, including the keys."""
+    """Values of the given options by ``ServeOption.target``, with API keys as hashes."""
 
 
 def read_given_options(args: argparse.Namespace, environment: Mapping[str, str]) -> GivenOptions:
-    """Read all given values. Raises ``CommandError`` (usage)."""
+    """Read all option values that the user has given. Raises ``CommandError`` (usage)."""
     file = _read_file(args)
     found: dict[ServeOption, Setting] = {}
     for option in OPTIONS:
@@ -178,7 +178,7 @@ def read_given_options(args: argparse.Namespace, environment: Mapping[str, str])
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """One line of text for each ``EXPERTMESH_*`` variable that no command reads."""
+    """Return one line of text for each ``EXPERTMESH_*`` variable that no command reads."""
     known = {*_VARIABLES, *_KEY_VARIABLES.values(), *(option.variable for option in OPTIONS)}
     return [
         f"{name} is set, but is not a variable of expertmesh{suggestion(name, known)}"
@@ -221,7 +221,7 @@ def with_typed_names(message: str, args: argparse.Namespace, environment: Mappin
 def collect_keys(
     values: Mapping[str, Any], environment: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
-    """Hash the keys among ``values`` and further keys from the environment.
+    """Hash the API keys in ``values`` and in environment variables; return hashes by target.
 
     ``EXPERTMESH_API_KEYS`` and ``EXPERTMESH_ADMIN_KEYS`` hold keys separated by commas.
     """
@@ -235,7 +235,7 @@ def collect_keys(
 
 
 def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without keys, for processes that do not need them."""
+    """Return the environment without API keys, for processes that do not need the keys."""
     names = {f"EXPERTMESH_{kind}_KEY{s}" for kind in ("API", "ADMIN") for s in ("", "S")}
     return {name: value for name, value in environment.items() if name not in names}
 
@@ -281,7 +281,7 @@ def _refusal(path: str, rule: str) -> CommandError:
 
 
 def _parse(option: ServeOption, text: str, origin: str) -> Any:
-    """Parse a value of a variable or the file, which ``origin`` names in errors."""
+    """Parse an option's value of a variable or the file, which ``origin`` names in errors."""
     try:
         value = option.kind(text)
     except ValueError as err:

@@ -32,15 +32,15 @@ class AdminClient:
         self._admin = admin
 
     def drain(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Start a drain; ``fields`` are those of ``DrainWorkerRequest``. Return the operation."""
+        """Start a drain and return the operation; ``fields`` as in ``DrainWorkerRequest``."""
         return self._begin("drain", _with_limit(fields), fields)
 
     def scale(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Start a scale; ``fields`` are those of ``ScaleRequest``. Return the operation."""
+        """Start a scaling and return the operation; ``fields`` as in ``ScaleRequest``."""
         return self._begin("scale", _with_limit(fields), fields)
 
     def rebalance(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Start a rebalance; ``fields`` are those of ``RebalanceRequest``. Return the operation."""
+        """Start a rebalancing and return the operation; ``fields`` as in ``RebalanceRequest``."""
         return self._begin("rebalance", dict(fields), fields)
 
     def cancel(self, operation_id: str) -> dict[str, Any]:
@@ -51,14 +51,14 @@ class AdminClient:
         return self._call("operation", operation_id, f"operations/{_quoted(operation_id)}")
 
     def operations(self) -> list[dict[str, Any]]:
-        """The recorded operations, newest last."""
+        """Return the recorded operations (drains, scalings, rebalancings), newest last."""
         if self._admin is None:
             return list(map(_document, _ask("operations")))
         found: list[dict[str, Any]] = self._admin.get("/admin/v1/operations")["operations"]
         return found
 
     def log(self, process: str, after: int) -> tuple[int, list[str]]:
-        """Number of lines that a process has logged, and the kept ones after line ``after``."""
+        """Return how many lines a process has logged, and the kept lines after line ``after``."""
         if self._admin is None:
             found = _ask("log", process, after)
         else:
@@ -69,7 +69,11 @@ class AdminClient:
     def _begin(
         self, kind: str, command: dict[str, Any], fields: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Start an operation at the controller or the admin port."""
+        """Start an operation through the controller or the admin port.
+
+        ``command``: content of the request in the controller's format; ``fields``: in that of the
+        admin port.
+        """
         if self._admin is None:
             return _document(_ask("begin", kind, command))
         return self._call("begin", command, kind, fields)
@@ -77,7 +81,7 @@ class AdminClient:
     def _call(
         self, method: str, argument: Any, path: str, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Call the controller's method, or the admin port: POST with a body, else GET."""
+        """Call a method of the controller, or the admin port: POST with a body, else GET."""
         if self._admin is None:
             return _document(_ask(method, argument))
         url = f"/admin/v1/{path}"
@@ -87,7 +91,7 @@ class AdminClient:
 
 
 def _with_limit(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename ``deadline_s`` to ``limit_s``, its name in the controller."""
+    """Rename ``deadline_s`` to ``limit_s``, which is the controller's name for the field."""
     return {"limit_s" if k == "deadline_s" else k: v for k, v in fields.items()}
 
 
@@ -97,7 +101,10 @@ def _quoted(operation_id: str) -> str:
 
 @contextlib.contextmanager
 def make_admin_client(args: argparse.Namespace) -> Iterator[AdminClient]:
-    """Yield a client of Ray with ``--address``, else the admin port. Raises ``CommandError``."""
+    """Yield a client that uses Ray (``--address``), or else the admin port.
+
+    Raises ``CommandError``.
+    """
     address = args.address
     if not address:
         admin = find_admin(args)
@@ -112,7 +119,7 @@ def make_admin_client(args: argparse.Namespace) -> Iterator[AdminClient]:
 def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client | None:
     """Make a client of the admin port; None if this host can reach only the cluster's Ray.
 
-    ``gateway`` names one of several gateways; ``--admin-url`` takes priority.
+    ``gateway``: name of the gateway to use if there are several; ``--admin-url`` takes priority.
     """
     given = args.admin_url or os.environ.get("EXPERTMESH_ADMIN_URL")
     if given:

@@ -14,7 +14,7 @@ Kind = TypeVar("Kind", int, float)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Shows the type of a value that has no metavar, and appends the default to the help."""
+    """Help formatter that shows the type of a value without metavar, and appends defaults."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         kind = action.type.kind if isinstance(action.type, Number) else action.type
@@ -33,7 +33,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class CommandParsers:
-    """Registry of the commands of one level, which all get the arguments of ``common``."""
+    """Registry of the commands of one level; every command gets the arguments of ``common``."""
 
     def __init__(self, subparsers: Any, common: argparse.ArgumentParser) -> None:
         """``subparsers``: result of ``ArgumentParser.add_subparsers``."""
@@ -45,13 +45,13 @@ class CommandParsers:
     def add(
         self, name: str, run: Callable[[argparse.Namespace], int], text: str
     ) -> argparse.ArgumentParser:
-        """Add a command; ``run`` returns its exit code."""
+        """Add a command; ``run`` executes it and returns its exit code. ``text``: help."""
         parser = self._add(name, text, parents=[self._common])
         parser.set_defaults(run=run, command_parser=parser)
         return parser
 
     def add_group(self, name: str, text: str) -> CommandParsers:
-        """Add a command that has subcommands, and return their registry."""
+        """Add a command that has subcommands; return the registry of the subcommands."""
         parser = self._add(name, text)
         return CommandParsers(parser.add_subparsers(metavar="WHAT", required=True), self._common)
 
@@ -69,12 +69,12 @@ class Number(Generic[Kind]):
 
     kind: type[Kind]
     rule: str
-    """The rule that a text must satisfy, as error messages state it."""
+    """Rule that a text must satisfy, as error messages state it."""
     low: float = -math.inf
     high: float = math.inf
 
     def __call__(self, text: str) -> Kind:
-        """Convert a text. Raises ``argparse.ArgumentTypeError`` with the rule."""
+        """Convert a text to a number. Raises ``argparse.ArgumentTypeError`` with the rule."""
         with contextlib.suppress(ValueError):
             value = self.kind(text)
             if self.low <= value <= self.high and text.isascii() and "_" not in text:
@@ -85,7 +85,7 @@ class Number(Generic[Kind]):
 MAX_COUNT = 2**31 - 1
 _LEAST = math.ulp(0.0)
 _MAX_S = 1e9
-"""Longest time limit; sockets and events reject slightly larger numbers."""
+"""Longest time limit in seconds; sockets and events reject slightly larger numbers."""
 positive = Number(kind=float, rule="must be a number above 0", low=_LEAST, high=1e300)
 positive_or_inf = Number(kind=float, rule="must be a number above 0, or inf", low=_LEAST)
 not_negative = Number(kind=float, rule="must be a number, 0 or more", low=0, high=1e300)
@@ -105,7 +105,7 @@ count_or_0 = Number(
 def add_wait_option(
     parser: argparse.ArgumentParser, default: float | None, shown: str = "no limit"
 ) -> None:
-    """Add ``--wait``; ``shown`` is the help's text for a default of None or infinity."""
+    """Add ``--wait``; ``shown``: text in the help for a default of None or infinity."""
     text = "Longest wait for the end of the operation; 0 returns immediately"
     if default is None or default == math.inf:
         text += f" (default: {shown})"
@@ -114,11 +114,11 @@ def add_wait_option(
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``, for commands that call the gateway."""
+    """Add the option ``--model``, for commands that call the gateway."""
     parser.add_argument("--model", metavar="NAME", help="Model to use (default: the served one)")
 
 
 def add_address_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--address``, for commands that can use Ray."""
+    """Add the option ``--address``, for commands that can use Ray."""
     text = "Ray cluster to use instead of the admin port; auto: the one on this host"
     parser.add_argument("--address", metavar="ADDRESS", help=text)

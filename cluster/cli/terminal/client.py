@@ -21,13 +21,13 @@ from cluster.launch import state_file
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 10.0
-"""Longest wait for a connection, and for the response to a call that runs no model."""
+"""Longest wait for a connection, and for a response to a call that runs no model, in seconds."""
 _SILENCE_LIMIT_S = 120.0
-"""Longest silence in a stream: a gateway sends a comment every 15 s."""
+"""Longest silence in a stream, in seconds: a gateway sends a comment every 15 s."""
 
 
 def find_url(args: argparse.Namespace) -> str:
-    """URL from ``--url``, ``EXPERTMESH_URL``, the named or only cluster here, or the default."""
+    """Return the gateway's URL: ``--url``, ``EXPERTMESH_URL``, a local cluster or the default."""
     if args.url is not None:
         return validate_url(str(args.url), "--url")
     if given := os.environ.get("EXPERTMESH_URL"):
@@ -37,9 +37,9 @@ def find_url(args: argparse.Namespace) -> str:
 
 
 def find_record(args: argparse.Namespace) -> state_file.ClusterRecord | None:
-    """Record of the named or only cluster of this host; None if none runs and none is named.
+    """Return the record of the named or only cluster of this host; None if there is none.
 
-    Raises ``CommandError``.
+    Raises ``CommandError`` if the named cluster does not run, or several run and none is named.
     """
     alive = {r.name: r for r in state_file.running_records()}
     name = args.name or os.environ.get("EXPERTMESH_NAME")
@@ -59,8 +59,10 @@ class Client:
     def __init__(
         self, args: argparse.Namespace, admin_url: str = "", *, key: str | None = None
     ) -> None:
-        """``admin_url``: admin port to call instead of the gateway of ``args``. ``key``
-        replaces the key of ``args`` and the environment; empty: send no key."""
+        """``admin_url``: admin port to call instead of the gateway of ``args``.
+
+        ``key`` replaces the keys of ``args`` and the environment; empty: send no key.
+        """
         self.url = admin_url or find_url(args)
         self._timeout_s: float | None = args.timeout
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
@@ -75,10 +77,11 @@ class Client:
         """TLS context for https; None for http."""
 
     def get(self, path: str, any_status: bool = False) -> Any:
-        """Return the JSON document at ``path``, with ``any_status`` also that of an error response.
+        """Return the JSON document at ``path``.
 
-        If the gateway shows only a part to the client's key, the client reads it again with the
-        admin key, if there is one.
+        ``any_status``: return the document of an error response instead of raising an error. If the
+        gateway shows only a part of the document to the client's key, the client reads the document
+        again with the admin key, if there is one.
         """
         document, key = self._parse(self._read(path, None, any_status)), self._key
         if isinstance(document, dict) and document.get("is_partial") and self._use_admin_key():
@@ -91,7 +94,7 @@ class Client:
         return document
 
     def get_text(self, path: str) -> str:
-        """The response body at ``path``."""
+        """Return the response body at ``path``."""
         return self._read(path).decode(errors="replace")
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
@@ -99,13 +102,16 @@ class Client:
         return self._parse(self._read(path, body))
 
     def run_model(self, path: str, body: dict[str, Any]) -> Any:
-        """Like ``post``, for calls that run the model: only ``--timeout`` limits their time."""
+        """POST ``body`` for a call that runs the model: only ``--timeout`` limits its time.
+
+        Returns the JSON document of the response.
+        """
         with waiting(f"waiting for {self.url}"), self._open(path, body, silence_s=None) as reply:
             return self._parse(bytes(reply.read()))
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of every request, with the key."""
+        """HTTP headers of every request, with the API key."""
         key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         return {"Content-Type": "application/json", **key}
 
@@ -137,9 +143,10 @@ class Client:
         any_status: bool = False,
         silence_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> Iterator[Any]:
-        """Yield the open response; GET without a body. Converts errors to ``CommandError``.
+        """Send a request (GET without a body) and yield the open response.
 
-        ``silence_s``: longest wait for the next bytes without ``--timeout``; None: no limit.
+        Converts errors to ``CommandError``. ``silence_s``: longest wait for the next bytes without
+        ``--timeout``; None: no limit.
         """
         data = None if body is None else json.dumps(body).encode()
         limit_s = self._timeout_s or silence_s
@@ -162,7 +169,7 @@ class Client:
         return CommandError(err.code, f"{err} ({hint})")
 
     def _reply(self, path: str, data: bytes | None, limit_s: float | None) -> Any:
-        """Send a request. A read whose key is rejected is retried with the admin key."""
+        """Send a request; a GET whose key is rejected is retried with the admin key."""
         try:
             return self._send(path, data, limit_s)
         except urllib.error.HTTPError as err:
@@ -177,7 +184,7 @@ class Client:
         return opener.open(request, timeout=self._timeout_s or DEFAULT_TIMEOUT_S)
 
     def _use_admin_key(self) -> bool:
-        """Use the admin key for further requests; return False if there is none or it is in use."""
+        """Use the admin key for further requests; return whether this changes the key."""
         has_changed = self._admin_key not in ("", self._key)
         self._key = self._admin_key or self._key
         return has_changed
@@ -221,7 +228,7 @@ class _Http(urllib.request.HTTPHandler):
 
 
 class _Https(urllib.request.HTTPSHandler):
-    """Like ``_Http``, over TLS."""
+    """Opens HTTPS connections with one time limit for connecting and another for reading."""
 
     def __init__(self, read_limit_s: float | None, tls: ssl.SSLContext | None) -> None:
         super().__init__(context=tls)
@@ -238,7 +245,7 @@ class _Https(urllib.request.HTTPSHandler):
 def _with_read_limit(
     connection: http.client.HTTPConnection, limit_s: float | None
 ) -> http.client.HTTPConnection:
-    """Make a connection change its time limit to ``limit_s`` after it is opened."""
+    """Make a connection change its time limit to ``limit_s`` once the connection is open."""
     connect = connection.connect
 
     def connect_then_limit() -> None:
@@ -250,14 +257,17 @@ def _with_read_limit(
 
 
 def require_full_status(status: Mapping[str, Any], what: str) -> None:
-    """Raise ``CommandError`` if the status is partial because the key is not an admin key."""
+    """Raise ``CommandError`` if the status is partial because the key is not an admin key.
+
+    ``what``: the missing part, for the message.
+    """
     if status.get("is_partial"):
         message = f"the server shows {what} to admin keys only: give --admin-key"
         raise CommandError(ExitCode.UNAUTHORISED, message)
 
 
 def validate_url(url: str, origin: str) -> str:
-    """Validate and return a URL; errors name its ``origin``. Raises ``CommandError`` (usage)."""
+    """Validate and return a URL. Errors (``CommandError``, usage) name the URL's ``origin``."""
     try:
         parts = urlsplit(url)
         is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -270,7 +280,7 @@ def validate_url(url: str, origin: str) -> str:
 
 
 def _check_keys(*keys: str) -> None:
-    """Raise ``CommandError`` (usage) for a key that no header can hold, without showing it."""
+    """Raise ``CommandError`` (usage) for a key that no HTTP header can hold; it is not shown."""
     if not all(key.isprintable() and key.isascii() for key in keys):
         message = "--api-key and --admin-key must have printable ASCII characters only"
         raise CommandError(ExitCode.USAGE, message)

@@ -13,15 +13,15 @@ class ExitCode(IntEnum):
     USAGE = 2
     UNREACHABLE = 3
     NOT_READY = 4
-    """Not ready, or timed out."""
+    """The server or cluster is not ready, or a time limit has passed."""
     REFUSED = 5
-    """A precondition does not hold; nothing was changed."""
+    """A precondition of the command does not hold; nothing was changed."""
     UNAUTHORISED = 6
     INTERRUPTED = 130
 
 
 class CommandError(Exception):
-    """Ends the command with one line on stderr and this exit code."""
+    """Error that ends the command with one line on stderr and the exit code ``code``."""
 
     def __init__(self, code: ExitCode, message: str) -> None:
         super().__init__(code, message)

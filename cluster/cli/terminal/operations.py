@@ -18,9 +18,10 @@ POLL_S = 0.1
 def follow_operation(
     args: argparse.Namespace, admin: AdminClient, operation: dict[str, Any], wait_s: float
 ) -> int:
-    """Show the phases of an operation until it ends, or its state if ``wait_s`` is 0.
+    """Show the phases of an operation until it ends; return the exit code.
 
-    Raises ``CommandError`` if it has not ended after ``wait_s``.
+    ``wait_s``: time limit in seconds; 0 shows only the state. Raises ``CommandError`` if the
+    operation has not ended after ``wait_s``.
     """
     give_up = time.monotonic() + wait_s
     phase = ""
@@ -48,7 +49,7 @@ def show_operation(args: argparse.Namespace, operation: dict[str, Any]) -> int:
 
 
 def _text(operation: Mapping[str, Any]) -> str:
-    """``drain-1.1 SUCCEEDED: attention-1 is drained (3 requests moved, 0.4 s)``."""
+    """Format ``drain-1.1 SUCCEEDED: attention-1 is drained (3 requests moved, 0.4 s)``."""
     words = operation["message"] or f"{operation['target']}: {operation['phase']}"
     text = f"{operation['id']} {operation['state']}: {words}"
     if operation["state"] != "SUCCEEDED":

@@ -42,21 +42,22 @@ def discard_stdout() -> None:
 
 
 def write_line(text: str) -> None:
-    """Write one line of the result."""
+    """Write one line of the command's result to stdout."""
     write_result(f"{text}\n")
 
 
 def write_json(document: Any) -> None:
-    """Write the result as one JSON document."""
+    """Write the command's result to stdout as one JSON document."""
     write_line(json.dumps(document, indent=1))
 
 
 def show(
     args: argparse.Namespace, document: Any, text: str | Callable[[], str], heading: str = ""
 ) -> ExitCode:
-    """Print the result: with ``--json`` the document, else ``heading`` on stderr and the text.
+    """Print the command's result: with ``--json`` the document, else the text.
 
-    ``text`` is a function if it is expensive to make. Returns ``OK``.
+    ``heading``: line on stderr before the text. ``text`` is a function if it is expensive to make.
+    Returns ``OK``.
     """
     if args.json:
         write_json(document)
@@ -68,7 +69,7 @@ def show(
 
 
 def save(path: Path, text: str, what: str = "") -> None:
-    """Write a file and report it; ``what`` describes its content.
+    """Write a file and report that on stderr; ``what`` describes the content.
 
     Raises ``CommandError``; an existing file then keeps its old content.
     """
@@ -92,7 +93,7 @@ def write_message(stream: TextIO, text: str) -> None:
 
 
 def has_colours(allowed: bool) -> bool:
-    """Whether stdout is a terminal, ``NO_COLOR`` is unset, and ``--no-color`` was not given."""
+    """Return whether stdout is a terminal, ``NO_COLOR`` is unset, and colours are ``allowed``."""
     return allowed and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
 
 

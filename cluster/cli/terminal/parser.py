@@ -1,4 +1,4 @@
-"""Argument parser of all commands. Its errors are short and suggest the intended word."""
+"""Argument parser of all commands, with short errors that suggest the intended word."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NoReturn
 
 _INVALID_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)", re.DOTALL)
 _MAX_CHOICES = 12
-"""Longer lists of choices are left out of errors."""
+"""Maximum number of choices that an error lists; longer lists are left out."""
 RULES: dict[Any, str] = {int: "must be a whole number", float: "must be a number"}
-"""Rule of a text in error messages, by its conversion function."""
+"""Rule for an option's text in error messages, by the function that converts the text."""
 
 
 class Parser(argparse.ArgumentParser):
-    """On an error, prints a usage line and the error, which suggests a word; exits with code 2."""
+    """Argument parser whose errors show a usage line and suggest a word, with exit code 2."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Like the base class, except that errors about unknown options name their command."""
+        """Parse arguments as argparse does; errors about unknown options name the command."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             command: Parser = getattr(found, "command_parser", self)
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Like the base class, with the value and the violated rule in errors."""
+        """Convert an argument as argparse does; errors contain the value and the violated rule."""
         convert = self._registry_get("type", action.type, action.type)
         try:
             return convert(arg_string)
@@ -60,7 +60,7 @@ def _shown(action: argparse.Action) -> str:
 
 
 _FIELDS = {"load_profile": "profile", "tokens": "ids"}
-"""Options of commands whose name differs from the field they set."""
+"""Name of the option that sets a field, by field, if the names differ."""
 
 
 def with_flags(message: str, args: argparse.Namespace) -> str:
@@ -79,6 +79,6 @@ def with_flags(message: str, args: argparse.Namespace) -> str:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """``": did you mean --port?"``, or empty if no known word is close."""
+    """Return ``": did you mean --port?"``, or an empty text if no known word is close."""
     found: Sequence[str] = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
     return f": did you mean {found[0]}?" if found else ""

@@ -24,7 +24,7 @@ _STAGES = {
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Shows the progress of one stage at a time. The end of the ``with`` block clears it."""
+    """Shows the progress of one stage at a time. The end of the ``with`` block clears the line."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Progress(AbstractContextManager["Progress"]):
             write_message(self._stream, f"expertmesh: {self._text}, {now - self._began:.0f} s\n")
 
     def clear(self) -> None:
-        """Clear the line."""
+        """Clear the progress line on a terminal."""
         if self._bar and self._width:
             self._draw("")
             write_message(self._stream, "\r")

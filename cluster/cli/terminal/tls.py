@@ -12,9 +12,10 @@ _NAMES = ("ca_cert", "client_cert", "client_key")
 
 
 def tls_files(args: argparse.Namespace) -> dict[str, str | None]:
-    """Paths from ``--ca-cert``, ``--client-cert`` and ``--client-key``, or their variables.
+    """Return the paths of ``--ca-cert``, ``--client-cert`` and ``--client-key`` by name.
 
-    Raises ``CommandError`` (usage) for a file that cannot be read, or a key without a certificate.
+    Environment variables are the defaults; None: not given. Raises ``CommandError`` (usage) for a
+    file that cannot be read, or a key without a certificate.
     """
     found = {name: getattr(args, name) or os.environ.get(_variable(name)) for name in _NAMES}
     for name, path in found.items():
@@ -32,7 +33,7 @@ def tls_files(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def tls_context(args: argparse.Namespace) -> ssl.SSLContext:
-    """TLS context for https. Raises ``CommandError`` (usage)."""
+    """Make the TLS context for https from the TLS options. Raises ``CommandError`` (usage)."""
     given, used = tls_files(args), "ca_cert"
     try:
         context = ssl.create_default_context(cafile=given["ca_cert"])
@@ -50,5 +51,5 @@ def _variable(name: str) -> str:
 
 
 def _origin(args: argparse.Namespace, name: str) -> str:
-    """The flag or variable that named the file."""
+    """Return the flag or variable that named the file."""
     return f"--{name.replace('_', '-')}" if getattr(args, name) else _variable(name)
