@@ -105,8 +105,8 @@ class EnginePool:
     def update(self, endpoints: Sequence[AttentionEndpoint], living: Collection[str] = ()) -> None:
         """Open streams to new workers, and end the streams of workers not in ``endpoints``.
 
-        Workers whose names are in ``living`` count as alive although their streams end. Requests of
-        workers that are being drained move to other workers.
+        Workers in ``living`` count as alive although their streams end. Requests of workers that
+        are being drained move to other workers.
         """
         workers = self.workers
         before, known = workers.leaving, workers.lacking
@@ -165,7 +165,7 @@ class EnginePool:
         await asyncio.gather(*connectors, return_exceptions=True)
 
     async def _keep_connected(self, endpoint: AttentionEndpoint) -> None:
-        """Keep a stream to a worker open until cancelled: reconnect after each of its ends."""
+        """Keep a stream to a worker open until cancelled: reconnect whenever it ends."""
         clients = self.workers.clients
         while True:
             client = clients[endpoint.name] = EngineClient(self._connect(endpoint), self._events)

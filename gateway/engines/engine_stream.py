@@ -150,7 +150,8 @@ class EngineStream:
     def take_challenge(self, challenge: bytes) -> None:
         """Queue the proof that this gateway knows the cluster token, as the reply to a worker.
 
-        ``challenge`` is the worker's first message. Raises ``HandshakeError`` if it is invalid.
+        ``challenge`` is the worker's first message. Raises ``HandshakeError`` if it is invalid or
+        of another release.
         """
         self._proof.put_nowait(self._handshake.prove(challenge))
 

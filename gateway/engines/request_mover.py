@@ -120,7 +120,8 @@ class RequestMover:
     def on_kv_pressure(self, entry: Submission, source: EngineClient) -> None:
         """Move a request away from ``source``, which runs out of KV blocks.
 
-        No effect if another request of ``source`` moves or no other worker has enough free blocks.
+        No effect if the request cannot move, if ``source`` is drained or already moves a request,
+        or if no other worker has enough free blocks.
         """
         if not _can_move(entry) or source in self._waiting or self._num_moving(source):
             return
@@ -130,7 +131,7 @@ class RequestMover:
     def end(self, worker: str) -> None:
         """End all moves from a worker that is no longer drained or was lost.
 
-        Moves to this worker begin again with another target if their source is drained.
+        Moves to this worker are cancelled, and begin again if their source is drained.
         """
         for source in [s for s in self._waiting if s.worker == worker]:
             del self._waiting[source]
@@ -169,7 +170,7 @@ class RequestMover:
             self._pause(move)
 
     def note_token(self, entry: Submission) -> None:
-        """Schedule a check whether the request's new token completes the block of its move."""
+        """Schedule a check of whether the new token of a moving request completes its block."""
         move = self._moves.get(entry.request.request_id)
         if move is not None and move.stage is _Stage.FULL_BLOCK:
             asyncio.get_running_loop().call_soon(self._look_for_block, move)
@@ -244,7 +245,7 @@ class RequestMover:
             move.source.stream.send(Pause(request_id=name, is_cancelled=True))
 
     def _restart(self, move: _Move) -> None:
-        """Cancel a move whose target was lost; begin another move if the source is drained."""
+        """Cancel a move; begin another move of its request if the source is drained."""
         self._cancel(move)
         waiting = self._waiting.get(move.source)
         if waiting is not None:
@@ -269,7 +270,7 @@ class RequestMover:
         self._start_next(move.source)
 
     def _must_leave(self, move: _Move) -> bool:
-        """Whether the source is drained. If not, a request whose move fails stays at the source."""
+        """Whether the source is drained. If not, the request stays there when its move fails."""
         return move.source in self._waiting
 
     def _is_over(self, move: _Move) -> bool:

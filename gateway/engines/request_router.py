@@ -73,7 +73,7 @@ class RequestRouter:
         return max(others, key=lambda client: client.load.free_tokens, default=None)
 
     def num_missing(self, entry: Submission, ready: Sequence[EngineClient]) -> int:
-        """Number of tokens of a request that the worker with its longest cached prefix lacks.
+        """Number of tokens of a request after the longest prefix that any worker has cached.
 
         Without the ``kv`` policy, all tokens. Sets the block hashes of the request.
         """

@@ -45,7 +45,7 @@ class WorkerLoad:
     outstanding_tokens: int = 0
     """Number of tokens (prompt and output) that requests at the worker may still need."""
     queued_tokens: float = 0
-    """Number of prompt tokens of this gateway's requests that the worker has not computed yet."""
+    """Number of tokens that the worker must compute before this gateway's new requests decode."""
     num_decoding: int = 0
     """Number of this gateway's sequences that decode at the worker."""
     fetch_cost: float = math.inf

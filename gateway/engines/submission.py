@@ -21,7 +21,7 @@ from workers.requests.request import MAX_DEATHS, FinishReason, Request, TokenOut
 _HANDED_BACK = frozenset({"not_ready", "draining"})
 """Error codes with which a worker hands back a request that another worker can serve."""
 MAX_RETURNS_WITHOUT_ADAPTER = 3
-"""Number of times that workers without a request's adapter may hand it back before it fails."""
+"""Number of times that a request may be handed back before a missing adapter fails it."""
 MAX_UNACKNOWLEDGED_DEATHS = 2
 """Number of workers that died before they acknowledged a request, after which the gateway sends
 only one request with this many deaths at a time."""
@@ -156,7 +156,7 @@ class Submission:
         return self.last_worker if self.stream is None else self.stream.worker
 
     def abort(self, choices: Sequence[int] = ()) -> None:
-        """Abort the request or, if not empty, only ``choices``. Does not wait for the worker."""
+        """Abort the request, or only ``choices`` if not empty, without waiting for the worker."""
         if self.stream is not None:
             self.stream.abort(self.request.request_id, choices)
         else:
