@@ -1,6 +1,6 @@
 """Admission: limits on requests, tokens and waiting times, and retry times of refused requests.
 
-Has no state except its counters; callers pass the time.
+``Admission`` has no state except its counters; callers pass the time.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from gateway.calls.tenant_queues import CallDemand, TenantQueue, tokens_ahead
 from gateway.core.errors import clamp_retry_s
 
 _UNKNOWN_RATE_RETRY_S = 5.0
-"""Retry time in seconds until the first request has finished."""
+"""Retry time, in seconds, of refused requests before the first request has finished."""
 _BURST_S = 1.0
-"""Seconds for which a new queue admits requests regardless of their wait. Requests that arrive
-together thus wait instead of being refused."""
+"""Seconds for which a new queue admits requests regardless of their expected wait, so that requests
+that arrive together wait instead of being refused."""
 _OVERLOAD_SHARE = 1 / 3
-"""Fraction of ``max_wait_s`` that is the limit once a queue has existed for longer than that time.
-Such a queue is not a burst but overload: a long queue then serves no more requests than a short
-one and delays all of them. After Nichols and Jacobson, Controlling Queue Delay (ACM Queue, 2012),
-and Maurer, Fail at Scale (ACM Queue, 2015)."""
+"""Fraction of ``max_wait_s`` that limits the expected wait once a queue is older than
+``max_wait_s``. Such a queue is not a burst but overload: a long queue then serves no more requests
+than a short queue and delays all of them. After Nichols and Jacobson, Controlling Queue Delay (ACM
+Queue, 2012), and Maurer, Fail at Scale (ACM Queue, 2015)."""
 
 
 @dataclass(slots=True)
 class Ticket:
-    """Entry of an admitted call in the queue. ``release`` is idempotent."""
+    """Entry of an admitted call in the queue of the gateway; ``release`` removes it, once."""
 
     admission: Admission
     demand: CallDemand
@@ -34,12 +34,14 @@ class Ticket:
     is_held: bool = True
 
     def retry_after_s(self) -> float:
-        """Estimated seconds until another call of this size can be admitted."""
+        """Return the estimated seconds until another call of the same size can be admitted."""
         return self.admission.retry_after_s(self.demand.num_requests)
 
     def release(self, now_s: float, was_served: bool = True) -> None:
-        """Release the entry. Calls that did not use the engines (``was_served`` is False) do not
-        count for the service rate."""
+        """Remove the call from the queue; later calls of ``release`` have no effect.
+
+        ``was_served``: whether the call used the engines, so that it counts for the service rate.
+        """
         if self.is_held:
             self.is_held = False
             self.admission._release(self, now_s, was_served)
@@ -47,25 +49,26 @@ class Ticket:
 
 @dataclass(eq=False)
 class Admission:
-    """Counts the admitted requests of a replica, and refuses calls above its limits."""
+    """Counts the admitted requests of a gateway replica, and refuses calls above the limits."""
 
     max_requests: int
     """Maximum number of admitted engine requests (one per prompt)."""
     max_tokens: int
-    """Maximum number of prompt and output tokens that all admitted requests may need."""
+    """Maximum number of tokens (prompt and output) that all admitted requests may need together."""
     capacity: int = 0
-    """Number of choices that the engines run at a time; further choices wait. The service rate is
-    measured only while choices wait or the queue is full; otherwise it equals the arrival rate."""
+    """Number of choices (sequences) that the engines run at a time; further choices wait. The
+    service rate is measured only while choices wait or the queue is full; otherwise requests
+    finish at the rate at which they arrive."""
     max_wait_s: float = float("inf")
-    """Expected wait in seconds above which requests are refused; a third of it once a queue has
-    existed for longer than this value. Requests with a priority above 0 are not limited."""
+    """Expected wait, in seconds, above which requests are refused. Once a queue is older than this
+    value, a third of it is the limit. Requests with a priority above 0 are not limited."""
     max_prompt_bytes: int = 256 * 1024 * 1024
     """Maximum number of bytes of all admitted prompt embeddings."""
     num_requests: int = field(default=0, init=False)
     num_seats: int = field(default=0, init=False)
-    """Choices that run at the engines or wait for them."""
+    """Number of choices (sequences) that run at the engines or wait for the engines."""
     num_tokens: int = field(default=0, init=False)
-    """Tokens that the admitted requests may need."""
+    """Number of tokens (prompt and output) that the admitted requests may need."""
     num_bytes: int = field(default=0, init=False)
     """Bytes of prompt embeddings of the admitted requests."""
 
@@ -75,13 +78,13 @@ class Admission:
 
     @property
     def num_waiting(self) -> int:
-        """Number of choices above ``capacity``."""
+        """Number of choices (sequences) that wait, because the engines run ``capacity`` of them."""
         return max(0, self.num_seats - self.capacity)
 
     def admit(self, demand: CallDemand, now_s: float) -> Ticket:
-        """Admit one call. Raises ``QueueFullError`` with a retry time.
+        """Admit one call; return its entry in the queue. Raises ``QueueFullError`` with retry time.
 
-        A full queue still admits a tenant that uses at most half of an equal share.
+        A full queue still admits a call of a tenant that then uses at most half of an equal share.
         """
         self.check(demand, now_s)
         queue = self._queues.setdefault(demand.tenant, TenantQueue())
@@ -90,8 +93,10 @@ class Admission:
         return Ticket(self, demand, now_s)
 
     def check(self, demand: CallDemand, now_s: float) -> None:
-        """Raise ``QueueFullError`` if ``admit`` would. Before tokenization, pass the minimal
-        demand."""
+        """Raise ``QueueFullError`` if ``admit`` would refuse a call with this demand.
+
+        Before tokenization, callers pass the smallest possible demand.
+        """
         has_share = self._has_share(demand)
         over = self.num_requests + demand.num_requests - self.max_requests
         if over > 0 and not has_share:
@@ -133,8 +138,10 @@ class Admission:
         )
 
     def _has_share(self, demand: CallDemand) -> bool:
-        """Whether a full queue admits this call: with it, the tenant uses at most half of an equal
-        share, and the queue exceeds its limits by at most half.
+        """Return whether even a full queue admits a call.
+
+        With the call, its tenant must use at most half of an equal share, and the queue must exceed
+        its limits by at most half. Another tenant must have requests in the queue.
         """
         own = self._queues.get(demand.tenant, TenantQueue()).total
         num_others = len(self._queues) - (demand.tenant in self._queues)
@@ -150,21 +157,21 @@ class Admission:
         )
 
     def retry_after_s(self, num_requests: int) -> float:
-        """Estimated seconds until ``num_requests`` requests have finished."""
+        """Return the estimated seconds until ``num_requests`` of the requests have finished."""
         rate = self._rate.requests_per_s or self._usual_rate()
         return clamp_retry_s(num_requests / rate if rate else _UNKNOWN_RATE_RETRY_S)
 
     def _tokens_retry_s(self, num_tokens: int) -> float:
-        """Estimated seconds until requests that need ``num_tokens`` tokens have finished."""
+        """Return the estimated seconds until requests with ``num_tokens`` tokens have finished."""
         rate = self._rate.tokens_per_s
         return clamp_retry_s(num_tokens / rate) if rate else self.retry_after_s(1)
 
     def queue_time_s(self, demand: CallDemand) -> float:
-        """Estimated seconds until a new request would run; 0 while it is unknown.
+        """Return the estimated seconds until a new request would run; 0 if unknown.
 
-        The estimate is the number of waiting tokens divided by the measured token rate. Before
-        the rate is known, it is extrapolated from times with fewer concurrent requests, which
-        overestimates it.
+        The estimate is the number of tokens waiting before the request, divided by the measured
+        token rate. Before this rate is known, it is extrapolated from times with fewer concurrent
+        requests, which overestimates the rate.
         """
         if not self.num_waiting:
             return 0.0
@@ -176,7 +183,10 @@ class Admission:
         return tokens_ahead(self._queues, self.capacity, demand.tenant, demand.priority) / rate
 
     def _usual_rate(self) -> float | None:
-        """Requests that end per second if they take as long as earlier ones; None without any."""
+        """Return how many requests would end per second if each took as long as earlier requests.
+
+        None if no request has ended yet.
+        """
         held_s = self._rate.mean_held_s
         return self.num_requests / held_s if held_s else None
 

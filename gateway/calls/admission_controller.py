@@ -1,4 +1,4 @@
-"""Admits calls to a replica, by the current capacity of the engines."""
+"""Admits calls to a gateway replica, by the current capacity of the engines."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gateway.observability.metrics import GatewayMetrics
 
 
 class AdmissionController:
-    """Admits calls within the limits of the queue; refuses and counts the others.
+    """Admits calls within the limits of the queue; refuses and counts all other calls.
 
     Args:
         limits: configuration with the limits of the queue.
         max_num_seqs: number of sequences that each engine runs at a time.
-        engines: the engines.
+        engines: streams to the engines.
         metrics: metrics of the replica.
     """
 
@@ -35,15 +35,15 @@ class AdmissionController:
         self._engines = engines
         self._metrics = metrics
         self.admission: Admission | None = None
-        """None before the first call."""
+        """Counts of the admitted requests; None before the first call."""
 
     @property
     def num_requests(self) -> int:
-        """Number of admitted requests."""
+        """Number of admitted engine requests (one per prompt) that have not ended."""
         return self.admission.num_requests if self.admission else 0
 
     def admit(self, demand: CallDemand, max_model_len: int, deadline_s: float) -> Ticket:
-        """Admit a call. Raises the errors of ``require_capacity``."""
+        """Admit a call; return its queue entry. Raises the errors of ``require_capacity``."""
         return self.require_capacity(demand, max_model_len, deadline_s).admit(
             demand, time.monotonic()
         )
@@ -52,6 +52,8 @@ class AdmissionController:
         self, demand: CallDemand, max_model_len: int, deadline_s: float
     ) -> Admission:
         """Check that a call can be admitted now and would run before ``deadline_s`` (monotonic).
+
+        Returns the counts of the admitted requests, to which the call can be added.
 
         Raises:
             QueueFullError: a limit of the queue is exceeded.
@@ -71,7 +73,7 @@ class AdmissionController:
         return admission
 
     def _with_current_capacity(self, max_model_len: int) -> Admission:
-        """Return the admission, updated with the current number of workers and their KV blocks."""
+        """Return the counts of admitted requests, with the current capacity of the engines."""
         limits = self._limits
         if self.admission is None:
             self.admission = Admission(

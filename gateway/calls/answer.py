@@ -19,11 +19,15 @@ from gateway.text.tool_formats.tool_calls import ParsedPiece
 from workers.requests.request import FinishReason, TokenLogprob
 
 MIN_LOGPROB = -9999.0
-"""Log-probability that replaces minus infinity, which JSON cannot represent."""
+"""Log-probability in responses that stands for minus infinity, which JSON cannot represent."""
 
 
 async def collect(running: RunningCall) -> list[ChoiceDelta]:
-    """Run a call to its end; return its choices by index. Raises the errors of ``running.next``."""
+    """Run a call to its end and return its choices by index, each as one piece.
+
+    Of a ranked call (``best_of``, beam search) only the best choices are returned. Raises the
+    errors of ``RunningCall.next``.
+    """
     pieces: dict[int, list[ChoiceDelta]] = {}
     while deltas := await running.next():
         for delta in deltas:
@@ -34,7 +38,7 @@ async def collect(running: RunningCall) -> list[ChoiceDelta]:
 
 
 def _join(pieces: Sequence[ChoiceDelta]) -> ChoiceDelta:
-    """Join the pieces of one choice."""
+    """Join the streamed pieces of one choice into one piece."""
     return replace(
         pieces[0],
         text="".join(piece.text for piece in pieces),
@@ -49,8 +53,10 @@ def _is_at_eos(finish: Finish | None) -> bool:
 
 
 def _keep_best(choices: Sequence[ChoiceDelta], call: GenerateCall) -> list[ChoiceDelta]:
-    """Return the best choices of each prompt, best first. The order is by mean log-probability,
-    or by the score of a beam search."""
+    """Return the best choices of each prompt, best first, with new indices.
+
+    Choices are ranked by the score of the beam search, or else by mean log-probability of tokens.
+    """
     kept: list[ChoiceDelta] = []
     for _, drawn in groupby(choices, key=lambda choice: choice.prompt_index):
         by_score = sorted(drawn, key=_score, reverse=True)
@@ -66,11 +72,11 @@ def _score(choice: ChoiceDelta) -> float:
 
 
 class TextFormat:
-    """Parses a call's text and formats tokens, for all protocols.
+    """Base of response formats: parses a call's text and formats its tokens.
 
     Args:
-        call: the call.
-        tokenizer: decodes tokens; None formats token ids.
+        call: the call whose output is formatted.
+        tokenizer: decodes tokens; if None, tokens are shown as token ids.
     """
 
     def __init__(self, call: GenerateCall, tokenizer: Tokenizer | None) -> None:
@@ -79,7 +85,7 @@ class TextFormat:
         self._parsers: dict[int, AnswerParser | HarmonyParser | None] = {}
 
     def _parse(self, delta: ChoiceDelta) -> tuple[ParsedPiece, bool]:
-        """Parse a piece of a choice; return the result and whether the choice has tool calls."""
+        """Parse the next piece of a choice; return it and whether the choice has tool calls yet."""
         if delta.index not in self._parsers:
             self._parsers[delta.index] = self._make_parser()
         parser = self._parsers[delta.index]
@@ -93,7 +99,7 @@ class TextFormat:
         return parsed, parser.has_calls
 
     def _make_parser(self) -> AnswerParser | HarmonyParser | None:
-        """Parser of the text of one choice; None if the whole text is content."""
+        """Return the parser for the text of one choice; None if the whole text is content."""
         call = self.call
         form, tools = call.tool_format, call.tools
         if form is ToolCallFormat.HARMONY:
@@ -106,22 +112,25 @@ class TextFormat:
         return AnswerParser(form, tools, call.thinking, used)
 
     def _text(self, token_id: int) -> str:
-        """Readable text of a token."""
+        """Return the readable text of a token; ``token_id:123`` without a tokenizer."""
         known = self._tokenizer
         return f"token_id:{token_id}" if known is None else known.token_text(token_id)
 
     def _name(self, token_id: int) -> str:
-        """Name of a token in log-probabilities."""
+        """Return the name of a token in log-probabilities: its text, or ``token_id:123``."""
         by_number = self.call.return_tokens_as_token_ids
         return f"token_id:{token_id}" if by_number else self._text(token_id)
 
     def _bytes(self, token_id: int) -> bytes:
-        """Exact bytes of a token; empty without a tokenizer."""
+        """Return the exact bytes of a token; empty without a tokenizer."""
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
 
 def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
-    """(Id, logprob) of the ``wanted`` most probable tokens, and of the sampled one if absent."""
+    """Return (id, log-probability) of the ``wanted`` most probable tokens at a position.
+
+    The sampled token is added at the end if it is not among them.
+    """
     top = list(zip(entry.top_ids[:wanted], entry.top_logprobs[:wanted], strict=True))
     if all(token_id != entry.token_id for token_id, _ in top):
         top.append((entry.token_id, entry.logprob))
@@ -129,5 +138,5 @@ def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
 
 
 def clamp_logprob(value: float) -> float:
-    """Clamp a log-probability to values that JSON can represent."""
+    """Clamp a log-probability to ``MIN_LOGPROB`` (also for NaN) to 0, which JSON can represent."""
     return MIN_LOGPROB if math.isnan(value) else min(max(value, MIN_LOGPROB), 0.0)

@@ -1,4 +1,4 @@
-"""Metrics of a running call."""
+"""Metrics of a running call: counts and latencies of its tokens, choices and prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from workers.requests.request import FinishReason, TokenOutput
 class CallMetrics:
     """Counts a call in the metrics of its replica, by engine.
 
-    A call counts for the engine of its first prompt; a choice counts for the engine of its prompt.
+    A call counts for the engine (attention worker) of its first prompt; a choice counts for the
+    engine of its prompt.
 
     Args:
         metrics: metrics of the replica.
@@ -27,7 +28,7 @@ class CallMetrics:
         self._has_token = False
 
     def count_submitted(self, prompts: Collection[Prompt]) -> None:
-        """Count a call whose requests were all sent to the engines."""
+        """Count the call, whose requests were all sent to the engines, and its prompts."""
         self._is_submitted = True
         first = next(iter(prompts))
         self._engine(first).observe("request_params_n", first.request.n)
@@ -46,7 +47,7 @@ class CallMetrics:
         engine.observe("request_prefill_kv_computed_tokens", num_computed)
 
     def observe_arrival(self, choice: Choice, output: TokenOutput, now_s: float) -> None:
-        """Record the latency of tokens that arrived at ``now_s``."""
+        """Record the latency of a choice's tokens in ``output``, which arrived at ``now_s``."""
         count = len(output.token_ids)
         if not count:
             return
@@ -79,7 +80,7 @@ class CallMetrics:
             engine.observe("request_time_per_output_token_seconds", mean_s)
 
     def count_last_end(self, prompts: Collection[Prompt]) -> None:
-        """Count a call whose choices have all finished."""
+        """Count the call when all its choices have finished."""
         engine = self._engine(next(iter(prompts)))
         engine.observe("e2e_request_latency_seconds", time.monotonic() - self._started_s)
         longest = max(choice.text.num_tokens for prompt in prompts for choice in prompt.choices)
@@ -92,11 +93,11 @@ class CallMetrics:
                 self._engine(choice.prompt).add_success(reason.value)
 
     def count_rejection(self, limit: str) -> None:
-        """Count a request that an engine with a full queue has refused."""
+        """Count a request that an engine with a full queue refused; ``limit`` is its label."""
         self._metrics.admission_rejections.labels(limit).inc()
 
     def observe_lag(self, arrival_s: float) -> None:
-        """Record the time from the arrival of outputs to their write to the client."""
+        """Record the time from ``arrival_s``, when outputs arrived, to their write to clients."""
         self._metrics.stream_lag.observe(time.monotonic() - arrival_s)
 
     def _engine(self, prompt: Prompt) -> EngineMetrics:

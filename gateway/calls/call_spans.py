@@ -16,12 +16,12 @@ from gateway.cluster.events import ClusterEvents, Event
 
 Attributes = dict[str, AttributeValue]
 MAX_PROMPTS = 16
-"""Maximum number of prompts of a request with spans; later prompts have none."""
+"""Maximum number of prompts of a request for which spans are made."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallSpans:
-    """Makes the child spans of a request from the times of its running call."""
+    """Makes the child spans of a finished request from the times of its running call."""
 
     export: TraceExport
     """Exporter of the spans."""
@@ -31,7 +31,7 @@ class CallSpans:
     """Unix time in nanoseconds at which ``time.monotonic`` is 0."""
 
     def record(self, trace: RequestTrace, running: RunningCall) -> None:
-        """Record the spans of each prompt in chronological order."""
+        """Record the child spans of a request: tokenization, each prompt, detokenization."""
         admitted_s, heard_s = running.admitted_s, running.queue.oldest_s
         closed_s = running.closed_s or trace.ended_s
         request: Attributes = {names.REQUEST_ID: trace.request_id}
@@ -109,10 +109,11 @@ class CallSpans:
 
 
 def _chunks(choice: Choice, admitted_s: float) -> list[tuple[float, float]]:
-    """Return the begin and end of each prefill chunk of a prompt, by the clock of this process.
+    """Return begin and end of each prefill chunk of a prompt, in monotonic seconds of the gateway.
 
-    The engine's times are by another clock. They are shifted so that the first token was sampled
-    when it arrived here; without a token, so that the prompt was received at ``admitted_s``.
+    The engine's times are from another clock. They are shifted so that the first token was sampled
+    when it arrived at the gateway; without a token, so that the engine received the prompt at
+    ``admitted_s``.
     """
     timings, received_s = choice.first_timings or choice.last_timings, admitted_s
     if timings is None:

@@ -20,17 +20,17 @@ from gateway.text.tokenizer import Tokenizer, require_tokenizer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedChat:
-    """The prompt of a conversation, and the expected format of the model's output."""
+    """The rendered prompt of a conversation, and the expected format of the model's output."""
 
     text: str
     form: ToolCallFormat
     """Format of tool calls in the output."""
     has_thinking: bool
-    """Whether the output may contain delimited reasoning."""
+    """Whether the output may contain reasoning between delimiters, such as ``<think>``."""
 
 
 class ChatRenderer:
-    """Renders conversations with the template and variables of each request.
+    """Renders conversations to prompts, with the chat template and variables of each request.
 
     Args:
         tokenizer: the tokenizer with the model's template; None if the checkpoint has none.
@@ -43,7 +43,7 @@ class ChatRenderer:
         self._client_templates = ClientTemplateRenderer()
 
     async def render(self, chat: ChatInput) -> RenderedChat:
-        """Render a conversation. Raises ``RequestError`` without a chat template."""
+        """Render a conversation to a prompt. Raises ``RequestError`` without a chat template."""
         check_chat(chat)
         opens_turn = chat.add_generation_prompt
         options: dict[str, Any] = {
@@ -86,7 +86,10 @@ class ChatRenderer:
 
 
 def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
-    """Variables of the template, including ``reasoning_effort``."""
+    """Return the variables for a conversation's template, with ``reasoning_effort`` if it is set.
+
+    A value in the client's ``template_kwargs`` has precedence.
+    """
     given = chat.template_kwargs
     if effort is None or given.get("reasoning_effort") is not None:
         return given
@@ -96,7 +99,7 @@ def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
 def _check_tools(
     chat: ChatInput, template: ChatTemplate | HarmonyTemplate | RenderedTemplate
 ) -> ToolCallFormat:
-    """Return the format of the model's tool calls; a default if the conversation has no tools.
+    """Return the format of tool calls in the model's output; a default without known format.
 
     Raises:
         UnsupportedParameterError: the conversation has tools that the template does not support.

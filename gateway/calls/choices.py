@@ -24,11 +24,11 @@ from workers.requests.request import (
 
 @dataclass(frozen=True, slots=True)
 class PromptResults:
-    """Results of one prompt other than generated tokens."""
+    """Results of one prompt that are not generated tokens: arrays of the model, class logits."""
 
     arrays: tuple[NamedArray, ...] = ()
     class_logits: tuple[float, ...] = ()
-    """Logits of a sequence classifier; empty for inspections, which return them in ``arrays``."""
+    """Logits of a sequence classifier; empty for other calls and for inspections (``arrays``)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +45,7 @@ class Choice:
 
     @property
     def last_timings(self) -> Timings | None:
-        """The engine's timings of the finished choice; None before its end."""
+        """The engine's timings of the choice; None before the end of the choice."""
         return self.finish.timings if self.finish else None
 
     @property
@@ -54,9 +54,10 @@ class Choice:
         return submission.outputs[self.number] if submission else ()
 
     def feed(self, output: TokenOutput, hidden_ends: Collection[int | None]) -> str | int | None:
-        """Add tokens to the text; return the stop string or stop token that ended it, or None.
+        """Add tokens from the engine to the text of the choice.
 
-        If the last token is in ``hidden_ends``, its text is omitted.
+        Returns the stop string or stop token that ended the text; None if the text goes on. If the
+        last token is in ``hidden_ends``, its text is omitted.
         """
         last = len(output.token_ids) - 1
         for place, token_id in enumerate(output.token_ids):
@@ -74,7 +75,7 @@ class Choice:
         timings: Timings | None = None,
         beam_score: float | None = None,
     ) -> None:
-        """Mark the choice as ended. The arguments are fields of ``Finish``."""
+        """Mark the choice as finished. The arguments become the fields of ``Finish``."""
         usage = Usage(
             prompt_tokens=len(self.prompt.request.prompt),
             completion_tokens=self.text.num_tokens,
@@ -95,21 +96,21 @@ class Prompt:
 
     index: int
     request: Request
-    """The request as first submitted."""
+    """The engine request of the prompt, as first submitted."""
     cached_tokens: int | None
     """Number of prompt tokens found in the prefix cache; None if prefix caching is disabled."""
     submission: Submission | None = None
     choices: list[Choice] = field(default_factory=list)
     scores: PromptLogprobs | None = None
-    """Requested log-probabilities of the prompt, as the engine sent them."""
+    """Requested log-probabilities of the prompt, as the engine sent them; None before."""
     logprobs: list[TokenLogprob | None] | None = None
-    """``scores`` with the texts of tokens."""
+    """Log-probabilities of ``scores`` as a list with an entry per token; None before."""
     echo: tuple[str, list[TokenText]] | None = None
     results: PromptResults = PromptResults()
 
     @property
     def waits_for_logprobs(self) -> bool:
-        """Whether output must wait until the engine has sent the prompt's log-probabilities."""
+        """Whether the client's output must wait for the prompt's log-probabilities."""
         return self.request.params.prompt_logprobs is not None and self.scores is None
 
 
@@ -120,7 +121,11 @@ def make_prompt(
     tokenizer: Tokenizer | None,
     caches_prefixes: bool,
 ) -> Prompt:
-    """Make the state of a prompt before its first output. Without a tokenizer, it has no text."""
+    """Make the state of a prompt of a call, with its choices, before its first output.
+
+    Without a tokenizer, the choices have no text. ``caches_prefixes``: whether the engines report
+    cached tokens.
+    """
     prompt = Prompt(index, request, 0 if caches_prefixes else None)
     before = () if request.prompt_embeds is not None else request.prompt
     for number in range(request.n):
@@ -139,7 +144,7 @@ def make_prompt(
 
 
 def _answer_region(call: GenerateCall) -> AnswerRegion | None:
-    """Return the part of a choice in which stops apply; None for the whole text."""
+    """Return the part of a choice's text in which stop strings apply; None for the whole text."""
     if not call.stops_in_answer:
         return None
     if call.thinking is not None:

@@ -1,4 +1,4 @@
-"""The protocol-independent gateway, which starts calls. HTTP and gRPC convert bodies to calls.
+"""The protocol-independent gateway, which starts calls. HTTP and gRPC servers make the calls.
 
 ``Gateway.start`` looks up the model, checks the fields, makes the engine requests
 (``request_maker``), admits the call (``admission_controller``) and sends the requests to the
@@ -68,13 +68,13 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """One replica: owns the components that serve calls, and defines the order of a call's steps.
+    """One gateway replica: owns the components that serve calls, and starts calls.
 
     Args:
         config: the cluster's configuration.
         tokenizer: tokenizer of the model; if None, prompts must be token ids.
         cluster: follows the controller.
-        engines: streams to the attention workers, updated here from ``cluster``.
+        engines: streams to the attention workers; the gateway updates them from ``cluster``.
         name: name of this replica.
         tuning: limits and times that have no command-line option.
         state: state store; None opens the configured store on the calling thread.
@@ -105,7 +105,7 @@ class Gateway:
         has_keys = config.gateway.requires_keys or config.gateway.requires_admin_keys
         self.numbers = WorkerStats(cluster, self.tuning.numbers_age_s if has_keys else 0.0)
         self.state = open_store(config.gateway) if state is None else state
-        """Objects stored for clients between requests; None if the state folder is disabled."""
+        """Store of clients' objects, such as responses; None if the state folder is disabled."""
         self.disk = DiskThreads(
             "the state folder",
             self.tuning.disk_threads,
@@ -113,7 +113,7 @@ class Gateway:
             self.tuning.disk_limit_s,
             StorageTimeoutError,
         )
-        """Threads that access ``state`` for requests."""
+        """Threads that access the store ``state`` on disk for requests."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model = ServedModel(config.model.served_model_name, engines)
         self.running = CallRegistry(count_cpus())
@@ -158,16 +158,20 @@ class Gateway:
 
     @property
     def placement_epoch(self) -> int:
-        """Epoch of the active placement in the latest snapshot."""
+        """Placement epoch in the controller's latest snapshot; 0 before the first snapshot."""
         return int((self.cluster.snapshot or {}).get("placement_epoch") or 0)
 
     def leave(self, now_s: float) -> int:
-        """Become permanently not ready; return the number of requests that still run here."""
+        """Become permanently not ready; return the number of requests that this replica runs."""
         self.readiness.leave(now_s)
         return self.admission.num_requests
 
     def shut_down(self, stage: ShutdownStage, now_s: float) -> int:
-        """Carry out one stage of the server's shutdown; return the number of running requests."""
+        """Carry out one stage of the server's shutdown; return the number of running requests.
+
+        In every stage the replica is not ready. After the stage ``lead`` it refuses new calls; in
+        the stage ``fail`` it ends running calls with an error.
+        """
         left = self.leave(now_s)
         if stage != "lead":
             self.readiness.accepts_calls = False
@@ -176,7 +180,7 @@ class Gateway:
         return left
 
     async def close(self) -> None:
-        """Stop the threads and processes for long work."""
+        """Stop the threads and processes that run long work, such as tokenization."""
         await self.prompts.stop()
         self.long_work.stop()
 
@@ -187,7 +191,7 @@ class Gateway:
     async def start(
         self, call: GenerateCall, call_id: str, make: MakeRequests | None = None
     ) -> RunningCall:
-        """Validate a call and send it to the engines.
+        """Validate a call, admit it and send its requests to the engines.
 
         Args:
             call: the client's call.
@@ -218,7 +222,10 @@ class Gateway:
         make: MakeRequests,
         held: ExitStack,
     ) -> RunningCall:
-        """Start a call with the adapter key ``adapter``. ``held`` is closed when the call ends."""
+        """Start a call with the adapter key ``adapter``; ``make`` makes its engine requests.
+
+        ``held`` has the resources that are released when the call ends.
+        """
         started_s = time.monotonic()
         deadline_s = started_s + self.timeout_s(call.timeout_s)
         facts, caller = self.require_facts(), CALLER.get()
@@ -270,7 +277,7 @@ class Gateway:
         return running
 
     def report_error(self, error: Exception, request_id: str) -> ErrorReport:
-        """Count, log and trace an error; return the report that the client receives."""
+        """Count, log and trace an error of a request; return the report for the client."""
         report = report_error(error, request_id)
         note_error(report.code)
         if isinstance(error, KeyLimitError):
@@ -296,7 +303,7 @@ class Gateway:
         return self.tokenizer.decode(ids, False)
 
     def require_facts(self) -> ModelFacts:
-        """Return the limits of the model. Raises ``NotReadyError`` if no call can be served."""
+        """Return the limits of the served model. Raises ``NotReadyError`` if no call can start."""
         self.readiness.require_serving()
         return self.model.require_facts()
 
@@ -308,6 +315,6 @@ class Gateway:
 
 
 def new_call_id(kind: CallKind) -> str:
-    """Make a call id: ``cmpl-`` or ``chatcmpl-`` and 32 hex digits."""
+    """Return a new call id: ``chatcmpl-`` for a chat or else ``cmpl-``, and 32 hex digits."""
     prefix = "chatcmpl" if kind is CallKind.CHAT else "cmpl"
     return f"{prefix}-{uuid.uuid4().hex}"

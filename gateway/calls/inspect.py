@@ -1,4 +1,4 @@
-"""``Inspect``: returns internal arrays of the model for prompts, after a check of their size."""
+"""Inspection: returns internal arrays of the model for prompts, after a check of their size."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ OUTPUTS = (
     "aux_loss",
 )
 MAX_CALL_BYTES = 64 * 1024 * 1024
-"""Maximum total size in bytes of the arrays of one call."""
+"""Maximum total size in bytes of the arrays of one inspection."""
 MAX_JSON_BYTES = 8 * 1024 * 1024
-"""Maximum total size in bytes of the arrays of a JSON response, whose text is six times as long."""
+"""Maximum total size in bytes of the arrays in a JSON response, whose text is six times as long."""
 MAX_LABEL = 1e30
-"""Maximum absolute value of a label, chosen so that its square is finite."""
+"""Maximum absolute value of a label, so that its square in a regression loss is finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +60,17 @@ class InspectFields:
     token_ids: tuple[tuple[int, ...], ...]
     outputs: tuple[str, ...]
     masks: tuple[Mask, ...] = ()
-    """One mask per prompt, or empty."""
+    """Attention masks, one per prompt (1 keeps a token, 0 removes it); empty to keep all tokens."""
     logits_to_keep: int | tuple[int, ...] | None = None
-    """Number of last positions to return logits for (0 and None: all), or ascending positions."""
+    """Positions whose logits are returned: the last N (0 or None: all), or ascending positions."""
     labels: tuple[tuple[float, ...], ...] = ()
-    """One row per prompt: a label per token for a language model, classes for a classifier."""
+    """Labels for the loss, one row per prompt; empty if not given.
+
+    A row has a label per token for a language model, and classes or numbers for a classifier.
+    """
 
     def wants(self, *names: str) -> bool:
-        """Whether at least one of these outputs is requested."""
+        """Return whether the client requests at least one of these outputs."""
         return any(name in self.outputs for name in names)
 
 
@@ -78,14 +81,20 @@ class InspectionResult:
     num_tokens: tuple[int, ...]
     """Number of tokens of each prompt that the model read."""
     loss: float | None
-    """Mean over all labels other than -100; None if there are none or it is not requested."""
+    """Mean loss over all labels except -100; None without such labels, or if not requested."""
     aux_loss: Mapping[str, float]
-    """Auxiliary loss under each definition of ``aux_loss``; empty if not requested."""
+    """Auxiliary (load balancing) loss by its definition, such as ``transformers_5``.
+
+    Empty if not requested.
+    """
     usage: Usage
 
 
 class InspectionService:
-    """Serves inspections through a gateway. Their results share one memory limit."""
+    """Serves inspections (internal arrays of the model for prompts) through a gateway.
+
+    The results of concurrent inspections share one memory limit.
+    """
 
     def __init__(self, gateway: Gateway) -> None:
         self._pooling = PoolingService(gateway)
@@ -100,7 +109,8 @@ class InspectionService:
     ) -> AsyncIterator[InspectionResult]:
         """Run an inspection of at most ``most_bytes``, with the model and priority of ``wanted``.
 
-        Its results count for the memory limit until the block ends. Raises as ``Gateway.start``.
+        The results count for the shared memory limit until the ``async with`` block ends. Raises
+        the errors of ``Gateway.start``.
         """
         _check_outputs(fields)
         check_batch("token_ids", len(fields.token_ids), self._max_prompts)
@@ -134,14 +144,17 @@ class InspectionService:
 def _sized_prompts(
     fields: InspectFields, facts: ModelFacts, most_bytes: int
 ) -> tuple[list[Request], int]:
-    """Check prompts; return their requests and the total number of bytes of their arrays."""
+    """Check the prompts of an inspection; return their requests and the bytes of all arrays.
+
+    Raises ``RequestError`` above ``most_bytes``.
+    """
     requests = make_prompts(fields, facts)
     assert facts.shape is not None, "reported with the other facts"
     return requests, _total_size(requests, facts.shape, most_bytes)
 
 
 def make_prompts(fields: InspectFields, facts: ModelFacts) -> list[Request]:
-    """Check prompts and make their requests. Raises ``RequestError``."""
+    """Check the fields of an inspection; return one request per prompt. Raises ``RequestError``."""
     prompts = fields.token_ids
     check_prompts("token_ids", prompts, facts)
     check_rows("attention_mask", fields.masks, len(prompts))
@@ -254,7 +267,7 @@ def _inspected(
 
 
 def _is_wanted(fields: InspectFields, array: NamedArray) -> bool:
-    """Whether the client requested an array; others are only needed to compute a loss."""
+    """Return whether the client requested an array; if not, only a loss is computed from it."""
     kind = array.name.partition(":")[0]
     return kind != "aux" and (kind not in ("logits", "logprobs") or fields.wants(kind))
 

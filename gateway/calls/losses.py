@@ -1,4 +1,4 @@
-"""Computes the losses of a call from the arrays of its prompts. Pure.
+"""Computes the losses of an inspection from the arrays of its prompts. Pure.
 
 Source: transformers, ``load_balancing_loss_func`` of each family and the losses of sequence
 classification.
@@ -20,11 +20,13 @@ def aux_loss(
     lengths: Sequence[int],
     banks: Sequence[RouterShape],
 ) -> dict[str, float]:
-    """Auxiliary loss over all tokens of all prompts, as defined by transformers 4 and 5 (two keys).
+    """Return the auxiliary loss over all tokens of all prompts, as transformers 4 and 5 define it.
 
-    ``prompts`` have one [2, E] array per bank: for each expert, the number of tokens that chose it
-    and the sum of its probabilities. The loss is E * sum over e of f_e * p_e, where f_e and p_e are
-    these two numbers of expert e divided by the number of (token, router) pairs.
+    The keys are ``transformers_4`` and ``transformers_5``. ``prompts`` have one [2, E] array per
+    bank (set of E experts of a router): for each expert, the number of tokens that chose it and the
+    sum of its probabilities. The loss is E * sum over e of f_e * p_e, where f_e and p_e are these
+    two numbers of expert e divided by the number of (token, router) pairs. ``lengths`` are the
+    numbers of tokens of the prompts.
     """
     found = {}
     for version in (4, 5):
@@ -45,10 +47,10 @@ def aux_loss(
 def classification_loss(
     logits: NDArray[np.float32], labels: Sequence[Sequence[float]], problem_type: str
 ) -> float | None:
-    """Mean loss of logits [prompts, classes]; None if every label is -100.
+    """Return the mean loss of logits [prompts, classes]; None if all labels are -100 (ignored).
 
-    Without a problem type, a model with one class does regression, and integer labels name
-    single classes. Raises ``RequestError`` for labels of the wrong shape.
+    ``labels`` has a row per prompt. Without a problem type, a model with one class does regression,
+    and integer labels name single classes. Raises ``RequestError`` for labels of the wrong shape.
     """
     num_classes = logits.shape[1]
     is_whole = all(len(row) == 1 and float(row[0]).is_integer() for row in labels)

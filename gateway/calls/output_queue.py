@@ -15,11 +15,11 @@ from workers.requests.request import TokenOutput
 _OUTPUT_BYTES = 350
 _LOGPROB_BYTES = 170
 _TOP_BYTES = 120
-"""Bytes of memory for an output, a token's log-probability and each alternative (measured)."""
+"""Measured bytes of memory for an output, for a token's log-probability, and for an alternative."""
 
 _EVENTS_PER_CPU_S = 1250
-"""Maximum events per second and host processor. An event takes about 0.1 ms at the gateway and
-0.1 ms at a client (``benchmarks.gateway_cost``)."""
+"""Maximum number of events (pieces of streamed output) per second and host processor. An event
+takes about 0.1 ms at the gateway and 0.1 ms at a client (``benchmarks.gateway_cost``)."""
 _MAX_INTERVAL_S = 0.02
 
 
@@ -27,11 +27,11 @@ class OutputQueue:
     """Engine outputs of one call that the client has not received yet.
 
     Args:
-        max_bytes: maximum memory of waiting outputs. Above it the call fails with
+        max_bytes: maximum memory of waiting outputs. If they need more, the call fails with
             ``SlowClientError`` and the queue is emptied. Log-probabilities of prompts and beams,
             and arrays, do not count, as the engine sends them once.
-        limit_s: longest time in seconds that outputs may wait. If another output arrives after
-            it, the call fails in the same way.
+        limit_s: longest time in seconds that outputs may wait. If another output arrives later,
+            the call fails in the same way.
         interval_s: returns the shortest time between two ``take`` calls with outputs (see
             ``CallRegistry.interval_s``). The last output of a choice is not delayed.
         clock: returns the time in seconds; None selects ``time.monotonic``.
@@ -50,7 +50,7 @@ class OutputQueue:
         self._clock = clock or time.monotonic
         self._num_bytes = 0
         self.on_overflow: Callable[[], None] = lambda: None
-        """Called after the call has failed with ``SlowClientError``."""
+        """Function that is called once the call has failed with ``SlowClientError``."""
         self._outputs: deque[TokenOutput] = deque()
         self._error: ExpertMeshError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -63,7 +63,10 @@ class OutputQueue:
         self._last_take_s = -math.inf
 
     def put(self, output: TokenOutput) -> None:
-        """Add an output. If a limit is exceeded, the call fails with ``SlowClientError``."""
+        """Add an output of an engine; if that exceeds a limit, end the call with an error.
+
+        The error, ``SlowClientError``, is not raised here but by ``take`` and ``check``.
+        """
         now_s = self._clock()
         self._num_bytes += _size(output)
         is_full = self._num_bytes > self._max_bytes
@@ -90,12 +93,12 @@ class OutputQueue:
         self._wake()
 
     def check(self) -> None:
-        """Raise the error of ``fail``, if it was called."""
+        """Raise the error that ended the call, if ``fail`` has ended it."""
         if self._error is not None:
             raise self._error
 
     async def take(self, timeout_s: float) -> list[TokenOutput]:
-        """Wait for outputs and return all of them; return an empty list after ``timeout_s``.
+        """Wait for outputs and return all waiting outputs; an empty list after ``timeout_s``.
 
         Raises:
             ExpertMeshError: the error of ``fail``, after all earlier outputs were taken.
@@ -113,7 +116,10 @@ class OutputQueue:
         return taken
 
     async def _wait(self, timeout_s: float) -> None:
-        """Wait for an output. Runs for every event, for which ``asyncio.timeout`` is too slow."""
+        """Wait for an output, an error or the end of ``timeout_s`` seconds.
+
+        This runs for every event, for which ``asyncio.timeout`` is too slow.
+        """
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
         end = loop.call_later(timeout_s, self._wake)
@@ -139,7 +145,7 @@ def _size(output: TokenOutput) -> int:
 
 
 class CallRegistry:
-    """The running calls of this replica, by the names that clients know.
+    """The running calls of a gateway replica, by the names that clients know.
 
     Several calls may have the same name: clients choose ``x-request-id``.
 
@@ -155,7 +161,7 @@ class CallRegistry:
         return len(self._names)
 
     def interval_s(self) -> float:
-        """Seconds for which a call's outputs are collected before they are sent as one event.
+        """Return the seconds for which a call's outputs are collected and sent as one event.
 
         Sending events then takes at most about a tenth of the host's processors, which workers
         may share. No token waits longer than ``_MAX_INTERVAL_S``.
@@ -163,14 +169,14 @@ class CallRegistry:
         return min(len(self._names) / self._max_events_per_s, _MAX_INTERVAL_S)
 
     def add(self, name: str, queue: OutputQueue) -> None:
-        """Add a name of the call with this queue."""
+        """Add a name, such as the call id, of the running call with this output queue."""
         self._names[queue].add(name)
 
     def remove(self, queue: OutputQueue) -> None:
         self._names.pop(queue, None)
 
     def abort(self, names: Iterable[str]) -> list[str]:
-        """End the calls with these names; return the names for which a call was running."""
+        """End the calls with these names by an error; return the names that had a running call."""
         wanted = dict.fromkeys(names)
         for queue, known in self._names.items():
             if not known.isdisjoint(wanted):

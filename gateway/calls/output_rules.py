@@ -15,7 +15,7 @@ from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_formats.answer_grammar import answer_grammar
 
 _LAST_TOKENS = 16
-"""Number of last prompt tokens that are searched for the delimiter of reasoning."""
+"""Number of tokens at the end of a prompt that are searched for the delimiter of reasoning."""
 
 
 def apply_output_rules(
@@ -49,7 +49,7 @@ def _with_harmony_rules(call: GenerateCall, opened: str, tokenizer: Tokenizer) -
     """Copy a call with rules for output in the Harmony format.
 
     Args:
-        opened: header of the message that the prompt leaves open.
+        opened: header of the Harmony message that the prompt leaves open.
     """
     special_ids = tokenizer.special_ids
     return replace(
@@ -64,7 +64,12 @@ def _with_harmony_rules(call: GenerateCall, opened: str, tokenizer: Tokenizer) -
 def _with_tool_rules(
     call: GenerateCall, form: ToolCallFormat, thinking: Thinking | None, tokenizer: Tokenizer
 ) -> GenerateCall:
-    """Copy a call with rules for output in any other format."""
+    """Copy a call with rules for output in any format except Harmony.
+
+    Args:
+        form: format of tool calls in the output.
+        thinking: where reasoning begins in the output; None for no reasoning.
+    """
     use = call.tools
     if use is None and thinking is None:
         return call
@@ -81,7 +86,10 @@ def _with_tool_rules(
 def _thinking(
     chat: ChatInput, text: str, ids: tuple[int, ...], is_cut: bool, tokenizer: Tokenizer
 ) -> Thinking | None:
-    """Where the output's reasoning begins, or None. ``is_cut``: whether ``ids`` are truncated."""
+    """Return where reasoning begins in the output; None for no reasoning.
+
+    ``ids`` are the tokens of the prompt ``text``; ``is_cut``: whether they are truncated.
+    """
     last = chat.messages[-1] if chat.continue_final_message else None
     shown = None if last is None else str(last.get("content") or "")
     if is_cut and ids:
@@ -90,7 +98,7 @@ def _thinking(
 
 
 def _open_message(text: str, ids: tuple[int, ...], is_cut: bool, tokenizer: Tokenizer) -> str:
-    """Header of the message that a prompt in the Harmony format leaves open.
+    """Return the header of the message that a prompt in the Harmony format leaves open.
 
     Args:
         text: the whole prompt.

@@ -1,7 +1,7 @@
 """Calls that read prompts without generating text: embeddings, classification, scores.
 
-They pass through ``Gateway.start`` as any other call. A score is the sum or mean of the natural
-log-probabilities of tokens, each given all tokens before it.
+These calls pass through ``Gateway.start`` as any other call. A score is the sum or mean of the
+natural log-probabilities of tokens, each given all tokens before it.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ MAX_JOINED_TOKENS = 4 * 1024 * 1024
 """Maximum number of tokens of all prompts that a call makes by joining texts, for example a query
 with each of its documents."""
 PromptInput = str | tuple[int, ...]
-"""A text or token ids."""
+"""One prompt: a text or token ids."""
 Row = TypeVar("Row")
 Mask = tuple[int, ...]
-"""One number per token: 1 keeps the token, 0 removes it from the prompt."""
+"""Attention mask of a prompt, one number per token: 1 keeps the token, 0 removes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassResult:
     label: str
-    """The most probable class; the first of several equal ones."""
+    """Name of the most probable class; the first of equally probable ones."""
     probs: tuple[float, ...]
-    """Softmax of ``logits``; for multi-label classifiers, their sigmoids."""
+    """Probability of each class: softmax of ``logits``, or sigmoid for multi-label classifiers."""
     logits: tuple[float, ...]
     """Logit of each class; for a language model, log-probability of each label after the prompt."""
     num_classes: int
@@ -50,14 +50,14 @@ class ClassResult:
 
 @dataclass(frozen=True, slots=True)
 class PoolingResults(Generic[Row]):
-    """Results of a call, one per prompt."""
+    """Results of an embedding, classification or score call, one row per prompt."""
 
     rows: tuple[Row, ...]
     usage: Usage
 
 
 def make_pooling_call(**given: Any) -> GenerateCall:
-    """Make a call without output. ``given`` are fields such as model, priority and cache salt."""
+    """Make a call that generates no text. ``given`` are fields such as model and priority."""
     return GenerateCall(kind=CallKind.COMPLETION, token_ids_only=True, **given)
 
 
@@ -73,7 +73,8 @@ class PoolingService:
     ) -> PoolingResults[NDArray[np.float32]]:
         """Return the embedding of each prompt, [hidden_size], not normalized.
 
-        Raises the errors of ``Gateway.start``.
+        ``pooling`` is ``last`` (default for None) or ``mean``. Raises the errors of
+        ``Gateway.start``.
         """
         kinds = {kind.value: kind for kind in Pooling}
         wanted = pooling or Pooling.LAST.value
@@ -94,7 +95,11 @@ class PoolingService:
         masks: Sequence[Mask],
         call: GenerateCall,
     ) -> PoolingResults[ClassResult]:
-        """Classify each prompt. Raises the errors of ``Gateway.start``."""
+        """Classify each prompt, with the classes of the model or, for a language model, ``labels``.
+
+        ``masks`` has an attention mask per prompt, or is empty. Raises the errors of
+        ``Gateway.start``.
+        """
         names: tuple[str, ...] = ()
         is_multi = False
 
@@ -126,10 +131,10 @@ class PoolingService:
         call: GenerateCall,
         names: tuple[str, str] = ("queries", "documents"),
     ) -> PoolingResults[float]:
-        """Return the mean log-probability of each document after its query. ``names`` are the
-        client's names of the two fields.
+        """Return the mean log-probability of each document's tokens after its query.
 
-        Raises the errors of ``Gateway.start``.
+        A single query serves all documents. ``names`` are the client's names of the two fields, for
+        error messages. Raises the errors of ``Gateway.start``.
         """
         name, other = names
         require(
@@ -200,7 +205,11 @@ class PoolingService:
         field: str,
         call: GenerateCall,
     ) -> tuple[list[PromptResults], Usage]:
-        """Run the requests that ``make`` returns. Raises the errors of ``Gateway.start``."""
+        """Run the requests that ``make`` returns; return results by prompt, and the usage.
+
+        ``prefix`` begins the call id; ``field`` is the client's name of the prompts, for error
+        messages. Raises the errors of ``Gateway.start``.
+        """
         check_range("priority", call.priority, RANGES["priority"])
         check_cache_salt(call.cache_salt)
 
@@ -229,7 +238,10 @@ def _check_total(what: str, num_tokens: int, field: str) -> None:
 
 
 def scored_prompt(before: tuple[int, ...], behind: tuple[int, ...], field: str) -> Request:
-    """Make the request for the log-probabilities of the tokens ``behind``, given ``before``."""
+    """Make a request for the log-probabilities of the tokens ``behind``, given ``before``.
+
+    Raises ``RequestError`` if ``before``, the client's ``field``, is empty.
+    """
     if not before:
         raise RequestError(f"{field} must not be empty", field)
     labels = (IGNORED_LABEL,) * len(before) + behind
@@ -241,7 +253,8 @@ def keep_unmasked(
 ) -> list[tuple[int, ...]]:
     """Remove the tokens of each prompt that its mask excludes. Raises ``RequestError``.
 
-    For a classifier, the mask must keep the last token that is not the pad token: it is read.
+    Without masks, prompts stay whole. For a classifier, the mask must keep the last token that is
+    not the pad token, because the classifier reads it.
     """
     check_rows("attention_mask", masks, len(ids))
     if not masks:
@@ -256,7 +269,7 @@ def check_rows(field: str, rows: Sequence[object], num_prompts: int) -> None:
 
 
 def apply_mask(ids: tuple[int, ...], mask: Mask) -> tuple[int, ...]:
-    """Return the tokens that a mask keeps. Raises ``RequestError``."""
+    """Return the tokens that a mask keeps. Raises ``RequestError`` for an invalid mask."""
     field = "attention_mask"
     require(len(mask) == len(ids), field, f"has {len(mask)} numbers for {len(ids)} tokens")
     require(set(mask) <= {0, 1}, field, "must contain only 0 and 1")
@@ -273,7 +286,10 @@ def _kept(ids: tuple[int, ...], mask: Mask, facts: ModelFacts) -> tuple[int, ...
 
 
 def classified_token(ids: tuple[int, ...], mask: Mask, facts: ModelFacts) -> int:
-    """Position of the token that a classifier reads. Raises ``RequestError`` if masked."""
+    """Return the position of the token that a classifier reads.
+
+    Raises ``RequestError`` if ``mask`` excludes the token.
+    """
     field, place = "attention_mask", pooled_position(ids, facts.pad_token_id)
     note = f"token {place}, which the classifier reads"
     require(bool(mask[place]), field, f"must not exclude {note}")
@@ -287,7 +303,7 @@ def check_classifier_batch(num_prompts: int, facts: ModelFacts) -> None:
 
 
 def as_numpy(array: NamedArray) -> NDArray[Any]:
-    """Convert an array to numpy."""
+    """Convert an array from an engine to numpy, as int32 or float32."""
     kind = "<i4" if array.dtype == "int32" else "<f4"
     return np.frombuffer(array.data, dtype=kind).reshape(array.shape)
 

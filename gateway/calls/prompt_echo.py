@@ -1,4 +1,4 @@
-"""Echo of prompts in the output: texts, tokens and log-probabilities."""
+"""Echo of prompts in the output of a call: texts, tokens and log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INLINE_TOKENS = 1024
 
 
 class PromptEcho:
-    """Prepares the echo of a call's prompts.
+    """Prepares the echo (text, tokens, log-probabilities) of a call's prompts in the output.
 
     Args:
         call: the call.
@@ -29,7 +29,10 @@ class PromptEcho:
         self.is_shown = call.echo or call.prompt_logprobs is not None
 
     async def prepare(self, prompts: Collection[Prompt]) -> None:
-        """Decode the texts and log-probabilities of the next prompts; long ones in a thread."""
+        """Decode texts and log-probabilities of prompts for the echo; long prompts in a thread.
+
+        Prompts whose log-probabilities have not arrived yet are skipped.
+        """
         ready = [prompt for prompt in prompts if not prompt.waits_for_logprobs]
 
         def make() -> None:
@@ -44,7 +47,7 @@ class PromptEcho:
             await asyncio.to_thread(make)
 
     def take(self, prompt: Prompt) -> tuple[str, list[TokenText]]:
-        """Return the text and tokens of a prompt; empty without ``echo``."""
+        """Return the text and tokens of a prompt for the echo; empty unless ``echo`` is set."""
         if not self._call.echo:
             return "", []
         if prompt.echo is None:

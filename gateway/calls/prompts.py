@@ -1,4 +1,4 @@
-"""Tokenizes texts and conversations; long texts outside the event loop."""
+"""Tokenizes texts and conversations; long texts are tokenized outside the event loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gateway.text.tokenizer import Tokenizer, require_tokenizer
 
 
 class PromptMaker:
-    """Makes the token ids of prompts.
+    """Makes the token ids of prompts from texts, conversations or given token ids.
 
     Args:
         tokenizer: tokenizer of the model; if None, prompts must be token ids.
@@ -57,11 +57,11 @@ class PromptMaker:
             await self._text_encoder.stop()
 
     def require_tokenizer(self, param: str) -> Tokenizer:
-        """Return the tokenizer. Raises ``RequestError`` without one."""
+        """Return the tokenizer. Without one, raises ``RequestError`` for the field ``param``."""
         return require_tokenizer(self.tokenizer, param)
 
     async def count_tokens(self, chat: ChatInput) -> int:
-        """Return the number of tokens of a conversation."""
+        """Return the number of tokens of a conversation, rendered with the chat template."""
         text = (await self._chats.render(chat)).text
         (encoded,) = await self._encoder.encode([text], False, slice(0))
         return encoded.num_tokens
@@ -94,9 +94,10 @@ class PromptMaker:
         return await asyncio.to_thread(decode)
 
     async def bad_words(self, call: GenerateCall) -> tuple[tuple[int, ...], ...]:
-        """Return the token sequences of each bad word, at the start of a text and after a space.
+        """Return the token sequences of a call's bad words, which the output must not contain.
 
-        A bad word that is only white space has one token sequence.
+        Each bad word has a sequence at the start of a text and another after a space; a bad word
+        that is only white space has one sequence.
 
         Raises:
             RequestError: a word has no tokens, or the model has no tokenizer.
@@ -115,7 +116,11 @@ class PromptMaker:
     async def make(
         self, call: GenerateCall, facts: ModelFacts
     ) -> tuple[GenerateCall, list[tuple[int, ...]]]:
-        """Return the call with the rules for its output, and the token ids of each prompt."""
+        """Return a call with the rules for its output, and the token ids of each prompt.
+
+        The rules (grammar, tool calls, reasoning) follow from the chat template. Raises
+        ``RequestError``.
+        """
         if call.chat is None:
             return call, await self._make_all(call, facts)
         rendered = await self._chats.render(call.chat)
@@ -154,7 +159,10 @@ class PromptMaker:
         add_special_tokens: bool,
         param: str,
     ) -> list[tuple[int, ...]]:
-        """Return the token ids of prompts. Raises ``RequestError`` if one is too long."""
+        """Return the token ids of prompts. Raises ``ContextLengthError`` if a text is too long.
+
+        ``param`` is the client's field, for error messages.
+        """
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_length(prompt, facts, param)
@@ -169,7 +177,7 @@ class PromptMaker:
         param: str,
         kept: slice | None = None,
     ) -> list[EncodedText]:
-        """Encode prompts, and truncate the token ids to ``kept``.
+        """Encode prompts to token ids, of which only the part ``kept`` is returned (None: all).
 
         Raises:
             ContextLengthError: a text that is not truncated has too many tokens for any model.
@@ -187,7 +195,7 @@ class PromptMaker:
         return found
 
     def _check_length(self, text: str, facts: ModelFacts, param: str) -> None:
-        """Raise ``ContextLengthError`` before tokenization if a text is certainly too long."""
+        """Raise ``ContextLengthError``, before tokenization, if a text is certainly too long."""
         tokenizer = self.require_tokenizer(param)
         if tokenizer.is_surely_longer_than(text, facts.context_tokens):
             at_least = len(text) // tokenizer.max_token_chars

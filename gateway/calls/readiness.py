@@ -1,4 +1,4 @@
-"""Readiness of a replica, by the controller's snapshot and the state of the replica."""
+"""Readiness of a gateway replica: from the controller's snapshot and the state of the replica."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SERVING = ("SERVING", "DEGRADED")
 
 
 class Readiness:
-    """Decides whether this replica accepts requests, and whether it reports that it is ready.
+    """Decides whether a gateway replica accepts requests, and whether it reports to be ready.
 
     Args:
         cluster: follows the controller.
@@ -31,7 +31,7 @@ class Readiness:
         self._leaving_lead_s = leaving_lead_s
         self._leaves_since_s: float | None = None
         self.accepts_calls = True
-        """Whether new calls are accepted."""
+        """Whether the replica accepts new calls; False after the first stage of its shutdown."""
 
     @property
     def is_leaving(self) -> bool:
@@ -39,17 +39,20 @@ class Readiness:
         return self._leaves_since_s is not None
 
     def leave(self, now_s: float) -> None:
-        """Become permanently not ready."""
+        """Become permanently not ready from ``now_s`` (monotonic) on; requests are still served."""
         if self._leaves_since_s is None:
             self._leaves_since_s = now_s
 
     def has_left(self, now_s: float) -> bool:
-        """Whether load balancers had ``leaving_lead_s`` seconds to notice the call of ``leave``."""
+        """Return whether ``leave`` was called at least ``leaving_lead_s`` seconds before ``now_s``.
+
+        Load balancers then had time to notice that this gateway is not ready.
+        """
         since_s = self._leaves_since_s
         return since_s is not None and now_s >= since_s + self._leaving_lead_s
 
     def not_ready_reasons(self, is_whole: bool = True) -> list[str]:
-        """Return reasons why new requests cannot be served now; empty if they can.
+        """Return reasons why new requests cannot be served now; empty if they can be served.
 
         Unless ``is_whole``, the reasons contain only details that clients may see.
         """
@@ -62,13 +65,16 @@ class Readiness:
         return reasons
 
     def require_serving(self) -> None:
-        """Raise ``NotReadyError`` unless a new call can be served now or soon."""
+        """Raise ``NotReadyError`` unless a new call can be served now, or after a short wait."""
         if not self.accepts_calls:
             raise shutdown_error()
         self.check_serving()
 
     def check_serving(self) -> bool:
-        """Call the function ``check_serving``, with details that the caller may see."""
+        """Return whether requests can be sent to the engines now; False while they should wait.
+
+        Raises ``NotReadyError``, with details that the caller may see, if they should be refused.
+        """
         is_whole = is_operator(self._keys)
         return check_serving(self._cluster.snapshot, self._cluster.refusal, is_whole)
 
@@ -80,7 +86,7 @@ def unready_reasons(
 
     Unless ``is_whole``, the cluster's error is omitted, since it names hosts and paths. ``refusal``
     is the reason why this gateway rejects the controller's snapshots. It is ignored if there is an
-    earlier ``snapshot``: the gateway then serves with the workers in it.
+    earlier ``snapshot``: the gateway then serves with the workers in this snapshot.
     """
     if snapshot is None:
         return [refusal or "the controller has not answered yet"]
@@ -93,12 +99,12 @@ def unready_reasons(
 
 
 def check_serving(snapshot: Snapshot | None, refusal: str = "", is_whole: bool = True) -> bool:
-    """Whether requests can be sent to the engines now; False while they should wait.
+    """Return whether requests can be sent to the engines now; False while they should wait.
 
-    See ``unready_reasons`` for the arguments.
+    The arguments are described in ``unready_reasons``.
 
     Raises:
-        NotReadyError: waiting would not help.
+        NotReadyError: the requests should be refused instead of waiting.
     """
     if snapshot is None:
         raise NotReadyError(refusal or "the cluster is starting", "not_ready", 2.0)
@@ -115,7 +121,7 @@ def check_serving(snapshot: Snapshot | None, refusal: str = "", is_whole: bool =
 
 
 def shutdown_error() -> NotReadyError:
-    """Make the error of a server that is about to stop."""
+    """Return the error with which a server that is about to stop refuses and ends requests."""
     return NotReadyError("the server is about to stop", "draining", 10.0)
 
 

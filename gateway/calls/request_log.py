@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """Log entry of one request. The line contains no client text except the request id."""
+    """Log entry of one request; the line contains no text of the client except the request id."""
 
     def __init__(self, port: Literal["http", "grpc"], name: str) -> None:
         """Begin the entry of a request. ``name`` is the HTTP route or the gRPC method."""
@@ -27,7 +27,7 @@ class RequestLog:
         CURRENT.set(self)
 
     def end(self, status: str) -> None:
-        """Write the log line. ``status`` is the HTTP or gRPC status."""
+        """Write the log line of the request. ``status`` is the HTTP or gRPC status."""
         if not logger.isEnabledFor(logging.INFO):
             return
         now_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""Makes the engine requests of a call."""
+"""Makes the engine requests of a call, one for each prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ output, and one request per prompt."""
 
 
 class RequestMaker:
-    """Makes requests with the prompts and the sampling parameters of a call.
+    """Makes engine requests with the prompts and the sampling parameters of a call.
 
     Args:
         prompts: tokenizes prompts.
@@ -39,7 +39,10 @@ class RequestMaker:
     async def make(
         self, call: GenerateCall, facts: ModelFacts
     ) -> tuple[GenerateCall, list[Request]]:
-        """Make the requests of a call; implements ``MakeRequests``. Raises ``RequestError``."""
+        """Validate a call and make its engine requests, one per prompt (see ``MakeRequests``).
+
+        Returns the call with the rules for its output, and the requests. Raises ``RequestError``.
+        """
         complete, prompts = await self._prompts.make(call, facts)
         bad_words = await self._prompts.bad_words(complete)
         size = sum(map(len, prompts)) + len(complete.allowed_token_ids or ())
@@ -60,7 +63,7 @@ def complete_requests(
     adapter: str,
     caller: KeyUsage | None,
 ) -> list[Request]:
-    """Add ids (``call_id``-i) and the fields of the call to its requests.
+    """Return the engine requests of a call with ids (``call_id``-i) and the fields of the call.
 
     Args:
         call: the checked call.
@@ -88,6 +91,9 @@ def complete_requests(
 
 
 def _seed_source(base: int, name: str) -> Callable[[], int]:
-    """Return a function that draws seeds: the same seeds in each run unless ``base`` is 0."""
+    """Return a function that draws sampling seeds: the same ones in each run unless ``base`` is 0.
+
+    Replicas with different ``name`` draw different seeds.
+    """
     source = random.Random(f"{base}/{name}") if base else random.SystemRandom()
     return lambda: source.getrandbits(63)

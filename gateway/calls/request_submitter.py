@@ -22,8 +22,8 @@ _POLL_S = 0.5
 _REQUESTS_PER_PASS = 32
 """Maximum number of a call's requests that are routed in one iteration of the event loop."""
 _PASSES_TO_SEND = 2
-"""Iterations of the event loop after which a request has been written to its worker's stream.
-``submit`` waits for them so that the caller's next work, often long, does not delay the request."""
+"""Number of iterations of the event loop after which a request has been written to its worker's
+stream. ``submit`` waits for them, so that long work of the caller does not delay the request."""
 
 
 class RequestSubmitter:
@@ -102,7 +102,10 @@ class RequestSubmitter:
 def _hash_blocks(
     requests: Sequence[Request], hello: EngineHello | None
 ) -> list[Sequence[BlockHash]]:
-    """Return the KV block hashes of each prompt; empty if routing ignores cached blocks."""
+    """Return the KV block hashes of each request's prompt; empty if routing ignores cached blocks.
+
+    ``hello`` describes the blocks; None if routing ignores cached blocks.
+    """
     if hello is None or not hello.kv_block_size:
         return [() for _ in requests]
     size, limit = hello.kv_block_size, hello.kv_length_matters_above

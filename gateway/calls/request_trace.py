@@ -1,4 +1,4 @@
-"""State of a traced request until it ends."""
+"""State of a traced request until its end."""
 
 from __future__ import annotations
 
@@ -18,30 +18,33 @@ from workers.requests.request import Request
 from workers.requests.traced import StepParents
 
 CLIENT_GONE = "client_closed_request"
-"""Error of a request if the client disconnected."""
+"""Error in the trace of a request whose client disconnected."""
 DEADLINE_PASSED = "deadline_exceeded"
-"""Error of a request that the client cancelled at its deadline."""
+"""Error in the trace of a request that the client cancelled at its deadline."""
 Port = Literal["http", "grpc"]
 
 
 @dataclass(slots=True)
 class RequestTrace:
-    """A traced request. The running call has most of the times of its spans."""
+    """A traced request, until its spans are made; most of their times are in ``running``."""
 
     operation: str
     port: Port
     request_id: str
     headers: Mapping[str, Sequence[str]]
-    """All received values of ``traceparent`` and ``tracestate``."""
+    """Received values of the headers ``traceparent`` and ``tracestate``, by header."""
     on_prompt: Callable[[RequestTrace], StepParents | None]
-    """Called for each prompt before it is sent to an engine; returns None if not sampled."""
+    """Function called before each prompt is sent to an engine.
+
+    Returns the parent spans for the engine's steps; None if the request is not sampled.
+    """
     on_end: Callable[[RequestTrace], None]
-    """Called after the request has ended."""
+    """Function called after the request has ended, to make its spans."""
     fields: GenerateCall | None = None
-    """The checked call; None before the check, and for embeddings."""
+    """The checked call of the request; None before the check, and for embeddings."""
     running: RunningCall | None = None
     response_id: str | None = None
-    """Id of the response; None if it is the id of the call."""
+    """Id of the response to the client; None if it is the id of the call."""
     error: str = ""
     """``code`` of the error in the response; empty without an error."""
     began_s: float = field(default_factory=time.monotonic)
@@ -49,14 +52,15 @@ class RequestTrace:
     day_ns: int = field(default_factory=lambda: time.time_ns() - time.monotonic_ns())
     """Unix time in nanoseconds at which ``time.monotonic`` is 0."""
     span: Span | None = None
-    """Span of the request; made when its first prompt is sent, as workers make child spans."""
+    """Span of the whole request; None before its first prompt is sent to an engine."""
     decodes: list[SpanId] = field(default_factory=list)
-    """Span id of the decode span of each prompt."""
+    """Ids of the decode spans, one for each prompt sent so far."""
 
     def end(self, error: str = "") -> None:
-        """End the trace after its call is closed. ``error`` is an error that has no response.
+        """End the trace, after the call of the request is closed.
 
-        Spans are made in the next iteration of the event loop; gRPC sends the response first.
+        ``error`` is the code of an error without a response. Spans are made in the next iteration
+        of the event loop; gRPC sends the response first.
         """
         self.error = error or self.error
         self.ended_s = time.monotonic()
@@ -68,7 +72,10 @@ TRACE: ContextVar[RequestTrace | None] = ContextVar("TRACE", default=None)
 
 
 def traced(request: Request) -> Request:
-    """Add the parent spans of its steps to the request of a prompt if the trace is sampled."""
+    """Return an engine request with the parent spans for its steps.
+
+    Unchanged if the request that the current task serves is not traced or not sampled.
+    """
     trace = TRACE.get()
     parents = None if trace is None else trace.on_prompt(trace)
     return request if parents is None else replace(request, step_parents=parents)
@@ -80,6 +87,6 @@ def note_error(code: str) -> None:
 
 
 def note_response_id(name: str) -> None:
-    """Record a response id that the client chose."""
+    """Record the id of the response, which the client chose, in the current task's trace."""
     if (trace := TRACE.get()) is not None:
         trace.response_id = name

@@ -49,15 +49,15 @@ class RunningCall(AbstractContextManager["RunningCall"]):
 
     call: GenerateCall
     requests: Sequence[Request]
-    """One request per prompt, at least one. Choice j of request i has index i * n + j."""
+    """Engine requests, one per prompt, at least one. Choice j of request i has index i * n + j."""
     call_id: str
-    """Id of the call, the prefix of its requests' ids."""
+    """Id of the call, and prefix of the ids of its engine requests."""
     _: KW_ONLY
     created: int
-    """Unix time in seconds."""
+    """Unix time at which the call was created, in seconds."""
     queue: OutputQueue
     ticket: Ticket
-    """Entry of the call in the gateway's queue."""
+    """Entry of the call in the gateway's queue (admission)."""
     deadline_s: float
     tokenizer: InitVar[Tokenizer | None]
     """Tokenizer of the model; None if the call produces no text."""
@@ -67,15 +67,15 @@ class RunningCall(AbstractContextManager["RunningCall"]):
     started_s: float
     admitted_s: float
     closed_s: float = 0.0
-    """Time at which the call was closed; 0 before."""
+    """Monotonic time at which the call was closed; 0 before."""
     caches_prefixes: bool = False
-    """Whether the engines report the cached tokens of prompts."""
+    """Whether the engines report how many tokens of a prompt were cached."""
     caller: KeyUsage | None = None
-    """Key that is charged for the call's tokens."""
+    """API key that is charged for the call's tokens; None if no key is required."""
     held: ExitStack = field(default_factory=ExitStack)
     """Resources that are released at the end of the call."""
     free: Callable[[Sequence[list[Any]]], None] = lambda values: None
-    """Called at the end with large lists that are no longer used, to free them in a thread."""
+    """Function called at the end of the call with large unused lists, to free them in a thread."""
 
     def __post_init__(self, tokenizer: Tokenizer | None, metrics: GatewayMetrics) -> None:
         call = self.call
@@ -104,12 +104,12 @@ class RunningCall(AbstractContextManager["RunningCall"]):
 
     @property
     def is_finished(self) -> bool:
-        """Whether ``next`` has returned the end of every choice."""
+        """Whether ``next`` has returned the last piece of every choice."""
         return self._num_open == 0
 
     @property
     def first_token_s(self) -> float | None:
-        """Arrival time of the call's first token; None before."""
+        """Monotonic time at which the call's first token arrived; None before."""
         times = [c.first_token_s for c in self._all_choices() if c.first_token_s is not None]
         return min(times, default=None)
 
@@ -124,21 +124,26 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         )
 
     async def read(self) -> list[PromptResults]:
-        """Run the call to its end; return the results by prompt. Raises the errors of ``next``."""
+        """Run a call that generates no text to its end; return the results by prompt.
+
+        Raises the errors of ``next``.
+        """
         while await self.next():
             pass
         return [prompt.results for prompt in self._prompts.values()]
 
     def set_submission(self, request_id: str, submission: Submission) -> None:
-        """Record the submission of a request."""
+        """Record that the engine request with this id was submitted to an engine."""
         self._prompts[request_id].submission = submission
 
     def mark_submitted(self) -> None:
-        """Count the call. Called after all its requests were submitted."""
+        """Count the call in the metrics. Called after all its requests were submitted."""
         self._metrics.count_submitted(self._prompts.values())
 
     async def next(self, timeout_s: float | None = None) -> list[ChoiceDelta]:
-        """Wait for the next pieces of the choices; empty after ``timeout_s`` or at the end.
+        """Wait for the next pieces of the choices and return them.
+
+        The list is empty after ``timeout_s`` seconds (None: no limit) or at the end of the call.
 
         Raises:
             DeadlineExceededError: the call's deadline has passed.
@@ -177,7 +182,10 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             raise
 
     def _is_decided_by_workers(self) -> bool:
-        """Whether all requests are at workers, without a token: only workers know if they run."""
+        """Whether all requests were sent to workers, but no token has arrived yet.
+
+        In this case, only the workers know whether the requests run.
+        """
         if self._has_token:
             return False
         entries = [prompt.submission for prompt in self._prompts.values()]
@@ -192,11 +200,14 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         return DeadlineExceededError("the request's deadline has passed", self._has_token)
 
     def mark_sent(self) -> None:
-        """Record that the result of the last ``next`` was written to the client."""
+        """Record in the metrics that the result of the last ``next`` was written to the client."""
         self._metrics.observe_lag(self.queue.oldest_s)
 
     def close(self) -> None:
-        """End the call without waiting. Idempotent."""
+        """End the call without waiting: abort running requests and release its resources.
+
+        Idempotent.
+        """
         if self.closed_s:
             return
         self.closed_s = time.monotonic()
@@ -256,7 +267,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
                 self._metrics.count_last_end(self._prompts.values())
 
     def _hidden_ends(self, output: TokenOutput) -> Collection[int | None]:
-        """Token ids whose text is omitted if they end an output."""
+        """Return the token ids whose text is omitted if they end the text of an output."""
         ends = output.finish_reason is FinishReason.STOP
         if not ends or self.call.include_stop_str_in_output:
             return ()

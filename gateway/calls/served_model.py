@@ -1,4 +1,4 @@
-"""The served model: its names and the limits that the engines report."""
+"""The served model: its name, its adapters, and the limits that the engines report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class ServedModel:
 
     @property
     def hello(self) -> EngineHello | None:
-        """``EngineHello`` of a connected engine, or the last known one; None before the first."""
+        """First message of a connected engine, which describes the model.
+
+        Without a connected engine, the last known message; None before the first.
+        """
         hello = next((client.hello for client in self._engines.clients), None)
         if hello is not None and hello is not self._hello:
             self._hello, self._facts = hello, model_facts(self.name, hello)
@@ -36,19 +39,22 @@ class ServedModel:
 
     @property
     def facts(self) -> ModelFacts | None:
-        """Limits of the model; None until a worker has reported them."""
+        """Limits and properties of the model; None until an attention worker has reported them."""
         return self._facts if self.hello is not None else None
 
     def require_facts(self) -> ModelFacts:
-        """Limits of the model. Raises ``NotReadyError`` before a worker has reported them."""
+        """Return the limits of the model.
+
+        Raises ``NotReadyError`` until an attention worker has reported them.
+        """
         if (facts := self.facts) is None:
             raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
         return facts
 
     def adapter_of(self, name: str | None) -> str:
-        """Key of the adapter with this model name; empty for the base model and for None.
+        """Return the key of the adapter with this model name; empty for the base model or None.
 
-        Raises ``ModelNotFoundError``.
+        Raises ``ModelNotFoundError`` for an unknown name.
         """
         if name is None or name == self.name:
             return ""
@@ -57,7 +63,10 @@ class ServedModel:
         return key
 
     def hold_adapter(self, name: str | None, held: ExitStack) -> str:
-        """Like ``adapter_of``; also keep the adapter loaded until ``held`` is closed."""
+        """Return the key of the adapter with this model name, and keep it loaded for a call.
+
+        The adapter stays loaded until ``held`` is closed. Otherwise as ``adapter_of``.
+        """
         adapter = self.adapter_of(name)
         self.adapters.begin(held, adapter)
         held.callback(self.adapters.end, held)

@@ -1,4 +1,7 @@
-"""Rate at which requests of a replica finish while others wait. Pure: callers pass the time."""
+"""Rate at which requests of a gateway replica finish while other requests wait.
+
+Pure: callers pass the time.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from gateway.calls.tenant_queues import CallDemand
 _WINDOW = 128
 """Number of last finished requests over which the rate is measured."""
 _MIN_FINISHED = 8
-"""Minimum number of finished requests; the rate is unknown below it."""
+"""Minimum number of finished requests; with fewer, the service rate is unknown."""
 _CALM_S = 30.0
-"""Seconds without a queue after which a saturated period has ended. Shorter gaps are ignored, as
-requests that began together finish together and leave the queue empty for a moment."""
+"""Seconds without waiting requests after which a saturated period has ended. Shorter gaps are
+ignored, as requests that began together finish together and leave the queue empty for a moment."""
 _MAX_GAP_S = 1.0
-"""Longest gap in seconds between waiting requests that still belong to the same queue."""
+"""Longest time, in seconds, without waiting requests that does not start a new queue."""
 
 
 class ServiceRate:
@@ -36,7 +39,10 @@ class ServiceRate:
         self._held: deque[tuple[float, float, int]] = deque(maxlen=_WINDOW)
 
     def advance(self, now_s: float, is_saturated: bool) -> None:
-        """Advance to ``now_s``. Then the clock runs if ``is_saturated``, otherwise it stops."""
+        """Advance the clock to ``now_s``; then let it run if ``is_saturated``, otherwise stop it.
+
+        ``is_saturated``: whether requests wait from now on.
+        """
         if self._since_s is not None:
             self._clock_s += now_s - self._since_s
             self._ended_s = now_s
@@ -48,16 +54,24 @@ class ServiceRate:
         self._since_s = now_s if is_saturated else None
 
     def saturated_for_s(self, now_s: float) -> float:
-        """Seconds since requests began to wait, ignoring short gaps; 0 if no request waits."""
+        """Return the seconds since requests began to wait; 0 if no request waits.
+
+        Gaps without waiting requests of up to ``_CALM_S`` are ignored.
+        """
         return 0.0 if self._since_s is None else now_s - self._began_s
 
     def queue_age_s(self, now_s: float) -> float:
-        """Seconds since the current queue formed; a gap of more than one second starts a new
-        queue."""
+        """Return the seconds since the current queue formed; 0 if no request waits.
+
+        A gap of more than one second without waiting requests starts a new queue.
+        """
         return 0.0 if self._since_s is None else now_s - self._queue_since_s
 
     def note(self, demand: CallDemand, held_s: float, was_saturated: bool) -> None:
-        """Record the requests of a call that has finished after ``held_s`` seconds."""
+        """Record the requests of a call that has finished ``held_s`` seconds after its admission.
+
+        ``was_saturated``: whether other requests waited when it finished.
+        """
         each = demand.num_tokens // demand.num_requests
         self._held.extend([(held_s, held_s * demand.num_choices, each)] * demand.num_requests)
         if not was_saturated:
@@ -70,27 +84,30 @@ class ServiceRate:
 
     @property
     def is_running(self) -> bool:
-        """Whether the clock runs, because requests waited at the last event."""
+        """Whether the clock runs, because requests waited at the last call of ``advance``."""
         return self._since_s is not None
 
     @property
     def requests_per_s(self) -> float | None:
-        """Finished requests per second; None while unknown."""
+        """Number of requests that finish per second while others wait; None while unknown."""
         return self._per_s(len(self._finished) - 1)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens per second that finished requests had requested; None while unknown."""
+        """Tokens of finishing requests, as requested, per second; None while unknown."""
         return self._per_s(self._num_tokens)
 
     @property
     def mean_held_s(self) -> float | None:
-        """Mean seconds that the last requests spent in the replica; None before the first end."""
+        """Mean seconds from admission to end of the last requests; None before the first end."""
         return sum(held_s for held_s, _, _ in self._held) / len(self._held) if self._held else None
 
     @property
     def tokens_per_seat_s(self) -> float | None:
-        """Tokens per second of one choice, if concurrency does not slow it; None while unknown."""
+        """Requested tokens per second of one choice (sequence); None while unknown.
+
+        If many choices run concurrently, each may be slower.
+        """
         seat_s = sum(seat_s for _, seat_s, _ in self._held)
         tokens = sum(tokens for _, _, tokens in self._held)
         return tokens / seat_s if len(self._held) >= _MIN_FINISHED and seat_s > 0 else None

@@ -1,4 +1,4 @@
-"""Collects the state and metrics of all replicas, and aborts their calls, on any replica."""
+"""Collects the state and metrics of all gateway replicas, and aborts calls on any replica."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gateway.observability.samples import TOTALS, SampleRing, total
 
 
 class ServiceStatus:
-    """Combines the state of all replicas, without details that the caller may not see.
+    """Combines the state of all gateway replicas, without details that the caller may not see.
 
     Args:
-        name: name of the replica.
+        name: name of this replica.
         limits: limits of the gateway.
         numbers: statistics of the workers.
-        metrics: metrics of the replica.
+        metrics: metrics of this replica.
         adapters: adapters that each caller may use.
-        running: running calls, which other replicas may abort.
+        running: running calls of this replica, which other replicas may abort.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class ServiceStatus:
     ) -> None:
         self.name = name
         self.created = int(time.time())
-        """Unix time of the start in seconds."""
+        """Unix time at which this gateway replica started, in seconds."""
         self.addresses: dict[str, Any] = {}
-        """Process id and ports of this replica; set by ``app``."""
+        """Process id and ports of this gateway replica; empty until its servers have started."""
         self.samples = SampleRing()
         self._limits = limits
         self._numbers = numbers
@@ -63,7 +63,7 @@ class ServiceStatus:
         self.replicas: ServeReplicas = self.answers
 
     async def read(self, is_whole: bool = True) -> dict[str, Any]:
-        """Return the state of the cluster and all replicas, as printed by ``status --json``.
+        """Return the state of the cluster and all gateway replicas, as ``status --json`` prints it.
 
         Unless ``is_whole``, details that clients may not see are omitted.
         """
@@ -78,21 +78,22 @@ class ServiceStatus:
         replicas: Iterable[Mapping[str, Any]],
         is_whole: bool = True,
     ) -> dict[str, Any]:
-        """Combine a snapshot and the ``describe`` replies of the replicas.
+        """Combine a snapshot of the cluster with the ``describe`` replies of the gateway replicas.
 
-        Adapters that the caller may not use are omitted.
+        Adapters that the caller may not use are omitted and, unless ``is_whole``, also details that
+        clients may not see. Without a snapshot, the cluster is shown as starting.
         """
         status = self._adapters.without_others(snapshot or {"state": "STARTING"})
         status |= {"schema": 1, "gateway": list(replicas)}
         return status if is_whole else client_status(status, not self._limits.requires_admin_keys)
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
-        """Abort calls by name on all replicas; return the names for which a call was running."""
+        """Abort calls by name on all replicas; return the names that had a running call."""
         answers = (await self.replicas.call("abort", list(names))).values()
         return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
 
     async def render_metrics(self, is_whole: bool = True) -> bytes:
-        """Render the metrics of all replicas and workers, without duplicates.
+        """Render the metrics of all gateway replicas and workers for Prometheus, each once.
 
         Unless ``is_whole``, details that clients may not see are omitted. Series of adapters that
         the caller may not use are always omitted.
@@ -107,11 +108,11 @@ class ServiceStatus:
         return self._adapters.without_series_of_others(self._metrics.render(replicas, is_whole))
 
     def describe(self) -> dict[str, Any]:
-        """Return the entry of this replica in the status."""
+        """Return the entry of this gateway replica in the status: name, process id and ports."""
         return {"name": self.name, **self.addresses}
 
     def summary(self) -> dict[str, Any]:
-        """Return the entry of this replica in the status, its start time and its totals."""
+        """Return this replica's entry in the status, start time and totals of some metrics."""
         families = self._metrics.own_samples(TOTALS)
         totals = {name: total(families, name) for name in TOTALS}
         return {"describe": self.describe(), "totals": totals, "created": self.created}

@@ -2,7 +2,8 @@
 
 The engines serve tenants in proportion to their weights, by tokens
 (``workers.scheduling.fairness``); within a tenant, lower priority values run first. Admission
-assumes the same order. A long queue of one tenant thus neither delays nor refuses others.
+assumes the same order. Therefore a long queue of one tenant neither delays requests of other
+tenants nor causes their refusal.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from workers.requests.request import Request
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallDemand:
-    """Resources that a call requests, with its tenant and priority."""
+    """Resources that a call requests (sequences, tokens), with its tenant and priority."""
 
     num_requests: int = 1
-    """Number of engine requests, one per prompt."""
+    """Number of engine requests of the call, one per prompt."""
     num_choices: int = 1
     """Number of choices per request. Each choice is one sequence at the engines."""
     num_tokens: int = 1
     """Maximum number of prompt and output tokens of all requests of the call."""
     num_bytes: int = 0
-    """Bytes of prompt embeddings."""
+    """Number of bytes of the call's prompt embeddings."""
     tenant: str = ""
     weight: float = 1.0
-    """Weight of the tenant."""
+    """Weight of the tenant; engines serve tenants in proportion to their weights."""
     priority: int = 0
-    """Lower values run first within a tenant."""
+    """Priority of the call; lower values run first within a tenant."""
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> CallDemand:
-        """Sum the demand of the requests of a call, at least one."""
+        """Return the demand of a call from its engine requests, at least one."""
         first = requests[0]
         num_tokens = sum(len(one.prompt) + one.n * one.params.max_tokens for one in requests)
         return cls(
@@ -48,13 +49,13 @@ class CallDemand:
 
     @property
     def num_seats(self) -> int:
-        """Number of sequences at the engines."""
+        """Number of sequences that the call has at the engines."""
         return self.num_requests * self.num_choices
 
 
 @dataclass(slots=True)
 class HeldDemand:
-    """Sum of the demands of admitted requests."""
+    """Sum of the demands of admitted calls that have not ended."""
 
     num_requests: int = 0
     num_seats: int = 0
@@ -70,15 +71,15 @@ class HeldDemand:
 
 @dataclass(slots=True)
 class TenantQueue:
-    """Running and waiting requests of one tenant."""
+    """Demand of the running and waiting requests of one tenant, by priority."""
 
     weight: float = 1.0
     by_priority: dict[int, HeldDemand] = field(default_factory=dict)
     total: HeldDemand = field(default_factory=HeldDemand)
-    """Demand of all priorities."""
+    """Demand of the tenant's requests of all priorities."""
 
     def add(self, demand: CallDemand, sign: int) -> None:
-        """Add a call, or remove one if ``sign`` is -1."""
+        """Add the demand of a call (``sign`` 1), or remove it (``sign`` -1)."""
         held = self.by_priority.setdefault(demand.priority, HeldDemand())
         held.add(demand, sign)
         self.total.add(demand, sign)
@@ -86,7 +87,10 @@ class TenantQueue:
             del self.by_priority[demand.priority]
 
     def waiting_tokens(self, num_running: float, priority: int | None = None) -> float:
-        """Tokens of waiting requests up to ``priority``, while ``num_running`` sequences run."""
+        """Return the tokens of waiting requests, if ``num_running`` sequences of the tenant run.
+
+        Only requests with a priority value up to ``priority`` count; None counts all.
+        """
         waiting = 0.0
         for value in sorted(self.by_priority):
             if priority is not None and value > priority:
@@ -99,7 +103,9 @@ class TenantQueue:
 
 
 def share_seats(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str, float]:
-    """Number of running sequences of each tenant: a share by weight, plus a part of unused shares.
+    """Return the number of running sequences of each tenant, ``capacity`` in total.
+
+    A tenant gets a share by weight, plus a part of the shares that other tenants do not use.
 
     Example: capacity 64, a has 8 sequences, b 100, c 100, equal weights: a runs 8, b 28, c 28.
     """
@@ -115,9 +121,10 @@ def share_seats(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str,
 def tokens_ahead(
     queues: Mapping[str, TenantQueue], capacity: float, tenant: str, priority: int
 ) -> float:
-    """Waiting tokens that the engines serve before a new request of a tenant.
+    """Return the number of waiting tokens that the engines serve before a new request of a tenant.
 
-    These are its tokens up to ``priority``, and for each other tenant at most as many by weight.
+    These are the tenant's waiting tokens up to ``priority``, and of each other tenant at most as
+    many in proportion to its weight. ``capacity`` is the number of running sequences.
     """
     own = queues.get(tenant)
     if own is None:

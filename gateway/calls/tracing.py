@@ -1,7 +1,7 @@
 """Traces requests: collects times while a request runs, and makes spans after its end.
 
 ``HttpMiddleware`` and ``GrpcCall`` begin and end a ``RequestTrace``; ``Gateway`` adds the call's
-fields and its ``RunningCall``. Only the span of the request is made earlier, before the first
+fields and its ``RunningCall``. Only the span of the request is made before its end: when the first
 prompt is sent to an engine, since workers make child spans for their steps. Without tracing, the
 cost per request is one check.
 
@@ -70,28 +70,32 @@ _REQUESTED = {
     names.PRESENCE_PENALTY: "presence_penalty",
     names.CHOICE_COUNT: "n",
 }
-"""Span attributes and the fields of the client's call that they contain."""
+"""Span attribute -> field of the client's call (``GenerateCall``) whose value the attribute has."""
 Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Tracing:
-    """Traces the requests of one replica."""
+    """Traces the requests of one gateway replica with OpenTelemetry spans."""
 
     export: TraceExport
     """Exporter of the spans."""
     model: str
     """Name of the served model."""
     addresses: Callable[[], Mapping[str, Any]]
-    """Returns ``host:port`` of ``http`` and ``grpc``, once known."""
+    """Function that returns ``host:port`` by port name, ``http`` and ``grpc``, once known."""
     decode: Decode | None
-    """Detokenizer for prompts and outputs; None omits them from the spans."""
+    """Detokenizer for prompts and outputs; None to omit prompts and outputs from the spans."""
     cluster_events: ClusterEvents = field(default_factory=ClusterEvents)
 
     def begin(
         self, name: str, port: Port, request_id: str, headers: Iterable[tuple[str, str | bytes]]
     ) -> RequestTrace | None:
-        """Begin the trace of the request that the current task serves; None if it is not traced."""
+        """Begin the trace of the request that the current task serves, and return the trace.
+
+        ``name`` is the HTTP path or gRPC method; None is returned if it is not traced. ``headers``
+        may name the parent span.
+        """
         operation = OPERATIONS.get(name)
         if operation is None:
             return None
@@ -109,7 +113,10 @@ class Tracing:
         self.cluster_events.take(snapshot, time.monotonic())
 
     def parents(self, trace: RequestTrace) -> StepParents | None:
-        """Return the parent spans for the steps of the next prompt; None if it is not sampled."""
+        """Return the parent spans for the engine's steps with the request's next prompt.
+
+        None if the trace is not sampled, or if the request has too many prompts.
+        """
         trace.span = trace.span or self._start(trace)
         if not trace.span.is_recording() or len(trace.decodes) == MAX_PROMPTS:
             return None
@@ -153,7 +160,7 @@ class Tracing:
         )
 
     def _parents(self, trace: RequestTrace) -> StepParents | None:
-        """Like ``parents``, but log an error and return None."""
+        """Return the parent spans as ``parents`` does; log an exception and then return None."""
         try:
             return self.parents(trace)
         except Exception:
@@ -161,7 +168,7 @@ class Tracing:
             return None
 
     def _record(self, trace: RequestTrace) -> None:
-        """Like ``record``, but log an error instead of raising it."""
+        """Make the spans of a finished request as ``record`` does; log an exception of it."""
         try:
             self.record(trace)
         except Exception:
@@ -175,9 +182,9 @@ def start_tracing(
     addresses: Callable[[], Mapping[str, Any]],
     decode: Decode,
 ) -> Tracing | None:
-    """Start tracing the requests of a replica; return None without an OTLP endpoint.
+    """Start tracing the requests of a gateway replica; return None without an OTLP endpoint.
 
-    Raises ``ConfigError`` if packages are missing.
+    ``instance`` is the name of the replica. Raises ``ConfigError`` if packages are missing.
     """
     if section.otlp_endpoint is None:
         return None

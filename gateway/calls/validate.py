@@ -1,6 +1,7 @@
 """Checks a call against the served model, and makes its engine requests with defaults and seeds.
 
-``field_checks.check_fields`` runs first. No memory is allocated for a call before both pass.
+``field_checks.check_fields`` runs before this module. No memory is allocated for a call before all
+checks pass.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from gateway.core.model import ModelFacts
 from workers.requests.request import BeamParams, EarlyStopping, Request, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
-"""Default ``max_tokens`` of a completion."""
+"""Value of ``max_tokens`` for a completion without this field."""
 MAX_LOGPROB_ENTRIES = 4_000_000
-"""Maximum number of log-probabilities of one call."""
+"""Maximum number of log-probabilities that the engines may return for one call."""
 MAX_BEAM_LOGPROB_ENTRIES = 1_000_000
-"""``MAX_LOGPROB_ENTRIES`` of beam searches, which send their output in one message."""
+"""Maximum number of log-probabilities of a beam search, whose output is one message."""
 _SLICE = 65_536
-"""Number of token ids that are compared at a time."""
+"""Number of token ids that are checked at a time."""
 _SAMPLED = (
     *("min_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
     *("presence_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "logprob_token_ids"),
     "grammar",
 )
-"""Fields that ``SamplingParams`` has, too; its defaults apply to unset fields."""
+"""Fields of a call that are copied to ``SamplingParams``, whose defaults apply to unset fields."""
 
 
 def make_requests(
@@ -39,7 +40,7 @@ def make_requests(
     draw_seed: Callable[[], int],
     bad_words: Sequence[tuple[int, ...]] = (),
 ) -> list[Request]:
-    """Make the engine's requests, one per prompt; ``complete_requests`` completes them.
+    """Make the engine requests of a call, one per prompt; ``complete_requests`` adds ids later.
 
     Args:
         call: the call, after ``check_fields``.
@@ -78,7 +79,10 @@ def make_requests(
 
 
 def truncation_slice(call: GenerateCall, model: ModelFacts) -> slice | None:
-    """Part of a prompt that ``truncate_prompt_tokens`` keeps; None if it is not set."""
+    """Return the part of a prompt's tokens that ``truncate_prompt_tokens`` of a call keeps.
+
+    None if the field is not set; -1 keeps as many tokens as the context allows.
+    """
     wanted = call.truncate_prompt_tokens
     if wanted is None:
         return None
@@ -89,7 +93,10 @@ def truncation_slice(call: GenerateCall, model: ModelFacts) -> slice | None:
 
 
 def check_prompts(name: str, prompts: Sequence[Sequence[int]], model: ModelFacts) -> None:
-    """Raise ``RequestError`` for an empty prompt, or for a token outside the vocabulary."""
+    """Raise ``RequestError`` for an empty prompt, or for a token id outside the vocabulary.
+
+    ``name`` is the client's field, for the error message.
+    """
     for ids in prompts:
         require(len(ids) > 0, name, "must not be empty")
         check_token_ids(name, ids, model.vocab_size)
@@ -109,7 +116,7 @@ def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
 
 
 def _check_ids(call: GenerateCall, bad_words: Sequence[tuple[int, ...]], model: ModelFacts) -> None:
-    """Check all token ids except the prompts."""
+    """Raise ``RequestError`` for token ids of a call outside the vocabulary, except in prompts."""
     allowed, size = call.allowed_token_ids or (), model.vocab_size
     check_token_ids("stop_token_ids", call.stop_token_ids, size)
     rule = f"has {len(allowed)} entries, the vocabulary has {size}"
@@ -123,7 +130,7 @@ def _check_ids(call: GenerateCall, bad_words: Sequence[tuple[int, ...]], model: 
 
 
 def _check_leaves_tokens(call: GenerateCall, model: ModelFacts) -> None:
-    """Check that ``min_tokens``, which masks tokens that end the text, leaves other tokens."""
+    """Raise ``RequestError`` if ``min_tokens``, which forbids end tokens, leaves no other token."""
     ending = set(call.stop_token_ids)
     if not call.ignore_eos:
         ending.update(model.eos_token_ids)
@@ -135,7 +142,10 @@ def _check_leaves_tokens(call: GenerateCall, model: ModelFacts) -> None:
 
 
 def _check_num_beams(call: GenerateCall, model: ModelFacts) -> None:
-    """Check that there are enough first tokens: a different one, not an end, for each beam."""
+    """Raise ``RequestError`` if a beam search has more beams than there are possible first tokens.
+
+    Each beam needs a different first token that does not end the text.
+    """
     most = model.vocab_size - len({*call.stop_token_ids, *model.eos_token_ids})
     name, width = "n" if call.best_of is None else "best_of", call.num_sampled
     rule = f"({width}) must be at most {most} with use_beam_search (possible first tokens)"
@@ -143,7 +153,11 @@ def _check_num_beams(call: GenerateCall, model: ModelFacts) -> None:
 
 
 def check_context(num_tokens: int, max_tokens: int, model: ModelFacts, name: str) -> None:
-    """Raise ``ContextLengthError`` if a prompt with ``max_tokens`` new tokens does not fit."""
+    """Raise ``ContextLengthError`` if a prompt with ``max_tokens`` new tokens exceeds the context.
+
+    The limits are those of the model and of the KV cache. ``name`` is the client's field, for the
+    error message.
+    """
     total = num_tokens + max_tokens
     if total <= model.max_model_len and not 0 < model.max_kv_tokens < total:
         return
@@ -177,20 +191,26 @@ def _max_tokens(call: GenerateCall, num_tokens: int, model: ModelFacts) -> int:
 
 
 def _num_sampled_logprobs(call: GenerateCall) -> int | None:
-    """Alternatives that the engine reports per new token; None without logprobs and ranking."""
+    """Return how many alternatives the engine reports for each new token; None for no logprobs.
+
+    Ranked choices need at least 0: the log-probability of the sampled token.
+    """
     wanted, ranks_here = call.num_logprobs, call.is_ranked and not call.use_beam_search
     return 0 if wanted is None and ranks_here else wanted
 
 
 def _num_prompt_logprobs(call: GenerateCall) -> int | None:
-    """Alternatives that the engine reports for each prompt token."""
+    """Return how many alternatives the engine reports per prompt token; None for no logprobs."""
     echoed = call.logprobs if call.echo else None
     counts = [count for count in (echoed, call.prompt_logprobs) if count is not None]
     return max(counts, default=None)
 
 
 def _make_params(call: GenerateCall, bad_words: tuple[tuple[int, ...], ...]) -> SamplingParams:
-    """Make the sampling parameters of all prompts, without the token limit and seed of each."""
+    """Make the sampling parameters that all prompts of a call share.
+
+    Token limit and seed, which differ by prompt, are left at their defaults.
+    """
     given: dict[str, Any] = {
         name: value for name in _SAMPLED if (value := getattr(call, name)) is not None
     }
