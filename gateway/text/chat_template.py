@@ -36,6 +36,9 @@ from gateway.text.tool_formats.call_ids import fit_call_ids
 
 _RENDER_ERRORS = (
     jinja2.TemplateError,
+    AssertionError,  # of Jinja's filters, which check arguments with it
+    AttributeError,
+    NameError,  # in code that Jinja generates for a constant such as 1e999
     TypeError,
     ValueError,
     ArithmeticError,

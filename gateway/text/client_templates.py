@@ -61,7 +61,7 @@ class ClientTemplateRenderer:
             QueueFullError: too many requests wait for a process.
         """
         if self._num_waiting >= MAX_WAITING:
-            message = f"{MAX_WAITING} chat templates of clients are waiting"
+            message = f"{MAX_WAITING} chat templates of clients are running or waiting"
             raise QueueFullError(message, _RETRY_S, "chat_templates")
         request = {
             "source": source,

@@ -58,11 +58,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and isinstance(right, int):
-            _check(abs(right) * max(1, int(left).bit_length()) <= _MAX_POWER_BITS, "a power")
+            num_bits = abs(right) * max(1, int(left).bit_length())
+            _check(num_bits, "the bits of a power", _MAX_POWER_BITS)
         elif operator == "*":
             counts = [x for x in (left, right) if isinstance(x, int)]
             sizes = [len(x) for x in (left, right) if hasattr(x, "__len__")]
-            _check(not (counts and sizes) or counts[0] * sizes[0] <= MAX_CHARS, "a repetition")
+            _check(counts[0] * sizes[0] if counts and sizes else 0, "the length of a repetition")
         return _check_size(super().call_binop(context, operator, left, right))
 
 
@@ -82,7 +83,7 @@ def _pieces(template: BoundedTemplate, values: Mapping[str, Any]) -> Iterator[st
     num_chars = 0
     for piece in template.generate(values):
         num_chars += len(piece)
-        _check(num_chars <= MAX_CHARS, "the prompt")
+        _check(num_chars, "the length of the prompt")
         yield piece
 
 
@@ -114,14 +115,14 @@ def _check_time() -> str:
 
 def _join(*parts: Any) -> str:
     texts = [str(part) for part in parts]
-    _check(sum(map(len, texts)) <= MAX_CHARS, "a text")
+    _check(sum(map(len, texts)), "the length of a text")
     return "".join(texts)
 
 
 def _limited_filter(apply: Any) -> Any:
     def applied(*args: Any, **options: Any) -> Any:
         numbers = [n for n in (*args, *options.values()) if isinstance(n, int)]
-        _check(max(numbers, default=0) <= MAX_CHARS, "a width")
+        _check(max(numbers, default=0), "an integer argument of a filter")
         return _check_size(apply(*args, **options))
 
     for name, value in vars(apply).items():  # attributes that tell Jinja which arguments to pass
@@ -130,10 +131,11 @@ def _limited_filter(apply: Any) -> Any:
 
 
 def _check_size(value: Any) -> Any:
-    _check(not isinstance(value, (str, list, tuple)) or len(value) <= MAX_CHARS, "a text")
+    if isinstance(value, (str, list, tuple)):
+        _check(len(value), "the length of a text or list")
     return value
 
 
-def _check(is_fine: bool, what: str) -> None:
-    if not is_fine:
-        raise jinja2.TemplateRuntimeError(f"{what} has more than {MAX_CHARS} characters")
+def _check(number: int, name: str, maximum: int = MAX_CHARS) -> None:
+    if number > maximum:
+        raise jinja2.TemplateRuntimeError(f"{name} must be at most {maximum}")

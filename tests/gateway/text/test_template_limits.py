@@ -18,18 +18,29 @@ DOUBLING = (
 @pytest.mark.parametrize(
     ("source", "error"),
     [
-        ("{{ 'a' * 100000000 }}", "a repetition has more"),
-        ("{{ [0] * 100000000 }}", "a repetition has more"),
-        ("{{ 2 ** 100000 }}", "a power has more"),
-        (DOUBLING.replace("EXPRESSION", "ns.s ~ ns.s"), "a text has more"),
-        (DOUBLING.replace("EXPRESSION", "ns.s + ns.s"), "a text has more"),
-        (DOUBLING.replace("EXPRESSION", "ns.s | replace('a', 'aa')"), "a text has more"),
-        ("{{ 'a' | center(100000000) }}", "a width has more"),
-        ("{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "the prompt has more"),
+        ("{{ 'a' * 100000000 }}", "the length of a repetition must be at most"),
+        ("{{ [0] * 100000000 }}", "the length of a repetition must be at most"),
+        ("{{ 2 ** 100000 }}", "the bits of a power must be at most 4096"),
+        (DOUBLING.replace("EXPRESSION", "ns.s ~ ns.s"), "length of a text must be"),
+        (DOUBLING.replace("EXPRESSION", "ns.s + ns.s"), "length of a text or list must"),
+        (
+            DOUBLING.replace("EXPRESSION", "ns.s | replace('a', 'aa')"),
+            "length of a text or list must",
+        ),
+        ("{{ 'a' | center(100000000) }}", "an integer argument of a filter must be"),
+        ("{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "length of the prompt must be"),
     ],
 )
 def test_texts_that_grow_are_refused(source: str, error: str) -> None:
     with pytest.raises(RequestError, match=error):
+        ChatTemplate(source).render(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 1e999 ** 2 }}", "{{ 'a' | dictsort }}", "{{ 'a' | truncate(0) }}"]
+)
+def test_an_error_in_code_of_jinja_is_an_error_of_the_request(source: str) -> None:
+    with pytest.raises(RequestError, match="messages do not fit the model's chat template"):
         ChatTemplate(source).render(MESSAGES)
 
 
