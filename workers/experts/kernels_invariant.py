@@ -34,7 +34,7 @@ from workers.quantization.matrix import Weight, plain
 Agree = Callable[[MakeKernel, ExchangeSpec, torch.dtype, torch.device], bool]
 """Function that returns whether an expert kernel is batch-invariant; see ``pairs_agree``."""
 _GROUPS = ((0, 1), (5, 6), (0, 2), (7, 10), (1, 8), (3, 12), (11, 41), (0, NUM_TRIED_ROWS))
-"""Ranges [first, end) of the test inputs. The outputs of each range, computed in a call of its own,
+"""Ranges [first, end) of the test inputs. The outputs of each range, computed in a separate call,
 must equal the outputs of these inputs in a call with all inputs."""
 _MAX_HEIGHT = 64
 """Maximum number of rows of a block in a batched product; a slot with more rows has several
@@ -69,8 +69,7 @@ class BlockExperts(StackedWeights):
 
 
 class LoopExperts:
-    """Expert kernel with one matrix product (of the variant ``form``) for each slot that has
-    rows."""
+    """Expert kernel that multiplies slot by slot, with matrix products of the variant ``form``."""
 
     def __init__(
         self,

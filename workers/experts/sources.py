@@ -49,8 +49,8 @@ class ExpertSource(Protocol):
 
 
 class CheckpointSource:
-    """Expert source that reads the checkpoint's files. A ``CheckpointError`` names the damaged
-    file."""
+    """Expert source that reads the checkpoint's files. Raises ``CheckpointError`` with the file or
+    tensor that is wrong."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class CheckpointSource:
         """Make a source over ``checkpoint``, which no other thread may use
         (``Checkpoint.another``).
 
-        ``take`` is called with the size in bytes of each matrix that was read; it may wait or
-        raise. ``round_weight`` quantizes experts during loading.
+        ``take`` is called after each matrix, with the matrix's size in memory in bytes; it may wait
+        or raise. ``round_weight`` quantizes experts during loading.
         """
         self._checkpoint = checkpoint
         self._take = take

@@ -170,8 +170,8 @@ class ExpertLoader:
             source.close()
 
     def _remaining_work(self, order: LoadExperts) -> list[SlotOrder]:
-        """Return the entries of a load command whose slots must still be written, and mark these
-        slots empty.
+        """Return the entries of a load command that must still be written, and mark their slots
+        empty.
 
         Waits while a temporary obstacle prevents writing. Raises ``ProtocolError`` if writing is
         not allowed.
