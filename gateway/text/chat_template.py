@@ -185,7 +185,7 @@ class ChatTemplate:
     def _instruction_variants(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> Iterator[Sequence[Mapping[str, Any]]]:
-        """Yield the conversation with system and developer messages at other places, best first."""
+        """Yield the conversation with its instructions at different positions, best first."""
         yield self._move_instructions(messages, tools)
         yield late_instructions_to_user(merge_leading_instructions(messages))
         together = merge_all_instructions(messages)

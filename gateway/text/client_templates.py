@@ -1,7 +1,7 @@
 """Renders chat templates that clients send, if the server allows them.
 
 Each rendering runs in a new process, so that a template cannot affect later renderings.
-The module ``render_template`` sets the time and memory limits of the process.
+The module ``render_template`` limits the CPU time and memory of the process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RETRY_S = 2.0
 class RenderedTemplate:
     has_tools: bool
     tool_format: ToolCallFormat | None
-    """Format of the model's tool calls; None if unknown, or without tools in the template."""
+    """Format of the model's tool calls; None if unknown. See ``ChatTemplate.tool_format``."""
     has_thinking: bool
     """Whether the model may write reasoning before its answer."""
     text: str | None

@@ -256,7 +256,7 @@ class ChoiceText:
     def take(self, always: bool = False) -> tuple[str, tuple[TokenText, ...]]:
         """Return and remove the text and tokens that are ready.
 
-        While there is no text, tokens are returned only if ``always`` is True.
+        Tokens without text are returned only if ``always`` is True or there is no detokenizer.
         """
         if not self._text and not always and self._detokenizer is not None:
             return "", ()

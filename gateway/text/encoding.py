@@ -1,4 +1,4 @@
-"""Tokenizes texts outside the event loop: in threads, or in a process for long texts."""
+"""Tokenizes texts; all but short ones outside the event loop, in threads or a process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class EncodedText(NamedTuple):
 
 
 class TextEncoder:
-    """Tokenizes prompts outside the event loop; ``long_work`` runs work that holds the GIL."""
+    """Tokenizes prompts without blocking the event loop.
+
+    ``long_work`` runs work that holds the GIL.
+    """
 
     def __init__(self, tokenizer: Tokenizer, long_work: LongWork) -> None:
         self._tokenizer = tokenizer

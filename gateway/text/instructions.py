@@ -55,7 +55,7 @@ def late_instructions_to_user(messages: Sequence[Message]) -> list[Message]:
 
 
 def instructions_to_user(messages: Sequence[Message]) -> list[Message]:
-    """Convert system and developer messages to user text, joined with an adjacent user message.
+    """Convert system and developer messages to user text, joined with adjacent user messages.
 
     Adjacent user messages are merged, since some templates reject consecutive ones. Tool results
     stay next to their calls.

@@ -31,7 +31,7 @@ _TOKEN = "_token"
 """Suffix of the names of special tokens in templates, for example ``bos_token``."""
 _USUAL = frozenset(f"{name}{_TOKEN}" for name in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"])
 _MODEL_SPECIFIC, _EXTRA = "model_specific_special_tokens", "extra_special_tokens"
-"""Entries of ``tokenizer_config.json`` with additional special tokens by name. The second entry and
+"""Entries of the checkpoint's files with additional special tokens by name. The second entry and
 top-level entries override the first entry."""
 
 

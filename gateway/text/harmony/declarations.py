@@ -35,7 +35,7 @@ def _arguments(schema: ResolvedSchema) -> str:
 
 
 def _described(schema: ResolvedSchema, type_text: str) -> str:
-    """Return ``type_text``, preceded by the schema's description if the schema is an object."""
+    """Return ``type_text``, preceded by the schema's description if it has properties."""
     lines = comment(schema.get("description")) if schema.has_properties else []
     return "\n".join([*lines, type_text])
 

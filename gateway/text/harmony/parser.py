@@ -199,7 +199,7 @@ class HarmonyParser:
         return state
 
     def _read_text(self, output: PieceBuilder, is_last: bool) -> bool:
-        """Read the final part of a message's text; return whether the message ends."""
+        """Read the text of a message that is certain so far; return whether the message ends."""
         text, token, rest = split_at_delimiter(self._waiting, _TEXT_ENDS)
         if not token and not is_last and (kept := partial_delimiter_length(text, _TEXT_ENDS)):
             text, rest = text[:-kept], text[-kept:]

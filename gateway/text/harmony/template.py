@@ -288,7 +288,7 @@ def _render_parts(header: Sequence[str], text: str, end: str = END) -> _Parts:
 def _without_last_end(turns: list[_Parts]) -> list[_Parts]:
     """Return the messages without the end token of the last message.
 
-    Raises ``RequestError`` if the last message has no text.
+    Raises ``RequestError`` if the last message is a call or has no text.
     """
     *before, last = turns or [[""]]
     has_text = last[-1] == END and bool(last[-2])

@@ -34,8 +34,8 @@ class UnsupportedSchemaError(Exception):
 def alternatives(schema: Any, clean: CleanSchema, is_strict: bool) -> list[Alternative]:
     """Return the alternatives of ``schema``, which is a part of ``clean``.
 
-    Each alternative is a tuple of schemas without references and combinations. A value matches
-    ``schema`` if it matches all schemas of one alternative.
+    Each alternative is a tuple of schemas that have no reference or combination at their top level.
+    A value matches ``schema`` if it matches all schemas of one alternative.
 
     Raises:
         UnsupportedSchemaError: too many alternatives or levels; or ``is_strict``, and members of a

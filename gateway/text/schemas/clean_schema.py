@@ -30,7 +30,7 @@ TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 DEFINITION = "#/$defs/"
 """Prefix of every reference in a clean schema (with only keywords that grammars support)."""
 _MAX_NODES = 10_000
-"""Maximum number of schemas within a client's schema, including targets of references."""
+"""Maximum number of schemas in a client's schema, counted again in each target of a reference."""
 _MAX_VALUES = 5000
 """Maximum number of values of an ``enum`` in a schema."""
 _UNSUPPORTED = frozenset(
@@ -100,8 +100,7 @@ class CleanSchema:
 
 
 def forbid_additional(schema: Any) -> Mapping[str, Any]:
-    """Return the schema of a tool's arguments without additional arguments, unless a keyword may
-    allow them.
+    """Return a schema of arguments that forbids additional ones, unless a keyword may allow them.
 
     JSON Schema allows additional properties by default, which small models may then generate
     endlessly. Arguments that are named only in ``required`` may be of any type.

@@ -25,8 +25,8 @@ _QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})")
 def full_match(pattern: str) -> str | None:
     """Return a pattern that matches exactly the texts in which ``pattern`` is found.
 
-    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None if ``pattern`` has
-    anchors elsewhere than at the ends of a top-level branch.
+    For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None if ``pattern`` has anchors
+    elsewhere than at the ends of a top-level branch.
     """
     branches, depth, is_class, is_after_quantifier = [""], 0, False, False
     starts, ends = [False], [False]

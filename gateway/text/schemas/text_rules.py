@@ -18,7 +18,7 @@ from gateway.text.schemas.patterns import full_match, grammar_regex, pattern_wit
 
 @dataclass(frozen=True, slots=True)
 class TextRule:
-    """Constraints on a text argument, all of which the text must match."""
+    """Constraints that a text argument must all match."""
 
     values: tuple[str, ...] | None = None
     """The allowed texts; None allows any text."""
@@ -41,7 +41,7 @@ class TextRule:
 
 
 def text_rules(expanded: Sequence[Alternative], is_strict: bool) -> list[TextRule]:
-    """Return rules, at least one of which a text must match; empty if no text is allowed.
+    """Return rules. A text must match at least one of them; empty if no text is allowed.
 
     ``expanded`` has the alternatives of a schema.
 

@@ -99,7 +99,7 @@ def _reasoning_rules(
 def _answer_body(
     use: ToolUse, syntax: CallSyntax, token_ids: Mapping[str, int], answer: Grammar | None
 ) -> tuple[str, list[GrammarRule | str]]:
-    """Return a grammar expression for an answer after reasoning, with tools, and its rules."""
+    """Return a grammar expression for the answer after any reasoning, and its rules."""
     first = terminal(syntax.first_delimiter, token_ids)
     begin, next_begin = (
         terminal(text.strip(), token_ids)

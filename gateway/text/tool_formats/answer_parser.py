@@ -52,8 +52,8 @@ class AnswerParser:
     The result does not depend on how the text is split into pieces. For example
     ``<think>Hm.</think>On it. <tool_call>\\n{"name": "f", "arguments": {"a": 1}}\\n
     </tool_call>`` is the reasoning ``Hm.``, the content ``On it. `` and one call of ``f``. Line
-    breaks next to ``<think>`` and ``</think>`` do not belong to the reasoning. The head of a call
-    (its delimiter and function name) also ends the reasoning.
+    breaks next to ``<think>`` and ``</think>`` do not belong to the reasoning. The head of a call,
+    which names the function, also ends the reasoning.
 
     No text is lost: a delimiter without the head of a call is text, also if the end of the answer
     cuts it, unless the answer must be a call. Arguments are returned as they arrive: a call with

@@ -82,7 +82,7 @@ class ArgumentReader:
         return rest, self._writer.feed(certain), False
 
     def _read_json(self, text: str, is_last: bool) -> tuple[str, str, bool]:
-        """Read the next piece of a value that is JSON; return the results of ``read``.
+        """Read the next piece of a value that is JSON, with the same results as ``read``.
 
         If a string in the value does not end, the first delimiter ends the value.
         """

@@ -15,7 +15,7 @@ from gateway.text.tool_formats.lookahead import Lookahead
 
 
 class ArgumentsState(Enum):
-    """State of reading a tool call's arguments, named after the text that follows."""
+    """State of reading a tool call's arguments: the kind of text that follows."""
 
     OBJECT = auto()
     """The rest of the JSON object with all arguments follows."""

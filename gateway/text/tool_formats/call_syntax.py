@@ -57,7 +57,7 @@ class CallSyntax:
     section: str = ""
     """Delimiter before the first call of an answer; empty if the format has no section of calls."""
     begin: str
-    """Delimiter before each call."""
+    """Delimiter before each call; only before the first call if ``next_begin`` is set."""
     next_begin: str = ""
     """Delimiter before all calls except the first; empty means ``begin``."""
     head: tuple[Part, ...]

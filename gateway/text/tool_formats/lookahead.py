@@ -37,11 +37,11 @@ class Lookahead:
 
     @property
     def needs_more_text(self) -> bool:
-        """Whether an incomplete match may become complete, as the answer has not ended."""
+        """Whether the answer goes on and an incomplete match may become complete."""
         return not self.is_last and self.may_grow
 
     def is_prefix_of(self, delimiters: Sequence[str]) -> bool:
-        """Whether the unparsed text is a proper prefix of one of ``delimiters``."""
+        """Whether the unparsed text after white space is a proper prefix of a delimiter."""
         return is_delimiter_prefix(self.stripped_window, delimiters)
 
     def skip_delimiter(self, delimiter: str) -> bool:

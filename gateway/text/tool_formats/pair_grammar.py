@@ -111,7 +111,7 @@ class PairRules:
 
 @dataclass(slots=True)
 class _ToolRules:
-    """Creates the grammar rules of one tool, without duplicates for equal schemas."""
+    """Creates the grammar rules of one tool, without duplicates."""
 
     pairs: PairRules
     tool: Tool

@@ -40,7 +40,7 @@ class ParsedPiece:
     """All parts in the order of the answer; may be empty if all parts are of one kind."""
 
     def merge_calls(self) -> ParsedPiece:
-        """Return a copy in which the pieces of each call are merged into one piece.
+        """Return a copy with the pieces of each call in ``calls`` merged into one piece.
 
         Clients would read several pieces as several calls.
         """
