@@ -19,7 +19,7 @@ from workers.native.thread_team import check
 
 UNEXPECTED, UNSENT = 5, 6
 """Values of ``enum result`` in C if native code stopped in an exchange, which Python then
-continues: after an unexpected message or a time-out, or with outputs that are not sent."""
+continues: after an unexpected message or a time-out, or with rows or outputs that are not sent."""
 
 
 @c_struct("exchange.h", "exchange", place=PlaceFields, frames=ctypes.POINTER(FrameFields))

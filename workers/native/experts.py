@@ -89,8 +89,8 @@ class SlotTable:
     """Packed matrices of expert slots. A slot is usable only with all its matrices."""
 
     def __init__(self, shape: ExpertShape, num_slots: int, old: SlotTable | None = None) -> None:
-        """Create empty slots, or with ``old``, slots that share the matrices of ``old`` as far as
-        both reach."""
+        """Create slots with the matrices of the slots in ``old``, as far as it reaches; all other
+        slots are empty."""
         self.shape = shape
         self._packed: list[list[Tensor | None]] = []
         self._addresses = torch.zeros(len(shape.matrices), num_slots, dtype=torch.int64)

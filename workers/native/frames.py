@@ -16,7 +16,7 @@ END_OF_STREAM = -1
 
 @c_struct("frames.h", "step")
 class StepFields(ctypes.Structure):
-    """C ``struct step``: the generation and the step number in a frame's header."""
+    """C ``struct step``: generation, step number and flags in a frame's header."""
 
 
 @c_struct("frames.h", "place")

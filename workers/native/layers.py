@@ -51,10 +51,11 @@ def run_layers(
     """Run all layers, with embedding, final norm and head, for all flows (micro-batches).
 
     ``advance`` is called after a layer whenever ``advance_s`` have elapsed, and before the return.
-    Returns a result and the index of a flow. The result is 0 if all flows are done; it is
-    ``UNSENT`` or ``UNEXPECTED`` if native code stopped in an exchange with other ranks
-    (``workers.native.exchange``), and Python must continue this flow. Raises ``IndexError`` for an
-    empty expert slot or a token without an embedding, and ``RuntimeError`` if memory is exhausted.
+    Returns a result and the index of the flow that is next. The result is 0 if all flows are done;
+    it is ``UNSENT`` or ``UNEXPECTED`` if native code stopped in an exchange with other ranks
+    (``workers.native.exchange``), and Python must continue with the next flow. Raises
+    ``IndexError`` for an empty expert slot or a token without an embedding, and ``RuntimeError`` if
+    memory is exhausted or another thread uses the team.
     """
     run, turn = team.library.functions.layers_run, ctypes.c_int64()
     arguments = (ctypes.byref(stack), flows, len(flows), advance_s, ctypes.byref(turn))

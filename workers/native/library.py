@@ -86,8 +86,8 @@ class LibraryChoice:
     library: Library | None
     """The loaded library, or None if torch computes instead of kernels."""
     reason: str
-    """Reason why no library for a better instruction set is used; ``""`` if there is no better
-    one."""
+    """Reason why no better library is used, or none at all; ``""`` if the best one for this
+    processor, up to ``MAX_VARIABLE``, is used."""
 
     @property
     def description(self) -> str:
@@ -122,7 +122,8 @@ def find_library(
 def is_built(
     environ: Mapping[str, str] = os.environ, cpu_info: Path = CPU_INFO, shipped: Path = SHIPPED
 ) -> bool:
-    """Whether the best kernel library exists, so that ``find_library`` need not build it."""
+    """Whether ``find_library`` needs no build: the best kernel library exists, or this machine
+    supports none."""
     return all(
         _shipped_path(wanted, shipped).exists()
         or library_path(wanted, cache_folder(environ), environ).exists()

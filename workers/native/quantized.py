@@ -64,10 +64,8 @@ def pack_weight(
 ) -> Tensor:
     """Pack a CPU matrix [out, in] into panels, quantized or not.
 
-    ``is_gated``: the matrix has gate rows followed by up rows, which alternate in panels, 16 of
-    each. ``team``: an idle team that helps the calling thread. For a tensor, the result is int32
-    [panels, units, 32]. A quantized matrix must have an even width; the result is int32
-    [panels, words].
+    ``is_gated`` and ``team``: see ``panels.pack``. The result is int32: [panels, units, 32] for a
+    tensor, [panels, words] for a quantized matrix, which must have an even width.
     """
     if isinstance(weight, Tensor):
         return pack(library, weight, is_gated, team)

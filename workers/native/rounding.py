@@ -44,8 +44,7 @@ def round_product(
 ) -> QuantizedMatrix:
     """Quantize a weight [out, in] on the CPU to the one of ``forms`` with the least squared error.
 
-    ``library``: compiled kernels; None: torch computes. ``team``: an idle team that helps the
-    calling thread.
+    ``library`` and ``team``: see ``round_weight``.
     """
     found = [round_weight(library, weight, form, team) for form in forms]
     return found[0] if len(found) == 1 else min(found, key=lambda m: squared_error(m, weight))

@@ -77,7 +77,7 @@ class Kernels:
 
     def with_exception(self, exception: str) -> Kernels:
         """Log ``exception``, a part that torch computes instead, and return kernels that describe
-        it; ``""``: no change."""
+        it. Without a team, or if ``exception`` is ``""``, nothing changes."""
         if self.team is None or not exception:
             return self
         logger.warning("kernels: %s", exception)
