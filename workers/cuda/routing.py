@@ -1,4 +1,4 @@
-"""Selection of the experts of each row, and of their weights, in one kernel.
+"""Selection of the experts of each row, and computation of their weights, in one kernel.
 
 Reference: ``workers.model.routing.Router``, with the same roundings. If experts have equal scores,
 the first one is selected.
