@@ -48,8 +48,8 @@ class WeightFormat:
         return 1 if self.group is None else -(-width // self.group)
 
     def row_bytes(self, width: int) -> int:
-        """Number of bytes of a row's quantized values, without scales. With 4 bits, the width must
-        be even."""
+        """Number of bytes of a row's quantized values, without scales; half of the last byte is
+        unused if the width is odd and a value has 4 bits."""
         return -(-width * self.code_bits // 8)
 
     def num_bytes(self, shape: tuple[int, int]) -> int:

@@ -72,8 +72,8 @@ class QuantizationKeys:
         self._rest.difference_update(keys)
 
     def refused(self, key: str, rule: str = "") -> CheckpointError:
-        """Return, without raising it, the error for a key whose value is not supported. ``rule``:
-        the allowed values."""
+        """Return, without raising it, the error for an unsupported value of a key. ``rule``: the
+        allowed values."""
         words = f"{self.name}: {key} {self._settings.get(key)!r} is not supported"
         return CheckpointError(f"{words}: must be {rule}" if rule else words)
 
@@ -105,8 +105,8 @@ def check_overrides(keys: QuantizationKeys, key: str, same: Mapping[str, Any]) -
     AutoRound's ``extra_config``.
 
     ``key``: name of the object with the patterns. An excluded module (``-:``, or at least 16 bits)
-    is stored unquantized and needs no check. Raises ``CheckpointError`` for any other module whose
-    settings differ from ``same``, the settings of the whole model.
+    is stored unquantized and needs no check. Raises ``CheckpointError`` if the settings of any
+    other module differ from ``same``, the settings of the whole model.
     """
     found = keys.value(key)
     if found is None:

@@ -29,7 +29,8 @@ class QuantizedMatrix:
     shape: tuple[int, int]
     """Shape of the dequantized matrix, [out, in]."""
     codes: Tensor
-    """Quantized values, [out, in] uint8; for 4 bits [out, in / 2], lower half of a byte first."""
+    """Quantized values, [out, in] uint8; for 4 bits [out, in / 2], rounded up, lower half of a byte
+    first."""
     scales: Tensor
     """Scales [out, groups] in the format's scale type; uint8 for ``e8m0``."""
     zeros: Tensor | None = None
