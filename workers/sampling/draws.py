@@ -68,8 +68,8 @@ def draw(
 ) -> Tensor:
     """Sample a token from each row of logits [rows, V]; returns [rows] int64.
 
-    The result is ``NOT_FINITE`` for a row with NaN or infinity, and ``NONE_ALLOWED`` for a row
-    whose tokens are all masked. ``is_masked``: tokens with a logit of minus infinity must not be
+    The result is ``NOT_FINITE`` for a row with NaN or infinity, and ``NONE_ALLOWED`` if all tokens
+    of a row are masked. ``is_masked``: tokens with a logit of minus infinity must not be
     sampled; all other logits are finite. The native kernel is used if there is a ``team`` and the
     kernel supports the dtype.
     """

@@ -175,7 +175,7 @@ class CompiledGrammar:
 
 
 def shorten(reason: str) -> str:
-    """Return a parser's message as one line for clients; the message may quote a whole grammar."""
+    """Shorten a parser's message, which may quote a whole grammar, to one line for clients."""
     reason = reason.replace("<non-verbose/>", "").partition("<backtrace>")[0]
     line = " ".join(reason.split())
     return line if len(line) <= _MAX_MESSAGE_CHARS else f"{line[:_MAX_MESSAGE_CHARS]}..."

@@ -94,8 +94,8 @@ class GrammarCompiler:
             self._load_tokenizer("structured_outputs")
 
     def cached(self, grammar: Grammar, owner: str = "") -> CompiledGrammar | None:
-        """Return a compiled grammar of this owner from the cache, or None. A grammar whose lexer
-        has failed is not returned.
+        """Return a compiled grammar of this owner from the cache; None if there is none or its
+        lexer has failed.
 
         ``owner`` is the ``cache_salt`` of a request: compile times must not reveal the grammars of
         other tenants.

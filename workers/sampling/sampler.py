@@ -58,9 +58,8 @@ def sample_tokens(
 ) -> Tensor:
     """Sample one token for each row of logits [rows, V]; returns [rows] int64.
 
-    The result is ``NOT_FINITE`` for a row with NaN or infinity, and ``NONE_ALLOWED`` for a row
-    whose tokens are all masked. ``team``: threads for the native kernel; None: torch. Only rows
-    with penalties, bias or masks are copied.
+    The result is ``NOT_FINITE`` for a row with NaN or infinity, and ``NONE_ALLOWED`` if all tokens
+    of a row are masked. ``team``: threads for the native kernel; None: torch.
     """
     changed = [i for i, row in enumerate(rows) if not row.is_plain]
     if not changed:
@@ -106,7 +105,8 @@ def all_finite(logits: Tensor) -> bool:
 def _entries(
     logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> dict[int, TokenLogprob]:
-    """Return the log-probabilities of sampled tokens, by row index, for rows that request them."""
+    """Return the log-probabilities of sampled tokens, by row index, for rows that request them, are
+    not of a beam search, and have a token."""
     requested = [
         i
         for i, row in enumerate(rows)
