@@ -34,7 +34,7 @@ class Acceptance:
         self._all = max(kept * self._all + count, self._right + 1e-3)
 
     def num_worthwhile(self, price: float, max_count: int) -> int:
-        """Return the number of guessed tokens that are worth computing a row, up to ``max_count``.
+        """Return how many guessed tokens are each worth a row, up to ``max_count``.
 
         The n-th guessed token is accepted with probability ``share ** n``, and its row costs as
         much time as ``price`` tokens. Example: share 0.8 and price 0.3 give 5, as 0.8 ** 5 is 0.33

@@ -27,7 +27,7 @@ millisecond."""
 
 
 _PROBE_INTERVAL = 8
-"""Number of output tokens between two predictions for a sequence whose guesses are not worth their
+"""Number of output tokens between two predictions for a sequence if its guesses are not worth their
 cost; these predictions measure the acceptance rate."""
 
 
@@ -71,7 +71,8 @@ class Speculator:
         """Return the draft tokens to run after a sequence's newest token; empty if not worth their
         cost.
 
-        The result is the same until the sequence's output grows or ``plan_step`` is called.
+        The result is the same until the sequence's output grows, or ``plan_step`` or
+        ``note_prediction`` is called.
         """
         followed = self._current_guesses(sequence)
         if followed is None or not followed.guess:
@@ -190,7 +191,8 @@ class Speculator:
         return followed
 
     def _guess(self, sequence: SequenceState, index: NgramIndex) -> tuple[int, ...]:
-        """Guess from the sequence's n-grams; empty if a prediction layer guesses instead."""
+        """Guess from the sequence's n-grams; empty if a prediction layer guesses instead, or while
+        the index lacks tokens of the sequence."""
         if self._section.has_predictor:
             return ()
         first, last = len(index), sequence.num_tokens
