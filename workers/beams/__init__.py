@@ -1,4 +1,4 @@
-"""Beam search: candidate tokens, search steps, and the sequences of beams.
+"""Beam search: candidate tokens, steps of the search, and the sequences of beams.
 
 Imports ``workers.requests``, ``workers.model`` and torch.
 """

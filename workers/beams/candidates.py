@@ -1,4 +1,4 @@
-"""Selects the candidate tokens of beams from logits."""
+"""Selects the candidate next tokens of beams from logits."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ _MASKED = float("-inf")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CandidateParams:
-    """Parameters for the candidates of one request's beams in a step."""
+    """Parameters that select the candidate next tokens of one request's beams in a step."""
 
     width: int
-    """Number of beams."""
+    """Number of beams of the request."""
     ending: tuple[int, ...]
-    """Ids of tokens that end the text."""
+    """Ids of tokens that end the text: stop tokens and end-of-sequence tokens."""
     may_end: bool
     """Whether the text has its minimum length, so that it may end."""
     num_top: int | None = None
-    """Number of alternatives to report for each token; None reports none."""
+    """Number of most probable tokens to report with each candidate; None: no logprobs are
+    reported."""
 
 
 def beam_candidates(logits: Tensor, params: CandidateParams) -> list[list[TokenLogprob]]:
-    """Return the candidates for each row of logits [rows, V], the best first: the ``width`` best
-    tokens that do not end the text and, with ``may_end``, the ``width`` best of all tokens.
+    """Return the candidate next tokens for each row of logits [rows, V], the most probable first.
+
+    The candidates are the ``width`` most probable tokens that do not end the text and, with
+    ``may_end``, the ``width`` most probable of all tokens.
     """
     logits = logits.float()
     normalizer = logits.logsumexp(-1, keepdim=True)
@@ -46,7 +49,10 @@ def beam_candidates(logits: Tensor, params: CandidateParams) -> list[list[TokenL
 
 
 def beam_candidates_by_row(logits: Tensor, params: CandidateParams) -> list[list[TokenLogprob]]:
-    """``beam_candidates`` with each row in its own memory; see ``logprob_entries_by_row``."""
+    """Return the result of ``beam_candidates``, computed row by row.
+
+    A row's bits are then independent of the other rows; see ``logprob_entries_by_row``.
+    """
     each = (beam_candidates(row.clone().unsqueeze(0), params) for row in logits)
     return list(chain.from_iterable(each))
 

@@ -1,9 +1,9 @@
 """Connects the beam search of a request with the sequences of its beams.
 
-A beam is a sequence that sends no output to the client before the end. Once the candidates of all
-beams of a request are known, the search selects the continuations. The first continuation of a beam
-uses the beam's sequence. Every other continuation is a fork, which shares the KV blocks of its
-parent. A beam without a continuation ends.
+A beam is a sequence that sends no output to the client before the end of the search. Once the
+candidate next tokens of all beams of a request are known, the search selects the continuations. The
+first continuation of a beam uses the beam's sequence. Every other continuation is a fork, a new
+sequence that shares the KV blocks of its parent. A beam without a continuation ends.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from workers.requests.sequence import SequenceState
 
 @dataclass(frozen=True, slots=True)
 class BeamStep:
-    """Result of a search step for the beams of a request."""
+    """Changes of a request's beams by one step of its beam search."""
 
     ended: list[SequenceState]
-    """Beams without a continuation; all beams at the end."""
+    """Beams without a continuation; at the end of the search, all beams."""
     forks: list[tuple[SequenceState, SequenceState]]
-    """(parent, child) pairs; the parent continues, too."""
+    """New beams as (parent, child) pairs; the parent continues, too."""
     outputs: list[TokenOutput]
     """Outputs for the client, empty before the end of the search; choice 0 is the best."""
     is_over: bool
@@ -32,7 +32,7 @@ class BeamStep:
 
 @dataclass(slots=True, eq=False)
 class BeamGroup:
-    """The beams of one request, the best first."""
+    """The beams of one request and its beam search. ``beams`` are in order, the best first."""
 
     request: Request
     search: BeamSearch
@@ -40,17 +40,20 @@ class BeamGroup:
     _candidates: dict[SequenceState, Sequence[TokenLogprob]] = field(default_factory=dict)
 
     def set_candidates(self, sequence: SequenceState, candidates: Sequence[TokenLogprob]) -> None:
-        """Record the candidates of a beam. It is idle until all beams have candidates."""
+        """Record the candidate next tokens of a beam, which is idle until all beams have some."""
         self._candidates[sequence] = candidates
         sequence.is_idle = True
 
     @property
     def is_complete(self) -> bool:
-        """Whether the candidates of all beams are known."""
+        """Whether the candidate next tokens of all beams are known, so that ``advance`` can run."""
         return len(self._candidates) == len(self.beams)
 
     def advance(self, now: float, eos: Collection[int]) -> BeamStep:
-        """Run a step of the search, and append the next token to each continuing sequence."""
+        """Run a step of the search, and append the selected token to each beam that continues.
+
+        ``now``: monotonic time. ``eos``: end-of-sequence tokens of the model.
+        """
         continuations = self.search.advance([self._candidates[beam] for beam in self.beams])
         self._candidates.clear()
         parents = [self.beams[one.parent] for one in continuations]
@@ -94,7 +97,10 @@ class BeamGroup:
 
 
 def new_group(sequence: SequenceState, eos: Collection[int]) -> BeamGroup | None:
-    """Create the group of a request with its first sequence; None if it does not use beams."""
+    """Create the group of a request's beams, at first with one sequence.
+
+    Returns None if the request does not use beam search. ``eos``: end-of-sequence tokens.
+    """
     request, beams = sequence.request, sequence.params.beams
     if beams is None:
         return None
@@ -108,14 +114,20 @@ def new_group(sequence: SequenceState, eos: Collection[int]) -> BeamGroup | None
 
 
 def ending_tokens(request: Request, eos: Collection[int]) -> tuple[int, ...]:
-    """Ids of the tokens that end an output, ascending."""
+    """Return the ids of the tokens that end an output of the request, ascending.
+
+    ``eos``: end-of-sequence tokens of the model.
+    """
     params = request.params
     tokens = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
     return tuple(sorted(tokens))
 
 
 def _fork(parent: SequenceState, output: list[int], choice: int) -> SequenceState:
-    """Create a sequence with ``output``: the parent's output without its next token."""
+    """Create a beam that continues from ``parent``, with the choice number ``choice``.
+
+    ``output``: output of the parent before this search step.
+    """
     return replace(
         parent,
         choice=choice,

@@ -3,8 +3,8 @@
 Source: ``_beam_search`` of transformers' ``generation/utils.py`` (release 5). Each step ranks the
 continuations of all beams by log-probability. A continuation that ends the text becomes an ended
 output if it is among the first ``width`` and its score is among the best. The next beams are the
-best continuations that do not end the text. Unlike there, ties are broken by the better beam, then
-by the lower token.
+best continuations that do not end the text. Unlike in transformers, ties are broken by the better
+beam, then by the lower token id.
 
     2 beams of log-probability -1.0 and -1.2, continuations by token (2 is eos):
         beam 0: 7 -0.1, 2 -0.4        beam 1: 5 -0.1, 2 -3.0
@@ -23,22 +23,22 @@ from workers.requests.request import BeamParams, EarlyStopping, TokenLogprob
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenPath:
-    """Tokens of an output as a linked list, newest first; beams share their common prefix."""
+    """Output tokens of a beam as a linked list, newest first; beams share their common prefix."""
 
     newest: TokenLogprob | None = None
-    """The newest token; None for an empty output."""
+    """Newest token of the output; None for an empty output."""
     before: TokenPath | None = None
     total: float = 0.0
-    """Log-probability of all tokens."""
+    """Log-probability of the output: sum over all tokens."""
     length: int = 0
-    """Number of tokens."""
+    """Number of tokens in the output."""
 
     def add(self, token: TokenLogprob) -> TokenPath:
-        """This path extended by a token."""
+        """Return a new path: this path extended by a token."""
         return TokenPath(token, self, self.total + token.logprob, self.length + 1)
 
     def tokens(self) -> tuple[TokenLogprob, ...]:
-        """All tokens in order."""
+        """Return all tokens of the output, oldest first."""
         newest_first: list[TokenLogprob] = []
         path: TokenPath | None = self
         while path is not None and path.newest is not None:
@@ -49,25 +49,25 @@ class TokenPath:
 
 @dataclass(frozen=True, slots=True)
 class EndedBeam:
-    """A complete output."""
+    """A complete output of a beam search, with its score."""
 
     path: TokenPath
     score: float
-    """Log-probability divided by the length to the power of ``length_penalty``."""
+    """Score of the output: log-probability divided by length ** ``length_penalty``."""
 
 
 @dataclass(frozen=True, slots=True)
 class NextBeam:
-    """A beam of the next step."""
+    """A beam of the next step: a beam of the previous step, continued by one token."""
 
     parent: int
-    """Index of the beam that it continues."""
+    """Index of the continued beam among the beams of the previous step."""
     token: int
-    """The token that it appends."""
+    """Id of the token that continues the beam."""
 
 
 class BeamSearch:
-    """The beams of one request.
+    """The beam search of one request: its running beams and complete outputs, without sequences.
 
     Args:
         params: parameters of the search.
@@ -86,7 +86,7 @@ class BeamSearch:
         self._ending = ending
         self._running = [TokenPath()]
         self.ended: list[EndedBeam] = []
-        """The best complete outputs by score; ``width`` of them at the end of the search."""
+        """Best complete outputs so far, at most ``width``, the best score first."""
         self.is_over = False
 
     @property
@@ -95,10 +95,11 @@ class BeamSearch:
         return len(self._running)
 
     def advance(self, candidates: Sequence[Sequence[TokenLogprob]]) -> list[NextBeam]:
-        """Run one step; returns the next beams, the best first. Empty if the search has ended.
+        """Run one step of the search; return the next beams, the best first.
 
-        ``candidates``: for each beam in order, its ``width`` most probable tokens and its ``width``
-        most probable tokens that do not end the text.
+        The result is empty if the search has ended. ``candidates``: for each beam in order, its
+        ``width`` most probable tokens and its ``width`` most probable tokens that do not end the
+        text.
         """
         ranked = sorted(
             (-(path.total + token.logprob), index, token.token_id, token)
@@ -119,7 +120,7 @@ class BeamSearch:
         return [] if self.is_over else [NextBeam(p, token.token_id) for p, token in chosen]
 
     def _keep(self, paths: Sequence[TokenPath]) -> None:
-        """Add complete outputs, and keep only the best ``width``."""
+        """Add complete outputs to ``ended``, and keep only the ``width`` best outputs."""
         ended = [EndedBeam(path, self._score(path.total, path.length)) for path in paths]
         self.ended = sorted([*self.ended, *ended], key=lambda one: -one.score)[: self._width]
 
@@ -128,7 +129,8 @@ class BeamSearch:
         return total / divisor
 
     def _ends_now(self) -> bool:
-        """Whether ``width`` outputs have ended and no running beam can displace one of them."""
+        """Whether the search ends: ``width`` outputs are complete, and by the rule of
+        ``early_stopping`` no running beam can displace one of them."""
         if len(self.ended) < self._width:
             return False
         params, best = self._params, self._running[0]

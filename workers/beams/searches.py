@@ -1,4 +1,4 @@
-"""Runs the beam searches of an engine."""
+"""Runs the beam searches of an engine's requests."""
 
 from __future__ import annotations
 
@@ -12,30 +12,38 @@ from workers.requests.sequence import Failure, SequenceState
 
 
 class BeamSearches:
-    """Runs each request's beam search: one step whenever all its beams have candidates."""
+    """Runs the beam search of each request that uses one.
+
+    A search runs a step whenever all beams of its request have candidate next tokens.
+    """
 
     def __init__(self, eos_token_ids: Collection[int]) -> None:
         self._eos = frozenset(eos_token_ids)
         self._groups: dict[str, BeamGroup] = {}
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether a request has a running search."""
+        """Whether the request has a running beam search."""
         return request_id in self._groups
 
     def start(self, sequence: SequenceState) -> None:
-        """Start the search of a request with its first sequence, if the request uses beams."""
+        """Start the beam search of a request with its first sequence.
+
+        No effect if the request does not use beam search.
+        """
         if (group := new_group(sequence, self._eos)) is not None:
             self._groups[sequence.request.request_id] = group
 
     def forget(self, request_id: str) -> None:
-        """Remove an ended request."""
+        """Drop the beam search of a request that has ended. Unknown ids are ignored."""
         self._groups.pop(request_id, None)
 
     def advance(
         self, sequence: SequenceState, candidates: Sequence[TokenLogprob], now: float
     ) -> BeamStep | None:
-        """Record the candidates of a beam, and run a step of its search once all beams have some.
-        Returns None if no step ran, also after another beam has failed.
+        """Record the candidate next tokens of a beam; run a search step once all beams have some.
+
+        Returns the changes of the beams; None if no step ran, or the search has ended because
+        another beam failed. ``now``: monotonic time.
         """
         group = self._groups.get(sequence.request.request_id)
         if group is None:
@@ -49,8 +57,10 @@ class BeamSearches:
         return step
 
     def fail(self, sequence: SequenceState, failure: Failure, now: float) -> list[TokenOutput]:
-        """End a search after a beam has failed, as its result would be wrong without that beam.
-        Returns the error outputs; none if the search has already ended.
+        """End the search of a request whose beam ``sequence`` has failed.
+
+        Without this beam the result would be wrong. Returns one error output for each choice; an
+        empty list if the search has already ended.
         """
         group = self._groups.pop(sequence.request.request_id, None)
         if group is None:

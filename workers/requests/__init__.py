@@ -1,4 +1,4 @@
-"""Requests, their outputs and the step header as plain data, also on the wire.
+"""Requests, outputs of requests and the step header as plain data, also in messages.
 
 Imports ``cluster.core`` and numpy; never torch.
 """

@@ -1,4 +1,4 @@
-"""Sequence classification: the token whose hidden state is classified. Pure."""
+"""Sequence classification: selects the token whose hidden state is classified. Pure."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from workers.requests.request import Request
 
 
 def pooled_position(token_ids: Sequence[int], pad_token_id: int | None) -> int:
-    """Position of the token whose final hidden state is classified, in a non-empty prompt.
+    """Return the position of the token whose final hidden state a sequence classifier reads.
 
-    It is the last token that is not the pad token, or 0 if all are. Without a pad token it is the
-    last token. Example: for [5, 6, 0] it is 1 with pad token 0, and 2 without a pad token.
+    It is the position of the last token that is not the pad token, or 0 if all tokens are pad
+    tokens. Without a pad token (None) it is the last position. The prompt must not be empty.
+    Example: for [5, 6, 0] it is 1 with pad token 0, and 2 without a pad token.
     """
     if pad_token_id is None:
         return len(token_ids) - 1
@@ -21,6 +22,9 @@ def pooled_position(token_ids: Sequence[int], pad_token_id: int | None) -> int:
 
 
 def cut_after_pooled(request: Request, pad_token_id: int | None) -> Request:
-    """The request without the tokens after ``pooled_position``, which have no effect."""
+    """Return the request of a classification without the prompt tokens after ``pooled_position``.
+
+    These tokens have no effect on the result.
+    """
     end = pooled_position(request.prompt, pad_token_id) + 1
     return request if end == len(request.prompt) else replace(request, prompt=request.prompt[:end])

@@ -1,4 +1,4 @@
-"""Internal values of the model that a request can ask for, and their size. Pure.
+"""Internal values of the model that a request can ask for, and the size of the result. Pure.
 
 A ``Request`` carries ``InspectionParams``; the result is a tuple of ``NamedArray`` on the request's
 last output:
@@ -19,11 +19,11 @@ from cluster.core.codec import Message
 from cluster.core.errors import RequestError
 
 IGNORED_LABEL = -100
-"""Label of a token whose log-probability is not requested."""
+"""Label of a token whose log-probability is not requested, as in PyTorch's ``cross_entropy``."""
 MAX_INSPECT_BYTES = 32 * 1024 * 1024
-"""Maximum size of the result of one prompt."""
+"""Maximum size in bytes of the internal values that are returned for one prompt."""
 MAX_ATTENTION_TOKENS = 256
-"""Maximum length of a prompt with attention maps."""
+"""Maximum number of tokens of a prompt whose attention maps are requested."""
 
 
 class Pooling(Enum):
@@ -34,24 +34,27 @@ class Pooling(Enum):
 
 
 class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
-    """Internal values to return from one pass over a prompt."""
+    """Internal values of the model that a request asks for, from one pass over its prompt."""
 
     logits: tuple[int, ...] = ()
-    """Ascending positions whose logits to return; one position for a classifier."""
+    """Positions whose logits to return, ascending; for a classifier one position."""
     labels: tuple[int, ...] = ()
-    """One label per token, whose log-probability after the earlier tokens to return; -100: none."""
+    """Labels (token ids), one per prompt token, whose log-probabilities after the earlier tokens to
+    return; -100 for a token without a label. Empty: return no log-probabilities."""
     embedding: Pooling | None = None
-    """How to pool the final hidden states into one vector; None for no vector."""
+    """Method to pool the final hidden states into one vector to return; None: return no vector."""
     hidden_states: bool = False
-    """Return the embeddings, the states after each layer except the last, and after the norm."""
+    """Whether to return hidden states: the embeddings, the states after each layer except the last,
+    and the states after the final norm."""
     router_logits: bool = False
-    """Return the logits of every bank's router."""
+    """Whether to return the logits of every expert bank's router."""
     routes: bool = False
-    """Return the chosen experts and their weights in every bank."""
+    """Whether to return the chosen experts and their weights in every expert bank."""
     attentions: bool = False
-    """Return the attention probabilities of every layer and query head."""
+    """Whether to return the attention probabilities of every layer and query head."""
     aux: bool = False
-    """Return for each expert the number of tokens that chose it, and its summed probabilities."""
+    """Whether to return, for each expert, the number of tokens that chose the expert and the sum of
+    their router probabilities."""
 
     @property
     def reads_routers(self) -> bool:
@@ -59,11 +62,14 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
 
     @property
     def needs_captures(self) -> bool:
-        """Whether the model must capture values other than the final hidden states."""
+        """Whether the model must record values other than the final hidden states."""
         return self.hidden_states or self.reads_routers or self.attentions
 
     def first_position(self, length: int) -> int:
-        """Index of the first of ``length`` tokens that must be computed, even if it is cached."""
+        """Return the index of the first prompt token that must be computed, even if it is cached.
+
+        ``length``: number of prompt tokens.
+        """
         if self.needs_captures or self.embedding is Pooling.MEAN:
             return 0
         scored = (max(i - 1, 0) for i, label in enumerate(self.labels) if label != IGNORED_LABEL)
@@ -71,21 +77,21 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class NamedArray(Message, frozen=True, kw_only=True, array_like=True):
-    """A named array in row-major order, little-endian."""
+    """A named array of internal values, which an output carries."""
 
     name: str
     dtype: str
-    """``float32`` or ``int32``."""
+    """Element type of the array: ``float32`` or ``int32``."""
     shape: tuple[int, ...]
     data: bytes
-    """Four bytes per element."""
+    """Elements of the array in row-major order, four bytes each, little-endian."""
 
 
 class RouterShape(Message, frozen=True, kw_only=True, array_like=True):
-    """The router of one bank."""
+    """Name and dimensions of the router of one expert bank."""
 
     name: str
-    """``<bank>:<layer>``."""
+    """Name of the router in results: ``<bank>:<layer>``, for example ``mlp:3``."""
     num_experts: int
     top_k: int
     aux_copies: int
@@ -93,19 +99,19 @@ class RouterShape(Message, frozen=True, kw_only=True, array_like=True):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """Dimensions of a model that the result sizes depend on."""
+    """Dimensions of a model, from which the sizes of internal values follow."""
 
     hidden_size: int
     num_layers: int
     num_attention_layers: int
-    """Number of layers with attention, and therefore with attention maps."""
+    """Number of layers with attention maps; other layers (linear attention) have none."""
     num_heads: int
-    """Number of query heads (A)."""
+    """Number of query heads of an attention layer."""
     vocab_size: int
     num_labels: int
     """Number of classes of a classifier; 0 for a language model."""
     banks: tuple[RouterShape, ...]
-    """Banks in the order in which they run."""
+    """Routers of the model's expert banks, in the order in which the banks run."""
 
     @property
     def num_logits(self) -> int:
@@ -113,12 +119,12 @@ class ModelShape:
 
     @property
     def has_aux_loss(self) -> bool:
-        """Whether its family defines an auxiliary loss."""
+        """Whether the model's family defines an auxiliary (load balancing) loss."""
         return any(bank.aux_copies for bank in self.banks)
 
 
 def num_bytes(inspection: InspectionParams, length: int, shape: ModelShape) -> int:
-    """Bytes of the result of a prompt of ``length`` tokens."""
+    """Return the size in bytes of the requested values for a prompt of ``length`` tokens."""
     return 4 * sum(_elements(inspection, length, shape))
 
 
@@ -137,7 +143,10 @@ def _elements(inspection: InspectionParams, length: int, shape: ModelShape) -> I
 
 
 def check_inspection(inspection: InspectionParams, length: int, shape: ModelShape) -> None:
-    """Raise ``RequestError`` with field, value and rule for outputs that are not available."""
+    """Check that the model can return the requested values for a prompt of ``length`` tokens.
+
+    Raises ``RequestError``, with field, value and rule.
+    """
     if inspection.attentions and length > MAX_ATTENTION_TOKENS:
         raise RequestError(
             f"attentions of {length} tokens are too many, at most {MAX_ATTENTION_TOKENS}",

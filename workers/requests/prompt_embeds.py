@@ -15,12 +15,12 @@ from cluster.core.errors import RequestError
 
 
 class PromptEmbeds(Message, frozen=True, array_like=True):
-    """Vectors that replace the embeddings of the prompt's tokens."""
+    """Embeddings of a prompt, one vector for each token, that a client sends instead of tokens."""
 
     width: Annotated[int, Meta(ge=1)]
-    """Elements per token: the model's hidden size."""
+    """Number of elements of a vector: the model's hidden size."""
     data: bytes
-    """[tokens, width] float32, little-endian, row-major."""
+    """Elements of all vectors: [tokens, width] float32, little-endian, row-major."""
 
     def __repr__(self) -> str:
         return f"PromptEmbeds(width={self.width}, {len(self.data)} bytes)"
@@ -31,11 +31,11 @@ class PromptEmbeds(Message, frozen=True, array_like=True):
 
     @property
     def digest(self) -> str:
-        """Hash of the content, so that only equal prompts share prefixes."""
+        """SHA-256 of the embeddings; only prompts with equal embeddings share cached KV blocks."""
         return hashlib.sha256(self.data).hexdigest()
 
     def rows(self, first: int, last: int) -> NDArray[np.float32]:
-        """Embeddings [last - first, width] of tokens first .. last - 1."""
+        """Return the embeddings of the tokens first .. last - 1, [last - first, width] float32."""
         size = 4 * self.width
         return np.frombuffer(self.data[first * size : last * size], dtype="<f4").reshape(
             -1, self.width
@@ -43,7 +43,10 @@ class PromptEmbeds(Message, frozen=True, array_like=True):
 
 
 def parse_embeds(shape: Sequence[int], data: bytes) -> PromptEmbeds:
-    """Create validated embeddings. Raises ``RequestError`` with the invalid value and the rule."""
+    """Create the embeddings of a prompt from a client's shape [tokens, width] and float32 bytes.
+
+    Raises ``RequestError`` with the invalid value and the rule.
+    """
     name = "embeddings"
     sizes = list(shape)[:4]
     if len(shape) != 2 or min(shape) < 1:

@@ -16,11 +16,11 @@ from workers.requests.prompt_embeds import PromptEmbeds
 from workers.requests.traced import StepParents
 
 MAX_DEATHS = 2
-"""If this number of workers have died while they ran a request, the request runs alone."""
+"""Number of workers that must have died while they ran a request before the request runs alone."""
 
 
 class FinishReason(Enum):
-    """Reason for the end of a choice."""
+    """Reason for the end of one choice of a request."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -38,59 +38,71 @@ class GrammarKind(Enum):
 
 
 class GrammarPart(Message, frozen=True, kw_only=True, array_like=True):
-    """A rule of a Lark grammar, made from a client's schema. It refers to no other rules."""
+    """A rule of a Lark grammar that may fail to compile, made from a part of a client's schema.
+
+    The rule refers to no other rules.
+    """
 
     rule: str
-    """Name of the rule, which is the line ``NAME: BODY`` of the text."""
+    """Name of the rule; the grammar's text has the line ``NAME: BODY``."""
     label: str
-    """Description for error messages."""
+    """Description of the schema's part, for error messages."""
     fallback: str | None = None
-    """Body to use if the rule does not compile. None: the grammar is then refused."""
+    """Body to use instead if the rule, or the grammar as a whole, does not compile; None: a rule
+    that does not compile is refused."""
 
 
 class Grammar(Message, frozen=True, kw_only=True, array_like=True):
-    """A grammar for the output. Hashable, so that equal grammars are compiled once."""
+    """A grammar that the output must follow. Hashable, so that equal grammars are compiled once."""
 
     kind: GrammarKind
     text: str
-    """A JSON schema, a regular expression, a JSON list of strings, or a Lark grammar."""
+    """Text of the grammar in the language ``kind``: a JSON schema, a regular expression, a JSON
+    list of strings, or a Lark grammar."""
     field: str = "structured_outputs"
-    """The field of the client's request that contains the grammar, for error messages."""
+    """Field of the client's request that contains the grammar, for error messages."""
     parts: tuple[GrammarPart, ...] = ()
-    """Rules that may fail to compile."""
+    """Rules of a Lark grammar that may fail to compile, with replacements."""
 
 
 class EarlyStopping(Enum):
-    """When to end a beam search that has found ``n`` ended outputs."""
+    """When to end a beam search that has found ``n`` complete outputs, as in transformers."""
 
     HEURISTIC = "false"
-    """End when no beam, if it ended now, would be better than the worst of these outputs."""
+    """End the search when no running beam, with its present length, would score better than the
+    worst of the ``n`` complete outputs."""
     FULL = "true"
-    """End immediately."""
+    """End the search as soon as ``n`` outputs are complete."""
     NEVER = "never"
-    """End when no beam can become better than the worst of these outputs."""
+    """End the search when no running beam can still score better than the worst of the ``n``
+    complete outputs."""
 
 
 class BeamParams(Message, frozen=True, kw_only=True, array_like=True):
-    """Beam search for the most probable outputs; the request's ``n`` is the number of beams.
+    """Parameters of a beam search for the most probable outputs.
+
+    The request's ``n`` is the number of beams.
 
     No token is sampled. Outputs are sent at the end of the search; choice 0 is the best one.
     """
 
     length_penalty: float = 1.0
-    """The score of an output is its log-probability divided by its length to this power."""
+    """Exponent of the length in the score of an output: log-probability / length ** exponent."""
     early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
 
 
 class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
-    """Sampling parameters, in the order of docs/reference/sampling.md. Values are validated."""
+    """Sampling parameters of a request, already validated.
+
+    Fields are in the order of docs/reference/sampling.md.
+    """
 
     max_tokens: Count = 16
     """Maximum number of new tokens; 0 only scores the prompt."""
     min_tokens: Count = 0
     """Number of new tokens before which neither eos nor a stop token id is sampled."""
     temperature: float = 1.0
-    """0 selects the most probable token, or of equal ones the lowest id."""
+    """Divisor of the logits; 0 selects the most probable token, of equal ones the lowest id."""
     top_p: float = 1.0
     """Keep the smallest set of tokens with at least this probability mass, (0, 1]."""
     top_k: Count = 0
@@ -98,25 +110,31 @@ class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
     min_p: float = 0.0
     """Drop tokens below this fraction of the most probable token's probability, [0, 1]."""
     repetition_penalty: float = 1.0
-    """Divides or multiplies logits of tokens in the prompt or the output, (0, 2]; 1 is off."""
+    """Divisor of positive logits, and factor of negative logits, of each token that is in the
+    prompt or the output, (0, 2]; 1 is off."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time that the token is in the output, [-2, 2]."""
+    """Number subtracted from a token's logit for each time that the token is in the output, [-2,
+    2]; 0 is off."""
     presence_penalty: float = 0.0
-    """Subtracted once from the logit of each token that is in the output, [-2, 2]."""
+    """Number subtracted once from the logit of each token that is in the output, [-2, 2]; 0 is
+    off."""
     logit_bias: tuple[tuple[Count, float], ...] = ()
-    """(token id, bias) pairs added to the logits."""
+    """Numbers to add to logits, as (token id, number) pairs."""
     stop_token_ids: tuple[Count, ...] = ()
-    """Tokens that end the choice, in addition to the model's eos."""
+    """Ids of tokens that end the choice, in addition to the model's end-of-sequence tokens."""
     ignore_eos: bool = False
-    """Do not end at the model's eos."""
+    """Whether the choice continues after an end-of-sequence token of the model."""
     seed: int = 0
     """Seed of the random draws. If the client gives none, the gateway chooses a random seed."""
     logprobs: Count | None = None
-    """Number of alternatives to report per new token. 0: only the sampled token; None: nothing."""
+    """Number of most probable tokens to report logprobs of, with each new token. 0: only the
+    sampled token; None: no logprobs."""
     prompt_logprobs: Count | None = None
-    """Number of alternatives to report per prompt token; None reports nothing."""
+    """Number of most probable tokens to report logprobs of, with each prompt token. 0: only the
+    prompt token; None: no logprobs."""
     logprob_token_ids: tuple[Count, ...] = ()
-    """Tokens to report per new token instead of the most probable ones; needs ``logprobs``."""
+    """Ids of tokens to report logprobs of with each new token, instead of the most probable tokens;
+    needs ``logprobs``."""
     allowed_token_ids: tuple[Count, ...] = ()
     """Tokens that may be sampled; empty allows all."""
     bad_words: tuple[tuple[Count, ...], ...] = ()
@@ -128,19 +146,20 @@ class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """One prompt with ``n`` choices."""
+    """A request to the engine: one prompt, for which ``n`` choices (outputs) are generated."""
 
     request_id: str = ""
-    """Unique in the cluster. The gateway sets it at admission, with the tenant, adapter and
-    session."""
+    """Id of the request, unique in the cluster. The gateway sets it at admission, with the tenant,
+    adapter and session."""
     prompt: tuple[Count, ...]
-    """Token ids, never empty."""
+    """Token ids of the prompt, never empty."""
     params: SamplingParams = SamplingParams(max_tokens=0)
-    """Parameters of all choices. Choice j samples with (seed, j, position). By default no token is
-    sampled."""
+    """Sampling parameters of all choices. Choice j samples with (seed, j, position). By default no
+    token is sampled."""
     n: Count = 1
     attempt: Count = 0
-    """Number of earlier submissions. The gateway drops tokens of an older attempt."""
+    """Number of earlier submissions of the request to a worker. The gateway drops tokens of all
+    attempts except the latest."""
     output_so_far: tuple[tuple[Count, ...], ...] = ()
     """Output tokens that earlier attempts have delivered, by choice."""
     closed_choices: tuple[Count, ...] = ()
@@ -148,52 +167,55 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     num_deaths: Count = 0
     """Number of workers that died while they ran the request, since its last token."""
     kv_peer: str = ""
-    """Name of the worker from which blocks of the prompt may be fetched; empty for none."""
+    """Name of the worker from which KV blocks of the prompt may be fetched; empty for none."""
     deadline_ms: Count = 0
-    """Milliseconds that were left until its deadline when it was sent; 0 for no deadline."""
+    """Milliseconds left until the request's deadline when it was sent; 0 for no deadline."""
     priority: int = 0
-    """Requests of a tenant with a lower value run first."""
+    """Priority among the requests of a tenant; requests with lower values run first."""
     cache_salt: str = ""
-    """Only requests with equal salts share cached prefixes."""
+    """Salt of cached prefixes: only requests with equal salts share cached KV blocks."""
     session: str = ""
-    """Session of the tenant that the request continues; empty for none."""
+    """Name of the tenant's session that the request continues; empty for none."""
     cache_ttl_s: float | None = None
-    """Seconds for which its blocks are retained after its end; 0 if they will not be used again,
-    None if unspecified."""
+    """Seconds for which the request's KV blocks are retained after its end; 0 if the blocks will
+    not be used again, None if unspecified."""
     inspection: InspectionParams | None = None
     """Internal values of the model to return; requires ``n`` 1 and ``max_tokens`` 0."""
     prompt_embeds: PromptEmbeds | None = None
-    """Embeddings that replace the prompt's tokens; the token ids are then zeros."""
+    """Embeddings that replace the prompt's tokens; the token ids are zeros in this case."""
     tenant: str = ""
     """Name of the tenant. The engine shares its steps fairly between tenants."""
     weight: float = 1.0
     """Weight of the tenant, to which its share of the engine is proportional."""
     step_parents: StepParents | None = None
-    """Parent spans for the spans of its steps; None if the request is not traced."""
+    """Parent trace spans of the spans for the request's steps; None if it is not traced."""
     adapter: str = ""
-    """Key of the LoRA adapter of its rows; empty for none."""
+    """Key of the LoRA adapter that the request uses; empty for none."""
 
     @property
     def is_retained(self) -> bool:
-        """Whether its blocks are retained after its end, for its session or a time."""
+        """Whether the request's KV blocks are retained after its end: for its session, or for
+        ``cache_ttl_s``."""
         return bool(self.session) if self.cache_ttl_s is None else self.cache_ttl_s > 0
 
 
 class SoloStage(Enum):
-    """Stage of a solo step, which runs rows of only one request."""
+    """Stage of a solo step, a step that runs rows of only one request."""
 
     OFFERED = "offered"
-    """The worker offers the step, and may withdraw it until the gateway acknowledges it."""
+    """The worker offers the solo step, and may withdraw the offer until the gateway acknowledges
+    it."""
     CERTAIN = "certain"
-    """The step runs once the gateway has acknowledged this stage; until then nothing runs."""
+    """The solo step runs once the gateway has acknowledged this stage; before, the worker runs no
+    request."""
     OVER = "over"
-    """The step has ended. Other requests run once the gateway has acknowledged this stage."""
+    """The solo step has ended. Other requests run once the gateway has acknowledged this stage."""
 
 
 class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Message with a stage of a solo step; the gateway returns it as the acknowledgement.
+    """Message of a worker to a gateway: the stage of a solo step (rows of only one request).
 
-    See ``workers.engine.isolation``.
+    The gateway returns the message as the acknowledgement. See ``workers.engine.isolation``.
     """
 
     request_id: str
@@ -202,37 +224,39 @@ class SoloStep(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class Queued(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Message that the engine has received a request that need not run alone."""
+    """Message of a worker to a gateway: a request is in the queue and need not run alone."""
 
     request_id: str
     attempt: Count
 
 
 class TokenLogprob(Message, frozen=True, kw_only=True, array_like=True, gc=False):
-    """Log-probabilities at one position, from the model's logits before any processing.
+    """Log-probabilities of tokens at one position, from the model's logits before any processing.
 
-    A long prompt has 100,000 of these, so they are small, and the garbage collector skips them.
+    A long prompt has 100,000 of these objects, so they are small, and the garbage collector skips
+    them.
     """
 
     token_id: int
-    """The token at the position."""
+    """Id of the token at the position: a prompt token or a sampled token."""
     logprob: float
     """Natural log-probability of the token."""
     rank: int = 0
-    """Rank of the token by probability, from 1."""
+    """Rank of the token by probability, from 1; 0 if unknown."""
     top_ids: tuple[int, ...] = ()
-    """The most probable tokens, best first, or ``logprob_token_ids``."""
+    """Ids of the most probable tokens, best first, or the request's ``logprob_token_ids``."""
     top_logprobs: tuple[float, ...] = ()
     """Log-probabilities of ``top_ids``."""
 
     @property
     def top(self) -> tuple[tuple[int, float], ...]:
-        """Pairs of ``top_ids`` and ``top_logprobs``."""
+        """(token id, log-probability) pairs of ``top_ids``."""
         return tuple(zip(self.top_ids, self.top_logprobs, strict=True))
 
 
 _PIECE_ENTRIES = 256
-"""Prompt positions per call of the decoder; with 20 alternatives each, a call takes 3 ms."""
+"""Prompt positions per piece of ``PromptLogprobs``; to decode a piece with 20 alternatives per
+position takes 3 ms."""
 
 
 class PromptLogprobs(Message, frozen=True, kw_only=True, array_like=True):
@@ -245,14 +269,17 @@ class PromptLogprobs(Message, frozen=True, kw_only=True, array_like=True):
 
     @classmethod
     def of(cls, entries: Sequence[TokenLogprob | None]) -> PromptLogprobs:
-        """Encode one entry per prompt token; the entry of the first token is None."""
+        """Encode the logprobs of a prompt: one entry per token, None for the first token."""
         starts = range(0, len(entries), _PIECE_ENTRIES)
         return cls(
             pieces=tuple(_ENTRIES.encode(tuple(entries[i : i + _PIECE_ENTRIES])) for i in starts)
         )
 
     def entries(self) -> list[TokenLogprob | None]:
-        """Inverse of ``of``. Raises ``ProtocolError``."""
+        """Decode the log-probabilities: one entry per prompt token, None for the first token.
+
+        Raises ``ProtocolError``.
+        """
         return list(chain.from_iterable(map(_ENTRIES.decode, self.pieces)))
 
 
@@ -260,7 +287,7 @@ _ENTRIES: Codec[tuple[TokenLogprob | None, ...]] = Codec(
     tuple[TokenLogprob | None, ...], "log-probabilities"
 )
 MAX_TIMES = 64
-"""Maximum number of times reported for a choice in each list of ``Timings``."""
+"""Maximum length of each list of times in ``Timings``; later times are not reported."""
 
 
 class Timings(Message, frozen=True, kw_only=True, array_like=True):
@@ -271,15 +298,15 @@ class Timings(Message, frozen=True, kw_only=True, array_like=True):
     first_token_s: float = 0.0
     """Time of the commit of the first token."""
     finished_s: float = 0.0
-    """Time of the end, or of the output with these timings."""
+    """Time of the end of the choice, or of the output that carries these timings."""
     prefill_s: tuple[float, ...] = ()
-    """Times of the first dispatch of each prompt chunk; at most ``MAX_TIMES``."""
+    """Times of the first dispatch to the experts of each prompt chunk; at most ``MAX_TIMES``."""
     preempted_s: tuple[float, ...] = ()
-    """Times of preemptions; at most ``MAX_TIMES``."""
+    """Times of preemptions of the choice; at most ``MAX_TIMES``."""
 
 
 class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
-    """Output of one choice after one step."""
+    """Output of one choice of a request after one step."""
 
     request_id: str
     attempt: int
@@ -287,31 +314,33 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
     index: int
     """Position of ``token_ids[0]`` in the choice's output, from 0."""
     token_ids: tuple[int, ...] = ()
-    """New tokens (usually one)."""
+    """Ids of the new tokens, usually one; in a beam search, of all tokens of the output."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One entry per new token, if requested."""
+    """Log-probabilities of the new tokens, one entry per token; empty if not requested."""
     prompt_logprobs: PromptLogprobs | None = None
-    """Set only on the first output of choice 0."""
+    """Log-probabilities of the prompt, if requested, on the first output of choice 0; else None."""
     num_cached_tokens: int | None = None
-    """Number of prompt tokens found in the prefix cache; set on the choice's first output."""
+    """Number of prompt tokens found in the prefix cache, on the first output of a choice; else
+    None."""
     class_logits: tuple[float, ...] = ()
     """Logits of a sequence classifier, by class; set on the last output."""
     finish_reason: FinishReason | None = None
-    """Set on the last output of the choice."""
+    """Reason for the end of the choice, on its last output; else None."""
     stop_token_id: int | None = None
-    """The stop token id that ended the choice; None if it ended for another reason."""
+    """Id of the stop token that ended the choice; None if the choice continues, or ended for
+    another reason."""
     error: str | None = None
-    """Error message, with finish_reason ERROR."""
+    """Message of the error that ended the choice; None unless ``finish_reason`` is ERROR."""
     error_code: str = ""
-    """Machine-readable reason, with finish_reason ERROR."""
+    """Machine-readable code of the error that ended the choice; empty without an error."""
     error_param: str | None = None
-    """The request's field that caused the error, if any."""
+    """Field of the request that caused the error; None if no field did."""
     timings: Timings | None = None
-    """Set on the choice's first and last output."""
+    """Times of the choice so far, on its first and last output; else None."""
     arrays: tuple[NamedArray, ...] = ()
-    """Results of the request's inspection; set on the last output."""
+    """Internal values of the model that the request asks for; set on the last output."""
     score: float | None = None
-    """Score of the output in a beam search; None without one."""
+    """Score of the complete output in a beam search; None for sampled outputs."""
 
 
 class StepOutput(Message, frozen=True, kw_only=True, array_like=True, tag=True):

@@ -1,4 +1,4 @@
-"""State of one choice of a request in the engine, from receipt to end. Pure."""
+"""State of one choice of a request in the engine, from the receipt to its end. Pure."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from workers.requests.request import (
 
 
 class OutputGrammar(Protocol):
-    """State of a grammar after the output so far."""
+    """State of a sequence's grammar after the output so far."""
 
     def advance(self, token: int) -> None:
-        """Add an output token. Called only when the step commits."""
+        """Advance the state by an output token. Called only when the token's step commits."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether the grammar permits no further token."""
+        """Whether the output is complete: the grammar permits no further token."""
 
 
 class SequenceStatus(Enum):
@@ -46,82 +46,85 @@ class Ending:
     """Reason for the end of a sequence."""
 
     reason: FinishReason
-    """The reason reported to the client."""
+    """Reason that is reported to the client."""
     stop_token_id: int | None = None
-    """The stop token id that ended the sequence; None if it ended for another reason."""
+    """Id of the stop token that ended the sequence; None if it ended for another reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a sequence failed."""
+    """Error of a sequence that failed, for the client."""
 
     message: str
-    """Message for the client."""
+    """Text of the error for the client."""
     code: str
     param: str | None = None
-    """The request's field that caused the failure, if any."""
+    """Field of the request that caused the failure; None if no field did."""
 
 
 NOT_FINITE = Failure("the model's output was not finite (NaN or infinity)", "internal_error")
-"""The failure for model outputs with NaN or infinity."""
+"""Error of a sequence for which the model has computed NaN or infinity."""
 
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """One choice of a request: prompt, output so far, scheduling state, times.
+    """A sequence: one choice of a request with its output so far, scheduling state and times.
 
-    ``Scheduler`` changes tokens, blocks and status; the engine changes the rest.
+    ``Scheduler`` changes tokens, blocks and status; the engine changes all other fields.
     """
 
     request: Request
-    """The request that this choice belongs to."""
+    """Request that the sequence is a choice of."""
     choice: int
     arrival: int
-    """Number of the sequence in the order of receipt in this engine."""
+    """Number of the request in the order of receipt in this engine."""
     deadline: float
-    """Deadline as monotonic time in seconds; infinity for none."""
+    """Deadline of the request as monotonic time in seconds; infinity for none."""
     received: float = 0.0
-    """Monotonic time of receipt in seconds."""
+    """Monotonic time in seconds at which the request was received."""
     output: list[int] = field(default_factory=list)
-    """Output tokens so far, including those of earlier attempts."""
+    """Ids of the output tokens so far, including tokens of earlier attempts."""
     grammar: OutputGrammar | None = None
     """Grammar state after ``output``; None without a grammar."""
     num_computed: int = 0
-    """Number of leading tokens whose keys and values are in the cache."""
+    """Number of leading tokens whose keys and values are in the KV cache."""
     blocks: list[int] = field(default_factory=list)
-    """Its KV blocks in order (block table). The sequence is a holder of each block."""
+    """KV blocks of the sequence in order (block table). The sequence is a holder of each block."""
     state: int | None = None
-    """Slot of its recurrent state after ``num_computed`` tokens; None if that number is 0 or the
-    model has no states."""
+    """Slot of the sequence's recurrent state after ``num_computed`` tokens; None if no token is
+    computed or the model has no recurrent states."""
     branch: int = 0
-    """Number of tokens cached at its admission if no state after them was cached; else 0."""
+    """Number of tokens whose KV blocks were cached at the admission, if the recurrent state after
+    them was not; else 0. The sequence stores the state after these tokens."""
     latest_state: bytes | None = None
-    """Hash of the block after which its latest recurrent state is stored; the next one replaces
-    this state. None without one, or if another sequence has stored the same state."""
+    """Hash of the block after which the sequence's latest recurrent state is stored; the next
+    stored state replaces this state. None without such a state, or if another sequence has stored
+    the state."""
     seat: int | None = None
-    """Index of its row in ``BlockTables``; None while it does not run."""
+    """Index of the sequence's row in ``BlockTables``; None while the sequence does not run."""
     status: SequenceStatus = SequenceStatus.WAITING
     first_choice: SequenceState | None = None
-    """The request's first open choice, whose full prompt blocks it shares; None if it is this."""
+    """First open choice of the request, which computes the full prompt blocks that all choices
+    share; None for this first choice itself."""
     block_hashes: list[bytes] = field(default_factory=list)
-    """Chained hashes of its full blocks, from the first on; extended as needed."""
+    """Chained hashes of the sequence's full blocks, from the first block on; extended as needed."""
     num_cached_tokens: int | None = None
-    """Number of prompt tokens in the prefix cache at its first admission; None before."""
+    """Number of prompt tokens in the prefix cache at the first admission; None before."""
     prefills: list[float] = field(default_factory=list)
     """Monotonic times of the first dispatch of each prompt chunk, at most ``MAX_TIMES``."""
     preemptions: list[float] = field(default_factory=list)
-    """Monotonic times of preemptions, at most ``MAX_TIMES``."""
+    """Monotonic times of the sequence's preemptions, at most ``MAX_TIMES``."""
     first_token: float | None = None
-    """Monotonic time of the commit of its first new token."""
+    """Monotonic time of the commit of the first new token; None before."""
     is_idle: bool = False
-    """Whether it is a beam that waits until all beams of its request have been computed."""
+    """Whether the sequence is a beam that waits until all beams of its request were computed."""
     scores_prompt: bool = field(init=False)
-    """Whether it computes ``prompt_logprobs``, as choice 0 of a request without earlier output."""
+    """Whether the sequence computes ``prompt_logprobs``: it is choice 0, without earlier output."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
-    """Entries of the computed prompt tokens; None for the first token."""
+    """Log-probabilities of the prompt tokens scored so far; None for the first token."""
     prompt_length: int = field(init=False)
     key: int = field(init=False)
-    """63-bit hash of (request, choice); with a position it identifies a row."""
+    """63-bit hash of (request, choice); with a position, the key identifies a row."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.request.prompt)
@@ -136,13 +139,16 @@ class SequenceState:
 
     @property
     def order(self) -> tuple[int, bool, int, int]:
-        """Sort key, smaller is earlier: priority, output from another worker, arrival, choice."""
+        """Sort key of sequences that wait or run; smaller is earlier.
+
+        The key is (priority, whether the request came without earlier output, arrival, choice).
+        """
         is_new = not any(self.request.output_so_far)
         return (self.request.priority, is_new, self.arrival, self.choice)
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of prompt and output."""
+        """Number of tokens of prompt and output together."""
         return self.prompt_length + len(self.output)
 
     @property
@@ -152,14 +158,15 @@ class SequenceState:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only its newest output token is missing from the cache."""
+        """Whether only the newest output token is missing from the KV cache."""
         return bool(self.output) and self.num_missing == 1
 
     @property
     def num_reusable(self) -> int:
-        """Number of leading tokens that need not be computed if they are cached.
+        """Number of leading tokens that need not be computed if their KV blocks are cached.
 
-        The newest token must be computed: the next one is sampled from its logits.
+        The newest token must be computed: the next token is sampled from its logits. Earlier tokens
+        must be computed if the request asks for their logprobs or internal values.
         """
         scores_now = self.scores_prompt and not self.output
         if scores_now or self.request.inspection is not None:
@@ -167,14 +174,14 @@ class SequenceState:
         return self.num_tokens - 1
 
     def append(self, token: int) -> None:
-        """Add a token to the output. Called only when the step commits."""
+        """Add a token to the output. Called only when the token's step commits."""
         self.output.append(token)
         self.is_idle = False
         if self.grammar is not None:
             self.grammar.advance(token)
 
     def tokens(self, first: int, last: int) -> tuple[int, ...] | list[int]:
-        """Token ids at positions first .. last - 1."""
+        """Return the token ids of prompt and output at positions first .. last - 1."""
         length = self.prompt_length
         if last <= length:
             return self.request.prompt[first:last]
@@ -183,7 +190,10 @@ class SequenceState:
         return (*self.request.prompt[first:], *self.output[: last - length])
 
     def note_dispatch(self, when: float) -> None:
-        """Record the time of a dispatch of prompt rows, unless the sequence has a new token."""
+        """Record the monotonic time ``when`` of a dispatch of the sequence's prompt rows.
+
+        No effect after the first new token.
+        """
         if self.first_token is None and len(self.prefills) < MAX_TIMES:
             self.prefills.append(when)
 
@@ -200,7 +210,11 @@ class SequenceState:
         class_logits: tuple[float, ...] = (),
         arrays: tuple[NamedArray, ...] = (),
     ) -> TokenOutput:
-        """The output to send after a commit. ``self.output`` already contains ``tokens``."""
+        """Make the output to send after a commit.
+
+        ``tokens``: new tokens, which ``self.output`` already contains. ``ending``: None if the
+        sequence continues.
+        """
         is_first = self.first_token is None
         if is_first:
             self.first_token = now
@@ -222,12 +236,12 @@ class SequenceState:
         )
 
     def make_error(self, failure: Failure, now: float) -> TokenOutput:
-        """The last output of a failed sequence."""
+        """Make the last output of a failed sequence, with the error. ``now``: monotonic time."""
         output = failed_output(self.request, self.choice, failure)
         return replace(output, index=len(self.output), timings=self.timings(now))
 
     def timings(self, now: float) -> Timings:
-        """Its times so far."""
+        """Return the times of the sequence so far. ``now``: monotonic time of its latest output."""
         dispatch = self.prefills[0] if self.prefills else now
         token = now if self.first_token is None else self.first_token
         return Timings(
@@ -240,7 +254,7 @@ class SequenceState:
 
 
 def failed_output(request: Request, choice: int, failure: Failure) -> TokenOutput:
-    """The only output of a choice that failed."""
+    """Make the only output of a choice that has failed before any output, with the error."""
     return TokenOutput(
         request_id=request.request_id,
         attempt=request.attempt,
@@ -254,7 +268,10 @@ def failed_output(request: Request, choice: int, failure: Failure) -> TokenOutpu
 
 
 def num_reusable(request: Request) -> int:
-    """Number of leading prompt tokens that need not be computed if they are cached."""
+    """Return the number of leading prompt tokens that need not be computed if they are cached.
+
+    0 if logprobs of the prompt are requested.
+    """
     if request.params.prompt_logprobs is not None:
         return 0
     if request.inspection is not None:

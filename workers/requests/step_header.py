@@ -1,7 +1,7 @@
-"""The step header, and the proposals from which the leader makes it.
+"""Messages that decide a step: proposals of the attention ranks, and the leader's step header.
 
-After each step, every attention rank proposes the rows it wants to run next. The leader (the lowest
-attention rank) decides (``workers.engine.leader``) and sends one header to all ranks.
+After each step, every attention rank proposes the rows that it wants to run next. The leader (the
+lowest attention rank) decides (``workers.engine.leader``) and sends one header to all ranks.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ MAX_ROWS = 1 << 24
 Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
 Step = Annotated[int, Meta(ge=0)]
 ALL_ROWS = 1000
-"""The share that stands for all rows. Shares are integers, in thousandths."""
+"""Share of all rows, in thousandths: the unit of ``edge_share``."""
 Share = Annotated[int, Meta(ge=0, le=ALL_ROWS)]
 
 
 class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
-    """Proposal of one attention rank for one step."""
+    """Proposal of one attention rank to the leader: the rows that it wants to run in a step."""
 
     generation: Count
     step: Step
-    """Number of the step. A later proposal of a rank for the same step replaces the earlier one."""
+    """Number of the step. A later proposal of a rank for the same step replaces an earlier one."""
     rank: Count
     decode_rows: Rows
-    """Number of decode rows: one for each decoding sequence, and draft rows."""
+    """Number of decode rows: one for each decoding sequence, and the draft rows."""
     prefill_rows: Rows
     edge_share: Share = 0
-    """Largest share of its decode rows, in thousandths, that a single expert rank needed in recent
-    steps; 0 if unknown, in which case all rows must be sent."""
+    """Largest share of the proposing rank's decode rows, in thousandths, that one expert rank
+    needed in recent steps; 0 if unknown, in which case all rows must be sent to all expert ranks.
+    """
     is_alone: bool = False
     """Whether the rows belong to a request that must run alone in the step."""
     parents: Parents = ()
-    """Parent spans for the spans of the step, from the traced requests that have rows in it."""
+    """Parent trace spans for the spans of the step, from traced requests that have rows in it."""
     draft_rows: Rows = 0
     """Number of draft rows among the decode rows."""
 
@@ -48,12 +49,12 @@ class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class Grant(Message, frozen=True, kw_only=True, array_like=True):
-    """Numbers of rows that one attention rank may run in a step."""
+    """Numbers of rows that the leader allows one attention rank to run in a step."""
 
     decode_rows: Rows = 0
     prefill_rows: Rows = 0
     draft_rows: Rows = 0
-    """Number of draft rows among the decode rows, as proposed."""
+    """Number of draft rows among the decode rows, equal to the number in the rank's proposal."""
 
     @property
     def num_rows(self) -> int:
@@ -61,7 +62,7 @@ class Grant(Message, frozen=True, kw_only=True, array_like=True):
 
     @property
     def num_decodes(self) -> int:
-        """Number of decoding sequences."""
+        """Number of decode rows without draft rows: one for each decoding sequence."""
         return self.decode_rows - self.draft_rows
 
 
@@ -69,35 +70,37 @@ _NO_GRANT = Grant()
 
 
 class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
-    """The leader's decision on one step, equal on every rank."""
+    """The leader's message to all ranks about one step: rows, placement epoch and message sizes."""
 
     generation: Count
     step: Step
     """Global step number, which tags messages and keeps increasing when the generation changes."""
     epoch: Count
-    """Placement epoch of the step."""
+    """Placement epoch of the step (version of the expert placement that all ranks use)."""
     oldest_epoch: Count
-    """Oldest placement epoch that later steps may use. Weights of older ones may be overwritten."""
+    """Oldest placement epoch that later steps may use. Expert slots of older epochs may be
+    overwritten."""
     grants: tuple[tuple[Count, Grant], ...]
-    """(attention rank, rows) for all attention ranks, by rank."""
+    """Rows of each attention rank, as (rank, grant) in ascending order of all ranks."""
     num_micro_batches: Annotated[int, Meta(ge=1, le=2)] = 1
     """Number of micro-batches. If there are two, the first has ceil(n/2) of each rank's n rows."""
     exact: bool = False
-    """Whether edges carry exactly the needed rows. If not, every edge carries all rows, or
-    ``edge_limit`` rows."""
+    """Whether each expert rank receives exactly the rows with an expert on it. If not, it receives
+    all rows of each attention rank, or ``edge_limit`` rows."""
     edge_limit: Rows = 0
-    """Without ``exact``: maximum number of rows of a micro-batch on an edge, the needed ones first;
-    0 for no limit."""
+    """Maximum number of rows of a micro-batch that an attention rank sends to an expert rank,
+    needed rows first; 0 for no limit, as always in an exact step."""
     bucket: Rows = 0
-    """Without ``exact``: number of rows to which each rank pads every non-empty micro-batch, as
-    captured steps require; 0 for no padding."""
+    """Number of rows to which each attention rank pads every non-empty micro-batch, as captured
+    steps (CUDA graphs) require; 0 for no padding, as always in an exact step."""
     is_alone: bool = False
     """Whether only one request has rows in the step."""
     parents: tuple[tuple[Count, Parents], ...] = ()
-    """(attention rank, parent spans for its part of the step), for ranks that request spans."""
+    """Parent trace spans for the spans of the step, as (attention rank, spans) for the ranks that
+    have traced requests."""
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for invalid fields; the codec turns it into a ``ProtocolError``."""
+        """Check the fields. Raises ``ValueError``, which the codec turns into ``ProtocolError``."""
         ranks = [rank for rank, _ in self.grants]
         if not ranks or ranks != sorted(set(ranks)):
             raise ValueError("grants must name at least one rank and be sorted by rank")
@@ -113,7 +116,7 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
             raise ValueError(f"parents must be at most {MAX_TRACED}")
 
     def grant(self, rank: int) -> Grant:
-        """Grant of one attention rank; an empty grant if the header has none for it."""
+        """Return the grant of one attention rank; an empty grant if the header has no such rank."""
         for other, grant in self.grants:
             if other == rank:
                 return grant
@@ -137,18 +140,18 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
 
     @property
     def num_decodes(self) -> int:
-        """Number of decoding sequences of all ranks."""
+        """Number of decode rows of all ranks without draft rows: one for each decoding sequence."""
         return sum(grant.num_decodes for _, grant in self.grants)
 
     def rows(self, rank: int, micro_batch: int) -> int:
-        """Number of rows of one attention rank in one micro-batch."""
+        """Return the number of rows of one attention rank in one micro-batch (0 or 1)."""
         total = self.grant(rank).num_rows
         first = total if self.num_micro_batches == 1 else -(-total // 2)
         return first if micro_batch == 0 else total - first
 
     def edge_rows(self, rank: int, micro_batch: int) -> int:
-        """Number of rows of one micro-batch that an attention rank sends to each expert rank. In an
-        exact step, the maximum.
+        """Return the number of rows that an attention rank sends to each expert rank, in one
+        micro-batch, with padding. In an exact step it is the maximum number.
         """
         rows = self.rows(rank, micro_batch)
         if rows and self.bucket:

@@ -21,11 +21,14 @@ from cluster.core.release import check_release
 from workers.requests.wire import ENGINE_HELLO, EngineHello
 
 MAX_HELLO_BYTES = 4096
-"""Maximum size of a message that arrives before its sender has proved the token."""
+"""Maximum size in bytes of a handshake message; its sender may not have proved the token yet."""
 
 
 class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
-    """A side's first message. Unknown fields are ignored, so that errors can name the release."""
+    """First message of each side in the handshake of an engine stream.
+
+    Unknown fields are ignored, so that an error can name the release of the other side.
+    """
 
     name: str
     nonce: str = ""
@@ -33,7 +36,7 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):
 
 
 class GatewayProof(Message, frozen=True, kw_only=True):
-    """A gateway's proof over both nonces."""
+    """Message with the gateway's proof, over both nonces, that it knows the cluster token."""
 
     proof: str
 
@@ -43,7 +46,7 @@ PROOF: Codec[GatewayProof] = Codec(GatewayProof, "a gateway's proof", HandshakeE
 
 
 class _Handshake:
-    """State of both sides of the handshake."""
+    """Base class of both sides of the handshake on an engine stream, with their first messages."""
 
     is_caller = False
 
@@ -60,16 +63,19 @@ class _Handshake:
 
 
 class GatewayHandshake(_Handshake):
-    """The gateway's side. All methods except ``start`` raise ``HandshakeError``."""
+    """The gateway's side of the handshake on an engine stream.
+
+    All methods except ``start`` raise ``HandshakeError``.
+    """
 
     is_caller = True
 
     def start(self) -> bytes:
-        """The first message to send."""
+        """Return the first message to send to the worker."""
         return HELLO.encode(self._own_hello)
 
     def prove(self, challenge: bytes) -> bytes:
-        """Verify the worker's hello and return the proof."""
+        """Check the worker's first message, and return the message with the gateway's proof."""
         self._read_hello(challenge)
         return PROOF.encode(GatewayProof(proof=self._proof.make_proof()))
 
@@ -82,20 +88,26 @@ class GatewayHandshake(_Handshake):
 
 
 class WorkerHandshake(_Handshake):
-    """The worker's side. Both methods raise ``HandshakeError``."""
+    """The worker's side of the handshake on an engine stream.
+
+    ``challenge`` and ``finish`` raise ``HandshakeError``.
+    """
 
     @property
     def gateway(self) -> str:
-        """The name in the gateway's hello."""
+        """Name of the gateway from its first message; empty before ``challenge``."""
         return self._peer_hello.name
 
     def challenge(self, hello: bytes) -> bytes:
-        """Check a gateway's hello and return the reply."""
+        """Check the gateway's first message, and return the reply with this worker's nonce."""
         self._read_hello(hello)
         return HELLO.encode(self._own_hello)
 
     def finish(self, proof: bytes, facts: EngineHello) -> bytes:
-        """Check that the gateway knows the token, and return the encoded ``EngineHello``."""
+        """Check that the gateway knows the token; return the encoded ``EngineHello`` to send.
+
+        ``facts``: the description of the worker, to which its proof is added.
+        """
         if not self._proof.is_peer_proof(PROOF.decode(_bounded(proof)).proof):
             raise HandshakeError("the cluster token differs")
         return ENGINE_HELLO.encode(replace(facts, proof=self._proof.make_proof()))

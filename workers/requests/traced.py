@@ -14,13 +14,13 @@ from cluster.core.codec import Message, SpanIdBytes
 MAX_TRACED = 4
 """Maximum number of traced requests in one step, over all ranks."""
 Parents = Annotated[tuple[SpanIdBytes, ...], Meta(max_length=MAX_TRACED)]
-"""Parents of the spans of a step."""
+"""Parent trace spans of the spans that workers record for a step."""
 
 
 class StepParents(Message, frozen=True, array_like=True):
-    """The parent spans of one request for the spans of its steps."""
+    """Parent trace spans of one request, for the spans of the steps that run its rows."""
 
     prefill: SpanIdBytes
-    """Parent for steps that run rows of its prompt."""
+    """Parent span for steps that run prompt rows of the request."""
     decode: SpanIdBytes
-    """Parent for all other steps of the request."""
+    """Parent span for steps that run decode rows of the request."""

@@ -14,16 +14,17 @@ from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import StepBudget
 
 _MAX_FETCH_STEPS = 8
-"""Limit of waiting prompt rows for which KV blocks are fetched, in steps of maximum size."""
+"""Maximum prompt rows of waiting requests for which KV blocks are fetched ahead, as a multiple of
+the rows of the largest step."""
 
 
 class SequenceAdmission:
-    """Decides which waiting sequences fit into a step, in which order, and admits them.
+    """Decides which waiting sequences fit into a step, in which order, and admits them to run.
 
     Tenants take turns (``fairness``). The sequences of a tenant are ordered by priority (lower
-    values first), then by origin (moved from another worker first), then by arrival. An
-    admission leaves one free block for each running sequence that may still grow, so that no
-    sequence is preempted in the step after its admission.
+    values first), then by origin (moved from another worker first), then by arrival. An admission
+    leaves one free KV block for each running sequence that may still grow, so that no sequence is
+    preempted in the step after its admission.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class SequenceAdmission:
 
     @property
     def num_deferred(self) -> int:
-        """Number of sequences that wait for their request's first choice to compute the prompt."""
+        """Number of waiting sequences for which the first choice of their request must compute the
+        prompt before they start."""
         return sum(map(self._waits_for_first_choice, self._queues.waiting))
 
     @property
     def num_waiting_for_kv(self) -> int:
-        """Number of sequences that wait for a transfer of KV blocks, except deferred ones."""
+        """Number of sequences that wait for a transfer of KV blocks, without sequences that wait
+        for the first choice of their request."""
         return sum(map(self._waits_for_kv, self._queues.waiting))
 
     @property
@@ -59,8 +62,10 @@ class SequenceAdmission:
         return sum(s.prompt_length for s in self._queues.waiting if s.first_choice is None)
 
     def take_admissible(self, restriction: Restriction, at_most: int) -> list[SequenceState]:
-        """Return one sequence for each of up to ``at_most`` waiting requests that fit into the next
-        steps, seats and free blocks. Each is returned once after it was queued or preempted.
+        """Return up to ``at_most`` waiting requests that can run soon, as one sequence of each.
+
+        They fit into the next few steps, the seats and the free blocks. A request is returned only
+        once after it was queued or preempted.
         """
         if not self._kv_waits.has_untried:
             return []
@@ -70,11 +75,12 @@ class SequenceAdmission:
         return [able[name] for name in self._kv_waits.take_untried(able, at_most)]
 
     def admissible(self, restriction: Restriction, max_rows: int) -> Iterator[SequenceState]:
-        """Yield waiting sequences in turn that fit into the seats, free blocks and ``max_rows``.
+        """Yield the waiting sequences, in turn, that together fit into seats, free blocks and rows.
 
-        A cached block without a holder counts as a free block that the sequence takes. A tenant
-        above its share leaves some seats free for other tenants, and blocks for as many sequences,
-        but at most the same fraction of all blocks.
+        ``max_rows``: rows for all of them; the last sequence may exceed it. A cached block without
+        a holder counts as a free block that the sequence takes. A tenant above its share leaves
+        some seats free for other tenants, and blocks for the same number of sequences, but at most
+        one in ``RESERVED_DIVISOR`` blocks.
         """
         if not self._queues.waiting:
             return
@@ -113,27 +119,35 @@ class SequenceAdmission:
             yield sequence
 
     def ready_to_decode(self, restriction: Restriction, max_rows: int) -> list[SequenceState]:
-        """Admissible sequences whose first rows after the admission would be decode rows."""
+        """Return the admissible sequences whose first row after the admission is a decode row.
+
+        ``max_rows``: limit of rows, as for ``admissible``.
+        """
         if not any(s.output for s in self._queues.waiting):
             return []
         return [s for s in self.admissible(restriction, max_rows) if self.would_decode(s)]
 
     def would_decode(self, waiting: SequenceState) -> bool:
-        """Whether all its tokens but the newest output token are cached, as after most moves."""
+        """Whether the first row of a waiting sequence would be a decode row: all its tokens except
+        the newest output token are cached, as after most moves to this worker."""
         return bool(waiting.output) and self._blocks.num_to_compute(waiting) == 1
 
     def next_waiting(self, restriction: Restriction) -> SequenceState | None:
-        """The waiting sequence that is next in turn, even if it does not fit."""
+        """Return the waiting sequence that is next in turn, even if it does not fit; None if no
+        sequence may run."""
         waiting = self._served.in_turn(self._queues.waiting)
         able = (s for s in waiting if self._may_run(s, restriction))
         return next((s for s in able if not self._waits_for_first_choice(s)), None)
 
     def still_fits(self, admissible: SequenceState) -> bool:
-        """Whether an admissible sequence still fits after other admissions."""
+        """Whether a sequence that ``admissible`` yielded still fits after other admissions."""
         return self._blocks.still_fits(admissible, self._queues.running)
 
     def admit(self, sequence: SequenceState) -> int:
-        """Move a sequence to the running ones, and return the number of blocks allocated."""
+        """Move a waiting sequence to the running sequences, with a seat and blocks.
+
+        Returns the number of KV blocks that were newly allocated.
+        """
         num_allocated = self._blocks.admit(sequence)
         self._queues.remove(sequence)
         self._kv_waits.forget(sequence.request.request_id)
@@ -141,7 +155,10 @@ class SequenceAdmission:
         return num_allocated
 
     def can_fork(self, parent: SequenceState, child: SequenceState) -> bool:
-        """Whether the forked sequence ``child`` can run in the next step."""
+        """Whether ``child``, a beam forked from ``parent``, can run in the next step.
+
+        ``parent`` must be running, and a seat and enough blocks must be free.
+        """
         running = self._queues.running
         has_seat = len(running) < self._budget.max_num_seqs
         is_running = parent.status is SequenceStatus.RUNNING
@@ -152,17 +169,20 @@ class SequenceAdmission:
         return is_able and restriction.allows(waiting)
 
     def _waits_for_kv(self, sequence: SequenceState) -> bool:
-        """Whether the sequence waits for KV blocks, and not for its request's first choice."""
+        """Whether the sequence waits for a transfer of KV blocks, and not for the first choice of
+        its request."""
         is_held = sequence.request.request_id in self._kv_waits
         return is_held and not self._waits_for_first_choice(sequence)
 
     def _num_blocks_to_keep(self, sequence: SequenceState) -> int:
-        """Number of free blocks to keep for a sequence, in addition to the blocks being fetched."""
+        """Number of free blocks to keep for a sequence that waits for KV blocks, in addition to the
+        blocks that its transfer holds."""
         coming = self._kv_waits.num_fetching(sequence.request.request_id)
         return max(self._blocks.num_blocks_of(sequence) - coming, 0)
 
     def _waits_for_first_choice(self, sequence: SequenceState) -> bool:
-        """Whether its request's first choice has not computed the prompt's full blocks yet."""
+        """Whether the first choice of the sequence's request must still compute full blocks of the
+        prompt, which the sequence will share."""
         first = sequence.first_choice
         if first is None or first.is_idle or first.status is SequenceStatus.FINISHED:
             return False

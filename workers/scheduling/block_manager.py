@@ -16,8 +16,8 @@ from workers.scheduling.step_plan import PlannedRows
 class BlockManager:
     """Allocates and frees the seat, KV blocks and recurrent states of each sequence.
 
-    At admission a sequence gets blocks for all its tokens, and later one more block whenever a
-    decode needs it. Blocks found in the prefix cache are not computed again.
+    At admission a sequence gets KV blocks for all its tokens, and later one more block whenever a
+    decode row needs one. Blocks found in the prefix cache are not computed again.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class BlockManager:
         states: SequenceStates | None,
         max_model_len: int,
     ) -> None:
-        """``states`` is None if the model has no recurrent states."""
+        """``states``: recurrent states of sequences; None if the model has none."""
         self._pool = pool
         self._tables = tables
         self._prefixes = prefixes
@@ -38,38 +38,43 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Number of blocks without a holder, which can be allocated."""
+        """Number of KV blocks without a holder, which can be allocated."""
         return self._pool.num_free
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks of the pool."""
+        """Total number of KV blocks, free or in use."""
         return self._pool.num_blocks
 
     # Queries
 
     def num_blocks_of(self, sequence: SequenceState) -> int:
-        """Number of blocks that hold all its tokens."""
+        """Number of KV blocks that hold all tokens of a sequence."""
         return self._num_blocks_for(sequence.num_tokens)
 
     def cached_blocks(self, waiting: SequenceState) -> list[int]:
-        """Cached blocks of the sequence's prefix, which need not be computed."""
+        """Return the cached KV blocks of a waiting sequence's prefix, which it need not compute."""
         return self._prefixes.find(waiting)
 
     def num_to_compute(self, waiting: SequenceState, known: Sequence[int] | None = None) -> int:
-        """Number of rows to compute if admitted now. ``known``: its cached blocks, if known."""
+        """Number of rows that a waiting sequence has to compute if it is admitted now.
+
+        ``known``: result of ``cached_blocks``; None: find the cached blocks.
+        """
         cached = self.cached_blocks(waiting) if known is None else known
         return waiting.num_tokens - len(cached) * self._block_size
 
     def num_to_take(self, waiting: SequenceState, known: Iterable[int]) -> int:
-        """Number of free blocks that its admission takes: for all its tokens, except the blocks of
-        ``known``, its cached blocks, that have a holder already.
+        """Number of free blocks that the admission of a waiting sequence takes.
+
+        ``known``: its cached blocks. Cached blocks that other sequences hold are not free, and so
+        not counted.
         """
         held = sum(not self._pool.is_free(block) for block in known)
         return self._num_blocks_for(waiting.num_tokens) - held
 
     def fits_with(self, waiting: SequenceState, stay: Sequence[SequenceState]) -> bool:
-        """Whether the sequence would fit if only the sequences in ``stay`` held blocks."""
+        """Whether a waiting sequence would fit if only the sequences in ``stay`` held blocks."""
         held = {block for s in stay for block in s.blocks}
         missing = self._num_blocks_for(waiting.num_tokens) - len(
             held.intersection(self.cached_blocks(waiting))
@@ -77,32 +82,43 @@ class BlockManager:
         return missing <= self._pool.num_blocks - len(held) - self.reserve(stay)
 
     def num_shared_tokens(self, sequence: SequenceState) -> int:
-        """Number of tokens in the full prompt blocks that choices share; less than all tokens."""
+        """Number of tokens in the full prompt blocks that all choices of a request share.
+
+        At least one prompt token is not shared.
+        """
         return (sequence.prompt_length - 1) // self._block_size * self._block_size
 
     def has_shared(self, sequence: SequenceState, known: Sequence[int]) -> bool:
-        """Whether ``known`` contains all blocks that the choices share."""
+        """Whether ``known``, cached blocks of a sequence, has all blocks that choices share."""
         return len(known) * self._block_size >= self.num_shared_tokens(sequence)
 
     def reserve(self, sequences: Iterable[SequenceState]) -> int:
-        """Number of blocks that an admission leaves free: one for each sequence that may grow."""
+        """Number of blocks that an admission must leave free for ``sequences``.
+
+        It is one for each sequence that may need a further block before its end.
+        """
         return sum(map(self._may_grow, sequences))
 
     def still_fits(self, admissible: SequenceState, running: Sequence[SequenceState]) -> bool:
-        """Whether an admissible sequence still fits. It needs more blocks if a cached block or
-        recurrent state of its prefix has been evicted since.
+        """Whether a waiting sequence, which fitted before other admissions, still fits.
+
+        The sequence needs more blocks if another admission has evicted a cached block or recurrent
+        state of its prefix.
         """
         missing = self.num_to_take(admissible, self.cached_blocks(admissible))
         has_enough = self._pool.can_allocate(missing + len(running))  # each needs one at most
         return has_enough or self._pool.can_allocate(missing + self.reserve(running))
 
     def can_grow(self, decoding: Sequence[SequenceState]) -> bool:
-        """Whether enough blocks are free for the next rows of all these sequences."""
+        """Whether enough blocks are free for the next row of all sequences in ``decoding``."""
         has_enough = self._pool.can_allocate(len(decoding))  # each needs one block at most
         return has_enough or self._pool.can_allocate(sum(map(self._num_missing, decoding)))
 
     def can_fork(self, child: SequenceState, running: Sequence[SequenceState]) -> bool:
-        """Whether a forked sequence can run in the next step and the others can still grow."""
+        """Whether enough blocks are free for ``child``, a forked beam, to run in the next step.
+
+        The sequences in ``running`` must still be able to grow.
+        """
         return self._pool.can_allocate(1 + self.reserve((*running, child)))
 
     def _may_grow(self, sequence: SequenceState) -> bool:
@@ -117,7 +133,10 @@ class BlockManager:
     # Changes
 
     def admit(self, sequence: SequenceState) -> int:
-        """Assign a seat, and blocks for all its tokens; returns the number of blocks allocated."""
+        """Assign a seat, and KV blocks for all tokens, to a waiting sequence.
+
+        Cached blocks are shared. Returns the number of newly allocated blocks.
+        """
         sequence.seat = self._tables.take_seat()
         self._extend(sequence, self.cached_blocks(sequence))
         self._pool.share(sequence.blocks)
@@ -128,8 +147,10 @@ class BlockManager:
         return self.grow(sequence)
 
     def fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
-        """Share the computed blocks of ``parent`` with ``child``. Returns the (source, destination)
-        blocks that the caller must copy now, or None.
+        """Assign a seat to ``child``, and share the computed full blocks of ``parent`` with it.
+
+        Returns the (source, destination) of a partly filled block whose content the caller must
+        copy at once; None if there is no such block.
         """
         child.seat, child.num_computed = self._tables.take_seat(), parent.num_computed
         num_full = parent.num_computed // self._block_size
@@ -143,7 +164,10 @@ class BlockManager:
         return (parent.blocks[num_full], copied[0]) if copied else None
 
     def grow(self, sequence: SequenceState, num_drafts: int = 0) -> int:
-        """Allocate the blocks that its tokens and drafts lack; returns their number."""
+        """Allocate the KV blocks that a running sequence lacks for its tokens and drafts.
+
+        Returns the number of allocated blocks. Enough blocks must be free.
+        """
         missing = self._num_blocks_for(sequence.num_tokens + num_drafts) - len(sequence.blocks)
         if missing <= 0:  # most decodes continue in their last block
             return 0
@@ -151,16 +175,23 @@ class BlockManager:
         return missing
 
     def num_drafts_that_fit(self, sequence: SequenceState) -> int:
-        """Number of draft tokens that fit into its blocks and the free blocks."""
+        """Number of draft tokens that fit into a sequence's blocks and all free blocks."""
         capacity = (len(sequence.blocks) + self._pool.num_free) * self._block_size
         return capacity - sequence.num_tokens
 
     def move(self, sequence: SequenceState, first: int, count: int) -> StateMove | None:
-        """Reserve recurrent states for the next rows; None if the model has no such states."""
+        """Allocate the recurrent states that ``count`` rows from position ``first`` on write.
+
+        Returns None if the model has no recurrent states.
+        """
         return None if self._states is None else self._states.plan(sequence, first, count)
 
     def release(self, sequence: SequenceState, *, has_ended: bool = False) -> None:
-        """Free the seat, blocks and states of a sequence that has ended or is preempted."""
+        """Free the seat, blocks and states of a sequence that has ended or is preempted.
+
+        ``has_ended``: whether the request's turn has ended, so that its blocks may be retained for
+        its session.
+        """
         self._prefixes.release(sequence, has_ended=has_ended)
         sequence.num_computed = 0
         if self._states is not None:
@@ -170,12 +201,17 @@ class BlockManager:
             sequence.seat = None
 
     def commit(self, planned: PlannedRows, *, has_failed: bool) -> None:
-        """Keep the recurrent states after planned rows, which ``num_computed`` already includes."""
+        """Keep the recurrent states that committed rows have written.
+
+        ``SequenceState.num_computed`` must include the rows. ``has_failed``: the sequence failed,
+        so its states do not enter the prefix cache.
+        """
         if self._states is not None and planned.states is not None:
             self._states.commit(planned.sequence, planned.states, has_failed=has_failed)
 
     def store(self, planned: PlannedRows) -> None:
-        """Free blocks of rejected drafts, and add the full blocks to the prefix cache."""
+        """After a commit, free the blocks of rejected drafts, and add full blocks to the prefix
+        cache."""
         sequence = planned.sequence
         if planned.drafts:
             needed = self._num_blocks_for(sequence.num_computed)
@@ -184,7 +220,7 @@ class BlockManager:
         self._prefixes.store(sequence, planned.first)
 
     def abandon(self, planned: PlannedRows) -> None:
-        """Free the blocks and states that a plan allocated for rows that did not run."""
+        """Free the blocks and states that a plan allocated for rows whose step failed."""
         sequence = planned.sequence
         if self._states is not None and planned.states is not None:
             self._states.abandon(planned.states)
@@ -200,8 +236,10 @@ class BlockManager:
         others: Iterable[list[int]],
         planned: Iterable[PlannedRows],
     ) -> None:
-        """Assert that every block in use is held by a running sequence or ``others``, and every
-        recurrent state in use by a running sequence or ``planned`` rows.
+        """Assert that known holders hold exactly the blocks and states in use; for tests.
+
+        Holders of blocks are ``running`` sequences and ``others`` (lists of blocks). Holders of
+        states are running sequences and ``planned`` rows that are not committed.
         """
         self._pool.check_integrity([*(s.blocks for s in running), *others])
         for sequence in running:
@@ -219,7 +257,7 @@ class BlockManager:
         return -(-num_tokens // self._block_size)
 
     def _extend(self, sequence: SequenceState, blocks: list[int]) -> None:
-        """Append blocks to the table of a sequence that has a seat."""
+        """Append blocks to the block table of a running sequence."""
         assert sequence.seat is not None, "only running sequences get blocks"
         self._tables.put(sequence.seat, len(sequence.blocks), blocks)
         sequence.blocks += blocks

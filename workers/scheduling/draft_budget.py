@@ -1,4 +1,4 @@
-"""Decides how many draft rows a step has. Pure, no torch."""
+"""Decides how many draft rows (of speculative decoding) a step has. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from workers.speculation.speculator import Speculator
 
 
 class DraftBudget:
-    """Decides how many draft rows a step requests and which decodes use the granted ones.
+    """Decides how many draft rows a step requests, and which decodes use the granted draft rows.
 
-    Drafts get only rows and blocks that are left over, and never preempt a sequence.
+    Drafts get only rows and KV blocks that are left over, and never preempt a sequence.
     """
 
     def __init__(self, speculator: Speculator, blocks: BlockManager, budget: StepBudget) -> None:
@@ -26,7 +26,10 @@ class DraftBudget:
     def num_wanted(
         self, decoding: Sequence[SequenceState], num_decodes: int, prefill_rows: int
     ) -> int:
-        """Number of draft rows to request in addition to the decode and prefill rows."""
+        """Return the number of draft rows to request for a step, in addition to its other rows.
+
+        ``num_decodes`` and ``prefill_rows``: decode rows without drafts, and prompt rows.
+        """
         if not decoding:
             return 0
         self._speculator.plan_step(len(decoding))
@@ -34,8 +37,10 @@ class DraftBudget:
         return max(min(sum(len(self._speculator.draft(s)) for s in decoding), room), 0)
 
     def add(self, num_decodes: int, decode_rows: int, rows: list[PlannedRows]) -> None:
-        """Add drafts to the decodes, the first ``num_decodes`` entries of ``rows``, within the
-        granted rows and the budget. Drafts that are most likely right go first.
+        """Add drafts to planned decodes, within the granted decode rows and the budget.
+
+        ``rows``: the plan, whose first ``num_decodes`` entries are decodes and are replaced. Drafts
+        that are most likely right go first.
         """
         left = min(decode_rows - num_decodes, self._budget.max_rows - sum(r.count for r in rows))
         if left <= 0:

@@ -1,4 +1,4 @@
-"""Preemption of running sequences when blocks run short. Pure, no torch."""
+"""Preemption of running sequences when KV blocks run short. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import StepBudget
 
 _BLOCKS_AHEAD = 2
-"""Number of free blocks per running sequence below which a preemption is likely soon."""
+"""Number of free KV blocks per running sequence below which a preemption is likely soon."""
 
 
 class Preemption:
-    """Decides which running sequence loses its blocks, and makes it wait.
+    """Decides which running sequence loses its KV blocks, and makes the sequence wait.
 
-    When blocks run short, the last sequence of the tenant with the most sequences is preempted. It
-    later recomputes the part of its prompt and output that was evicted from the cache. The first
-    sequence always continues, so that every sequence ends at some time.
+    When blocks run short, the last sequence of the tenant with the most sequences is preempted. The
+    sequence later recomputes the part of its prompt and output that was evicted from the cache. The
+    first sequence always continues, so that every sequence ends at some time.
 
     A waiting sequence that does not fit preempts only running sequences of its tenant with a lower
-    priority, idle sequences, and, if it must run alone, all others. A beam is idle while other
-    beams of its request must still be computed. If idle beams kept their blocks, beams of several
-    requests could deadlock on them.
+    priority, idle sequences, and, if it must run alone, all other requests. A beam is idle while
+    other beams of its request must still be computed. If idle beams kept their blocks, beams of
+    several requests could deadlock.
     """
 
     def __init__(
@@ -47,11 +47,13 @@ class Preemption:
         self._kv_waits = kv_waits
         self.num_preemptions = 0
         self.preempted: list[SequenceState] = []
-        """Sequences preempted since the last ``take_preempted``."""
+        """Sequences preempted since the last call of ``take_preempted``, oldest first."""
 
     def candidate(self) -> SequenceState | None:
-        """The next sequence to preempt that can move to another worker, if a preemption is likely
-        soon; else None. A beam search cannot move, as it would start again there.
+        """Return the sequence to preempt next, so that it can move to another worker before.
+
+        None if no preemption is likely soon. Beams are not returned: a beam search cannot move, as
+        it would start again on the other worker.
         """
         running = self._queues.running
         is_short = self._blocks.num_free < _BLOCKS_AHEAD * len(running) and len(running) > 1
@@ -59,12 +61,15 @@ class Preemption:
         return _last_of_largest_tenant(able) if is_short and able else None
 
     def take_preempted(self) -> list[SequenceState]:
-        """Remove and return the sequences preempted since the last call."""
+        """Return the sequences preempted since the last call of this method."""
         taken, self.preempted = self.preempted, []
         return taken
 
     def preempt_for_untried(self, restriction: Restriction) -> None:
-        """Preempt for the first waiting sequence if it is untried and this is no solo step."""
+        """Preempt sequences for the first waiting sequence, so that its KV blocks can be fetched.
+
+        No effect if no transfer is to be tried for its request, or one request must run alone.
+        """
         if not self._kv_waits.has_untried or restriction.solo_request is not None:
             return
         first = self.next_in_need(restriction)
@@ -72,7 +77,7 @@ class Preemption:
             self.preempt_for_next(restriction)
 
     def preempt_for_next(self, restriction: Restriction) -> None:
-        """Preempt sequences until the first waiting one fits or cannot fit."""
+        """Preempt sequences until the first waiting sequence fits or no preemption can help."""
         while (first := self.next_in_need(restriction)) is not None:
             if restriction.solo_request is not None:
                 self.preempt_last(restriction)
@@ -81,8 +86,10 @@ class Preemption:
             self.preempt(lower[-1])
 
     def next_in_need(self, restriction: Restriction) -> SequenceState | None:
-        """The first waiting sequence, if it fits only after a preemption of sequences with a lower
-        priority or, in a solo step, of all others. Else None.
+        """Return the first waiting sequence if it fits only after a preemption; else None.
+
+        It may preempt sequences of its tenant with a lower priority and idle sequences. If its
+        request must run alone, it may preempt all sequences of other requests.
         """
         first = self._admission.next_waiting(restriction)
         if first is None:
@@ -99,7 +106,10 @@ class Preemption:
         return first if self._blocks.fits_with(first, stay) else None
 
     def preempt_last(self, restriction: Restriction) -> None:
-        """Preempt an idle sequence, or else one that must not run in a solo step, or else any."""
+        """Preempt an idle sequence, else in a solo step a sequence of another request, else any.
+
+        If several qualify, the last sequence of the tenant with the most of them is preempted.
+        """
         running = self._queues.running
         idle = [s for s in running if s.is_idle]
         others = [
@@ -108,7 +118,7 @@ class Preemption:
         self.preempt(_last_of_largest_tenant(idle or others or running))
 
     def preempt(self, victim: SequenceState) -> None:
-        """Free the blocks of a running sequence, and let it wait."""
+        """Free the seat and blocks of the running sequence ``victim``, and let it wait."""
         self._queues.remove(victim)
         self._blocks.release(victim)
         self._queues.wait(victim)
@@ -127,7 +137,7 @@ def _is_preempted_by(running: SequenceState, waiting: Request) -> bool:
 
 
 def _last_of_largest_tenant(running: Sequence[SequenceState]) -> SequenceState:
-    """The last sequence among the tenants with the most running sequences."""
+    """Return the last sequence in order whose tenant has the most sequences in ``running``."""
     counts = Counter(s.request.tenant for s in running)
     largest = max(counts.values())
     return next(s for s in reversed(running) if counts[s.request.tenant] == largest)

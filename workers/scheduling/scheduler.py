@@ -39,10 +39,10 @@ _UNRESTRICTED = Restriction()
 class Scheduler:
     """Plans steps: decodes first, then prompts in turn, within the granted rows.
 
-    ``SequenceAdmission`` decides which waiting sequences may run, ``Preemption`` which running ones
-    must wait, ``ShortSteps`` which decodes a step leaves out, ``DraftBudget`` how many drafts run.
-    At admission a sequence gets blocks for all its tokens, so only decodes can later run short of
-    blocks.
+    ``SequenceAdmission`` decides which waiting sequences may run, ``Preemption`` which running
+    sequences must wait, ``ShortSteps`` which decodes a step leaves out, ``DraftBudget`` how many
+    drafts run. At admission a sequence gets KV blocks for all its tokens, so only decodes can later
+    run short of blocks.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Scheduler:
     ) -> None:
         """``length_matters_above``: see ``ModelConfig.length_matters_above``.
 
-        ``states``: state slots of a model with recurrent states. ``speculator`` proposes drafts for
-        decodes; up to ``max_draft_rows`` of them run in addition to ``max_num_seqs`` rows.
+        ``states``: state slots of a model with recurrent states. ``speculator`` proposes draft
+        tokens; up to ``max_draft_rows`` drafts run in addition to ``max_num_seqs`` decode rows.
         """
         self.prefixes = PrefixCache(
             pool=pool,
@@ -72,13 +72,13 @@ class Scheduler:
             length_matters_above=length_matters_above,
             states=states,
         )
-        """Finds cached prefixes. Other modules read its counters."""
+        """Cache that finds the KV blocks of prefixes. Other modules read its counters."""
         self.tables = BlockTables(max_num_seqs, -(-max_model_len // block_size))
         """Block tables of running sequences, by ``SequenceState.seat``."""
         self.kv_waits = KvWaits()
-        """Transfers of KV blocks for waiting requests."""
+        """Waiting requests that may start, or wait for, a transfer of KV blocks."""
         self.queues = SequenceQueues()
-        """The waiting and running sequences. Other modules only read them."""
+        """The waiting and running sequences, which other modules only read."""
         self._budget = budget = StepBudget(
             max_num_seqs=max_num_seqs,
             max_rows=max_num_batched_tokens,
@@ -92,9 +92,9 @@ class Scheduler:
         self.admission = SequenceAdmission(
             *own, kv_waits=self.kv_waits, served=self._served, seats=self._seats
         )
-        """Admits waiting sequences. Other modules read its counters."""
+        """Policy that admits waiting sequences. Other modules read its counters."""
         self.preemption = Preemption(*own, admission=self.admission, kv_waits=self.kv_waits)
-        """Preempts running sequences. Other modules read its counters."""
+        """Policy that preempts running sequences. Other modules read its counters."""
         self._short_steps = ShortSteps(self._seats)
         self._drafts = None if speculator is None else DraftBudget(speculator, *own[1:])
         self._stop_conditions = StopConditions(eos_token_ids, max_model_len)
@@ -102,17 +102,17 @@ class Scheduler:
     # Sequences
 
     def add(self, sequence: SequenceState) -> None:
-        """Queue a sequence by its ``SequenceState.order``."""
+        """Add a new sequence to the waiting sequences, in ``SequenceState.order``."""
         self.kv_waits.queue(sequence.request.request_id)
         self._served.add(sequence)
         self._seats.note(sequence)
         self.queues.wait(sequence)
 
     def fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
-        """Start ``child`` between steps with the computed tokens of ``parent``; both have one more
-        token. Returns the (source, destination) blocks that the caller must copy now, or None.
+        """Start ``child``, a beam, between steps with the computed tokens of ``parent``.
 
-        If the child fits, it runs in the next step. Else it waits and uses cached blocks later.
+        Returns (source, destination) of a KV block that the caller must copy at once, or None. If
+        the child fits, it runs in the next step. Else it waits, and later uses cached blocks.
         """
         if not self.admission.can_fork(parent, child):
             self.add(child)
@@ -124,8 +124,8 @@ class Scheduler:
         return copied
 
     def remove(self, sequence: SequenceState, *, has_ended: bool = True) -> None:
-        """End a sequence between steps, and free its blocks. If not ``has_ended``, its request
-        continues with other sequences, so the blocks are not retained for the request.
+        """End a sequence between steps, and free its blocks. ``has_ended`` False: the request goes
+        on with other beams, so that the blocks are not retained for its session.
         """
         if sequence.status is SequenceStatus.FINISHED:
             return
@@ -136,23 +136,23 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def take_admissible(self, restriction: Restriction, at_most: int) -> list[SequenceState]:
-        """Return waiting sequences that fit into the next steps; see ``SequenceAdmission``. Call it
-        between steps.
+        """Return one sequence for each of up to ``at_most`` waiting requests that can run soon.
 
-        If the first waiting sequence fits only after a preemption, this call preempts for it: its
-        KV blocks can then be fetched into the freed blocks before it is admitted.
+        Call it between steps. If the first waiting sequence fits only after a preemption, the call
+        preempts for it, so that its KV blocks can be fetched into the freed blocks. See
+        ``SequenceAdmission.take_admissible``.
         """
         self.preemption.preempt_for_untried(restriction)
         return self.admission.take_admissible(restriction, at_most)
 
     def ending(self, sequence: SequenceState) -> Ending | None:
-        """Why the output so far ends the sequence; None if it does not."""
+        """Return why the output so far ends the sequence; None if the sequence continues."""
         return self._stop_conditions.ending(sequence)
 
     # Steps
 
     def intent(self, restriction: Restriction = _UNRESTRICTED) -> StepIntent:
-        """Return the rows that the next step would run if all were granted."""
+        """Return the rows that this worker would run in the next step if all were granted."""
         decoding, prefilling = self._runnable(restriction)
         blocks, admission, max_rows = self._blocks, self.admission, self._budget.max_rows
         decodes, missing = len(decoding), sum(s.num_missing for s in prefilling)
@@ -183,7 +183,7 @@ class Scheduler:
         return StepIntent(restriction, rows, left_out, (decoding, prefilling, ready, admissible))
 
     def plan(self, intent: StepIntent, grant: Grant) -> StepPlan:
-        """Choose rows within the grant and allocate their blocks."""
+        """Choose the rows of a step within the grant, and allocate their KV blocks."""
         restriction = intent.restriction
         ready = self._admit_ready(intent, grant.decode_rows)
         admissible: list[SequenceState] = []
@@ -211,10 +211,10 @@ class Scheduler:
         drawn: Mapping[SequenceState, Sequence[int]],
         failed: Collection[SequenceState],
     ) -> dict[SequenceState, Ending]:
-        """Apply a plan that ran; return the ended sequences, with reasons. Their blocks are free.
+        """Apply a plan that ran: append tokens, and end complete and failed sequences.
 
-        ``drawn``: sampled tokens by sequence. If there are several, all except the last equal the
-        sequence's first drafts, and only the last may end it. ``failed``: sequences that end
+        Returns the ended sequences with reasons; their blocks are free. ``drawn``: accepted tokens
+        by sequence, that is accepted drafts, then one sampled token. ``failed``: sequences that end
         without a token; their blocks of this plan do not enter the prefix cache.
         """
         endings: dict[SequenceState, Ending] = {}
@@ -228,7 +228,7 @@ class Scheduler:
         return endings
 
     def abandon(self, plan: StepPlan) -> None:
-        """Undo a plan that did not run: free its blocks, and let its admitted sequences wait."""
+        """Undo a plan whose step failed: free its new blocks; sequences that it admitted wait."""
         for planned in plan.rows:
             self._blocks.abandon(planned)
             if planned.is_admitted:
@@ -238,8 +238,8 @@ class Scheduler:
     def check_integrity(
         self, others: Iterable[list[int]] = (), plan: StepPlan | None = None
     ) -> None:
-        """Assert that the blocks in use are those in the block tables of running sequences and
-        ``others``, and that the prefix cache has the right hashes of their blocks.
+        """Assert that running sequences and ``others`` (lists of blocks) hold exactly the blocks in
+        use, and that the prefix cache has the right hashes of blocks; for tests.
 
         ``plan``: a plan that is neither committed nor abandoned yet.
         """
@@ -254,7 +254,7 @@ class Scheduler:
     def _runnable(
         self, restriction: Restriction
     ) -> tuple[list[SequenceState], list[SequenceState]]:
-        """Running sequences that may have rows, in order: the decoding ones, and the others."""
+        """Return the running sequences that may have rows: the decoding ones, and all others."""
         decoding: list[SequenceState] = []
         prefilling: list[SequenceState] = []
         is_open = restriction.is_open
@@ -267,7 +267,7 @@ class Scheduler:
         return intent.leaves_out(waiting) and self.admission.would_decode(waiting)
 
     def _admit_ready(self, intent: StepIntent, decode_rows: int) -> list[SequenceState]:
-        """Admit sequences that would decode, within the granted rows that running ones leave."""
+        """Admit waiting sequences whose first row is a decode row, as far as the grant has rows."""
         candidates = self.admission.ready_to_decode(intent.restriction, self._budget.max_rows)
         ready = [s for s in candidates if not intent.leaves_out(s)]
         if ready:
@@ -284,7 +284,7 @@ class Scheduler:
     def _make_room(
         self, intent: StepIntent, decode_rows: int
     ) -> tuple[list[SequenceState], list[SequenceState]]:
-        """Preempt sequences until enough blocks are free for the next rows of the decoding ones.
+        """Preempt sequences until enough blocks are free for the decode rows of the step.
 
         Returns the first ``decode_rows`` decoding sequences, and the sequences that do not decode.
         """
@@ -307,7 +307,7 @@ class Scheduler:
         return PlannedRows(sequence, first, 1, True, num_new, is_admitted, states)
 
     def _prompt_rows(self, sequence: SequenceState, limit: int) -> PlannedRows | None:
-        """Plan up to ``limit`` rows of a prompt or a recomputation; None if they do not fit."""
+        """Plan up to ``limit`` prompt or recomputed rows of a sequence; None if it does not fit."""
         is_admitted = sequence.status is SequenceStatus.WAITING
         if is_admitted and not self.admission.still_fits(sequence):
             return None
@@ -319,7 +319,7 @@ class Scheduler:
     def _commit_rows(
         self, planned: PlannedRows, tokens: Sequence[int], has_failed: bool
     ) -> Ending | None:
-        """Apply the planned rows of one sequence; returns why it ended, or None."""
+        """Apply the planned rows of one sequence; return why the sequence ended, or None."""
         sequence, draws_token = planned.sequence, planned.samples_token
         if sequence.num_cached_tokens is None:
             self.prefixes.count(sequence, planned.first)

@@ -13,19 +13,24 @@ from collections.abc import Iterable
 from workers.requests.sequence import SequenceState
 
 RESERVED_DIVISOR = 16
-"""One in this many seats is left free, and blocks up to the same fraction."""
+"""Divisor that gives the number of seats left free for other tenants: one in 16 seats. KV blocks
+are left free up to the same fraction."""
 _REMEMBERED_STEPS = 1000
-"""Number of steps for which seats stay free for a tenant after its last sequence."""
+"""Minimum number of steps, after a sequence of a tenant has arrived or ended, for which seats stay
+free for this tenant."""
 
 
 class SeatReserve:
-    """Tracks the tenants that have sequences, or had some in recent steps."""
+    """Decides how many seats tenants above their share leave free for other tenants.
+
+    For this it tracks the tenants that have sequences, or had sequences in recent steps.
+    """
 
     def __init__(self, num_seats: int) -> None:
         self._num_free = num_seats // RESERVED_DIVISOR
         self._step = 0
         self._seen: dict[str, tuple[int, float]] = {}
-        """Last step in which each tenant is known to have had sequences, and its weight."""
+        """For each tenant, the latest step in which a sequence arrived or ended, and its weight."""
 
     def note(self, sequence: SequenceState) -> None:
         """Record the tenant of a sequence that has arrived or ended."""
@@ -33,14 +38,18 @@ class SeatReserve:
         self._seen[request.tenant] = self._step, request.weight
 
     def count_step(self) -> None:
-        """Count a step that ran."""
+        """Count a committed step, and now and then forget tenants without recent sequences."""
         self._step += 1
         if not self._step % _REMEMBERED_STEPS:
             oldest = self._step - _REMEMBERED_STEPS
             self._seen = {t: s for t, s in self._seen.items() if s[0] >= oldest}
 
     def above_share(self, running: Iterable[SequenceState]) -> set[str]:
-        """Tenants that have more than one running sequence, and more than their share of them."""
+        """Return the tenants with more running sequences than their share, and more than one.
+
+        A tenant's share is its weight divided by the weights of all tenants. Empty if there is only
+        one tenant.
+        """
         if self._has_one:
             return set()
         counts = Counter(s.request.tenant for s in running)
@@ -58,13 +67,16 @@ class SeatReserve:
         return {tenant: weight / whole for tenant, (_, weight) in self._seen.items()}
 
     def seats_left_free(self, running: Iterable[SequenceState]) -> SeatsLeftFree:
-        """The seats to leave free in a plan. ``running``: the sequences that already run."""
+        """Return the counter of seats to leave free while sequences are chosen for one plan.
+
+        ``running``: the sequences that already run.
+        """
         counts = Counter[str]() if self._has_one else Counter(s.request.tenant for s in running)
         return SeatsLeftFree(self._num_free, self._shares(), counts)
 
 
 class SeatsLeftFree:
-    """Counts the seats to leave free while sequences are chosen for one plan."""
+    """Tells how many seats to leave free for other tenants while a plan's sequences are chosen."""
 
     def __init__(self, num_free: int, shares: dict[str, float], counts: Counter[str]) -> None:
         self._num_free = num_free
@@ -72,15 +84,15 @@ class SeatsLeftFree:
         self._counts = counts
 
     def of(self, sequence: SequenceState) -> int:
-        """Number of seats that must stay free if this sequence gets one.
+        """Number of seats that must stay free if this sequence gets a seat.
 
-        Example: with 64 seats and two tenants of equal weight, 4 for the tenant with more sequences
-        and 0 for the other, or 0 for both if their numbers are equal.
+        It is 0 for a tenant below its share. Example: with 64 seats and two tenants of equal
+        weight, 4 for the tenant with more running sequences and 0 for the other tenant.
         """
         tenant, num_seats = sequence.request.tenant, self._counts.total() + 1
         is_above = self._counts[tenant] >= self._shares.get(tenant, 1.0) * num_seats
         return self._num_free if is_above else 0
 
     def take(self, sequence: SequenceState) -> None:
-        """Record that the sequence gets a seat."""
+        """Record that the sequence gets a seat in the plan."""
         self._counts[sequence.request.tenant] += 1

@@ -1,4 +1,7 @@
-"""Steps without the decodes of one tenant, so that others get first tokens earlier. Pure."""
+"""Short steps, without the decodes of some tenants, so that other tenants get first tokens earlier.
+
+Pure: no clock or socket.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from workers.scheduling.seat_reserve import SeatReserve
 
 
 class ShortSteps:
-    """Decides which tenants' decodes a step leaves out, to shorten the first-token time of others.
+    """Decides which tenants' decodes a step leaves out, so that others get first tokens earlier.
 
-    A step leaves out the decodes of a tenant that is above its share and has most of the rows. Such
-    a short step computes the prompts of other tenants without waiting for these decodes. Two steps
-    in a row are never short.
+    A short step leaves out the decodes of tenants that are above their share and have at least half
+    of the decodes. It computes the prompts of other tenants without waiting for these decodes. Two
+    steps in a row are never short.
     """
 
     def __init__(self, seats: SeatReserve) -> None:
@@ -27,9 +30,9 @@ class ShortSteps:
         others: Sequence[SequenceState],
         num_missing: int,
     ) -> Set[str]:
-        """Tenants whose decodes the next step leaves out.
+        """Return the tenants whose decodes the next step leaves out; empty for a normal step.
 
-        ``others``: sequences that would compute ``num_missing`` prompt rows in the same step.
+        ``others``: sequences that would compute ``num_missing`` prompt rows in this step.
         """
         if self._was_short or not others:
             return frozenset()
@@ -41,5 +44,5 @@ class ShortSteps:
         return above if is_shorter else frozenset()
 
     def note(self, is_short: bool) -> None:
-        """Record whether the planned step leaves out decodes."""
+        """Record whether the step that was planned last is short (leaves out decodes)."""
         self._was_short = is_short

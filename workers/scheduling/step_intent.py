@@ -19,9 +19,10 @@ class Restriction:
     """Which requests may have rows in a step."""
 
     held_requests: Set[str] = frozenset()
-    """Ids of requests that may not have rows."""
+    """Ids of requests that must not have rows in the step."""
     solo_request: str | None = None
-    """Id of the only request that may have rows, even if it is held; None if others may, too."""
+    """Id of the only request that may have rows, even if it is in ``held_requests``; None if all
+    requests outside ``held_requests`` may."""
 
     @property
     def is_open(self) -> bool:
@@ -29,7 +30,7 @@ class Restriction:
         return not self.held_requests and self.solo_request is None
 
     def allows(self, sequence: SequenceState) -> bool:
-        """Whether a sequence may have rows, if it is not idle."""
+        """Whether the restriction allows rows of a sequence's request in the step."""
         request_id = sequence.request.request_id
         return (
             request_id not in self.held_requests
@@ -40,25 +41,30 @@ class Restriction:
 
 @dataclass(frozen=True, slots=True)
 class StepIntent:
-    """Rows that the next step would run if all were granted."""
+    """Rows that a worker would run in the next step if the leader granted all of them."""
 
     restriction: Restriction = field(default_factory=Restriction)
     wanted: RowsWanted = field(default_factory=RowsWanted)
     """Numbers of rows for the proposal to the leader."""
     left_out_tenants: Set[str] = frozenset()
-    """Tenants whose decodes the step leaves out; see ``ShortSteps``."""
+    """Tenants whose decodes the step leaves out, so that other tenants get first tokens earlier;
+    see ``ShortSteps``."""
     groups: tuple[Sequence[SequenceState], ...] = ()
-    """Sequences with rows in groups: first the decoding ones, then the others."""
+    """Sequences that would have rows: running ones that decode, running ones with prompt rows,
+    waiting ones that would decode, waiting ones with prompt rows."""
 
     @property
     def sequences(self) -> Iterator[SequenceState]:
-        """All sequences of ``groups``."""
+        """All sequences that would have rows, in the order of ``groups``."""
         return chain(*self.groups)
 
     def leaves_out(self, sequence: SequenceState) -> bool:
-        """Whether the step leaves out the decodes of a sequence."""
+        """Whether the step leaves out the decode rows of a sequence, because of its tenant."""
         return sequence.request.tenant in self.left_out_tenants
 
     def with_restriction(self, restriction: Restriction) -> StepIntent:
-        """Copy of this intent with the restriction that applies when the rows are granted."""
+        """Return a copy of this intent with another restriction.
+
+        Requests may have been paused between the proposal and the grant.
+        """
         return replace(self, restriction=restriction)

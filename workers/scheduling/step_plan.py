@@ -1,4 +1,4 @@
-"""The rows of a step: as wanted by a worker, and as planned after the grant. Pure."""
+"""The rows of a step: as a worker wants them, and as planned after the leader's grant. Pure."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from workers.requests.traced import Parents
 
 
 class PlannedRows(Struct, frozen=True):
-    """Consecutive rows of one sequence in a plan. Its block table already has their blocks."""
+    """Consecutive rows of one sequence in a plan, whose KV blocks are already allocated."""
 
     sequence: SequenceState
     first: int
     count: int
     is_decode: bool
-    """Whether this is a decode row, with the rows of its ``drafts``."""
+    """Whether the rows are one decode row, followed by one row for each of ``drafts``."""
     num_new_blocks: int
-    """Number of blocks that this plan added to the block table after the admission."""
+    """Number of KV blocks that the plan allocated for the rows; unused if ``is_admitted``."""
     is_admitted: bool
-    """Whether this plan admitted the sequence."""
+    """Whether the plan admitted the sequence, which waited before."""
     states: StateMove | None = None
-    """Recurrent states of the rows; None if the model has no such states."""
+    """Recurrent states that the rows read and write; None if the model has no such states."""
     drafts: tuple[int, ...] = ()
-    """Draft tokens, one for each of the last rows: guesses of the tokens after the newest one."""
+    """Draft tokens (guesses of the next tokens), one for each of the last rows."""
 
     @property
     def samples_token(self) -> bool:
@@ -35,7 +35,7 @@ class PlannedRows(Struct, frozen=True):
         return self.first + self.count - len(self.drafts) == self.sequence.num_tokens
 
     def split_by_row(self) -> Iterator[PlannedRows]:
-        """Yield each row as a separate entry, because the model treats every row as a decode."""
+        """Yield each row of an entry with drafts as a separate decode entry, for the model."""
         for row in range(self.count):
             first = row + len(self.drafts) - self.count
             drafts = self.drafts[first : first + 1] if first >= 0 else ()
@@ -43,7 +43,7 @@ class PlannedRows(Struct, frozen=True):
 
 
 def single_rows(planned: Sequence[PlannedRows]) -> Sequence[PlannedRows]:
-    """Entries for the model: each entry with drafts is split into one entry per row."""
+    """Return plan entries for the model: an entry with drafts is split into one entry per row."""
     if not any(rows.drafts for rows in planned):
         return planned
     return [one for rows in planned for one in (rows.split_by_row() if rows.drafts else (rows,))]
@@ -51,10 +51,11 @@ def single_rows(planned: Sequence[PlannedRows]) -> Sequence[PlannedRows]:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The rows of one step."""
+    """The rows that a worker runs in one step."""
 
     rows: tuple[PlannedRows, ...]
-    """The decodes by ``SequenceState.order``, then the prompt rows in turn of the tenants."""
+    """Decodes by ``SequenceState.order``, then prompt rows in the order in which tenants take
+    turns."""
 
     @property
     def num_rows(self) -> int:
@@ -62,11 +63,11 @@ class StepPlan:
 
     @property
     def request_ids(self) -> dict[str, None]:
-        """Ids of the requests of the rows, in order."""
+        """Ids of the requests that have rows, without duplicates, in the order of the rows."""
         return dict.fromkeys(r.sequence.request.request_id for r in self.rows)
 
     def cache_slots(self, block_size: int) -> list[int]:
-        """Cache slots (block * block_size + offset) of all rows."""
+        """Return the KV cache slot (block * block_size + offset) of each row."""
         return [
             planned.sequence.blocks[position // block_size] * block_size + position % block_size
             for planned in self.rows
@@ -76,7 +77,7 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepBudget:
-    """Limits of a step of one worker."""
+    """Limits of the rows and sequences in a step of one worker."""
 
     max_num_seqs: int
     """Maximum number of running sequences."""
@@ -88,17 +89,18 @@ class StepBudget:
 
 @dataclass(frozen=True, slots=True)
 class RowsWanted:
-    """Rows that the next step could run, for the proposal to the leader."""
+    """Numbers of rows that a worker could run in the next step, for its proposal to the leader."""
 
     decode_rows: int = 0
     """Number of decode rows: one for each decoding sequence, and the draft rows."""
     prefill_rows: int = 0
     """Number of prompt rows within the token budget."""
     edge_share: int = 0
-    """See ``StepProposal``."""
+    """In thousandths, the largest share of the worker's decode rows that one expert rank needed in
+    recent steps; 0 if unknown."""
     is_alone: bool = False
     """Whether the rows belong to a request that must run alone in the step, on all ranks."""
     parents: Parents = ()
-    """See ``StepProposal``."""
+    """Parent trace spans for the spans of the step, from traced requests that have rows in it."""
     draft_rows: int = 0
     """Number of draft rows among the decode rows."""

@@ -9,14 +9,14 @@ from workers.requests.sequence import Ending, SequenceState
 
 
 class StopConditions:
-    """Decides whether the output so far ends a sequence, and why."""
+    """Decides whether a sequence ends after its output so far, and why."""
 
     def __init__(self, eos_token_ids: Iterable[int], max_model_len: int) -> None:
         self._eos = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
 
     def ending(self, sequence: SequenceState) -> Ending | None:
-        """Why the output so far ends the sequence; None if it does not."""
+        """Return why the output so far ends the sequence; None if the sequence continues."""
         params, output = sequence.params, sequence.output
         if output and len(output) >= params.min_tokens:
             if output[-1] in self._eos and not params.ignore_eos:
