@@ -23,8 +23,7 @@ from workers.model.layers import AttentionModel, LayerProduct, Linear, Mlp
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Two matrices of an adapter, whose product is added to the result of one of the model's
-    products: [n, in] -> [n, out]."""
+    """What an adapter adds to the result of one product of the model: [n, in] -> [n, out]."""
 
     down: Linear
     """First product: in -> sum of the ranks of all joined A matrices."""
@@ -45,7 +44,7 @@ class MlpDelta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterWeights:
-    """Deltas of one LoRA adapter in the model's memory, ready for rows."""
+    """Deltas of one LoRA adapter on the model's device, ready for rows."""
 
     linears: Mapping[Linear, Delta]
     mlps: Mapping[Mlp, MlpDelta]

@@ -190,8 +190,7 @@ def _target(module: str, targets: Mapping[str, LoraTarget]) -> LoraTarget | None
 
 
 def _reason(name: str, targets: Mapping[str, LoraTarget]) -> str:
-    """Return why a tensor is refused that is not the ``lora_A`` or ``lora_B`` matrix of a
-    module."""
+    """Return why a tensor that is neither ``lora_A`` nor ``lora_B`` of a module is refused."""
     module = name.removeprefix("base_model.model.")
     module = re.sub(r"\.(lora_\w+|base_layer|modules_to_save)\b.*|\.(weight|bias)$", "", module)
     is_target = _target(module, targets) is not None

@@ -49,8 +49,8 @@ class LoadedAdapters:
         return prepare(found, self._model.dtype)
 
     def check_place(self, path: Path) -> None:
-        """Raise ``CheckpointError`` if symbolic links lead out of the folders permitted for
-        adapters.
+        """Raise ``CheckpointError`` if the folder or a file in it is, after symbolic links are
+        followed, outside the folders permitted for adapters.
 
         Any thread may call it; it may wait for a disk.
         """
@@ -64,8 +64,8 @@ class LoadedAdapters:
     def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:
         """Make a prepared adapter ready for rows, with a ``yield`` after each short step.
 
-        Raises ``CheckpointError`` if GPU memory does not suffice or the maximum number of adapters
-        is loaded.
+        Raises ``CheckpointError`` if GPU memory does not suffice, the maximum number of adapters is
+        loaded, or ``make`` raises it.
         """
         self._check_capacity(prepared)
         self._adapters[key] = yield from make(prepared, self._model)

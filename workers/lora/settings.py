@@ -78,11 +78,11 @@ class AdapterSettings:
     has_root_scale: bool
     """Whether the scale of deltas is alpha / sqrt(rank) instead of alpha / rank."""
     ranks: Mapping[str, int]
-    """Ranks that differ from ``rank``, by the end of a module's name, or by ``^`` and the complete
+    """Ranks from ``rank_pattern``, by the end of a module's name, or by ``^`` and the complete
     name."""
     alphas: Mapping[str, float]
-    """Alphas that differ from ``alpha``, by the end of a module's name, or by ``^`` and the
-    complete name."""
+    """Alphas from ``alpha_pattern``, by the end of a module's name, or by ``^`` and the complete
+    name."""
     targets: tuple[str, ...] | None
     """Ends of the names of target modules; None (any module) if the file has no such list."""
 
