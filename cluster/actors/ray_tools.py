@@ -184,15 +184,24 @@ def kill_actors(names: Sequence[str]) -> None:
             ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
 
 
+def live_placement_groups() -> list[dict[str, Any]]:
+    """Return Ray's entries of the groups that reserve resources for a cluster's workers."""
+    return [
+        entry
+        for entry in placement_group_table().values()
+        if entry["name"] == WORKERS_GROUP or entry["name"].startswith(_ADDED)
+        if entry["state"] != "REMOVED"
+    ]
+
+
 def remove_placement_groups() -> None:
     """Remove all placement groups and claimed terms of expertmesh, also those of earlier runs.
 
     This also ends the actors in the groups.
     """
-    for group_id, entry in placement_group_table().items():
-        is_ours = entry["name"] == WORKERS_GROUP or entry["name"].startswith(_ADDED)
-        if is_ours and entry["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+    for entry in live_placement_groups():
+        group_id = bytes.fromhex(entry["placement_group_id"])
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group_id)))
     _internal_kv_del(_TERM, del_by_prefix=True, namespace=NAMESPACE)
 
 

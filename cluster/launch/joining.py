@@ -102,16 +102,13 @@ def _free_cpus() -> float:
 
 
 def _reserved_cpus() -> float:
-    """Return the number of CPUs on live nodes that the workers' placement group reserves."""
-    from ray.util.placement_group import placement_group_table
-
-    from cluster.actors.ray_tools import WORKERS_GROUP, cluster_nodes
+    """Return the number of CPUs on live nodes that placement groups of workers reserve."""
+    from cluster.actors.ray_tools import cluster_nodes, live_placement_groups
 
     alive = {node.node_id for node in cluster_nodes()}
     return sum(
         float(bundle.get("CPU", 0.0))
-        for entry in placement_group_table().values()
-        if entry["name"] == WORKERS_GROUP and entry["state"] != "REMOVED"
+        for entry in live_placement_groups()
         for index, bundle in entry["bundles"].items()
         if entry["bundles_to_node_id"].get(index) in alive
     )
