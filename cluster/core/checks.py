@@ -10,8 +10,7 @@ from cluster.core.errors import ConfigError
 
 
 def check(ok: bool, name: str, value: object, rule: str) -> None:
-    """Raise ``ConfigError`` for a field ``name`` with ``value``, which breaks ``rule``, unless
-    ``ok``."""
+    """Raise ``ConfigError`` unless ``ok``: the ``value`` of the field ``name`` breaks ``rule``."""
     if not ok:
         raise ConfigError(name, value, rule)
 

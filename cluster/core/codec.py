@@ -64,7 +64,7 @@ class Codec(Generic[T]):
 
 
 def to_plain(value: Any) -> Any:
-    """Convert a message to dicts, lists and scalars, as JSON has."""
+    """Convert a message to dicts, lists and scalars, as in JSON."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_number))
 
 

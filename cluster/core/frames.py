@@ -112,8 +112,8 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
     state."""
 
     progress: int
-    """Counter that the worker's data thread increases while it works. If the counter stays constant
-    while there is work, the thread is stuck."""
+    """Counter of loop iterations and of progress within steps of the worker's data thread. If the
+    counter stays constant while there is work, the thread is stuck."""
     idle: bool
     """Whether the data thread waits for work, so that a constant ``progress`` is not a failure."""
     generation: int
@@ -356,11 +356,10 @@ class NewEpoch(ControlFrame, frozen=True, kw_only=True):
     epoch: int
     """Number of the new placement epoch, greater than all earlier ones."""
     base_epoch: int
-    """Number of the current placement epoch, whose maps still apply to all banks that are not in
+    """Number of the current placement epoch; its maps still apply to all banks that are not in
     ``banks``."""
     banks: tuple[tuple[int, BankPlacement], ...]
-    """(index in the placement, maps) of every bank whose maps differ from those of
-    ``base_epoch``."""
+    """(index in the placement, maps) of every bank that has other maps than in ``base_epoch``."""
 
 
 class EpochReady(ControlFrame, frozen=True, kw_only=True):

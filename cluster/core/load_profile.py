@@ -52,7 +52,7 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int
     """Number of experts that each token chooses."""
     tokens: int
-    """Number of tokens that were counted; each of them chooses ``top_k`` experts of every bank."""
+    """Number of tokens that were counted."""
     banks: tuple[BankLoad, ...]
     """Load of each bank, one entry per bank."""
 

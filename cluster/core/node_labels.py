@@ -22,8 +22,8 @@ FAILURE_DOMAIN = "expertmesh/failure-domain"
 """Name of the Ray node label with the failure domain. If slots allow, an expert has copies in two
 domains."""
 LINK_CLASS = "expertmesh/link-class"
-"""Name of the Ray node label with the link class. Nodes of one class have fast links, so weights
-are read from them first."""
+"""Name of the Ray node label with the link class. Nodes of one class have fast links to each other,
+so a worker reads weights from nodes of its class first."""
 DEVICE_SPEED = "expertmesh/device-speed"
 """Name of the Ray node label with the relative speed of the node's devices, to which their load is
 proportional."""

@@ -29,8 +29,8 @@ class ClusterState(Enum):
     SERVING = "SERVING"
     """A generation of all desired workers runs."""
     DEGRADED = "DEGRADED"
-    """Workers are missing. The others serve, unless experts have no copy (``experts_complete`` is
-    false)."""
+    """Workers are missing. The others serve, unless an expert has no copy (``experts_complete`` is
+    false) or no attention worker is left."""
     RECOVERING = "RECOVERING"
     """The remaining workers form a new generation; meanwhile requests wait."""
     DRAINING = "DRAINING"

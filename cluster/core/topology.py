@@ -40,8 +40,8 @@ class Member(Message, frozen=True, kw_only=True):
     domain: str = ""
     """Failure domain of the worker's node; empty: the node is a failure domain of its own."""
     link_class: str = ""
-    """Link class of the worker's node, whose members have fast links to each other; empty: the node
-    is a link class of its own."""
+    """Link class of the worker's node: nodes of one class have fast links to each other; empty: the
+    node is a link class of its own."""
     speed: float = 1.0
     """Relative speed of the worker's device in computing experts."""
     pid: int = 0
@@ -56,8 +56,8 @@ class Member(Message, frozen=True, kw_only=True):
     kv_address: str = ""
     """``host:port`` from which peers read KV blocks; empty if the worker does not run attention."""
     store_address: str = ""
-    """``host:port`` of torch's rendezvous store for the collective transport; empty if the worker
-    does not run attention."""
+    """``host:port`` of torch's rendezvous store for the collective transport; empty with another
+    transport, or if the worker does not run attention."""
     offer: ArithmeticOffer = ArithmeticOffer()
     """Arithmetics that the worker offers."""
 
