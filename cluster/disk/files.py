@@ -35,7 +35,7 @@ class RecordFile:
         """Size in bytes of all complete records in the file."""
 
     def append(self, record: bytes) -> None:
-        """Append a record. After an ``OSError``, the file contains only the earlier records."""
+        """Append a record. After an ``OSError``, only the earlier records count."""
         if self._is_torn:
             self.truncate(self.num_bytes)
         self._is_torn = True
@@ -70,7 +70,8 @@ def write_all(fd: int, content: bytes) -> None:
 def new_file(path: Path, mode: int = 0o600) -> Iterator[int]:
     """Create a file and yield its descriptor; the file is synced at the end of the ``with`` block.
 
-    After an error the file does not exist. Raises ``OSError``, also if the file already exists.
+    Raises ``OSError``, also if the file already exists. After any other error the file does not
+    exist.
     """
     fd = os.open(path, _NEW, mode)
     try:
