@@ -61,7 +61,7 @@ _NOTHING = LoadSums(rows=0.0, prefill={}, decode={})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyLoad:
-    """Tokens that each copy of a bank's experts computed in the current placement epoch."""
+    """Tokens that each copy of a bank's experts computed in one placement epoch."""
 
     prefill: Counts
     """Number of prompt rows that each copy computed, [num_experts, copies]; copies are in the order
@@ -170,7 +170,7 @@ class LoadTracker:
         return found
 
     def sums(self, source: Source) -> LoadSums:
-        """Return the load in a period; all zero if there was none."""
+        """Return the load in a period; without banks if there was none."""
         if source == "total":
             return self.totals()
         if source == "average":
