@@ -17,7 +17,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def tune_socket(sock: socket.socket) -> None:
-    """Set TCP options so that small frames are sent at once, and soon after a network outage.
+    """Set socket options so that small frames are sent at once, and soon after a network outage.
 
     By default Linux doubles the pause between retransmissions, up to minutes. With these options
     Linux retries at least every second (from Linux 6.15), or else six times without doubling the

@@ -37,8 +37,8 @@ def encode(frame: ControlFrame) -> bytes:
 
 
 def frame_length(prefix: bytes, limit: int = MAX_FRAME_BYTES) -> int:
-    """Return the length of a control frame from its first 4 bytes. Raises ``ProtocolError`` above
-    ``limit``."""
+    """Return the length of a control frame from its first 4 bytes. Raises ``ProtocolError`` if the
+    length is 0 or above ``limit``."""
     length: int = _LENGTH.unpack(prefix)[0]
     if not 0 < length <= limit:
         raise ProtocolError(f"control frame of {length} bytes: must be 1 to {limit}")

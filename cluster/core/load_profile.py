@@ -108,7 +108,8 @@ class LoadProfile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_profile(path: Path) -> LoadProfile:
-    """Read a load profile from a file. Raises ``ConfigError`` with the file's name."""
+    """Read a load profile from a file. Raises ``ConfigError`` if the file cannot be read or is
+    not a load profile."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as err:

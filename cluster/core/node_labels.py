@@ -22,8 +22,8 @@ FAILURE_DOMAIN = "expertmesh/failure-domain"
 """Name of the Ray node label with the failure domain. If slots allow, an expert has copies in two
 domains."""
 LINK_CLASS = "expertmesh/link-class"
-"""Name of the Ray node label with the link class. Nodes of one class have fast links to each other,
-so a worker reads weights from nodes of its class first."""
+"""Name of the Ray node label with the link class. Nodes of one class have fast links to each other;
+a plan names the nearest source of each move."""
 DEVICE_SPEED = "expertmesh/device-speed"
 """Name of the Ray node label with the relative speed of the node's devices, to which their load is
 proportional."""
@@ -60,7 +60,7 @@ class NodeLabels:
 def selector_for(role: str, places: Iterable[NodeLabels]) -> dict[str, str]:
     """Return Ray's label selector for the nodes on which a role may run; empty for any node.
 
-    ``places``: labels of all nodes.
+    ``places``: labels of the nodes from which to select.
     """
     labelled = {place.role for place in places if place.role}
     if role in labelled:

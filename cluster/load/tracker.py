@@ -25,7 +25,7 @@ exponential average of windows."""
 Phase = Literal["prefill", "decode"]
 Floats = npt.NDArray[np.float64]
 TOP_EXPERTS = 8
-"""Number of experts of each bank that have a metric of their own by default."""
+"""Number of experts of each bank that have a metric of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
