@@ -34,12 +34,13 @@ class _CapturedStep:
 
 
 class CapturedServing:
-    """Captures steps of one expert rank, keeps them in a cache, and replays them."""
+    """Serves steps of one expert rank as CUDA graphs: captures a step, keeps it in a cache, and
+    replays it."""
 
     def __init__(
         self, side: ExpertSide, transport: DataTransport, fixed: FixedTables, max_kept_rows: int
     ) -> None:
-        """``fixed``: tables that captured steps read.
+        """``fixed``: copies of lookup tables at fixed addresses, from which CUDA graphs read.
 
         ``max_kept_rows``: maximum total number of rows of the captured steps in the cache.
         """
@@ -52,14 +53,15 @@ class CapturedServing:
 
     @property
     def state(self) -> Hashable:
-        """A value that changes when captured steps become invalid: tables or slots have moved."""
+        """A value that changes when captured steps (CUDA graphs) become invalid, because tables or
+        expert slots have moved in memory."""
         return self._fixed.version, *(bank.version for bank in self._side.slots)
 
     @staticmethod
     def shape(header: StepHeader) -> tuple[tuple[int, ...], ...]:
-        """Return the cache key of a captured step: the numbers of rows that the rank receives.
+        """Return the cache key of a captured step: the numbers of rows that this rank receives.
 
-        For each attention rank, the tuple is (rank, rows in each micro-batch...).
+        There is one tuple for each attention rank: (rank, rows in each micro-batch...).
         """
         parts = range(header.num_micro_batches)
         return tuple((r, *(header.edge_rows(r, part) for part in parts)) for r, _ in header.grants)
@@ -105,9 +107,9 @@ class CapturedServing:
 
     @contextmanager
     def capturing(self, step: ServedStep, serving: StaticServing) -> Iterator[CapturedServes]:
-        """Context in which the exchanges that ``serving`` serves are captured, not counted.
+        """Begin a step, and return a context in which ``serving`` captures it without counting.
 
-        Yields the counts that each replay of the captured step adds.
+        The context yields the counts that each replay of the captured step adds.
         """
         checker, counters = self._side.checker, self._side.counters
         assert isinstance(checker, DeviceSlotChecker)
@@ -119,9 +121,9 @@ class CapturedServing:
         yield CapturedServes(checker.notes, num_bytes)
 
     def count(self, captured: CapturedServes) -> DeviceSlotChecker:
-        """Count the bytes of a replayed step; return the checker that counts its slots at the end.
+        """Count a replayed step: its bytes at once, its expert slots at the end of the step.
 
-        ``captured``: result of ``capturing`` for this step.
+        ``captured``: result of ``capturing`` for this step. Returns the checker that counts slots.
         """
         checker, counters = self._side.checker, self._side.counters
         assert isinstance(checker, DeviceSlotChecker)

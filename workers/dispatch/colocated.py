@@ -34,7 +34,10 @@ from workers.transport.transport import DataTransport, ExpectedMessage, RowMessa
 
 
 class LoopbackTransport:
-    """``DataTransport`` that delivers a rank's messages to itself and forwards all others."""
+    """``DataTransport`` of a colocated worker, which is an attention rank and an expert rank.
+
+    It delivers messages from this rank to itself, and forwards all other messages to ``inner``.
+    """
 
     def __init__(self, inner: DataTransport, rank: int) -> None:
         self._inner = inner
@@ -93,7 +96,7 @@ class LoopbackTransport:
 
 
 class ColocatedDispatcher:
-    """``TokenDispatcher`` of a colocated worker: attention side and expert side.
+    """``TokenDispatcher`` of a colocated worker, which sends rows and serves its own experts.
 
     ``attention`` and ``server`` must share ``transport``. Data thread only.
     """
@@ -154,9 +157,10 @@ class ColocatedDispatcher:
         self._attention.finish_step()
 
     def end_step(self) -> bool:
-        """Return whether every expert rank got all rows it needed; if not, the step runs again.
+        """Return whether every expert rank got all of this rank's rows that it needed.
 
-        After a replayed step, raises ``PeerLostError`` if a rank sent an invalid expert slot.
+        If not, the step must run again. After a replayed step (CUDA graph), raises
+        ``PeerLostError`` if a rank sent an invalid expert slot.
         """
         if self._is_replayed:
             self._is_replayed = False
@@ -173,11 +177,12 @@ class ColocatedDispatcher:
 
     @property
     def captured_state(self) -> Hashable:
-        """A value that changes when captured steps become invalid, on either side."""
+        """A value that changes when captured steps become invalid, because tables or slots of the
+        attention side or of the expert side have moved in memory."""
         return self._attention.captured_state, self._server.captured.state
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """Return the cache key of a captured step, except the number of this rank's rows.
+        """Return the cache key of a captured step (CUDA graph), without this rank's number of rows.
 
         The key includes the numbers of rows of the other ranks, whose rows this rank serves.
         """
@@ -188,7 +193,7 @@ class ColocatedDispatcher:
 
     @contextmanager
     def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
-        """Context in which the caller computes a decode step to capture.
+        """Context in which the caller computes a decode step that is captured as a CUDA graph.
 
         See ``CapturableDispatcher.capture``.
         """

@@ -14,7 +14,7 @@ from workers.model.weighting import weighted_sum
 
 @dataclass(frozen=True, slots=True)
 class SentRows:
-    """Rows sent to one expert rank, and where to add the outputs that it returns for them."""
+    """Rows sent to one expert rank, and where to add the outputs that the rank returns."""
 
     rank: int
     places: Tensor | None
@@ -22,7 +22,7 @@ class SentRows:
     ``sum``, else (row, slot) pairs [P] in row-major order of [T, k]. None if the rank returns
     outputs of all rows or pairs in order."""
     count: int
-    """Number of outputs that the rank returns."""
+    """Number of outputs that the rank returns, for rows or for (row, slot) pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,14 @@ class RemoteHandle(DispatchHandle):
     """Handle of a dispatch to expert ranks, which return the outputs of the rows."""
 
     topk_weights: Tensor
-    """[T, k] routing weights of the dispatched rows."""
+    """Routing weights of the dispatched rows, [T, k]."""
     sent: tuple[SentRows, ...] = ()
     """Rows sent to each expert rank that returns outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputCombiner:
-    """Sums the outputs of the expert ranks for each row."""
+    """Sums the outputs that the expert ranks return, for each row of a dispatch."""
 
     dtype: torch.dtype
     """Dtype of the model."""

@@ -49,7 +49,7 @@ class ChosenCopies(NamedTuple):
     """The expert copies that serve the (row, expert) pairs of prompt rows."""
 
     places: Tensor
-    """[T, k] int64: index of the chosen copy among the copies of the pair's expert."""
+    """Index of the chosen copy among the copies of each pair's expert, [T, k] int64."""
     num_copies: int
     """Maximum number of copies of one expert in the bank; all of ``places`` are less."""
 
@@ -59,15 +59,15 @@ class CopyTables:
     """Lookup tables of the copies of one bank's experts, in one placement epoch."""
 
     decode_slots: Tensor
-    """[ranks, experts] int32: slot of the expert's copy that serves decode rows, in the line of the
-    copy's expert rank; -1 for all other ranks."""
+    """Expert slot that serves an expert's decode rows, [ranks, experts] int32: a slot number for
+    the expert rank with this slot, -1 for all other ranks."""
     copy_rank: Tensor
-    """[experts, copies] int32: index of the copy's rank in the list of expert ranks; -1 where an
+    """Index of each copy's rank in the list of expert ranks, [experts, copies] int32; -1 where an
     expert has fewer copies."""
     copy_slot: Tensor
-    """[experts, copies] int32: expert slot of the copy; -1 where an expert has fewer copies."""
+    """Expert slot of each copy, [experts, copies] int32; -1 where an expert has fewer copies."""
     thresholds: Tensor
-    """[experts, copies] int64: exclusive upper ends of the ranges of a 32-bit hash; the range that
+    """Exclusive upper ends of ranges of a 32-bit hash, [experts, copies] int64; the range that
     contains the hash of a prefill row selects the copy."""
     has_choice: bool
     """Whether any expert has several copies, so that prefill rows must choose one."""
@@ -143,7 +143,7 @@ class EpochTables(Generic[Tables]):
         self._by_epoch: dict[int, Tables] = {}
 
     def add(self, generation: int, epoch: int, tables: Tables) -> None:
-        """Add the tables of an epoch and drop the tables of other generations."""
+        """Add the tables of a placement epoch, and drop the tables of other generations."""
         if generation != self._generation:
             self._by_epoch.clear()
         self._generation = generation

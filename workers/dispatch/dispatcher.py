@@ -38,11 +38,12 @@ class BatchRows(Protocol):
 
     @property
     def is_prefill(self) -> Tensor:
-        """[T] bool: whether the row belongs to a prompt."""
+        """Whether each row belongs to a prompt, [T] bool."""
 
     @property
     def row_key(self) -> Tensor:
-        """[T] int64: hash of (request, choice, position), which selects a prefill row's copies."""
+        """Hash of (request, choice, position) of each row, [T] int64, which selects the expert
+        copies that serve a prompt row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +123,12 @@ class CapturedExchanges(Protocol):
     """The exchanges with the experts in a captured step, which each replay repeats."""
 
     def replayed(self) -> None:
-        """Record that the step was replayed. Call ``finish_step`` next."""
+        """Record a replay of the captured step. Call ``TokenDispatcher.finish_step`` next."""
 
 
 @runtime_checkable
 class CapturableDispatcher(TokenDispatcher, Protocol):
-    """A ``TokenDispatcher`` that supports capturing decode steps."""
+    """A ``TokenDispatcher`` with which decode steps can be captured as CUDA graphs."""
 
     def can_capture(self, header: StepHeader) -> bool:
         """Whether a decode step can be captured as a CUDA graph: the step header gives all sizes
@@ -135,11 +136,14 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
 
     @property
     def captured_state(self) -> Hashable:
-        """A value that changes when captured steps become invalid: tables or slots have moved in
-        memory."""
+        """A value that changes when captured steps (CUDA graphs) become invalid, because tables or
+        expert slots have moved in memory."""
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """Return the cache key of a step's captured form, except the number of this rank's rows."""
+        """Return the dispatcher's part of the cache key of a captured step (CUDA graph).
+
+        Steps with equal keys and equal numbers of rows on this rank share a captured step.
+        """
 
     def capture(
         self, is_row: Tensor, graph: StepGraph | None

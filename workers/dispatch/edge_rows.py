@@ -30,7 +30,7 @@ class _Noted(NamedTuple):
     """Row counts of one dispatch: needed, present and sent rows."""
 
     needed: Tensor
-    """Number of rows that the busiest expert rank needed, [] int64 on the device."""
+    """Number of rows that the busiest expert rank needed: a scalar int64 tensor on the device."""
     num_rows: int
     num_sent: int
 

@@ -33,13 +33,17 @@ class ExpertCounters:
         """Total seconds in which expert outputs were computed; meaningless on a GPU, whose kernels
         run asynchronously."""
         self.padding = PaddingRatio()
-        """Padding in the rows from and to the attention ranks, counted in measured steps only."""
+        """Share of padding in the rows from and to the attention ranks, measured in a sample of the
+        steps."""
         self.token_counts: list[Tensor] = []
         """Number of (row, expert) pairs that each expert slot has computed: for each bank, [slots]
         int64 on the CPU."""
 
     def resize(self, num_slots: Sequence[int]) -> None:
-        """Add slot counters until each bank has as many as ``num_slots`` states. None is reset."""
+        """Add slot counters until each bank has as many as ``num_slots`` states.
+
+        Existing counters keep their values.
+        """
         for bank, wanted in enumerate(num_slots):
             if bank == len(self.token_counts):
                 self.token_counts.append(torch.zeros(0, dtype=torch.int64))

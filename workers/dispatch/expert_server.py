@@ -103,7 +103,7 @@ class ExpertServer:
     def stats(self) -> dict[str, float]:
         """Return the counters of this expert rank by metric name without prefix.
 
-        On a GPU without slot seconds, as kernels run asynchronously.
+        On a GPU, the seconds of expert slots are left out, as kernels run asynchronously.
         """
         return self.counters.stats(has_slot_seconds=not self._has_graphs)
 
@@ -152,7 +152,7 @@ class ExpertServer:
 
     @contextmanager
     def as_captured(self, header: StepHeader, transport: DataTransport) -> Iterator[CapturedServes]:
-        """Context that captures the step which ``serve`` runs within it, on a GPU, uncounted.
+        """Context in which ``serve`` captures a step on a GPU, without counting the step.
 
         ``transport`` records the step's messages. Yields the counts that each replay adds.
         """

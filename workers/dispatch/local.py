@@ -67,7 +67,8 @@ class LocalDispatcher(TimedDispatcher):
 
     @property
     def captured_state(self) -> Hashable:
-        """A value that changes when captured steps become invalid: experts or slots have moved."""
+        """A value that changes when captured steps (CUDA graphs) become invalid, because experts or
+        slots have moved."""
         return self._num_placements, *(bank.version for bank in self._slots)
 
     def can_capture(self, header: StepHeader) -> bool:
@@ -80,26 +81,29 @@ class LocalDispatcher(TimedDispatcher):
 
     @contextmanager
     def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
-        """Context in which the caller captures a decode step; no messages need recording."""
+        """Context in which the caller captures a decode step as a CUDA graph.
+
+        It does nothing, as there are no messages to record.
+        """
         yield self
 
     def replayed(self) -> None:
-        """Record that a captured step was replayed."""
+        """Record a replay of a captured step as progress of the data thread."""
         self.activity.advance()
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Use the slots of device 0 of the placement."""
+        """Find each expert in the slot that the placement gives it on device 0, the only device."""
         slot_of = [_moved(bank) for bank in placement.banks]
         if any(map(_differ, slot_of, self._slot_of)):  # otherwise captured steps stay valid
             self._slot_of = slot_of
             self._num_placements += 1
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:
-        """Start the timer. No other preparation is necessary."""
+        """Start a step: start the timer. No other preparation is necessary."""
         self.timer.begin_step(header)
 
     def run_empty_step(self, header: StepHeader) -> None:
-        """Start the timer. There are no other ranks to serve."""
+        """Run a step without rows: start the timer. There are no other ranks to serve."""
         self.timer.begin_step(header)
 
     def finish_step(self) -> None:

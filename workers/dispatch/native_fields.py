@@ -38,7 +38,7 @@ def exchange_fields(
 
 
 class GrowingBuffer:
-    """Buffer that grows on demand; growing discards its contents."""
+    """Memory for native code that grows on demand; growing discards the contents."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)

@@ -51,7 +51,7 @@ class CapturedRows:
         self._side = side
 
     def replayed(self) -> None:
-        """Record that the captured step was replayed. Call ``finish_step`` next."""
+        """Record a replay of the captured step. Call ``TokenDispatcher.finish_step`` next."""
         self._side.edge_rows.put_noted(self.needed)
         self._side.activity.advance()
 
@@ -101,7 +101,7 @@ class RemoteDispatcher(TimedDispatcher):
         self._exchange: RowExchange = self._static
         self._header: StepHeader | None = None
         self._placement_seen = 0, 0
-        """Generation and epoch of the latest step."""
+        """Generation and placement epoch of the latest step; (0, 0) before the first."""
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Add an expert placement, which steps of ``generation`` use by its epoch.
@@ -171,7 +171,10 @@ class RemoteDispatcher(TimedDispatcher):
         self._edge_rows.finish_step()
 
     def end_step(self) -> bool:
-        """Return whether every expert rank got all rows it needed; if not, the step runs again."""
+        """Return whether every expert rank got all of this rank's rows that it needed.
+
+        If not, the step must run again.
+        """
         return self._edge_rows.end_step()
 
     @property
@@ -193,16 +196,17 @@ class RemoteDispatcher(TimedDispatcher):
 
     @property
     def captured_state(self) -> Hashable:
-        """A value that changes when captured steps become invalid: ranks or tables have changed."""
+        """A value that changes when captured steps (CUDA graphs) become invalid, because the expert
+        ranks have changed or tables have moved."""
         return self._maps.ranks, self._maps.combine_mode, self._maps.version
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """Return the cache key of a captured step, except the number of this rank's rows."""
+        """Return the dispatcher's part of the cache key of a captured step (CUDA graph)."""
         return header.edge_limit
 
     @contextmanager
     def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
-        """Context in which the caller computes a decode step to capture.
+        """Context in which the caller computes a decode step that is captured as a CUDA graph.
 
         See ``CapturableDispatcher.capture``.
         """

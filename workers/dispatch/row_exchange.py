@@ -36,7 +36,7 @@ from workers.transport.transport import DataTransport, ExpectedMessage, PartShap
 
 @dataclass(frozen=True, slots=True)
 class AttentionSide:
-    """Objects shared by all exchanges of one attention rank."""
+    """Objects that all ``RowExchange`` objects of one attention rank share."""
 
     rank: int
     banks: tuple[BankSpec, ...]

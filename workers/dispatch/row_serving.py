@@ -27,7 +27,7 @@ from workers.transport.transport import DataTransport, ExpectedMessage, PartShap
 
 @dataclass(frozen=True, slots=True)
 class ExpertSide:
-    """Objects shared by all exchanges of one expert rank."""
+    """Objects that all ``RowServing`` objects of one expert rank share."""
 
     banks: tuple[BankSpec, ...]
     slots: Sequence[SlotBank]

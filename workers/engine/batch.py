@@ -40,7 +40,7 @@ _KEY_MASK = np.uint64((1 << 63) - 1)
 
 
 def batch_order(planned: PlannedRows) -> int:
-    """Sort key of a plan entry in a batch: decodes first, by length class, then prompt rows.
+    """Sort key of a plan entry in a batch: decodes first, by class of KV length, then prompt rows.
 
     A stable sort by this key keeps the order of the prompts.
     """

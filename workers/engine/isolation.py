@@ -23,8 +23,8 @@ from cluster.core.topology import Generation
 from workers.requests.request import MAX_DEATHS, Queued, SoloStage, SoloStep
 
 ACKNOWLEDGE_LIMIT_S = 1.0
-"""Seconds in which a gateway must acknowledge the offer of a solo step. Afterwards the worker
-withdraws the offer, and other requests run before the next offer."""
+"""Seconds in which a gateway must acknowledge the offer of a solo step (rows of only one request).
+Afterwards the worker withdraws the offer, and other requests run before the next offer."""
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class Isolation:
         return solo.request_id if solo is not None and solo.is_acknowledged else None
 
     def enter(self, request_id: str, num_deaths: int) -> None:
-        """Add a request. ``num_deaths``: worker deaths during it that its gateway has counted."""
+        """Add a request. ``num_deaths``: workers that its gateway knows to have died running it."""
         self.forget(request_id)
         if num_deaths:
             self._deaths[request_id] = num_deaths

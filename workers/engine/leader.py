@@ -13,7 +13,7 @@ from workers.requests.step_header import ALL_ROWS, Grant, StepHeader, StepPropos
 from workers.requests.traced import MAX_TRACED, Parents
 
 _ROUNDING = 8
-"""Divisor of all edge limits (rows per edge), so that buffers have few sizes."""
+"""Granularity of edge limits, in rows, so that buffers have few sizes."""
 
 
 def decide_header(

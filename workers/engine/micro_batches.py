@@ -16,7 +16,7 @@ from cluster.config.workers import WorkersSection
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatchRule:
-    """The leader's policy for the number of micro-batches."""
+    """The leader's policy for the number of micro-batches (1 or 2) of a step."""
 
     setting: NumMicroBatches = 1
     """Number of micro-batches of all steps; ``auto`` decides by the rows of each step."""

@@ -240,7 +240,7 @@ class ModelRunner:
 
         A single micro-batch of decodes also gets its logits from this call. If native code stops in
         an exchange, Python runs the remaining layers. Returns None if native code cannot run the
-        step, for example as a request reads values between the layers. ``routed``: filled.
+        step, for example as a request reads values between the layers. Adds to ``routed``.
         """
         native, dispatcher = self._native(), self.dispatcher
         if native is None or not all(parts) or any(map(needs_captures, parts)):
@@ -308,8 +308,8 @@ class ModelRunner:
 
         The experts compute one while attention computes the other: dispatch(l, 0), dispatch(l, 1),
         combine(l, 0), dispatch(l+1, 0), combine(l, 1), .. for layer l. ``decodes``: decode rows of
-        each. ``routed``: filled. ``flows``: layers of each, as generators. ``handles``: pending
-        dispatch of each, or None. ``first``: index of the micro-batch to resume first.
+        each. ``flows``: layers of each, as generators. ``handles``: pending dispatch of each, or
+        None. ``first``: index of the micro-batch to resume first. Extends ``routed``.
         """
         under_way = dict(enumerate(handles or [None] * len(flows)))
         for micro_batch, handle in under_way.items():

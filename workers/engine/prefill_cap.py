@@ -30,7 +30,7 @@ class PrefillCap:
     """
 
     def __init__(self, *, max_rows: int, min_rows: int = 1, target_s: float | None = None) -> None:
-        """``max_rows``: budget of one rank. ``min_rows``: number of rows that is always allowed.
+        """``max_rows``: maximum prompt rows of one rank. ``min_rows``: rows that always may run.
 
         ``target_s``: target seconds of a step; None: all ranks together get ``max_rows`` while any
         sequence decodes.

@@ -100,15 +100,15 @@ class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
     max_tokens: Count = 16
     """Maximum number of new tokens; 0 only scores the prompt."""
     min_tokens: Count = 0
-    """Number of new tokens before which neither eos nor a stop token id is sampled."""
+    """Minimum number of new tokens: before, no end-of-sequence or stop token is sampled."""
     temperature: float = 1.0
     """Divisor of the logits; 0 selects the most probable token, of equal ones the lowest id."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens with at least this probability mass, (0, 1]."""
+    """Probability mass, (0, 1]: only the smallest set of tokens with at least this mass is kept."""
     top_k: Count = 0
     """Number of most probable tokens to keep; 0 keeps all."""
     min_p: float = 0.0
-    """Drop tokens below this fraction of the most probable token's probability, [0, 1]."""
+    """Minimum probability of a token, as a fraction of the most probable token's, [0, 1]."""
     repetition_penalty: float = 1.0
     """Divisor of positive logits, and factor of negative logits, of each token that is in the
     prompt or the output, (0, 2]; 1 is off."""
@@ -136,7 +136,7 @@ class SamplingParams(Message, frozen=True, kw_only=True, array_like=True):
     """Ids of tokens to report logprobs of with each new token, instead of the most probable tokens;
     needs ``logprobs``."""
     allowed_token_ids: tuple[Count, ...] = ()
-    """Tokens that may be sampled; empty allows all."""
+    """Ids of the tokens that may be sampled; empty allows all tokens."""
     bad_words: tuple[tuple[Count, ...], ...] = ()
     """Non-empty token sequences that the output must not contain."""
     grammar: Grammar | None = None
@@ -344,7 +344,7 @@ class TokenOutput(Message, frozen=True, kw_only=True, array_like=True):
 
 
 class StepOutput(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """All outputs of one step for one gateway."""
+    """Message of a worker to a gateway: the outputs of one step for this gateway's requests."""
 
     outputs: tuple[TokenOutput, ...]
-    """Outputs in the order of their commit."""
+    """Outputs of choices, in the order in which their steps committed."""

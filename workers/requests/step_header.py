@@ -18,7 +18,7 @@ MAX_ROWS = 1 << 24
 Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
 Step = Annotated[int, Meta(ge=0)]
 ALL_ROWS = 1000
-"""Share of all rows, in thousandths: the unit of ``edge_share``."""
+"""Value of a share that means all rows: shares are integers, in thousandths."""
 Share = Annotated[int, Meta(ge=0, le=ALL_ROWS)]
 
 
@@ -83,7 +83,7 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
     grants: tuple[tuple[Count, Grant], ...]
     """Rows of each attention rank, as (rank, grant) in ascending order of all ranks."""
     num_micro_batches: Annotated[int, Meta(ge=1, le=2)] = 1
-    """Number of micro-batches. If there are two, the first has ceil(n/2) of each rank's n rows."""
+    """Number of micro-batches. Of two, the first has ceil(n/2) of each rank's n rows."""
     exact: bool = False
     """Whether each expert rank receives exactly the rows with an expert on it. If not, it receives
     all rows of each attention rank, or ``edge_limit`` rows."""

@@ -28,7 +28,7 @@ class ServedTokens:
         """Number of waiting and running sequences by tenant."""
 
     def add(self, sequence: SequenceState) -> None:
-        """Record a new sequence, waiting or running, which makes its tenant active."""
+        """Record a new sequence, waiting or running. A tenant with sequences is active."""
         tenant = sequence.request.tenant
         if tenant not in self._active:
             lowest = min((self._served.get(other, 0.0) for other in self._active), default=None)

@@ -36,7 +36,7 @@ class KvWaits:
         return request_id in self._waiting
 
     def num_fetching(self, request_id: str) -> int:
-        """Number of blocks that the transfer for a request fills; 0 without a transfer."""
+        """Number of KV blocks that the transfer for a request will fill; 0 without a transfer."""
         return self._waiting.get(request_id, 0)
 
     def queue(self, request_id: str) -> None:

@@ -88,8 +88,8 @@ class Preemption:
     def next_in_need(self, restriction: Restriction) -> SequenceState | None:
         """Return the first waiting sequence if it fits only after a preemption; else None.
 
-        It may preempt sequences of its tenant with a lower priority and idle sequences. If its
-        request must run alone, it may preempt all sequences of other requests.
+        This sequence may preempt sequences of its tenant with a lower priority, and idle sequences.
+        If its request must run alone, it may preempt all sequences of other requests.
         """
         first = self._admission.next_waiting(restriction)
         if first is None:

@@ -39,9 +39,9 @@ class Pending:
     sock: socket.socket
     handshake: ListenerHandshake | ConnectorHandshake
     name: str
-    """The peer's name, or its address until the name is known."""
+    """Name of the peer for logs; its address until the name is known."""
     member: Member | None
-    """The member to connect to; None for an accepted connection."""
+    """Member of the generation to which this worker connects; None for an accepted connection."""
     deadline: float
     """Monotonic time at which the connection is dropped if it has not become an edge."""
     out: bytes

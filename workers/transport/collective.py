@@ -52,7 +52,7 @@ _WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": Nccl
 class CollectiveTransport:
     """``DataTransport`` of one worker over torch.distributed.
 
-    Every generation has new process groups, which are called its world.
+    Every generation has new process groups: a ``World``.
     """
 
     def __init__(

@@ -149,7 +149,7 @@ class EdgeTable:
             self.read(edge)
 
     def read(self, edge: Edge) -> None:
-        """Read from an edge, and put a frame that is complete where it belongs.
+        """Read from an edge; put a complete frame into the edge's inbox or ``step_frames``.
 
         A broken edge or invalid data closes the edge and records its peer as lost.
         """

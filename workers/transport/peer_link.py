@@ -195,7 +195,7 @@ class ItemProvider(Protocol[Item]):
         """Return the data of an acquired item as contiguous CPU tensors."""
 
     def release(self, items: list[Item], num_kept: int) -> None:
-        """Release acquired items. ``num_kept``: the client keeps copies of the first ones."""
+        """Release acquired items. The client keeps copies of the first ``num_kept`` items."""
 
 
 class PeerServer:
