@@ -6,6 +6,7 @@ into the same document are supported; no URL is fetched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", 
 """JSON Schema keywords whose values map names to schemas."""
 CONTENTS = frozenset({"enum", "const", "default", "examples"})
 """JSON Schema keywords whose values contain no schemas."""
+_INDEX = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class References:
             name = step.replace("~1", "/").replace("~0", "~")
             if isinstance(schema, Mapping) and name in schema:
                 schema = schema[name]
-            elif isinstance(schema, list) and name.isascii() and name.isdigit():
+            elif isinstance(schema, list) and _INDEX.fullmatch(name):
                 schema = schema[int(name)] if int(name) < len(schema) else None
             else:
                 return None

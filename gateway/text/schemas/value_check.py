@@ -6,6 +6,7 @@ as matching.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,8 +111,19 @@ def _fits_limits(value: Any, schema: Mapping[str, Any]) -> bool:
         and (high is None or value <= high)
         and (over is None or value > over)
         and (under is None or value < under)
-        and (factor is None or abs(value / factor - round(value / factor)) < 1e-9)
+        and (factor is None or _is_multiple(value, factor))
     )
+
+
+def _is_multiple(value: float, factor: float) -> bool:
+    """Whether a number is a multiple of ``factor``, up to rounding errors of their quotient."""
+    if isinstance(value, int) and isinstance(factor, int):
+        return value % factor == 0
+    try:
+        quotient = value / factor
+        return abs(quotient - round(quotient)) < 1e-9
+    except OverflowError:  # too large for a float, so that its digits after the point are unknown
+        return value not in (math.inf, -math.inf)
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -56,9 +56,9 @@ class ArgumentsReader:
         if self._pairs is None:
             self._object_scanner, self.state = JsonObjectScanner(), ArgumentsState.OBJECT
         else:
-            self._value_writers = self._writers_by_tool.setdefault(
-                name, ValueWriters(self._tools[name])
-            )
+            if name not in self._writers_by_tool:
+                self._writers_by_tool[name] = ValueWriters(self._tools[name])
+            self._value_writers = self._writers_by_tool[name]
             self._has_pairs, self.state = False, ArgumentsState.PAIR
 
     def read(self) -> str:

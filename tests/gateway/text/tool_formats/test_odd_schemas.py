@@ -47,6 +47,10 @@ FOLLOWED_BY_NONE: dict[str, tuple[dict[str, Any], str]] = {
     "required is a bool": ({"properties": {"a": {}}, "required": True}, "required"),
     "empty enum": (one({"enum": []}), "properties.a.enum"),
     "reference to nothing": (one({"$ref": "#/$defs/none"}), "properties.a.$ref"),
+    "reference to a long index": (
+        one({"$ref": f"#/examples/{'9' * 5000}"}, examples=[{}]),
+        "properties.a.$ref",
+    ),
     "reference elsewhere": (one({"$ref": "https://example.org/x.json"}), "properties.a.$ref"),
     "circle": (one({"$ref": "#/$defs/x"}, **{"$defs": {"x": {"$ref": "#/$defs/x"}}}), "a.$ref"),
     "look-ahead": (one({"type": "string", "pattern": "^(?!x)"}), "properties.a.pattern"),

@@ -1,0 +1,33 @@
+"""Whether values of model output match a schema."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from gateway.text.schemas.clean_schema import CleanSchema
+from gateway.text.schemas.value_check import ValueChecker
+
+
+@pytest.mark.parametrize(
+    ("value", "factor", "is_multiple"),
+    [
+        (6, 3, True),
+        (7, 3, False),
+        (10**400 + 1, 2, False),
+        (10**400, 2, True),
+        (0.75, 0.25, True),
+        (0.8, 0.25, False),
+        (10**400, 0.5, True),
+        (1e300, 1e-300, True),
+        (math.inf, 2, False),
+        (-math.inf, 0.5, False),
+    ],
+)
+def test_numbers_of_any_size_are_compared_with_a_factor(
+    value: Any, factor: float, is_multiple: bool
+) -> None:
+    checker = ValueChecker(CleanSchema({}, {}))
+    assert checker.fits(value, {"multipleOf": factor}) == is_multiple
