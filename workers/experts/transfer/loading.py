@@ -64,8 +64,8 @@ class Obstacle:
 
     reason: str
     passes: bool
-    """Whether the obstacle is temporary: the epoch of the load command has not reached this worker
-    yet."""
+    """Whether the obstacle is temporary: a newer epoch than this worker's current one is known, in
+    which the slots may be free."""
 
 
 class ExpertLoader:
