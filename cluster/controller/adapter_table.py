@@ -21,7 +21,10 @@ class AdapterTable:
         """Whether workers may have received a command about adapters."""
 
     def restore(self, kept: Iterable[KeptAdapter], was_ordered: bool) -> None:
-        """Restore the table of an earlier controller."""
+        """Restore the table from the state of an earlier controller.
+
+        ``was_ordered``: whether workers may have received a command about adapters.
+        """
         self.by_key = {k.adapter.key: k for k in kept}
         self.was_ordered = was_ordered
 
@@ -40,7 +43,7 @@ class AdapterTable:
         )
 
     def add(self, name: str, path: str, tenants: tuple[str, ...], number: int) -> KeptAdapter:
-        """Add an adapter in state LOADING and return it; ``number``: that of its load command."""
+        """Add an adapter in state LOADING and return it; ``number`` identifies its load command."""
         adapter = AdapterRecord(key=f"{name}@{number}", name=name, path=path, tenants=tenants)
         kept = KeptAdapter(adapter=adapter, state=AdapterState.LOADING, number=number)
         self._put(kept)
@@ -52,7 +55,7 @@ class AdapterTable:
         self._put(replace(kept, state=next_state(kept.state, state)))
 
     def remove(self, key: str) -> None:
-        """Remove an adapter that the workers free."""
+        """Remove the adapter with this key, which the workers free, from the table."""
         self.by_key = {k: kept for k, kept in self.by_key.items() if k != key}
 
     def compare_digests(self, digests: Mapping[str, str]) -> list[str]:
@@ -70,7 +73,10 @@ class AdapterTable:
         return differing
 
     def note_lacking(self, worker: str, keys: Collection[str]) -> list[str]:
-        """Record the keys of all adapters that a worker could not load; return the changed keys."""
+        """Record which adapters a worker could not load (``keys``).
+
+        Returns the keys of the adapters for which this has changed.
+        """
         changed = []
         for key, kept in list(self.by_key.items()):
             if (key in keys) != (worker in kept.lacking):
@@ -80,7 +86,7 @@ class AdapterTable:
         return changed
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Return all adapters, fit for JSON."""
+        """Return all adapters of the table as JSON-compatible data."""
         return [
             {
                 "name": kept.adapter.name,

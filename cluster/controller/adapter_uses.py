@@ -14,7 +14,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class _Report:
     version: int
-    """Version of the snapshot that the gateway has."""
+    """Version of the controller's snapshot that the gateway has."""
     keys: frozenset[str]
     """Keys of the adapters that requests at the gateway use."""
 
@@ -35,7 +35,7 @@ class AdapterUses:
         self._reports.pop(gateway, None)
 
     def retire(self, key: str, version: int) -> None:
-        """Record that snapshots from this version on show an adapter as unloaded."""
+        """Record that the cluster's snapshots show an adapter as unloaded from ``version`` on."""
         self._retired[key] = version
 
     def forget(self, key: str) -> None:

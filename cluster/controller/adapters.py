@@ -56,7 +56,7 @@ class AdapterLoadCommand(Message, frozen=True, kw_only=True):
     name: str
     path: str
     tenants: tuple[str, ...] = ()
-    """Names of the keys that may use the adapter; if empty, every caller may."""
+    """Names of the API keys that may use the adapter; if empty, every caller may use it."""
 
     def check(self, config: ClusterConfig) -> None:
         """Raise ``RequestError`` if the configuration does not allow this adapter."""
@@ -99,9 +99,9 @@ class Adapters:
         self._table = cluster.adapters
         self._number = 0
         self._answers: dict[str, int] = {}
-        """Worker -> number of the newest command that the worker has carried out."""
+        """Worker -> number of the newest command about adapters that the worker has answered."""
         self._since: dict[str, float] = {}
-        """Adapter key -> time at which its load began or, if unloading, it was last in use."""
+        """Adapter key -> time at which the adapter's load began or, once unloaded, its last use."""
         self._awaits_since: dict[str, float] = {}
         """Worker that only lacks adapters to join a generation -> time at which the wait began."""
         self._errors: dict[str, str] = {}
@@ -120,7 +120,7 @@ class Adapters:
         return kept is None or kept.state is not AdapterState.LOADING
 
     def error(self, key: str) -> str:
-        """Return the reason why the adapter with this key could not be loaded; empty for none."""
+        """Return the reason why the adapter with this key could not be loaded, else empty."""
         return self._errors.get(key, "")
 
     def answer(self, key: str) -> dict[str, Any]:
@@ -250,7 +250,7 @@ class Adapters:
     # ---- changes --------------------------------------------------------------------------
 
     def _retry(self, now: float) -> None:
-        """Let workers that lack an adapter retry its load."""
+        """Let workers that lack an adapter retry its load, every ``RETRY_S``."""
         if not self.problems():
             self._retry_at = now + RETRY_S
         elif now >= self._retry_at:
@@ -262,7 +262,7 @@ class Adapters:
         return self._cluster.state is ClusterState.STARTING
 
     def _workers(self) -> list[WorkerRecord]:
-        """Live workers that run attention."""
+        """Return the live workers that run attention and therefore load adapters."""
         return [r for r in self._cluster.workers.alive() if r.member.runs_attention]
 
     def _settle(self, now: float) -> None:

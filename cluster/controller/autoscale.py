@@ -32,7 +32,7 @@ _MOST_DOUBLINGS = 5
 
 
 class Autoscaling:
-    """Begins scale operations by load, or records them in a dry run. Owned by the controller.
+    """Begins scale operations by load; in a dry run, only records them. Owned by the controller.
 
     ``now`` is in monotonic seconds.
     """
@@ -44,10 +44,10 @@ class Autoscaling:
         self._limits = self._section.limits(cluster.config.workers.pools)
         self._pools: dict[Role, PoolHistory] = {}
         self._slot_seconds: dict[str, tuple[float, float]] = {}
-        """Worker -> monotonic time of the worker's last sample, and its slot seconds then."""
+        """Worker -> (time of the last sample, seconds in activated slots counted until then)."""
         self._look_at = cluster.began_at
         self._refused_until: dict[tuple[Role, bool], float] = {}
-        """(pool, whether the pool should have grown) -> end of the pause after a refusal."""
+        """(pool, whether it should have grown) -> end of the pause after a refused operation."""
         self._decision: AutoscaleDecision | None = None
         self._noted: Mapping[Role, int] | None = None
         """Pool sizes of the last dry-run entry in the history; None before the first."""
@@ -58,7 +58,7 @@ class Autoscaling:
 
     @property
     def is_on(self) -> bool:
-        """Whether autoscaling is on, or in a dry run: decisions then only appear in the history."""
+        """Whether the autoscaling policy makes decisions, perhaps only in a dry run."""
         return self._section.autoscale != "off"
 
     def tick(self, now: float) -> None:

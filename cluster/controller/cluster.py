@@ -87,7 +87,7 @@ class Cluster:
         self.identity = identity
         """Identity of this controller, to distinguish controllers that claim the same term."""
         self.host = host
-        """Host of the controller."""
+        """Host on which the controller runs, as in ``Member.node``."""
         self.nodes: NodeIds | None = None
         """Ids of the live Ray nodes by address; None before Ray lists them for the first time."""
         self.known_nodes: frozenset[str] = frozenset()
@@ -112,7 +112,7 @@ class Cluster:
         self.membership = MemberRecords(placement, self.workers, self.places, now)
         self.history = History(wall_time_offset_s)
         self.load = LoadTracker(config.load, now)
-        """Tracks the expert load."""
+        """Load of the experts (tokens by expert) over time."""
         self.metrics = ControllerMetrics({m.role for m in members})
         self.operations = Operations(term, wall_time_offset_s, self.send_snapshot)
         self.drain: Drain | None = None
@@ -128,7 +128,7 @@ class Cluster:
 
     @property
     def round(self) -> GenerationRound:
-        """The newest generation with the replies of its members, see ``MemberRecords``."""
+        """The newest generation, with its phase and the replies of its members."""
         return self.membership.round
 
     @property
@@ -285,14 +285,14 @@ class Cluster:
     def end_trace(
         self, opened: OpenTrace, seconds: float, attributes: Mapping[str, Any], error: str = ""
     ) -> None:
-        """End the trace of a change; the arguments are described in ``effects.RecordTrace``."""
+        """End the trace of a change of the cluster; ``RecordTrace`` describes the arguments."""
         self.touch()
         self.effects.append(self.traces.end(opened, seconds, attributes, error))
 
     # ---- effects --------------------------------------------------------------------------
 
     def send(self, frame: ControlFrame, *workers: str) -> None:
-        """Add an effect that sends ``frame`` to these workers."""
+        """Add an effect that sends ``frame`` (a control message) to these workers."""
         self.effects.append(SendFrame(frame, workers))
 
     def take_effects(self) -> list[Effect]:

@@ -67,7 +67,10 @@ class Controller:
     # ---- events ---------------------------------------------------------------------------
 
     def frame(self, name: str, frame: frames.ControlFrame, now: float) -> None:
-        """Handle a frame from worker ``name``. Raises ``ProtocolError`` for an unexpected frame."""
+        """Handle a frame (control message) from worker ``name``.
+
+        Raises ``ProtocolError`` for an unexpected frame or an unknown worker.
+        """
         cluster = self.cluster
         record = cluster.workers.find(name)
         if record.is_lost or not cluster.is_up:
@@ -136,8 +139,8 @@ class Controller:
     def disconnected(self, name: str, reason: str, is_invalid: bool, now: float) -> None:
         """Handle the close of a worker's control connection.
 
-        ``is_invalid``: whether the worker sent an invalid frame; then it is lost at once, otherwise
-        unless it reconnects within ``CALL_AGAIN_S``.
+        ``is_invalid``: whether the worker sent an invalid frame. If so, the worker is lost at once;
+        if not, it is lost unless it reconnects within ``CALL_AGAIN_S``.
         """
         if name in self.cluster.workers:
             record = self.cluster.workers[name]
@@ -156,7 +159,7 @@ class Controller:
         self.lost(gone, now)
 
     def created(self, name: str, now: float) -> None:
-        """Record that the process of a new worker runs, so that its start limit begins."""
+        """Record that the process of a new worker runs; the worker's start limit begins now."""
         if not (record := self.cluster.workers.find(name)).has_process:
             record.has_process, record.since = True, now
 
@@ -191,7 +194,7 @@ class Controller:
             self.stop(now, f"the start failed: {error}")
 
     def tick(self, now: float) -> None:
-        """Check all time limits. Called several times a second."""
+        """Check all time limits of the controller. Called several times a second."""
         self.detection.credit_own_pause(now)
         self.draining.tick(now)
         if self.cluster.scale is not None:

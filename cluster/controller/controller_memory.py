@@ -38,7 +38,7 @@ class HistoryEntry:
     cause: str
     effect: str
     took_s: float | None = None
-    """Seconds until the generation ran, or the pause of token streams; None before it runs."""
+    """Seconds until the generation ran, or (``is_felt``) of paused token streams; None before."""
     is_felt: bool = False
     """Whether ``took_s`` is the longest pause of token streams that a gateway has reported."""
 
@@ -66,7 +66,7 @@ class History:
         )
 
     def runs(self, generation: int, first_step: int, now: float) -> None:
-        """Record in the newest entry that ``generation`` now runs, from step ``first_step`` on."""
+        """Record in the history that ``generation`` now runs, from step ``first_step`` on."""
         place = next((i for i, e in enumerate(self._entries) if e.generation == generation), -1)
         entry = self._entries[place]
         took_s = round(now + self._offset_s - entry.time, 3)
@@ -87,7 +87,7 @@ class History:
                 return
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Return all entries, oldest first, fit for JSON."""
+        """Return all entries of the history, oldest first, as JSON-compatible data."""
         return [asdict(e) for e in self._entries]
 
 
@@ -120,9 +120,9 @@ class ControllerMemory(Message, frozen=True, kw_only=True):
     """The newest entries of the cluster's history, oldest first."""
     lost: tuple[LostWorker, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the cluster's start, see ``ControllerActor``."""
+    """Arguments of the cluster's start: load profile, experts per token, requested options."""
     desired: ExpertPlacement | None = None
-    """The placement of the complete cluster; None if the placement in force has the same maps."""
+    """The desired placement (for the complete cluster); None if it equals the one in force."""
     places: tuple[str, ...] = ()
     """Names of all places, including those that scaling has added."""
     closed: dict[str, ClosedPlace] = field(default_factory=dict)

@@ -13,9 +13,9 @@ _NO_BANKS: dict[str, Any] = {"schema": 1, "epoch": 0, "banks": []}
 
 
 def placement_document(cluster: Cluster | None) -> dict[str, Any]:
-    """Return maps, current load and balancedness of all banks, for ``placement --json``.
+    """Return the placement, load and balancedness of all banks, for ``placement --json``.
 
-    None stands for a cluster that does not exist yet; the document then has no banks.
+    ``cluster`` is None before the cluster exists; the document then has no banks.
     """
     if cluster is None:
         return _NO_BANKS
@@ -25,7 +25,7 @@ def placement_document(cluster: Cluster | None) -> dict[str, Any]:
 def load_document(cluster: Cluster | None) -> dict[str, Any]:
     """Return tokens by expert and by copy, and their balance, for ``load --json``.
 
-    None stands for a cluster that does not exist yet; the document then has no banks.
+    ``cluster`` is None before the cluster exists; the document then has no banks.
     """
     if cluster is None:
         return {**_NO_BANKS, "model": None, "top_k": 0, "tokens": 0}

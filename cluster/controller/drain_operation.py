@@ -63,7 +63,7 @@ class Drain(TimedOperation):
     copied_in: int = 0
     """Generation in which the drain copied experts; 0 if it copied none.
 
-    As long as this generation runs, the workers also keep the copies of the placement before.
+    As long as this generation runs, the workers also keep the copies of the earlier placement.
     """
     outcome: tuple[OperationState, str] | None = None
     """State and message with which the drain ends once it is rolled back; None before that."""
@@ -86,8 +86,8 @@ class Drain(TimedOperation):
     def rollback_placement(self, now: ExpertPlacement, generation: Generation) -> Stage | None:
         """Return the stage from placement ``now`` back to the placement before the drain.
 
-        None if the placement has not changed, or if a device of the former one is missing in
-        ``generation``.
+        None if the placement has not changed, or if ``generation`` lacks a device of the former
+        placement.
         """
         before = self.before
         if before is None or before.banks == now.banks:

@@ -11,10 +11,10 @@ from cluster.policy.coverage import stage_on
 
 
 def stage_without(names: Sequence[str], cluster: Cluster) -> Stage | None:
-    """Return a placement without the workers ``names``, and the loads that it requires of others.
+    """Return a stage (loads and placement) after which the workers ``names`` hold no experts.
 
-    None if none of the workers holds experts. Raises ``ConflictError`` if one of them is not ready,
-    or if the cluster cannot run without them.
+    None if none of these workers holds experts now. Raises ``ConflictError`` if any of them is not
+    ready, or if the cluster cannot run without them.
     """
     for name in names:
         record = cluster.workers[name]

@@ -9,7 +9,7 @@ RETRY_S = 5.0
 GATHER_S = 0.3
 """Seconds in which drain requests of several workers are combined into one drain."""
 LATE_S = 1.5
-"""Longest time, in seconds, from SIGTERM to a node's processes to Ray's report that it leaves."""
+"""Longest time, in seconds, from SIGTERM at a node's workers until Ray reports that it leaves."""
 
 
 class DrainRequests:
@@ -57,8 +57,8 @@ class DrainRequests:
     def remove_places(self, names: Iterable[str], node: str) -> bool:
         """Return whether a drain of workers ``names`` also removes their places.
 
-        It does if the pool sizes follow the nodes, and either ``node`` is drained (empty for a
-        drain of single workers) or all the workers are on leaving nodes.
+        The places are removed if the pool sizes follow the nodes, and either ``node`` is drained
+        (empty for a drain of single workers) or all the workers are on leaving nodes.
         """
         return self._follow_nodes and (bool(node) or set(names) <= self._on_leaving)
 

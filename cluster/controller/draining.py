@@ -46,7 +46,7 @@ class Draining:
         self._run(drain).restore(now)
 
     def begin(self, command: DrainCommand, now: float) -> Operation:
-        """Begin a drain, or return the operation that an equal command has already begun.
+        """Begin a drain, or return the operation that a command with the same id has begun.
 
         Raises ``UnknownNameError`` and ``ConflictError``; the cluster is unchanged in that case.
         """

@@ -18,7 +18,7 @@ from cluster.core.topology import Member
 
 @dataclass(frozen=True, slots=True)
 class SendFrame:
-    """Effect: send a frame to workers; workers that are not connected do not get the frame."""
+    """Effect: send a frame (control message) to workers; it is lost for disconnected workers."""
 
     frame: ControlFrame
     workers: tuple[str, ...]
@@ -64,7 +64,7 @@ class RecordTrace:
     error: str = ""
     """Type of the error with which the change ended; empty without an error."""
     span_id: bytes = b""
-    """Id of the span, see ``ChangeTraces``."""
+    """Id of the span, to which gateways link the spans of requests during the change."""
 
 
 Effect = SendFrame | StartWorker | EndWorkers | ReleasePlaces | EndAllWorkers | RecordTrace

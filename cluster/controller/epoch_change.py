@@ -127,7 +127,7 @@ class EpochChange:
         return True
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> None:
-        """Handle a worker's frame about this placement change; ignore those about others."""
+        """Handle a worker's frame about the placement change; other frames are ignored."""
         match frame:
             case ExpertsLoaded():
                 self._loaded(name, frame, now)
@@ -139,7 +139,7 @@ class EpochChange:
                 self._cluster.touch()
 
     def _loaded(self, name: str, frame: ExpertsLoaded, now: float) -> None:
-        """Handle the reply to a load command."""
+        """Handle the reply of worker ``name`` to a command to load experts."""
         order = self._orders.answered(name, frame.order)
         if self.state is not ChangeState.LOAD or order is None:
             return
@@ -155,7 +155,7 @@ class EpochChange:
             self._prepare()
 
     def _ready(self, name: str, frame: EpochReady) -> None:
-        """Handle the reply of a worker to the maps of the new epoch; the reply may be an error."""
+        """Handle the reply of a worker to the new placement epoch; the reply may be an error."""
         if frame.error:
             self._fail(f"{name}: {frame.error}")
             return

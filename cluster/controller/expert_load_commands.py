@@ -21,9 +21,9 @@ class ExpertLoadCommand:
     worker: str
     fills: tuple[SlotFill, ...]
     epoch: int
-    """Placement epoch in force at the command; workers with a later epoch reject it."""
+    """Placement epoch in force when the command is sent; workers in a later epoch reject it."""
     began_at: float
-    """Monotonic time of the command."""
+    """Monotonic time at which the command was sent."""
     source: int
     """Device from which the experts are read; ``CHECKPOINT`` for the checkpoint."""
     tried: frozenset[int]
@@ -69,11 +69,11 @@ class ExpertLoadCommands:
         return self.pending.pop(number)
 
     def drop(self, workers: Collection[str]) -> None:
-        """Forget the commands to lost workers."""
+        """Forget the commands to ``workers``, which are lost."""
         self.pending = {n: o for n, o in self.pending.items() if o.worker not in workers}
 
     def take_overdue(self, now: float, limit_s: float) -> list[ExpertLoadCommand]:
-        """Remove and return the commands without a reply after ``limit_s``."""
+        """Remove and return the commands without a reply for more than ``limit_s`` seconds."""
         late = [n for n, order in self.pending.items() if now - order.began_at > limit_s]
         return [self.pending.pop(number) for number in late]
 

@@ -87,11 +87,11 @@ class CollectedState:
     frames_by_worker: Mapping[str, CollectedFrames]
     """Frames of the workers that have connected, by name."""
     memory: ControllerMemory
-    """The newest memory of the earlier controller; empty if there was none."""
+    """The newest state that an earlier controller stored on the workers; empty without any."""
 
     @property
     def is_intact(self) -> bool:
-        """Whether every member runs the newest generation."""
+        """Whether every member of the newest generation runs this generation."""
         number = self.generation.number
         names = [m.name for m in self.generation.members]
         return all(
@@ -101,7 +101,7 @@ class CollectedState:
     def silent_members(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
         """Return members in ``alive`` without a report, if ``own_host`` may be the cause.
 
-        It may be if the members of most other hosts are silent; otherwise the result is empty.
+        This is assumed if no member on most other hosts has reported; if not, none are returned.
         """
         pulses = [
             Liveness(name=m.name, heard_at=float(m.name in self.frames_by_worker), host=m.node)

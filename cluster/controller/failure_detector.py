@@ -1,7 +1,8 @@
 """Failure detection: decides which workers are lost.
 
 A worker is lost if it is silent, its loop stalls, it does not reply to a generation, its start
-takes too long, or peers report it. ``FailureDetector`` only reports it; the controller acts.
+takes too long, or peers report it. ``FailureDetector`` only returns lost workers; the controller
+acts.
 """
 
 from __future__ import annotations
@@ -30,10 +31,8 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.1
 """Seconds between two ticks of the controller; a tick that is late by more counts as late."""
 _LATE_GAPS = 2.0
-"""Silence of a worker after which its waits for a processor are measured.
-
-In multiples of the expected gap between two signs of life.
-"""
+"""Silence of a worker, in expected gaps between two signs of life, after which the controller
+measures how long the worker waits for a processor."""
 _WARY_S = 10.0
 """Seconds after the loss of a worker in which each worker may be silent for the whole detection
 limit, because recovery keeps the machine busy."""

@@ -1,4 +1,4 @@
-"""Liveness of gateways, each of which polls the controller for the next snapshot all the time.
+"""Liveness of gateways: a live gateway always polls the controller for the next snapshot.
 
 A gateway that dies sends no message, but stops polling. Pure; times are monotonic seconds.
 """
@@ -20,7 +20,7 @@ class _Poll:
 
 
 class GatewayPolls:
-    """Open polls of each gateway for snapshots, and the time of the last reply."""
+    """Tracks which gateways poll the controller for snapshots, to find dead gateways."""
 
     def __init__(self) -> None:
         self._polls: dict[str, _Poll] = {}

@@ -39,7 +39,7 @@ class HostDisks:
         return differ((disk for _, disk in before), found)
 
     def reported(self) -> list[tuple[str, LowDisk]]:
-        """Return (host, disk) pairs of the newest report of every reporter."""
+        """Return (host, disk) of all nearly full disks in the newest reports."""
         return [entry for disks in self._disks.values() for entry in disks]
 
 

@@ -49,7 +49,7 @@ class GenerationRound:
     """Monotonic time at which the generation was announced."""
     phase: Phase = Phase.FORMING
     answers: dict[str, GenerationReady] = field(default_factory=dict)
-    """Member -> its reply to the announcement; the member has opened its edges."""
+    """Member -> its reply to the generation's announcement, sent once its edges are open."""
     reports: list[PeerReport] = field(default_factory=list)
     """Reports of members about peers that they have lost."""
     loaded: list[SlotFill] = field(default_factory=list)
@@ -141,7 +141,10 @@ class MemberRecords:
         self._highest_epoch = 0
 
     def restore(self, collected: GenerationRound, highest_epoch: int) -> None:
-        """Continue with the generation of an earlier controller."""
+        """Continue with the generation of an earlier controller.
+
+        ``highest_epoch``: highest placement epoch that any worker knows.
+        """
         self.round, self._highest_epoch = collected, highest_epoch
 
     def next_epoch(self) -> int:
@@ -163,7 +166,7 @@ class MemberRecords:
             self.desired = placement
 
     def form(self, members: Sequence[Member], placement: ExpertPlacement, now: float) -> None:
-        """Begin the next generation with these members."""
+        """Begin the next generation, with these members and this placement."""
         fresh = tuple(self._workers[m.name].member for m in members)
         generation = self.round.generation.successor(fresh)
         self.round = self.round.next(generation, self.placement, now)

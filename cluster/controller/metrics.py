@@ -70,7 +70,7 @@ class ControllerMetrics:
         self._switches.observe(stall_s)
 
     def moved(self, reason: MoveReason, num_slots: int, num_bytes: int, seconds: float) -> None:
-        """Record that ``num_bytes`` of expert weights moved into ``num_slots`` slots."""
+        """Record that ``num_bytes`` of weights moved into ``num_slots`` slots in ``seconds``."""
         self._slots.labels(reason).inc(num_slots)
         self._bytes.labels(reason).inc(num_bytes)
         self._seconds.labels(reason).observe(seconds)
@@ -82,5 +82,5 @@ class ControllerMetrics:
             self._stalls.labels(f"{role}_worker").observe(seconds)
 
     def to_plain(self) -> list[PlainFamily]:
-        """Return all metric families, fit for JSON."""
+        """Return all metrics of the controller as JSON-compatible data, by family."""
         return to_plain(self._registry)

@@ -3,9 +3,9 @@
 ``NodeFollowingPolicy`` decides; ``Scaling`` carries out one operation, as for a client.
 ``Draining`` drains the workers of nodes that leave and removes their places.
 
-A scale operation of a client also sets the numbers of workers: nodes present at its end no longer
-change them, and the next node that registers adds to them. A restarted controller gets the nodes
-already accounted for from the workers (``ControllerMemory.known_nodes``).
+A scale operation of a client also sets the numbers of workers: nodes present at the end of the
+operation no longer change these numbers, and the next node that registers adds workers. A restarted
+controller gets the nodes already accounted for from the workers (``ControllerMemory.known_nodes``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cluster.core.errors import ConflictError, RequestError
 from cluster.policy.node_following import FollowDecision, FollowedNode, NodeFollowingPolicy
 
 LIMIT_S = 600.0
-"""Time limit of the scale operations that follow nodes, in seconds: a new worker may load long."""
+"""Time limit, in seconds, of scale operations that follow nodes: as long as a worker may load."""
 _OWN = "follow-nodes-"
 """Prefix of the ``request_id`` of the scale operations that follow nodes."""
 

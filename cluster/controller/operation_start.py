@@ -13,7 +13,10 @@ C = TypeVar("C", bound=OperationCommand, contravariant=True)
 
 
 class OperationKind(Protocol[C]):
-    """Interface of a kind of operation for ``start_operation``. Its methods change nothing."""
+    """Interface through which ``start_operation`` checks and begins one kind of operation.
+
+    The methods change nothing.
+    """
 
     def target(self, command: C) -> str:
         """Describe the target of the operation, such as the workers to drain.
@@ -29,7 +32,7 @@ class OperationKind(Protocol[C]):
 
 
 def start_operation(command: C, kind: OperationKind[C], cluster: Cluster, now: float) -> Operation:
-    """Start an operation, or return the one that an equal command has already started.
+    """Start an operation, or return the operation that a command with the same id has started.
 
     Raises ``ConflictError`` and the errors of ``kind``; the cluster is unchanged in that case.
     """

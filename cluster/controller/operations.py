@@ -16,7 +16,7 @@ _KEPT = 64
 
 
 class OperationState(Enum):
-    """State of an operation. The values are the names of ``admin.proto``."""
+    """State of an operation (drain, scaling, rebalancing), named as in ``admin.proto``."""
 
     RUNNING = "RUNNING"
     SUCCEEDED = "SUCCEEDED"
@@ -148,10 +148,10 @@ class Operations:
         return self.kept[-1] if self.kept and self.kept[-1].is_running else None
 
     def find_repeated(self, command: OperationCommand, epoch: int) -> Operation | None:
-        """Return the operation that an equal command has begun; None if there is none.
+        """Return the operation that a command with the same request id has begun, or None.
 
-        ``epoch`` is the placement epoch in force. Raises ``ConflictError`` if the id of the command
-        belongs to another operation, or if the command expects another epoch.
+        ``epoch`` is the placement epoch in force. Raises ``ConflictError`` if the id belongs to a
+        different operation, or if the command expects another epoch.
         """
         known, expected = command.request_id, command.expected_epoch
         found = next((o for o in self.kept if known and o.request_id == known), None)
@@ -177,7 +177,7 @@ class Operations:
             raise ConflictError(f"{about} {UNDER_WAY}: one operation at a time")
 
     def begin(self, command: OperationCommand, target: str, now: float) -> Operation:
-        """Record a new running operation; no other one may run."""
+        """Record that an operation begins, and return it; no other operation may be running."""
         self._count += 1
         operation = Operation(
             id=f"{command.kind}-{self.term}.{self._count}",
@@ -209,7 +209,7 @@ class Operations:
                 operation.end(OperationState.FAILED, why, self.time_of_day(now))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Return all operations, newest last, fit for JSON."""
+        """Return all operations, newest last, as JSON-compatible data."""
         return [o.to_dict() for o in self.kept]
 
     def time_of_day(self, now: float) -> float:

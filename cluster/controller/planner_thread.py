@@ -29,7 +29,7 @@ _TOKENS_PER_EXPERT = 4
 
 T = TypeVar("T")
 CHANGED = "the cluster has changed since the plan began"
-"""Error of a plan whose inputs are stale."""
+"""Error text of a computation whose inputs have changed since it began."""
 PlanCallback = Callable[[Future[T], str, float], None]
 """Callback of a computation: gets its finished future, the error (or empty) and the time."""
 

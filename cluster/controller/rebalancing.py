@@ -87,7 +87,7 @@ class Rebalancing:
     def begin(self, command: RebalanceCommand, now: float) -> Operation:
         """Begin to plan a better placement and change to it; a dry run ends after the plan.
 
-        Raises ``ConflictError`` if the cluster cannot be rebalanced now; it is unchanged then.
+        Raises ``ConflictError`` if that is impossible now; the cluster is unchanged in that case.
         """
         return start_operation(command, self, self._cluster, now)
 
@@ -116,7 +116,7 @@ class Rebalancing:
         self._ask(RebalanceQuery(load=load, operation=operation, dry_run=dry_run), now)
 
     def _load_for(self, command: RebalanceCommand) -> CurrentLoad | None:
-        """Return the load of the last dry run if no row has been counted since, else the current.
+        """Return the load of the last dry run if no row was counted since, else the newest load.
 
         Therefore a command after a dry run does what the dry run showed, even if a load window has
         ended. None without load.
@@ -221,8 +221,8 @@ class Rebalancing:
     def _follow(self, decision: RebalanceDecision, asked: RebalanceQuery, now: float) -> bool:
         """Start the rebalancing that was decided, unless there is a reason against it.
 
-        Returns whether it was started; otherwise the reason is counted in the metrics. Only an
-        automatic decision must keep ``interval_s`` from the last rebalancing.
+        Returns whether it was started; if not, the reason is counted in the metrics. Only an
+        automatic decision must wait ``interval_s`` after the last rebalancing.
         """
         rested_at = self._last.ended_at if self._last is not None else self._cluster.began_at
         if decision.action == "none":

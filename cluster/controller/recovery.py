@@ -59,7 +59,7 @@ class Recovery:
         self._retry_s = limits.retry_s
         self._retry_at = 0.0
         self.reloads = ExpertLoadCommands(cluster)
-        """Commands of recovery to load experts that workers have not answered yet."""
+        """Commands to load experts that recovery has sent and workers have not answered yet."""
 
     def problems(self, now: float) -> list[str]:
         """Describe the problems that keep the cluster incomplete, for the status."""
@@ -133,7 +133,10 @@ class Recovery:
         return list(dict.fromkeys([*found, *(r.operation for r in left if r and r.operation)]))
 
     def loaded(self, name: str, frame: ExpertsLoaded, now: float) -> bool:
-        """Handle the reply to a load command; returns False if recovery did not send it."""
+        """Handle the reply of worker ``name`` to a command to load experts.
+
+        Returns False if the command was not sent by recovery.
+        """
         cluster, reload = self._cluster, self.reloads.answered(name, frame.order)
         if reload is None:
             return False
@@ -157,7 +160,7 @@ class Recovery:
             self._run_if_complete(now)
 
     def show_running(self) -> None:
-        """Set the cluster's state, whose generation runs: SERVING if it is full, else DEGRADED."""
+        """Set the state of a running cluster: SERVING if every place is filled, else DEGRADED."""
         is_full = self._cluster.places.is_full(self._cluster.round.members)
         self._cluster.enter(ClusterState.SERVING if is_full else ClusterState.DEGRADED)
 

@@ -131,7 +131,7 @@ class RunningDrain:
         self.advance(now)
 
     def advance(self, now: float) -> None:
-        """Take the drain's next step if the current step is done; if it cannot be, roll back."""
+        """Take the drain's next step if the current step is done; roll back if it is impossible."""
         try:
             self._take_step(now)
         except ConflictError as err:
@@ -217,7 +217,7 @@ class RunningDrain:
         result["requests_moved"] = max(result["requests_moved"], held)
 
     def _is_empty(self, record: WorkerRecord) -> bool:
-        """Return whether the worker, since it takes no new requests, has reported to have none."""
+        """Return whether the worker has reported no requests after it stopped taking new ones."""
         return record.answered_status_token >= self._asked and record.num_requests == 0
 
     def _leave(self, now: float) -> None:
@@ -284,7 +284,7 @@ class RunningDrain:
         return [r for r in records if r.member.runs_attention]
 
     def _hold_back(self, drains: bool) -> None:
-        """Set whether gateways send the drained workers no new requests (``drains``)."""
+        """Set whether gateways hold back new requests from the drained workers (``drains``)."""
         for record in self._attention():
             record.drains = drains
         self._cluster.touch()

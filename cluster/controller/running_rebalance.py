@@ -46,11 +46,11 @@ class RunningRebalance:
         self.num_stages = 0
         """Number of stages whose placement came into force."""
         self.num_moved = 0
-        """Number of expert slots that these stages have filled."""
+        """Number of expert slots filled by stages whose placement came into force."""
         self.num_bytes = 0
         """Bytes of expert weights moved, including those of a failed stage."""
         self.report: dict[str, Any] | None = None
-        """Result, the field ``last`` of rebalancing in the status; None while this one runs."""
+        """Result of the rebalancing, for the field ``last`` in the status; None while it runs."""
         self.ended_at = 0.0
         """Monotonic time at which the rebalancing ended, in seconds; 0 while it runs."""
         self.is_proved = True
@@ -66,7 +66,7 @@ class RunningRebalance:
 
     @property
     def loading(self) -> list[dict[str, str]]:
-        """The running transfers of experts: names of ``worker`` and ``from`` (``EpochChange``)."""
+        """The running transfers of experts, each with keys ``worker`` and ``from`` (its source)."""
         return self.change.loading if self.change is not None else []
 
     @property
@@ -80,7 +80,7 @@ class RunningRebalance:
         return f"stage {self.num_stages + 1}: {change.state.value}{loads if is_loading else ''}"
 
     def frame(self, name: str, frame: ControlFrame, now: float) -> None:
-        """Handle a frame of a worker about the running stage."""
+        """Handle a worker's frame about the running stage; the next stage may begin."""
         if (change := self.change) is None:
             return
         change.frame(name, frame, now)
@@ -89,7 +89,7 @@ class RunningRebalance:
         self._advance(now)
 
     def tick(self, now: float) -> None:
-        """Abandon the rebalancing if a drain or scaling runs; otherwise check its time limit."""
+        """Abandon the rebalancing if a drain or scaling runs; otherwise advance its stage."""
         running = self._cluster.operations.running
         if running is not None and running.kind in ("drain", "scale"):
             reason = f"{running.id} takes precedence"
@@ -111,7 +111,7 @@ class RunningRebalance:
         return False
 
     def _advance(self, now: float) -> None:
-        """Begin the next stage once the running one has finished."""
+        """Begin the next stage of the rebalancing once the running stage has finished."""
         change = self.change
         if change is None or not change.is_over:
             if self.asked.operation is not None:

@@ -47,7 +47,7 @@ class Scaling:
         scale.restore(self._cluster.operations, now)
 
     def begin(self, command: ScaleCommand, now: float) -> Operation:
-        """Begin to scale, or return the operation that an equal command has already begun.
+        """Begin to scale, or return the operation that a command with the same id has begun.
 
         Raises ``RequestError`` and ``ConflictError``; the cluster is unchanged in that case.
         """

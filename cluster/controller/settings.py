@@ -22,7 +22,7 @@ class ControllerSettings:
     start_silence_s: float = 30.0
     """Detection limit while workers start, because imports and loading delay other threads."""
     load_limit_s: float = 600.0
-    """Time limit for a running worker to load experts."""
+    """Time limit for a running worker to load experts, from the command to the reply."""
     retry_s: float = 5.0
     """Pause before workers retry to load experts that none could load; doubles each time."""
     generation_limit_s: float = 15.0
@@ -34,7 +34,7 @@ class ControllerSettings:
 
     @classmethod
     def of(cls, config: ClusterConfig) -> ControllerSettings:
-        """Derive the limits from a configuration."""
+        """Derive the time limits of the controller from the cluster's configuration."""
         section = config.transport
         limit_s, generation_limit_s = section.detection_limit_s, section.connect_timeout_s + 5.0
         return cls(

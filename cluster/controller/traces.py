@@ -1,6 +1,6 @@
 """Traces of cluster changes, with span ids that gateways know while a change runs.
 
-Gateways link requests that run during a change to its span (``changes`` in the snapshot). Pure.
+Gateways link the spans of requests that run during a change to the change's span. Pure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cluster.controller.effects import RecordTrace
 from cluster.core.codec import SPAN_ID_BYTES
 
 _KEPT = 16
-"""Maximum number of changes that the snapshot lists."""
+"""Maximum number of changes that the controller's snapshot lists."""
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class OpenTrace:
     """Name of the change's span."""
     span_id: bytes
     seconds: float | None = None
-    """Duration; None while the change runs."""
+    """Duration of the change in seconds; None while the change runs."""
 
 
 class ChangeTraces:

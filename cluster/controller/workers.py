@@ -41,7 +41,7 @@ class WorkerRecord:
     progress_at: float
     """Monotonic time at which the worker's step loop last made progress or was idle."""
     since: float = 0.0
-    """Monotonic time at which the worker's process started; once it registers, of that."""
+    """Monotonic time of the start of the worker's process or, once registered, of registration."""
     has_process: bool = False
     """Whether the worker's process has started; it may not have connected yet."""
     started_with: ExpertPlacement | None = None
@@ -87,7 +87,7 @@ class WorkerRecord:
     is_waiting: bool = False
     """Whether the worker waited for a peer within a step at its last heartbeat."""
     stalled_s: float | None = None
-    """Seconds for which the worker's step had stalled at its last heartbeat; None without one."""
+    """Seconds for which the worker's step had stalled at its last heartbeat; None for no step."""
     waits_for: tuple[str, ...] = ()
     """Names of the peers for which the worker's step waited at its last heartbeat."""
     low_disks: tuple[frames.LowDisk, ...] = ()
@@ -327,7 +327,7 @@ class WorkerTable:
         return fresh
 
     def forget(self, now: float) -> None:
-        """Drop drained workers, and lost workers with a successor, after ``_FORGET_S``."""
+        """Drop drained workers, and lost workers that were replaced, after ``_FORGET_S``."""
         last_of_place = {place_of(name): name for name in self._records}
         for name, record in list(self._records.items()):
             if not record.is_lost:
@@ -382,7 +382,7 @@ class WorkerTable:
             self.model.update({k: record.info[k] for k in MODEL_FACTS if k in record.info})
 
     def by_device(self, num_devices: int) -> list[WorkerRecord | None]:
-        """Return ``[device]`` -> newest worker that holds or held the device's experts, or None."""
+        """Return, for each device, the newest worker that holds or held its experts, or None."""
         by_life = sorted(self, key=lambda r: not r.is_lost)  # live workers last
         found = {r.member.device: r for r in by_life if r.member.holds_experts}
         found = found or {0: list(self)[-1]}  # local mode

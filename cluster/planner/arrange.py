@@ -15,11 +15,11 @@ from cluster.core.placement import FREE_SLOT
 from cluster.planner.base import Bools, Floats, Ints, relative_speeds
 
 LOAD_PRICE = 20.0
-"""Price of a device's squared relative deviation from the mean load, in decode cost."""
+"""Weight of a device's squared relative deviation from the mean load, versus its decode cost."""
 LOAD_PRICE_WITHOUT_SPARES = 2000.0
-"""``LOAD_PRICE`` for placements without spare copies, whose split weights could balance loads."""
+"""``LOAD_PRICE`` if no expert has a spare copy, so that split weights cannot balance the load."""
 AFFINITY_PRICE = 60.0
-"""Value of the share of top-k pairs of experts that are on one device, in decode cost."""
+"""Weight of the share of top-k pairs of experts on the same device, versus the decode cost."""
 
 
 class Arrangement:
@@ -111,7 +111,7 @@ class Arrangement:
         return np.asarray(gain)
 
     def _joined(self, device: Ints, own: Ints, other: Ints) -> Floats:
-        """Return the gain of affinity within devices by a swap, [banks, own, experts].
+        """Return by how much a swap raises the affinity within devices, [banks, own, experts].
 
         The swap exchanges the devices of an expert of ``own`` and any other expert.
         """

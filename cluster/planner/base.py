@@ -142,7 +142,7 @@ class PlanOptions:
     max_move_fraction: float | None = None
     """Maximum share of all slots that may get another expert, 0 to 1; None for no limit."""
     decode_tokens: int = 16
-    """Rows of the decode step for which the decode table is optimized."""
+    """Rows of the decode step for which decode devices are optimized."""
 
     def __post_init__(self) -> None:
         share = self.max_move_fraction
@@ -179,7 +179,7 @@ class Plan:
     """Result of a planner: a placement, its predicted balance, and the slots that change."""
 
     placement: ExpertPlacement
-    """The planned placement, with maps, split weights and decode devices."""
+    """The planned placement, with experts by slot, split weights and decode devices."""
     moves: tuple[Move, ...]
     """Slots that get another expert than now; empty if there is no current placement."""
     balancedness: tuple[float, ...]
@@ -255,7 +255,7 @@ def equally_large(profile: LoadProfile) -> Iterator[tuple[BankLoad, ...]]:
 
 
 def normalised(counts: Sequence[Sequence[float]]) -> Floats:
-    """Divide each bank's loads by their sum; a bank without load gets equal loads."""
+    """Divide each bank's expert loads by their sum; a bank without load gets equal loads."""
     loads = np.array(counts, dtype=np.float64)
     total = loads.sum(1, keepdims=True)
     even = np.full_like(loads, 1.0 / loads.shape[1])

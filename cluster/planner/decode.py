@@ -22,7 +22,7 @@ from cluster.planner.base import Floats, Ints, relative_speeds
 from cluster.planner.cost import activation, expected_peak
 
 _S = 3.0
-"""Argument s of the moment generating functions, near the best value for 4 to 64 devices."""
+"""Argument s of the moment generating functions of activated slots, good for 4 to 64 devices."""
 _SWEEPS = 3
 _PATHS = 12
 """Maximum number of paths along which experts are exchanged in each bank."""

@@ -75,7 +75,7 @@ class BankView:
     def spare(self, device: int, slot: int) -> bool:
         """Return whether a slot may get another expert.
 
-        It may if it is free, or if its copy is not primary and not needed on the device's node.
+        A slot may if it is free, or if its copy is neither primary nor needed on the node.
         """
         expert = int(self.slots[device, slot])
         if expert == FREE_SLOT:
@@ -134,7 +134,7 @@ def _are_apart(view: BankView, one: Edit, other: Edit) -> bool:
 
 
 def _copies(view: BankView, tolerance: float) -> list[Edit]:
-    """Return new copies of experts of heavy devices on light devices, lightest first."""
+    """Return edits that copy experts of heavy devices to light devices, lightest device first."""
     speeds, peaks = view.limits.speeds, view.peaks()
     heavy = view.utilization > 1 + tolerance
     left = view.slot_load[:, heavy].sum(1)
@@ -172,7 +172,7 @@ def _copies(view: BankView, tolerance: float) -> list[Edit]:
 
 
 def _least_slot(view: BankView, device: int, taken: set[int]) -> int | None:
-    """Return a free slot of a device, or the dispensable slot with the smallest load, if any.
+    """Return a free slot of a device, or the dispensable slot with the smallest load, or None.
 
     ``taken`` are experts that lose a copy to other edits; an expert loses at most one copy in a set
     of edits.

@@ -61,7 +61,7 @@ _WORTH_A_NEW_PLAN = 0.002
 """Gain in balancedness above which a bank is planned from scratch, if moves are not limited."""
 _NO_LIMIT = 1 << 40
 _EXACT = 1e-6
-"""Tolerance with which the final split weights are solved."""
+"""Tolerance of the solver for the final split weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +170,10 @@ def _from_scratch(
 
 
 def _affinity(group: _Group, coactivation: Coactivation | None) -> Floats | None:
-    """Return coactivation [banks, experts, experts], symmetric, with sum 1 in a bank, or None."""
+    """Convert coactivation to symmetric arrays [banks, experts, experts], with sum 1 in a bank.
+
+    None if the coactivation is unknown.
+    """
     if coactivation is None:
         return None
     experts = group.load.shape[1]

@@ -32,7 +32,7 @@ _BALANCED = 0.998
 _SLACK = 0.01
 """Share by which the expected peak of larger batches may grow."""
 _LARGER = (4, 16)
-"""Sizes of the larger batches that swaps must not make much worse, in optimized sizes."""
+"""Sizes of larger batches that swaps must not make much worse, over the optimized batch size."""
 _TRIES = 6
 """Maximum number of swaps of a device that are evaluated exactly."""
 _FAILURES = 8
@@ -141,7 +141,7 @@ class _Search:
     def _exchanged(self, banks: Ints, device: Ints, chosen: Ints) -> PlacedBanks:
         """Return ``banks`` after the swaps of ``device`` with index ``chosen`` in ``gain``.
 
-        The slot loads are those from before the swaps.
+        The slot loads of the result are still the loads before the swaps.
         """
         _, devices, width = self.now.slots.shape
         slots, primary = self.now.slots[banks], self.now.primary[banks]
@@ -185,7 +185,7 @@ class Grid:
     """Points t (in slots of a device of mean speed) at which distributions are evaluated."""
 
     count: Ints
-    """Number of slots that a device serves in the time of each point, [num_devices, points]."""
+    """Number of slots that each device serves within t, for each point t, [num_devices, points]."""
     width: Floats
     """Width of the interval that each point stands for, [points]."""
 

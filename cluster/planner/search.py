@@ -64,7 +64,7 @@ class SearchGoal:
     target: float
     """Balancedness of a bank at which the search leaves the bank unchanged."""
     least_gain: float
-    """Smallest gain for which a move is made, in the mean of balancedness and ``_measure``."""
+    """Smallest gain of a move, where the gain is in the mean of balancedness and ``_measure``."""
     budget: int
     """Maximum number of moves in all banks together."""
     per_move: bool

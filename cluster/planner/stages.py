@@ -31,8 +31,8 @@ class SlotFill:
     """Index of the bank in the placement."""
     device: int
     slot: int
-    """Expert slot of the device that is free in the placement in force; may be after the last slot
-    of the maps."""
+    """Expert slot of the device that is free in the placement in force; it may be after the last
+    slot that the placement lists."""
     expert: int
     sources: tuple[int, ...] = ()
     """Devices that hold the expert in the placement in force; if empty, the checkpoint is read."""
@@ -166,7 +166,7 @@ class _BankChange:
                 break
 
     def _displaced(self) -> set[int]:
-        """Return the experts that any device holds but should not hold in the target."""
+        """Return the experts that any device holds although the target placement does not."""
         unwanted = (set(self._rows[d]) - self._wanted[d] for d in self._devices)
         return set().union(*unwanted) - {FREE_SLOT}
 

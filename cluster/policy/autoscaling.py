@@ -46,7 +46,7 @@ _SAME = 1e-9
 
 
 class Urgency(IntEnum):
-    """Kinds of change that a pool needs, the most urgent first."""
+    """Kinds of change that a pool of workers needs, the most urgent first."""
 
     LIMITS = 0
     QUEUE = 1
@@ -116,7 +116,7 @@ class _Use:
 
 
 class PoolHistory:
-    """Measurements of one pool since its size last changed, and the size that follows from them."""
+    """Measurements of a pool since its size last changed; proposes the number of workers."""
 
     def __init__(self, section: AutoscaleSection, limits: PoolLimits) -> None:
         self._section = section

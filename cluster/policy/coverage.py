@@ -42,7 +42,7 @@ class ExpertHoldings:
     barred: frozenset[int] = frozenset()
     """Devices that reported that they cannot load experts."""
     failed: Collection[SlotFill] = ()
-    """Loads of experts that failed although ``current`` names the experts in these slots."""
+    """Failed loads of experts: ``current`` names these experts, but the slots do not hold them."""
     expert_load: Mapping[tuple[str, int], Sequence[float]] = field(default_factory=dict)
     """(bank, layer) -> tokens by logical expert; experts of other banks have equal weights."""
     is_local: bool = False
@@ -58,8 +58,8 @@ def plan_coverage(
 ) -> tuple[Stage | None, Missing]:
     """Return the stage to a placement that uses only ``devices``, and the missing experts.
 
-    A missing expert has no copy on these devices, and no free slot. If any expert is missing, the
-    stage is None. ``epoch`` is the epoch of the new placement.
+    A missing expert has no copy on these devices, and no slot is free for it. If any expert is
+    missing, the stage is None. ``epoch`` is the epoch of the new placement.
     """
     present = frozenset(devices)
     banks: list[BankPlacement] = []
@@ -114,7 +114,7 @@ class FailureDecision:
     """Placement of the new generation, and the experts to load first. None if no generation can
     run, because an expert has no copy or no attention worker is left."""
     experts_complete: bool
-    """Whether every expert has a copy on a member, or will have one after the experts to load."""
+    """Whether every expert has a copy on a member, or will have one after the stage's loads."""
     effect: str
     """Description of the decision, as a text for operators."""
 

@@ -88,10 +88,10 @@ def silent_hosts(
 
 
 def unheard_hosts(pulses: Sequence[Liveness], own_host: str, since: float) -> frozenset[str]:
-    """Return the workers of hosts from which no frame has arrived since ``since``.
+    """Return the workers of hosts from which no frame has arrived since ``since`` (monotonic).
 
-    The result is empty unless these are most of the hosts other than ``own_host``, and have at
-    least two workers.
+    The result is empty unless these hosts are the majority of the hosts other than ``own_host``,
+    and have at least two workers.
     """
     away = [p for p in pulses if p.host not in ("", own_host)]
     heard: dict[str, float] = {}

@@ -189,7 +189,7 @@ class _Pool:
     waiting: tuple[str, ...]
     """Names of the places without a worker on any labelled live node."""
     more: int
-    """Number of workers that fit on the new nodes, beyond the waiting places."""
+    """Number of workers that fit on new nodes, after the waiting places are filled."""
     missing: int
     """Number of waiting places that fit on no node."""
     addresses: tuple[str, ...]

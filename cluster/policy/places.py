@@ -80,7 +80,7 @@ class ClosedPlace(Message, frozen=True, kw_only=True):
     state: PlaceState
     why: str
     node: str = ""
-    """Address of the node that must leave before the place reopens; empty for no node."""
+    """Address of the node that must leave before the place reopens; empty for another event."""
     node_ids: frozenset[str] = frozenset()
     """Ids of the Ray nodes at address ``node`` when the place was closed; empty until known. A host
     may return as another node before Ray notices that the old node has left."""
@@ -166,7 +166,7 @@ class Places:
             place.start_deaths, place.not_before = 0, 0.0
 
     def nodes_alive(self, alive: NodeIds) -> bool:
-        """Reopen the places that waited for a node to leave, once the node is not in ``alive``.
+        """Reopen the places that wait for a node to leave, if the node is not in ``alive``.
 
         Returns whether any closed place has changed.
         """
@@ -214,13 +214,13 @@ class Places:
         return due
 
     def is_full(self, members: Iterable[Member]) -> bool:
-        """Return whether ``members`` fill every place that scaling is not just adding."""
+        """Return whether ``members`` fill all places, except places that scaling is adding."""
         names = {m.name for m in members}
         return all(p.member.name in names for p in self._present() if not p.is_new)
 
     @property
     def are_due(self) -> bool:
-        """Whether a worker will be started in some place without another event, now or later."""
+        """Whether a place is empty and not closed, so that a worker will be started in it."""
         return any(p.state is PlaceState.EMPTY for p in self._places.values())
 
     # ---- scaling --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Patience: how long a worker may be silent, from recent gaps of its host's workers. Pure.
+"""Patience: how long a worker may be silent, from recent gaps of workers on its host. Pure.
 
 Accrual failure detectors compare a silence with the observed gaps in a bounded window (Hayashibara
 et al., "The phi accrual failure detector", 2004), with a margin that follows the lateness of
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 LATENESS_FACTOR = 4.0
-"""Factor of the largest recent lateness in the patience, which also has the expected gap."""
+"""Factor of the largest recent lateness, which is added to the expected gap for the patience."""
 MIN_GAPS = 4.0
 """Smallest patience, in multiples of the expected gap, since a machine may become busy anytime."""
 REMOTE_MIN_S = 1.0

@@ -48,7 +48,7 @@ def _join(pieces: Sequence[ChoiceDelta]) -> ChoiceDelta:
 
 
 def _is_at_eos(finish: Finish | None) -> bool:
-    """Whether the model ended the text with an end-of-text token."""
+    """Return whether the model ended the text of a choice with an end-of-text token."""
     return finish is not None and finish.reason is FinishReason.STOP and finish.stop_reason is None
 
 
@@ -138,5 +138,5 @@ def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
 
 
 def clamp_logprob(value: float) -> float:
-    """Clamp a log-probability to ``MIN_LOGPROB`` (also for NaN) to 0, which JSON can represent."""
+    """Clamp a log-probability to the range ``MIN_LOGPROB`` to 0; NaN becomes ``MIN_LOGPROB``."""
     return MIN_LOGPROB if math.isnan(value) else min(max(value, MIN_LOGPROB), 0.0)

@@ -1,4 +1,4 @@
-"""Child spans of a finished request; see ``gateway.calls.tracing``."""
+"""Makes the child spans of a finished request; ``gateway.calls.tracing`` lists the spans."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _variables(chat: ChatInput, effort: str | None) -> Mapping[str, Any]:
 def _check_tools(
     chat: ChatInput, template: ChatTemplate | HarmonyTemplate | RenderedTemplate
 ) -> ToolCallFormat:
-    """Return the format of tool calls in the model's output; a default without known format.
+    """Return the format of tool calls in the model's output; a default if the format is unknown.
 
     Raises:
         UnsupportedParameterError: the conversation has tools that the template does not support.

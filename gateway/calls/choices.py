@@ -102,9 +102,9 @@ class Prompt:
     submission: Submission | None = None
     choices: list[Choice] = field(default_factory=list)
     scores: PromptLogprobs | None = None
-    """Requested log-probabilities of the prompt, as the engine sent them; None before."""
+    """Requested log-probabilities of the prompt, in the engine's form; None until they arrive."""
     logprobs: list[TokenLogprob | None] | None = None
-    """Log-probabilities of ``scores`` as a list with an entry per token; None before."""
+    """Requested log-probabilities of the prompt, one entry per token; None until decoded."""
     echo: tuple[str, list[TokenText]] | None = None
     results: PromptResults = PromptResults()
 

@@ -162,15 +162,15 @@ class Gateway:
         return int((self.cluster.snapshot or {}).get("placement_epoch") or 0)
 
     def leave(self, now_s: float) -> int:
-        """Become permanently not ready; return the number of requests that this replica runs."""
+        """Become permanently not ready; return the number of requests that still run."""
         self.readiness.leave(now_s)
         return self.admission.num_requests
 
     def shut_down(self, stage: ShutdownStage, now_s: float) -> int:
         """Carry out one stage of the server's shutdown; return the number of running requests.
 
-        In every stage the replica is not ready. After the stage ``lead`` it refuses new calls; in
-        the stage ``fail`` it ends running calls with an error.
+        The replica is not ready in any stage. It refuses new calls in all stages after ``lead``,
+        and ends running calls with an error in the stage ``fail``.
         """
         left = self.leave(now_s)
         if stage != "lead":

@@ -77,7 +77,7 @@ class InspectFields:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectionResult:
     rows: tuple[tuple[NamedArray, ...], ...]
-    """Arrays of each prompt, with names and shapes as in ``workers.requests.inspection``."""
+    """Requested arrays of the model for each prompt, such as logits or hidden states."""
     num_tokens: tuple[int, ...]
     """Number of tokens of each prompt that the model read."""
     loss: float | None
@@ -267,7 +267,7 @@ def _inspected(
 
 
 def _is_wanted(fields: InspectFields, array: NamedArray) -> bool:
-    """Return whether the client requested an array; if not, only a loss is computed from it."""
+    """Return whether the client requested an array; if not, it only serves to compute a loss."""
     kind = array.name.partition(":")[0]
     return kind != "aux" and (kind not in ("logits", "logprobs") or fields.wants(kind))
 

@@ -19,7 +19,7 @@ class Readiness:
         cluster: follows the controller.
         engines: streams to the attention workers.
         keys: distinguishes operators from clients, whose error texts have fewer details.
-        leaving_lead_s: see ``GatewayTuning``.
+        leaving_lead_s: seconds that load balancers get to notice that the replica is not ready.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class RequestSubmitter:
         cluster: signals changes of the cluster's state.
         readiness: tells whether the cluster serves requests.
         long_work: computes block hashes of long prompts.
-        stream_wait_s: see ``GatewayTuning``.
+        stream_wait_s: longest wait of a request, in seconds, for a stream to any worker.
     """
 
     def __init__(

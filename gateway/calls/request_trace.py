@@ -26,7 +26,7 @@ Port = Literal["http", "grpc"]
 
 @dataclass(slots=True)
 class RequestTrace:
-    """A traced request, until its spans are made; most of their times are in ``running``."""
+    """State of a traced request, from which its spans are made after its end."""
 
     operation: str
     port: Port
@@ -46,7 +46,7 @@ class RequestTrace:
     response_id: str | None = None
     """Id of the response to the client; None if it is the id of the call."""
     error: str = ""
-    """``code`` of the error in the response; empty without an error."""
+    """Code of the error in the response to the client; empty without an error."""
     began_s: float = field(default_factory=time.monotonic)
     ended_s: float = 0.0
     day_ns: int = field(default_factory=lambda: time.time_ns() - time.monotonic_ns())

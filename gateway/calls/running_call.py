@@ -42,7 +42,7 @@ _NO_WORKER_RETRY_S = 2.0
 
 @dataclass(eq=False)
 class RunningCall(AbstractContextManager["RunningCall"]):
-    """A call whose requests were sent to the engines. Made by ``Gateway.start``.
+    """An admitted call whose requests are sent to the engines. Made by ``Gateway.start``.
 
     Times are ``time.monotonic`` seconds.
     """
@@ -75,7 +75,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
     held: ExitStack = field(default_factory=ExitStack)
     """Resources that are released at the end of the call."""
     free: Callable[[Sequence[list[Any]]], None] = lambda values: None
-    """Function called at the end of the call with large unused lists, to free them in a thread."""
+    """Function called at the call's end with large lists, to free their memory in a thread."""
 
     def __post_init__(self, tokenizer: Tokenizer | None, metrics: GatewayMetrics) -> None:
         call = self.call

@@ -65,7 +65,8 @@ class ServedModel:
     def hold_adapter(self, name: str | None, held: ExitStack) -> str:
         """Return the key of the adapter with this model name, and keep it loaded for a call.
 
-        The adapter stays loaded until ``held`` is closed. Otherwise as ``adapter_of``.
+        The adapter stays loaded until ``held`` is closed. The key is empty for the base model or
+        None. Raises ``ModelNotFoundError`` for an unknown name.
         """
         adapter = self.adapter_of(name)
         self.adapters.begin(held, adapter)

@@ -70,7 +70,7 @@ class ServiceRate:
     def note(self, demand: CallDemand, held_s: float, was_saturated: bool) -> None:
         """Record the requests of a call that has finished ``held_s`` seconds after its admission.
 
-        ``was_saturated``: whether other requests waited when it finished.
+        ``was_saturated``: whether other requests waited when the call finished.
         """
         each = demand.num_tokens // demand.num_requests
         self._held.extend([(held_s, held_s * demand.num_choices, each)] * demand.num_requests)
@@ -94,7 +94,7 @@ class ServiceRate:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens of finishing requests, as requested, per second; None while unknown."""
+        """Tokens per second that finishing requests had requested; None while unknown."""
         return self._per_s(self._num_tokens)
 
     @property

@@ -93,7 +93,7 @@ class ServiceStatus:
         return [name for name in dict.fromkeys(names) if any(name in found for found in answers)]
 
     async def render_metrics(self, is_whole: bool = True) -> bytes:
-        """Render the metrics of all gateway replicas and workers for Prometheus, each once.
+        """Render the metrics of all gateway replicas and workers for Prometheus.
 
         Unless ``is_whole``, details that clients may not see are omitted. Series of adapters that
         the caller may not use are always omitted.

@@ -160,7 +160,7 @@ class Tracing:
         )
 
     def _parents(self, trace: RequestTrace) -> StepParents | None:
-        """Return the parent spans as ``parents`` does; log an exception and then return None."""
+        """Return the parent spans as ``parents`` does, but log any exception and return None."""
         try:
             return self.parents(trace)
         except Exception:
@@ -168,7 +168,7 @@ class Tracing:
             return None
 
     def _record(self, trace: RequestTrace) -> None:
-        """Make the spans of a finished request as ``record`` does; log an exception of it."""
+        """Make the spans of a finished request as ``record`` does, but log any exception."""
         try:
             self.record(trace)
         except Exception:

@@ -103,7 +103,7 @@ def check_prompts(name: str, prompts: Sequence[Sequence[int]], model: ModelFacts
 
 
 def check_token_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    """Raise ``RequestError`` for an id outside the vocabulary.
+    """Raise ``RequestError`` for a token id outside the vocabulary; ``name`` is the client's field.
 
     Ids are checked in slices so that other threads can run; a million ids take 20 ms.
     """
