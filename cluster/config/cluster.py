@@ -111,7 +111,7 @@ class EngineSection:
     enforce_eager: bool = False
     """Run decode steps on a GPU without CUDA graphs."""
     seed: int = 0
-    """Seed from which the seeds of requests without one are derived."""
+    """Seed from which the seeds of requests without one are derived; 0 selects random seeds."""
 
     def __post_init__(self) -> None:
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KvCacheDType)

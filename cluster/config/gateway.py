@@ -117,7 +117,8 @@ class GatewaySection:
     """PEM file of certificate authorities, one of which must have signed the certificate of each
     client (mutual TLS)."""
     allow_unauthenticated: bool = False
-    """Allow a public ``host`` without API keys, so that everyone who reaches it can use it."""
+    """Allow a public ``host`` without API keys, so that everyone who reaches it can use it, and a
+    Ray cluster of several hosts that accepts calls without a token."""
     public_metrics: bool = False
     """Serve ``/metrics`` without an API key."""
     cors_origins: tuple[str, ...] = ()
@@ -125,7 +126,7 @@ class GatewaySection:
     debug_headers: bool = False
     """Name the gateway replica in a header of each response."""
     trust_request_chat_template: bool = False
-    """Allow chat templates in requests; a template can keep a core busy indefinitely."""
+    """Allow chat templates in requests; each runs in a process with limits of time and memory."""
     max_body_bytes: int = MAX_BODY_BYTES
     """Maximum size of an HTTP request body."""
     max_json_depth: int = 64
