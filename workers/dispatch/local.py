@@ -76,7 +76,7 @@ class LocalDispatcher(TimedDispatcher):
         return True
 
     def captured_shape(self, header: StepHeader) -> Hashable:
-        """Return None: captured steps differ only in their own number of rows."""
+        """Return None: the cache key of a captured step needs only the number of rows."""
         return None
 
     @contextmanager

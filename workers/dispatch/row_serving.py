@@ -49,7 +49,7 @@ class ServedPlace(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServedStep:
-    """A step as one expert rank serves it."""
+    """Description of a step for the expert rank that serves it."""
 
     header: StepHeader
     combine_mode: CombineMode

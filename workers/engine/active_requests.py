@@ -49,7 +49,7 @@ class ActiveRequests:
         self._sequences[sequence.request.request_id].append(sequence)
 
     def remove_sequence(self, sequence: SequenceState) -> bool:
-        """Remove an ended sequence; returns whether it was the last one of its request."""
+        """Remove an ended sequence; return whether its request has no other sequence left."""
         request_id = sequence.request.request_id
         left = self._sequences[request_id]
         left.remove(sequence)

@@ -24,7 +24,7 @@ class Deadlines:
         self._limit = _MIN_ENTRIES_TO_CLEAN
 
     def __len__(self) -> int:
-        """Number of entries, including those of ended sequences."""
+        """Number of entries in the heap, including entries of ended sequences."""
         return len(self._heap)
 
     def add(self, sequence: SequenceState) -> None:

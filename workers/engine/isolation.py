@@ -89,7 +89,7 @@ class Isolation:
 
     @property
     def alone(self) -> str | None:
-        """Id of the request that must run alone in the next step; None if there is no such step."""
+        """Id of the request that must run alone in the next step; None if no request must."""
         solo = self._solo
         return solo.request_id if solo is not None and solo.is_acknowledged else None
 
@@ -130,7 +130,7 @@ class Isolation:
         return alone if alone in hit else None
 
     def commit(self, request_ids: Collection[str]) -> None:
-        """Record that a step with rows of these requests committed: none of them is a suspect."""
+        """Record that a step with rows of these requests committed, so they are not suspects."""
         if not (self._deaths or self._hit):
             return
         alone = self.alone

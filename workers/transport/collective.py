@@ -335,7 +335,7 @@ class CollectiveTransport:
             self._fail(transfers.items[transfers.num_done].rank, transfers.error)
 
     def _live_world(self) -> World:
-        """Return the process groups. If they were abandoned, raise the error that caused it."""
+        """Return the process groups, or raise the error for which they were abandoned."""
         if self._world is not None:
             return self._world
         if self._loss is not None:

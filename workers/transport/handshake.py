@@ -170,7 +170,7 @@ class ConnectorHandshake(_Handshake):
     has_verdict = False
     """Whether the listener has proved the cluster token; a retry after an error is then useless."""
     is_outdated = False
-    """Whether the listener has refused this worker because it is in a later generation."""
+    """Whether the listener has refused this worker and is in a later generation than it."""
 
     def start(self) -> bytes:
         """Return the first bytes to send."""
