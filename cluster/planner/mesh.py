@@ -86,8 +86,9 @@ def plan(
 ) -> Plan:
     """Plan a balanced placement for a load; with ``current``, one within the move limit.
 
-    The plan is deterministic and never worse than ``current``. ``options`` has the limit. Raises
-    ``ConfigError`` if there are too few slots, or if ``current`` has other banks or devices.
+    ``options`` has the limit. Deterministic. No bank becomes less balanced than in ``current``,
+    except to give experts a missing copy on a second node. Raises ``ConfigError`` if there are too
+    few slots, or if ``current`` has other banks or devices.
     """
     options = options or PlanOptions()
     check(bool(profile.banks), "load_profile.banks", "none", "must name at least one bank")
