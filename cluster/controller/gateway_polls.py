@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 SILENCE_LIMIT_S = 5.0
-"""Seconds without a poll after which a gateway counts as dead; a live gateway polls at once."""
+"""Seconds without a poll after which a gateway counts as dead; a live gateway always polls."""
 _KEPT = 64
 
 
