@@ -68,9 +68,10 @@ class _Connection:
     worker: str = ""
 
     async def read(self, limit: int) -> bytes:
-        """Read the next frame, at most ``limit`` bytes.
+        """Read the next frame.
 
-        Raises ``ProtocolError``, ``IncompleteReadError``, ``OSError``.
+        Raises ``ProtocolError`` (also for more than ``limit`` bytes), ``IncompleteReadError``,
+        ``OSError``.
         """
         length = frame_length(await self.reader.readexactly(_PREFIX_BYTES), limit)
         return await self.reader.readexactly(length)
@@ -220,7 +221,7 @@ class ControlServer:
         return hello.worker
 
     def _forget(self, connection: _Connection, reason: str, is_invalid: bool) -> None:
-        """Remove an ended connection; call ``on_closed`` if the worker has no newer connection."""
+        """Remove an ended connection; call ``on_closed`` unless it was dropped or replaced."""
         self._unproved.pop(connection, None)
         with contextlib.suppress(OSError):
             connection.writer.close()

@@ -1,8 +1,8 @@
 """The controller as a Ray actor, with the methods that launchers, gateways and commands call.
 
 ``ControllerRunner`` runs the controller. If Ray restarts the actor, the workers of the previous
-controller keep serving. The restarted actor first collects the state of the workers, and calls to
-the actor wait until it has tried once.
+controller keep serving. The restarted actor first collects the state of the workers, and most calls
+to the actor wait until it has tried once.
 """
 
 from __future__ import annotations
@@ -107,8 +107,7 @@ class ControllerActor:
         """Restore the cluster of an earlier controller process, if Ray has restarted this actor.
 
         Returns after success or after the first failed attempt; further attempts run in the
-        background. A restarted actor calls this method itself, and calls that need the cluster wait
-        for it.
+        background. A restarted actor calls this method itself, and most other calls wait for it.
         """
         if self._wants_watchdog:
             self._wants_watchdog = False
@@ -116,10 +115,11 @@ class ControllerActor:
         await self._handoff.settle()
 
     async def origin(self) -> dict[str, Any]:
-        """Return ``asked`` and ``config`` (with the cluster token) as ``start`` received them.
+        """Return ``asked`` as ``start`` received it, and the ``config`` of the cluster.
 
-        Both are None before ``start``. Raises ``NotReadyError`` while the workers of an earlier
-        controller cannot be reached.
+        ``config`` has the cluster token, and resources as planned for the start. Both are None
+        before ``start``. Raises ``NotReadyError`` while the workers of an earlier controller cannot
+        be reached.
         """
         await self.restore()
         if self._handoff.is_pending:

@@ -116,7 +116,7 @@ class ControllerRunner:
     def resume(self, plan: StartPlan, collected: CollectedState, term: int) -> None:
         """Continue the cluster of an earlier controller with the state that its workers reported.
 
-        ``term``: term of this controller. Workers that the reported state does not contain are
+        ``term``: term of this controller. Workers that are not alive in the reported state are
         ended.
         """
         controller = self._make(plan, collected.members, collected.memory.notes, term)
@@ -312,7 +312,9 @@ class ControllerRunner:
             self.handle_event(partial(controller.detection.starved, found))
 
     async def _watch_nodes(self, controller: Controller) -> None:
-        """Repeatedly drain workers on nodes that Ray drains, and adapt worker counts to nodes."""
+        """Repeatedly drain workers on nodes that Ray drains, and report live nodes to the
+        controller.
+        """
         while self._is_active(controller):
             await asyncio.sleep(_NODES_S)
             try:

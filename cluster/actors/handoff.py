@@ -89,8 +89,8 @@ async def _hand_off(runner: ControllerRunner, term: int, began_at: float) -> Non
     """Continue with the workers of an earlier controller; end them if they have never served.
 
     ``term``: term that this controller has claimed. ``began_at``: monotonic time of the first
-    attempt. Raises errors of Ray, ``SupersededError``, and ``NotReadyError`` while a worker that
-    may have newer state does not connect, or most other hosts are silent.
+    attempt with this term. Raises errors of Ray, ``SupersededError``, and ``NotReadyError`` while a
+    worker that may have newer state does not connect, or most other hosts are silent.
     """
     group = runner.group
     try:

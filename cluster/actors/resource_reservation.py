@@ -118,8 +118,8 @@ class ResourceReservation:
         """Return the index of the placement group bundle in which a worker is to run.
 
         This is the worker's own bundle, or else a bundle of its role that is not in ``taken``.
-        ``ANY_BUNDLE`` means that Ray may choose: roles do not matter, or the bundles are unknown
-        after a restart of the controller.
+        ``ANY_BUNDLE`` means that Ray may choose: roles do not matter, no such bundle exists, or a
+        restart of the controller has lost the bundles.
         """
         free = [b for b, r in enumerate(self._roles) if r == role and b not in taken]
         return self._bundles.get(name, free[0] if free else ANY_BUNDLE)
