@@ -312,9 +312,7 @@ class ControllerRunner:
             self.handle_event(partial(controller.detection.starved, found))
 
     async def _watch_nodes(self, controller: Controller) -> None:
-        """Repeatedly drain workers on nodes that Ray drains, and report live nodes to the
-        controller.
-        """
+        """Repeatedly drain workers on nodes that Ray drains, and report the live nodes."""
         while self._is_active(controller):
             await asyncio.sleep(_NODES_S)
             try:

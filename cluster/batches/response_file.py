@@ -44,12 +44,12 @@ class ResponseFile:
 
         Args:
             path: path of the file.
-            is_private: whether only this class writes the file. If so, every line without a
+            is_private: whether only this class writes the file. If so, every line without a new
                 response is damage, which is removed. Otherwise only a partial response is damage.
 
         Raises:
             InUseError: another process has the file open.
-            ConflictError: the file has other lines than responses; it is left unchanged.
+            ConflictError: a line is no response or repeats one; the file is left unchanged.
             OSError: the file cannot be read or repaired; it keeps all its responses.
         """
         self._path = path
@@ -58,7 +58,7 @@ class ResponseFile:
         self.answered_ids = set[str]()
         """The ``custom_id`` of each request that has a response in the file."""
         self.num_failed = 0
-        """Number of responses in the file whose HTTP status is an error."""
+        """Number of responses in the file with an HTTP status other than 2xx."""
         try:
             self._lock(self._fd)
             lines = list(self._read())
@@ -138,7 +138,7 @@ class ResponseFile:
     def _read(self) -> Iterator[_Line]:
         """Read and record the responses in the file; yield the position of each.
 
-        Raises ``ConflictError`` if a line is neither a response nor damage.
+        Raises ``ConflictError`` if a line is neither a new response nor damage.
         """
         with open(self._fd, "rb", closefd=False) as file:
             begin = 0
@@ -188,7 +188,7 @@ class ResponseFile:
         os.close(old)
 
     def _write_doubtful(self) -> None:
-        """Write again the lines that a failed sync may have lost; a later sync may miss them."""
+        """Rewrite lines that a failed sync may have lost; a later sync would not report that."""
         if self._is_doubtful:
             self._records.truncate(self._num_synced_bytes)
             self._records.append(b"".join(self._unsynced))
@@ -226,7 +226,7 @@ def is_success(status: int) -> bool:
 
 
 def _is_partial(line: bytes) -> bool:
-    """Return whether a line is an incomplete response of which only the beginning was written.
+    """Return whether a line is the beginning of a response that was not written completely.
 
     Trailing zeros are ignored, because some file systems leave them when a machine fails.
     """

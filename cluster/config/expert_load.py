@@ -15,7 +15,7 @@ class RebalanceSection:
     enable_eplb: bool = False
     """Rebalance experts by load automatically; requires spare expert slots."""
     interval_s: float = field(default=30.0, metadata=INTERNAL)
-    """Shortest time in seconds from the end of an automatic rebalancing to the next one."""
+    """Shortest time in seconds from the end of a rebalancing to the next automatic rebalancing."""
     horizon_s: float = field(default=300.0, metadata=INTERNAL)
     """Time in seconds for which the load is assumed to last; the gain of a rebalancing in this time
     must exceed the cost of its moves.

@@ -48,5 +48,5 @@ class SpeculationSection:
 
     @property
     def max_draft_rows(self) -> int:
-        """Maximum decode rows of a step for drafts, beyond one row for each running sequence."""
+        """Number of decode rows of a step beyond ``max_num_seqs``, which only drafts use."""
         return self.num_speculative_tokens if self.is_on else 0

@@ -23,7 +23,7 @@ class TransportSection:
     heartbeat_s: float = field(default=0.5, metadata=INTERNAL)
     """Time in seconds between two heartbeats of a worker."""
     connect_timeout_s: float = field(default=10.0, metadata=INTERNAL)
-    """Time limit in seconds for opening a connection between two workers, with the handshake."""
+    """Time limit in seconds for opening a connection of a worker, with the handshake."""
     step_timeout_s: float = field(default=60.0, metadata=INTERNAL)
     """Time limit in seconds for one wait on a peer within a step, if nothing else reports the loss
     of the peer.

@@ -131,7 +131,7 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
     """Return the running cluster's configuration, or None if the start of that cluster failed.
 
     Ends the actors of a failed start. Raises ``ConfigError`` if the options of the running cluster
-    differ from the options of ``plan``.
+    differ from the options of ``plan``, and ``StartError`` if the controller does not reply.
     """
     try:
         origin = ask_controller("origin", limit_s=_ANSWER_LIMIT_S)

@@ -30,7 +30,7 @@ from cluster.tracing.output_files import LIMIT_VARIABLE, MAX_BYTES
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
-"""Size of Ray's object store in bytes; 75 MiB is the smallest that works. It holds no tensors."""
+"""Size in bytes of Ray's object store, which holds no tensors. The minimum that works is 75 MiB."""
 START_ATTEMPTS = 3
 _SYSTEM_CONFIG = {
     "worker_niceness": 0,

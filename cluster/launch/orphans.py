@@ -34,11 +34,10 @@ def host_id() -> str:
 
 
 def find_by_files(folder: Path) -> list[ProcessIdentity]:
-    """Find this user's processes that have a file below ``folder`` open or name the folder.
+    """Find this user's processes that have a file below ``folder`` open or in their arguments.
 
-    A process names the folder in its arguments. Every process of a private Ray writes its log below
-    Ray's folder, even one that has replaced its command line and environment by a title. The
-    calling process is left out.
+    Every process of a private Ray writes its log below Ray's folder, even one that has replaced its
+    command line and environment by a title. The calling process is left out.
     """
     prefix = f"{folder}/"
     pids = [

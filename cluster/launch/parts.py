@@ -132,7 +132,7 @@ class ClusterParts:
     def send_shutdown_stage(self, stage: ShutdownStage) -> int:
         """Tell every gateway replica the shutdown stage; return the number of running requests.
 
-        Has no effect, and returns 0, if this launcher did not start the gateway.
+        Has no effect, and returns 0, unless this launcher has started the gateway completely.
         """
         if not self._has_app or not self._heard_at:
             return 0

@@ -30,7 +30,7 @@ from cluster.sizing.gpus import gpu_spec
 from cluster.sizing.mode_choice import resolve_mode
 
 _PORTS = (20_000, 30_000)
-"""Range of ports for ``free_port``, between the ports of Ray's workers and of Kubernetes nodes."""
+"""Range of ports for ``free_port``, between Ray's worker ports and Kubernetes' node ports."""
 _PORT_TRIES = 50
 START_LIMIT_S = 1800.0
 """Default time limit of a start in seconds; large checkpoints on slow disks take minutes."""

@@ -113,10 +113,10 @@ class TraceExport:
         error: str = "",
         span_id: bytes = b"",
     ) -> None:
-        """Record a span that took ``seconds`` and has just ended, as a new trace.
+        """Record a span that took ``seconds`` and has just ended, without a parent.
 
         Attributes that are None are omitted. ``error``: reason of a failure; empty for success.
-        ``span_id``: id that ``new_id`` reserved, serialized; empty for a random id.
+        ``span_id``: serialized ``SpanId`` for the span; empty for a random id in a new trace.
         """
         now_ns = time.time_ns()
         known = {name: value for name, value in attributes.items() if value is not None}

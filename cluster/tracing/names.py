@@ -21,7 +21,7 @@ STEP_SPAN = "expertmesh.step"
 REBALANCE = "expertmesh.rebalance"
 MIGRATION = "expertmesh.migration"
 RECOVERY = "expertmesh.recovery"
-"""Name of the span of a cluster change, which is a trace of its own, like ``REBALANCE``."""
+"""Name of the span of a cluster change, like ``REBALANCE``; the span is a trace of its own."""
 
 OPERATION_NAME = "gen_ai.operation.name"
 PROVIDER_NAME = "gen_ai.provider.name"

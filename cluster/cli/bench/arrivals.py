@@ -25,7 +25,7 @@ class Arrival:
     """Arrival time and lengths of one request."""
 
     due_s: float
-    """Time at which the request is sent, in seconds after the first request."""
+    """Scheduled time of sending, in seconds after the first request."""
     input_len: int
     """Number of prompt tokens."""
     output_len: int

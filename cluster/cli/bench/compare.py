@@ -21,7 +21,7 @@ _HIGHER = ("_per_s", "successful")
 _LOWER = ("_ms", "_us", "_s", "failed", "failures", "unfinished", "_bytes")
 """Endings of value names: lower is better for ``_LOWER``, higher for ``_HIGHER``."""
 _COMMANDS = ("bench ", "benchmarks.")
-"""Prefixes of the names of commands whose documents can be compared."""
+"""Prefixes of the names of commands that save documents for a comparison."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from cluster.cli.terminal.output import save, show
 
 
 def add_save(parser: argparse.ArgumentParser) -> None:
-    """Add the option ``--save``, whose file gets the results."""
+    """Add the option ``--save`` for a file of results."""
     text = "File to write the results to, for bench compare"
     parser.add_argument("--save", type=Path, metavar="FILE", help=text)
 
@@ -35,7 +35,7 @@ def document_of(
 def require_folder(file: Path | None) -> None:
     """Raise ``CommandError`` if the folder of ``file`` is not writable; None: no file.
 
-    Called before a measurement, whose results are written to ``file``.
+    Called before a measurement, so that its results are not lost.
     """
     if file is not None and not os.access(file.parent, os.W_OK):
         raise CommandError(ExitCode.USAGE, f"cannot write {file}: its folder does not exist")
@@ -49,7 +49,7 @@ def show_and_save(args: argparse.Namespace, document: Mapping[str, Any], text: s
 
 
 def iter_values(document: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
-    """Yield name and value of all numbers in nested results; a name is keys joined by dots."""
+    """Yield name and value of each number in nested results; a name is the keys, joined by dots."""
     for key, value in document.items():
         if isinstance(value, Mapping):
             yield from iter_values(value, f"{inside}{key}.")

@@ -13,7 +13,10 @@ from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 
 
 class RequestFailed(CommandError):
-    """A request failed. If this happens in the warm-up, it ends the command."""
+    """A request failed.
+
+    Before the measurement, during preparation and warm-up, this ends the command.
+    """
 
     def __init__(self, reason: str, message: str, code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(code, message)

@@ -92,8 +92,8 @@ def _begin(admin: AdminClient, fields: dict[str, Any], in_turn: bool) -> dict[st
 def drain_gateway(args: argparse.Namespace, quiet_s: float = 12.0) -> int:
     """Drain a gateway; return once it has had no request for ``quiet_s`` seconds.
 
-    ``quiet_s`` is longer than the gateway's ``leaving_lead_s``. Returns ``FAILED`` if requests
-    remain after ``--wait``. Raises ``CommandError``.
+    ``quiet_s`` is longer than the gateway's ``leaving_lead_s``. Returns ``FAILED`` if this takes
+    longer than ``--wait`` seconds, but ``OK`` with ``--wait 0``. Raises ``CommandError``.
     """
     admin = find_admin(args, args.gateway)
     if admin is None:

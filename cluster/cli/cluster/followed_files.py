@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 
 class FollowedFile:
-    """Reader of one growing log file, which continues with the new file after a rotation.
+    """Reader of one growing log file; after a rotation, it continues with the new file.
 
     The old file stays open, so that text written before the rotation is not lost. Must be closed.
     """

@@ -29,7 +29,7 @@ from cluster.launch.orphans import end_private_ray
 from cluster.launch.plan import LaunchPlan
 
 PARENT_VARIABLE = "EXPERTMESH_PARENT"
-"""Environment variable with the process id of ``make serve``, whose end stops the server."""
+"""Variable with the process id of ``make serve``; the server stops when that process ends."""
 _TICK_S = 0.25
 _QUIET_TICK_S = 1.0
 

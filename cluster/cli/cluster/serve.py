@@ -172,10 +172,7 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
 
 
 def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str, dict[str, str]]:
-    """Return the folder and the environment variables of the launcher.
-
-    The folder is new and belongs to a private Ray; it is empty for a joined Ray.
-    """
+    """Return a private Ray's new folder (or "" for a joined Ray) and the launcher's environment."""
     if not is_private:
         return "", without_keys({**os.environ, **local_ray.common_environment()})
     folder = local_ray.make_temp_dir()

@@ -124,7 +124,7 @@ def examine_kernels() -> Finding:
 
 
 def kernels_finding(found: LibraryChoice) -> Finding:
-    """Make the finding about kernels: a warning without them, since torch computes more slowly."""
+    """Make the finding about kernels; a warning unless the processor's best kernels are used."""
     is_best = found.library is not None and not found.reason
     return make_finding("kernels", is_best, found.description, otherwise="warn")
 

@@ -16,7 +16,7 @@ from cluster.launch.local_ray import temp_base
 MIN_THREADS = 1000
 """Minimum number of further threads that must be allowed: the demo has about 400 on 2 cores."""
 MIN_FILES = 4096
-"""Minimum limit of open files per process: a gateway has about 80, and 1,024 waiting requests."""
+"""Minimum limit of open files per process: a gateway has about 80, and one per waiting request."""
 RECOMMENDED_FILES = 65536
 """Recommended limit of open files if this host's limit is below ``MIN_FILES``."""
 MIN_FREE_SHARE = 0.05
@@ -122,7 +122,7 @@ def examine_files() -> Finding:
 
 
 def examine_huge_pages(root: Path = Path("/")) -> Finding:
-    """Check huge pages, which small batches need because they are memory-bound.
+    """Check huge pages, which speed up small batches because these are memory-bound.
 
     See ``workers.model.huge_pages``.
     """

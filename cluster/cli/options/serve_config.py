@@ -181,7 +181,7 @@ def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
 
 
 def _with_ports(config: ClusterConfig) -> ClusterConfig:
-    """Return the configuration with each port 0 replaced by a different free port."""
+    """Return the configuration with each public port 0 replaced by a different free port."""
     data = config.to_dict()
     section = data["gateway"]
     names = ("port", "grpc_port", "serve_proxy")

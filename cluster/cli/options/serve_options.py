@@ -103,7 +103,7 @@ def add_missing_values(words: Sequence[str]) -> list[str]:
     """Add the omitted values of flags: ``--deterministic M`` -> ``--deterministic=on M``.
 
     Otherwise argparse would take any following word as the value. Also joins the values of
-    ``--lora-modules a=x b=y``, of which argparse would take only the first.
+    ``--lora-modules a=x b=y``, because argparse would take only the first.
     """
     words = _join_modules(words)
     flags = {option.flag: option for option in OPTIONS if option.bare}
@@ -281,7 +281,7 @@ def _refusal(path: str, rule: str) -> CommandError:
 
 
 def _parse(option: ServeOption, text: str, origin: str) -> Any:
-    """Parse an option's value of a variable or the file, which ``origin`` names in errors."""
+    """Parse an option's value from a variable or the file, which ``origin`` names in errors."""
     try:
         value = option.kind(text)
     except ValueError as err:

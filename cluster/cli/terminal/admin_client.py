@@ -101,7 +101,7 @@ def _quoted(operation_id: str) -> str:
 
 @contextlib.contextmanager
 def make_admin_client(args: argparse.Namespace) -> Iterator[AdminClient]:
-    """Yield a client that uses Ray (``--address``), or else the admin port.
+    """Yield a client that uses Ray (``--address``), or else the admin port or ``RAY_ADDRESS``.
 
     Raises ``CommandError``.
     """

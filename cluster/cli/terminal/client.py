@@ -37,9 +37,9 @@ def find_url(args: argparse.Namespace) -> str:
 
 
 def find_record(args: argparse.Namespace) -> state_file.ClusterRecord | None:
-    """Return the record of the named or only cluster of this host; None if there is none.
+    """Return the record of the named, the default or the only cluster of this host, or None.
 
-    Raises ``CommandError`` if the named cluster does not run, or several run and none is named.
+    Raises ``CommandError`` if the named cluster does not run, or the choice is ambiguous.
     """
     alive = {r.name: r for r in state_file.running_records()}
     name = args.name or os.environ.get("EXPERTMESH_NAME")
@@ -79,9 +79,9 @@ class Client:
     def get(self, path: str, any_status: bool = False) -> Any:
         """Return the JSON document at ``path``.
 
-        ``any_status``: return the document of an error response instead of raising an error. If the
-        gateway shows only a part of the document to the client's key, the client reads the document
-        again with the admin key, if there is one.
+        ``any_status``: return the document of an error response instead of raising an error, unless
+        the key is rejected. If the gateway shows only a part of the document to the client's key,
+        the client reads the document again with the admin key, if there is one.
         """
         document, key = self._parse(self._read(path, None, any_status)), self._key
         if isinstance(document, dict) and document.get("is_partial") and self._use_admin_key():
@@ -169,7 +169,7 @@ class Client:
         return CommandError(err.code, f"{err} ({hint})")
 
     def _reply(self, path: str, data: bytes | None, limit_s: float | None) -> Any:
-        """Send a request; a GET whose key is rejected is retried with the admin key."""
+        """Send a request; a GET with a rejected key is retried with the admin key."""
         try:
             return self._send(path, data, limit_s)
         except urllib.error.HTTPError as err:
@@ -280,7 +280,7 @@ def validate_url(url: str, origin: str) -> str:
 
 
 def _check_keys(*keys: str) -> None:
-    """Raise ``CommandError`` (usage) for a key that no HTTP header can hold; it is not shown."""
+    """Raise ``CommandError`` (usage), without the key, if no HTTP header can hold a key."""
     if not all(key.isprintable() and key.isascii() for key in keys):
         message = "--api-key and --admin-key must have printable ASCII characters only"
         raise CommandError(ExitCode.USAGE, message)

@@ -16,7 +16,7 @@ RULES: dict[Any, str] = {int: "must be a whole number", float: "must be a number
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors show a usage line and suggest a word, with exit code 2."""
+    """Argument parser; an error shows a usage line, suggests a word and exits with code 2."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse arguments as argparse does; errors about unknown options name the command."""
