@@ -173,16 +173,18 @@ class EpochChange:
     def _order_all(
         self, worker: str, fills: Sequence[SlotFill], tried: frozenset[int], now: float
     ) -> None:
-        """Send ``worker`` a load command for each source, with the experts divided evenly.
+        """Send ``worker`` a load command for each source.
 
         Sources are live devices that hold an expert and are not in ``tried``, or the checkpoint.
+        The nearest devices are preferred; equally near ones share the experts evenly.
         """
         by_source: dict[int, list[SlotFill]] = {}
         used = Counter({o.source: len(o.fills) for o in self._orders.pending.values()})
-        alive = {m.device for m in self.generation.experts}
+        members = {m.device: m for m in self.generation.experts}
         for fill in fills:
-            able = [d for d in fill.sources if d in alive and d not in tried]
-            source = min(able, key=lambda d: (used[d], d), default=CHECKPOINT)
+            near = members[fill.device].nearness
+            able = [d for d in fill.sources if d in members and d not in tried]
+            source = min(able, key=lambda d: (-near(members[d]), used[d], d), default=CHECKPOINT)
             used[source] += 1
             by_source.setdefault(source, []).append(fill)
         for source, own in by_source.items():

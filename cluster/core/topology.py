@@ -71,6 +71,12 @@ class Member(Message, frozen=True, kw_only=True):
         """Whether the worker holds weights of experts, as an expert rank."""
         return holds_experts(self.role)
 
+    def nearness(self, other: Member) -> int:
+        """Return 2 if both workers are on one node, 1 if they are in one link class, else 0."""
+        if self.node == other.node:
+            return 2
+        return int(self.link_class != "" and self.link_class == other.link_class)
+
 
 class Generation(Message, frozen=True, kw_only=True):
     """The workers that run steps together. Messages of another generation are ignored."""

@@ -21,7 +21,7 @@ from cluster.core.frames import (
 )
 from cluster.core.placement import contiguous
 from cluster.core.topology import Generation, Member
-from cluster.planner.stages import Stage, next_stage
+from cluster.planner.stages import SlotFill, Stage, next_stage
 from tests.cluster.controller.fakes_cluster import BANKS, CONFIG, FakeWorkerGroup, make_members
 
 FrameT = TypeVar("FrameT", bound=ControlFrame)
@@ -141,6 +141,33 @@ def test_nothing_to_load_is_reported_at_once() -> None:
     frame = host.link.last("expert-2", NewEpoch)
     assert frame is not None
     assert frame.banks == ()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "link_classes", "source"),
+    [
+        (("a", "b", "c"), ("", "", ""), "expert-1"),
+        (("a", "b", "a"), ("", "", ""), "expert-2"),
+        (("a", "b", "c"), ("x", "y", "x"), "expert-2"),
+        (("a", "a", "b"), ("x", "x", "x"), "expert-1"),
+        (("a", "b", "a"), ("x", "x", "y"), "expert-2"),
+    ],
+)
+def test_weights_come_from_the_node_else_from_the_link_class(
+    nodes: tuple[str, ...], link_classes: tuple[str, ...], source: str
+) -> None:
+    host = Host()
+    members = tuple(
+        replace(m, node=nodes[m.device], link_class=link_classes[m.device])
+        if m.holds_experts
+        else m
+        for m in host.members
+    )
+    host.begin(4, members)
+    fill = SlotFill(bank=0, device=0, slot=4, expert=9, sources=(1, 2))
+    begin_stage(host, Stage(fills=(fill,), placement=stage(host).placement))
+    ((name, order),) = host.orders()
+    assert (name, order.source["peer"]) == ("expert-0", source)
 
 
 def test_another_source_is_tried_and_the_checkpoint_last() -> None:
