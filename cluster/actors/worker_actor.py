@@ -1,4 +1,4 @@
-"""Wraps one worker actor: converts Ray's errors of calls, and ends the actor's process."""
+"""Calls one worker actor, converts Ray's errors, and ends the actor's process."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class KvEventsSection:
     kv_events_topic: str = ""
     """ZeroMQ topic of the events; llm-d's router expects kv@ADDRESS@MODEL."""
     kv_events_buffer_steps: int = field(default=10_000, metadata=INTERNAL)
-    """Number of steps whose KV events are kept for replay, and may wait for one subscriber."""
+    """Number of steps with KV events that are kept for replay, and may wait for one subscriber."""
 
     def __post_init__(self) -> None:
         for name in ("kv_events_endpoint", "kv_events_replay_endpoint"):

@@ -14,10 +14,10 @@ INTERNAL: Mapping[str, str] = MappingProxyType({FLAG: ""})
 
 
 def flag(name: str) -> Mapping[str, str]:
-    """Return metadata of a field whose option is called ``name``, which includes the dashes."""
+    """Return metadata of a field with an option called ``name``, which includes the dashes."""
     return MappingProxyType({FLAG: name})
 
 
 def bare(value: str) -> Mapping[str, str]:
-    """Return metadata of a field whose option means ``value`` if given without a value."""
+    """Return metadata of a field with an option that means ``value`` if given without a value."""
     return MappingProxyType({BARE: value})

@@ -51,7 +51,7 @@ class StartPlan:
     load: LoadProfile | None = None
     """Expected load of the experts; None if the workers are running already."""
     holders: tuple[ExpertHolder, ...] = ()
-    """Serving workers from whose memory a new worker can copy its experts."""
+    """Serving workers that hold experts of a new worker, which it can copy from their memory."""
 
     @property
     def share(self) -> WorkerShare:
@@ -59,7 +59,7 @@ class StartPlan:
         return resolved_share(self.config.workers)
 
     def with_members(self, members: Sequence[Member]) -> StartPlan:
-        """Return the plan with a placement for ``members``, whose nodes are known."""
+        """Return the plan with a placement for ``members``, now that their nodes are known."""
         holders = sorted((m for m in members if m.holds_experts), key=lambda m: m.device)
         devices = [planned_device(m) for m in holders]
         if not devices or self.load is None:

@@ -81,7 +81,7 @@ class SpanId:
 
 
 class TraceExport:
-    """Tracer whose spans a background thread of the SDK exports, so that ending a span never waits.
+    """Tracer; a background thread of the SDK exports its spans, so that ending a span never waits.
 
     Args:
         provider: the SDK's provider. Its id generator is replaced.

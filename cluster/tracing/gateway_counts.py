@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 RETENTION_S = 600.0
 """Maximum age of a stored sample in seconds, relative to the newest record."""
 MAX_GATEWAYS = 64
-"""Maximum number of gateways whose records are kept; the oldest records are dropped."""
+"""Maximum number of gateways with stored records; the oldest records are dropped."""
 
 
 class GatewayRecord(TypedDict):

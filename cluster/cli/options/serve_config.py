@@ -25,7 +25,7 @@ from gateway.auth.key_file import read_key_file
 logger = logging.getLogger(__name__)
 
 REFUSED_FIELDS = ("host", "admin_host")
-"""Settings whose errors exit with ``REFUSED``: these errors concern safety, not syntax."""
+"""Settings that exit with ``REFUSED`` if invalid, because they concern safety, not syntax."""
 _KEY_FIELDS = ("api_keys", "api_key_file", "admin_keys", "admin_key_file")
 _HEARTBEATS_PER_LIMIT = 4
 _MAX_HEARTBEAT_S = 0.5
