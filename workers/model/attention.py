@@ -29,8 +29,9 @@ def attend(
 ) -> Tensor:
     """Write the rows' keys and values to the KV cache, and attend: queries [T, A, D] -> [T, A * V].
 
-    keys [T, K, D]; values [T, K, V], where V = D; None: latent attention. A is a multiple of K;
-    key head j serves query heads j * (A / K) .. (j + 1) * (A / K) - 1.
+    keys [T, K, D]; values [T, K, V], where V = D; None: latent attention, where V is
+    ``latent_rank``. A is a multiple of K; key head j serves query heads j * (A / K) ..
+    (j + 1) * (A / K) - 1.
     """
     write_rows(keys, values, cache, batch.slot_mapping)
     if batch.recorder is not None:
@@ -114,7 +115,7 @@ def _prefill(
 
 
 _SCORES = 1 << 22
-"""Maximum number of attention scores in memory at a time, for prompt rows without SDPA."""
+"""Maximum number of attention scores in memory at a time, but at least those of one prompt row."""
 
 
 def _prefill_by_scores(
@@ -148,8 +149,8 @@ def _prefill_by_scores(
 
 
 def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Return the softmax of scores [K, rows, A / K, keys] float32 over the keys. ``sinks`` [A], if
-    not None: a further score of each head, whose share of the softmax is left out."""
+    """Return the softmax of scores [K, rows, A / K, keys] float32 over the keys and, unless None,
+    ``sinks`` [A], one more score per head; the result has no column for the sinks."""
     if sinks is None:
         return torch.softmax(scores, -1)
     own = sinks.view(len(scores), 1, -1, 1).expand(*scores.shape[:3], 1)
@@ -162,8 +163,8 @@ def attention_map(
     """Return the attention probabilities of a chunk's rows: [K, A / K, rows, length] float32, 0
     where a row does not attend.
 
-    ``queries`` [T, A, D]: of all rows of the batch; the keys are read from ``cache``; ``batch``:
-    with the scale and the sinks of the layer.
+    ``queries`` [T, A, D]: of all rows of the batch; the keys are read from ``cache``; ``batch``
+    has the layer's scale and sinks.
     """
     num_kv_heads, head_dim = batch.num_kv_heads(cache), queries.shape[-1]
     found = cache[:num_kv_heads].index_select(1, chunk.blocks)

@@ -19,12 +19,11 @@ from workers.native.attention_sublayer import E4M3, BatchFields
 from workers.native.panels import DTYPES
 
 PIECE_BYTES = 3 * 1024 * 1024
-"""Maximum bytes of keys and values that decode attention on a CPU copies to scratch memory at a
-time."""
+"""Maximum bytes of keys and values, or of recurrent states, that a CPU copies and computes at a
+time, but at least those of one sequence or head."""
 GPU_PIECE_BYTES = 256 * 1024 * 1024
-"""Maximum bytes of keys and values copied to scratch memory at a time on a GPU whose kernels cannot
-read the KV cache in place. The copied keys are also converted to float32, so that up to three times
-this memory is in use."""
+"""Like ``PIECE_BYTES``, on a GPU where kernels cannot read the KV cache in place. Copied keys may
+also be converted to float32, so that up to three times this memory is in use."""
 
 
 class Workspace:
@@ -48,7 +47,7 @@ class Workspace:
         return torch.index_select(cache, 1, blocks, out=self._gathered[:numel].view(shape))
 
     def float32(self, keys: Tensor) -> Tensor:
-        """Return ``keys.float()`` in scratch memory, valid until the next call."""
+        """Return ``keys.float()``, valid until the next call; float32 keys are not copied."""
         if keys.dtype == torch.float32:
             return keys
         if self._keys.numel() < keys.numel():
@@ -68,13 +67,12 @@ class DecodeGroup:
     visible: Tensor
     """[rows, blocks_per_row * block_size] bool: True where a row attends; see ``decode_mask``."""
     window: int | None = None
-    """Number of positions that a row attends to: its own position and the nearest ones before it.
+    """Maximum number of positions that a row attends to: its own and the nearest ones before it.
     None: all positions up to its own."""
 
     @property
     def lengths(self) -> Tensor:
-        """[rows] int64: number of keys in each row's sequence, up to and including the row's
-        key."""
+        """[rows] int64: number of keys up to and including each row's own."""
         if self.window is None:
             return self.visible.sum(1)
         ends = torch.arange(1, self.visible.shape[1] + 1, device=self.visible.device)
@@ -107,7 +105,7 @@ class PrefillChunk:
     """[rows, length] bool: True where a row attends; see ``chunk_mask``. None: the chunk begins its
     sequence, so the mask is plain causal."""
     window: int | None = None
-    """Number of positions that a row attends to: its own position and the nearest ones before it.
+    """Maximum number of positions that a row attends to: its own and the nearest ones before it.
     None: all positions up to its own."""
 
     def within(self, window: int) -> PrefillChunk:
@@ -153,7 +151,7 @@ class RowChunks:
     tables: NDArray[np.int32]
     """Memory of the block tables, which must not change while the batch is in use."""
     max_length: int
-    """Number of keys of the longest sequence, up to and including the key of its last row."""
+    """Number of keys of the longest sequence, including that of its last row."""
 
     def fields(
         self, cos: Tensor, sin: Tensor, cache: Tensor, *, waves_by_position: bool = False
@@ -189,8 +187,7 @@ class PagedRows:
     """[sequences, max_blocks] int32: block table of each sequence; entries after its last block are
     not read."""
     lengths: Tensor
-    """[sequences] int32: number of keys of each sequence, up to and including its last row's
-    key."""
+    """[sequences] int32: number of keys of each sequence, including that of its last row."""
     first_rows: Tensor
     """[sequences + 1] int32: first row of each sequence, then the number of rows."""
     num_decodes: int
@@ -198,7 +195,7 @@ class PagedRows:
     chunks: tuple[tuple[int, int, int], ...]
     """(first row, one past the last row, keys up to the last row) of each multi-row sequence."""
     window: int | None = None
-    """Number of positions that a row attends to: its own position and the nearest ones before it.
+    """Maximum number of positions that a row attends to: its own and the nearest ones before it.
     None: all positions up to its own."""
 
 
@@ -224,15 +221,14 @@ class StateRows:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Input of attention: KV cache slots that the rows of a batch write, and keys that they
-    read."""
+    """Input of attention: KV cache slots that a batch's rows write, and keys that they read."""
 
     slot_mapping: Tensor
     """[T] int64: KV cache slot (block * block_size + offset) of each row."""
     decodes: tuple[DecodeGroup, ...]
-    """Groups of decode rows: the first d rows of the batch."""
+    """Groups of decode rows, the first rows of the batch."""
     prefills: tuple[PrefillChunk, ...]
-    """Chunks of prompt rows: all rows of the batch after the decode rows."""
+    """Chunks of prompt rows, which follow the decode rows."""
     workspaces: tuple[Workspace, ...]
     """Scratch memory of each compute thread."""
     compute_threads: ComputeThreads
@@ -307,8 +303,8 @@ def group_size(num_blocks: int) -> int:
 
 
 def runs(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Split ``sizes`` into ranges (first, one past the last index) of equal neighbours whose sum is
-    at most ``limit``. A range of one element may exceed the limit.
+    """Split ``sizes`` into ranges (first, one past the last index) of equal neighbours with a sum
+    of at most ``limit``. A range of one element may exceed the limit.
 
     Example: sizes [8, 8, 8, 12], limit 20 -> [(0, 2), (2, 3), (3, 4)].
     """

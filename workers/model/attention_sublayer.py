@@ -44,7 +44,7 @@ class AttentionShape:
     """Limit of the absolute values of queries and keys (after their norms) and of values; None: no
     limit."""
     window: int | None = None
-    """Number of positions that a row attends to: its own position and the nearest ones before it.
+    """Maximum number of positions that a row attends to: its own and the nearest ones before it.
     None: all positions up to its own."""
     scale: float | None = None
     """Factor of the attention scores; None: D ** -0.5."""
@@ -73,8 +73,7 @@ class HeadAttention:
     value; None: no sinks."""
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Attend: projected queries, keys and values of T rows -> attended values; see
-        ``RowAttention.attend_rows``."""
+        """Attend from projected rows; see ``RowAttention.attend_rows``."""
         shape, limit, batch = self.shape, self.shape.clip, self.batch(context)
         if shape.latent_rank is not None:
             heads = rows.view(len(rows), -1, shape.head_dim)
@@ -94,8 +93,7 @@ class HeadAttention:
         )
 
     def batch(self, context: LayerContext) -> AttentionBatch:
-        """Return the context's batch with the window, sinks, scale and latent rank of this
-        layer."""
+        """Return the context's batch with this layer's window, sinks, scale and latent rank."""
         batch, shape = context.within(self.shape.window), self.shape
         if self.sinks is None and shape.scale is None and shape.latent_rank is None:
             return batch
@@ -182,8 +180,8 @@ class SublayerStages(RowAttention, Protocol):
     """Interface of the stages of an attention sublayer whose projections are routed or latent.
 
     Routed projections (attention experts): ``enter``, an exchange, ``attend_rows``, an exchange,
-    ``leave``. Latent projections: ``LatentProjections.project``, which calls ``attend_rows``, then
-    ``leave``.
+    ``leave``. Latent projections: ``LatentProjections.project``, ``leave``; ``project`` calls
+    ``attend_rows`` except for expanded rows.
     """
 
     def enter(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Routes]:

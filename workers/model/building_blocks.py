@@ -70,8 +70,7 @@ class BuildingBlocks:
         self, gate_up: Callable[[], Tensor], down: Callable[[], Tensor], activation: Activation
     ) -> Mlp:
         """Return a gated MLP. ``gate_up`` reads a weight [2 * inner, H] with the gate's rows first,
-        ``down`` reads a weight [H, inner]; each is called when the other weight is no longer
-        needed, to save memory."""
+        ``down`` reads [H, inner]. They are called one after the other, to save memory."""
         return GatedMlp(self.linear(gate_up()), self.linear(down()), activation)
 
     def head_products(self, weight: Tensor, plain_dim: int) -> HeadProducts:

@@ -43,7 +43,7 @@ class ComputeThreads:
 
     @classmethod
     def for_threads(cls, num_threads: int, device_type: str = "cpu") -> ComputeThreads:
-        """Divide ``num_threads`` CPU threads among compute threads and their OpenMP teams.
+        """Divide ``num_threads`` among compute threads, and set the size of their OpenMP teams.
 
         On a GPU the caller is the only thread: several threads would launch more and smaller
         kernels.
@@ -55,7 +55,7 @@ class ComputeThreads:
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Call all tasks, at most ``count``, concurrently; return their results in order.
 
-        Returns when all tasks have ended. If tasks raised exceptions, raises the first one.
+        Returns when all tasks have ended. If tasks raised exceptions, raises one of them.
         """
         assert len(tasks) <= self.count, f"{len(tasks)} tasks for {self.count} threads"
         is_inference = torch.is_inference_mode_enabled()

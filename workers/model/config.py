@@ -133,8 +133,7 @@ class BankSpec:
 
 
 def returns_pairs(banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether combine returns an output for each (row, expert) pair, not a sum for each row, in any
-    exchange of the banks."""
+    """Whether ``ExchangeSpec.returns_pairs`` holds for any exchange of the banks."""
     return any(exchange.returns_pairs(combine_mode) for b in banks for exchange in b.exchanges)
 
 
@@ -189,8 +188,7 @@ class DeltaNetSpec:
     num_key_heads: int
     """G: number of query and key heads."""
     num_value_heads: int
-    """V: number of value heads, a multiple of G. V / G neighbouring value heads share a key
-    head."""
+    """V: number of value heads, a multiple of G; V / G neighbours share a key head."""
     key_dim: int
     """K: elements of a query or key head."""
     value_dim: int
@@ -255,7 +253,8 @@ class ModelConfig:
     """Kind of sequence classifier, ``problem_type`` of ``config.json``; None: not specified, or a
     language model."""
     stored: StorageFormat | None = None
-    """Storage format of the checkpoint's quantized matrices; None: all are in ``dtype``."""
+    """Storage format of the checkpoint's quantized matrices, except MXFP4 matrices, which
+    ``TensorPart.is_mxfp4`` marks; None: no others are quantized."""
     has_tiled_heads: bool = False
     """Whether query head h uses key head h mod ``num_kv_heads``; False: neighbouring query heads
     share a key head."""

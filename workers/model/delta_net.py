@@ -69,8 +69,8 @@ writes the state after each run."""
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Inputs of the delta rule for some rows, float32: queries and keys [.., V, K], normalised, and
-    values [.., V, D]."""
+    """Inputs of the delta rule for some rows, float32: normalised keys and normalised, scaled
+    queries [.., V, K], and values [.., V, D]."""
 
     queries: Tensor
     keys: Tensor
@@ -86,7 +86,7 @@ class TorchDeltaNet:
 
     def __init__(self, net: DeltaNet, *, row_by_row: bool) -> None:
         """``row_by_row``: True: compute row by row, so that a row's bits depend neither on other
-        rows nor on how its sequence is split; False: compute in chunks, which is faster."""
+        rows nor on how its sequence is split; False: compute prompts in chunks, which is faster."""
         self._net = net
         self._row_by_row = row_by_row
 

@@ -1,8 +1,8 @@
 """Copies between host and device with a minimum of waiting.
 
 On a CPU nothing is copied. Copies to a GPU are enqueued on the stream; when the call returns,
-unpinned host memory has been read and may change. Tensors of a GPU are copied to the host in one
-copy, which is the only point where a step waits for its device.
+unpinned host memory has been read and may change. ``to_host`` copies several tensors of a GPU in
+one copy, so that a step waits for its device only once for all of them.
 """
 
 from __future__ import annotations

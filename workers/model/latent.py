@@ -93,8 +93,7 @@ class TorchHeadProducts:
     """``HeadProducts`` (key and value products of latent attention) with ``torch.bmm``."""
 
     def __init__(self, weight: Tensor, plain_dim: int) -> None:
-        """``weight`` [A, N + V, R]: N = ``plain_dim`` key rows, then V value rows, for each of A
-        heads."""
+        """``weight`` [A, N + V, R], where N is ``plain_dim``; see ``HeadProducts``."""
         self._weight = weight
         self._keys, self._values = weight[:, :plain_dim], weight[:, plain_dim:]
 
@@ -103,14 +102,12 @@ class TorchHeadProducts:
         return torch.bmm(queries.transpose(0, 1), self._keys).transpose(0, 1)
 
     def values(self, attended: Tensor) -> Tensor:
-        """Turn sums of latent vectors [T, A, R] into sums of values [T, A * V]; see
-        ``HeadProducts``."""
+        """Turn latent vectors into values: [T, A, R] -> [T, A * V]; see ``HeadProducts``."""
         products = torch.bmm(attended.transpose(0, 1), self._values.transpose(1, 2))
         return products.transpose(0, 1).reshape(len(attended), -1)
 
     def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
-        """Compute keys and values [L, last - first, N + V] from latent vectors [L, R]; see
-        ``HeadProducts``."""
+        """Compute keys and values [L, last - first, N + V]; see ``HeadProducts``."""
         rows = functional.linear(latents, self._weight[first:last].flatten(0, 1))
         return rows.view(len(latents), last - first, -1)
 
@@ -120,8 +117,8 @@ class LinearHeadProducts:
     not depend on other rows."""
 
     def __init__(self, weight: Tensor, plain_dim: int, linear: Callable[[Tensor], Linear]) -> None:
-        """``weight`` [A, N + V, R]: N = ``plain_dim`` key rows, then V value rows, for each of A
-        heads; ``linear`` makes a product from a weight [out, in]."""
+        """``weight`` [A, N + V, R], where N is ``plain_dim``; see ``HeadProducts``. ``linear``
+        makes a product from a weight [out, in]."""
         self._keys = [linear(head[:plain_dim].T.contiguous()) for head in weight]
         self._values = [linear(head[plain_dim:].contiguous()) for head in weight]
 
@@ -131,8 +128,7 @@ class LinearHeadProducts:
         return torch.stack([product(x.contiguous()) for product, x in heads], 1)
 
     def values(self, attended: Tensor) -> Tensor:
-        """Turn sums of latent vectors [T, A, R] into sums of values [T, A * V]; see
-        ``HeadProducts``."""
+        """Turn latent vectors into values: [T, A, R] -> [T, A * V]; see ``HeadProducts``."""
         heads = zip(self._values, attended.unbind(1), strict=True)
         return torch.cat([product(x.contiguous()) for product, x in heads], 1)
 

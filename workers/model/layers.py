@@ -30,8 +30,7 @@ from workers.model.torch_private import pack, packed_linear, supports_packing, u
 from workers.native.attention_sublayer import BatchFields
 
 _PACK_MIN_ELEMENTS = 64 * 1024
-"""Minimum elements of a float32 weight that is copied into oneDNN's packed layout; bfloat16 weights
-of any size are.
+"""Minimum elements of a float32 weight to pack it in oneDNN's layout; bfloat16 has no minimum.
 
 Microseconds of a product, plain -> packed, for 1 row / 32 rows (AMD EPYC with avx512_bf16, torch
 2.13, 1 thread): 384 x 128 5 -> 16 / 37 -> 42, 512 x 512 23 -> 29 / 190 -> 162, 50304 x 512
@@ -45,8 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 _VECTORS = 32
-"""Number of float32 elements to a multiple of which ``row_wise`` pads rows: itself a multiple of
-torch's vector width."""
+"""``row_wise`` pads rows to a multiple of this, itself a multiple of torch's float32 vectors."""
 
 
 def row_wise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -66,11 +64,9 @@ def row_sigmoid(x: Tensor) -> Tensor:
 
 
 _SPLIT_MIN_ELEMENTS = 4 * 1024 * 1024
-"""Minimum elements of a weight that is split among the compute threads: reading such a weight
-dominates the cost of a product."""
+"""Minimum elements of a weight to split it among threads, as reading it dominates the cost."""
 _SPLIT_MIN_PRODUCTS = 32 * 1024 * 1024
-"""Minimum multiplications (rows x weight elements) of a product whose rows are split among the
-compute threads: 0.3 ms on one core."""
+"""Minimum multiplications (rows x weight elements) to split rows: 0.3 ms on one core."""
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -80,8 +76,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class Linear:
-    """Linear product, x @ weight.T + bias. The constructor may copy the weight, so callers should
-    drop their own reference to save memory."""
+    """Computes x @ weight.T + bias. It may copy the weight; callers should drop their reference."""
 
     __slots__ = ("_biases", "_compute_threads", "_is_packed", "_weights")
 
@@ -92,9 +87,8 @@ class Linear:
         may_pack: bool = True,
         compute_threads: ComputeThreads | None = None,
     ) -> None:
-        """``weight`` [out, in]. ``may_pack``: False to keep using the memory of ``weight``, as for
-        an lm_head tied to the embedding. ``compute_threads`` share large products; None: the
-        calling thread computes alone."""
+        """``weight`` [out, in]. ``may_pack``: False to share memory, as a tied lm_head does.
+        ``compute_threads`` share large products; None: the calling thread computes alone."""
         self._compute_threads = compute_threads or ComputeThreads()
         self._is_packed = may_pack and can_pack(weight)
         num_parts = self._compute_threads.count if weight.numel() >= _SPLIT_MIN_ELEMENTS else 1
@@ -145,8 +139,7 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def gated_activation(activation: Activation | ClampedSwiglu) -> GatedActivation:
-    """Return the function [.., 2 * inner] -> [.., inner] that applies the activation to the first
-    half (gate) and multiplies the result by the second half (up); see ``ClampedSwiglu``."""
+    """Return a function of gate and up: activation(gate) * up, or ``ClampedSwiglu``."""
     if isinstance(activation, ClampedSwiglu):
         return partial(_clamped, alpha=activation.alpha, limit=activation.limit)
     activate = _ACTIVATIONS[activation]
@@ -199,17 +192,14 @@ class GatedMlp:
 
 @dataclass(frozen=True, slots=True)
 class LayerProduct:
-    """A linear product or an MLP of a layer, and the checkpoint matrices that its weights are made
-    of. LoRA adapters are applied to such products."""
+    """Product or MLP of a layer, with the checkpoint matrices that LoRA adapters may change."""
 
     product: Linear | Mlp
     """The linear product, or an MLP with all its products."""
     parts: Mapping[str, TensorPart]
-    """Checkpoint matrices by short name, such as ``q``, in the order in which their rows are
-    stacked; an MLP has ``gate``, ``up``, ``down``."""
+    """Matrices by short name, in the order of their rows; an MLP has ``gate``, ``up``, ``down``."""
     order: Tensor | None = None
-    """[rows] int64: for each row of the product's weight, its row in the stacked checkpoint
-    matrices; None: the rows are in the same order."""
+    """[rows] int64: row of the stacked matrices at each row of the product; None: same order."""
 
 
 class RowAdapters(Protocol):
@@ -219,8 +209,7 @@ class RowAdapters(Protocol):
         """Return ``linear(x)`` plus the delta of each row's adapter: [T, in] -> [T, out]."""
 
     def apply(self, mlp: Mlp, x: Tensor) -> Tensor:
-        """Return ``mlp(x)`` with the deltas of each row's adapter added to the products of the MLP:
-        [T, H] -> [T, H]."""
+        """Return ``mlp(x)`` with each row's deltas in the MLP's products: [T, H] -> [T, H]."""
 
 
 Attend = Callable[[Tensor, Tensor, Tensor | None, Tensor, AttentionBatch], Tensor]
@@ -283,21 +272,19 @@ class ModelInputs:
     attention: AttentionBatch
     """KV cache slots that the rows write, and the keys that the rows attend to."""
     given: tuple[tuple[int, Tensor], ...] = ()
-    """(first row, embeddings [n, H] float32) of each run of n rows whose input is an embedding in
-    place of a token; the token ids of these rows are 0."""
+    """(first row, embeddings [n, H] float32) of rows given as embeddings; their token id is 0."""
     adapters: RowAdapters | None = None
     """LoRA adapters of the rows; None: no row has an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """Inputs that are the same for all layers in a forward pass."""
+    """Inputs that all layers of a forward pass share."""
 
     cos: Tensor
     """Cosines of the rotary embedding of each row, [T, 1, D]."""
     sin: Tensor
-    """Sines of the rotary embedding of each row, [T, 1, D], negated in the first half; see
-    ``Rope.rows``."""
+    """Sines of each row, [T, 1, D], negated in the first half; see ``Rope.rows``."""
     attention: AttentionBatch
     windows: Mapping[int, AttentionBatch]
     """Variants of ``attention`` with the mask of a sliding window, by window width in tokens."""
@@ -323,8 +310,7 @@ class Layer(Protocol):
     """Interface of one decoder layer."""
 
     def forward(self, hidden: Tensor, cache: Tensor, context: LayerContext) -> LayerSteps:
-        """Run the layer: hidden states [T, H] -> [T, H]; ``cache`` is the layer's tensor of
-        ``KVCache``."""
+        """Run the layer: [T, H] -> [T, H]; ``cache`` is the layer's tensor of ``KVCache``."""
 
 
 class TokenPredictor(Protocol):
@@ -362,14 +348,13 @@ class AttentionModel:
     """Index of the first layer that has keys and values (not a recurrent state)."""
     predictor: TokenPredictor | None = None
     products: Sequence[LayerProduct] = ()
-    """Linear products and MLPs of the layers, in the order of loading, as targets of LoRA."""
+    """Products and MLPs of the layers, routers included; LoRA selects its targets among them."""
     linear: Callable[[Tensor], Linear] = Linear
-    """Function that makes a linear product from a weight [out, in], with the implementation that
-    the layers' products have."""
+    """Makes a product like those of the layers, from a weight [out, in]."""
 
     def forward(self, inputs: ModelInputs, caches: Sequence[Tensor]) -> LayerSteps:
-        """Run all layers and the final norm; return hidden states [T, H]. Writes the rows' keys and
-        values to ``caches``, one tensor per layer."""
+        """Run all layers and the final norm; return hidden states [T, H]. Writes keys, values and
+        recurrent states to ``caches``, one tensor per layer."""
         context = self.context(inputs, caches)
         hidden = self.embed(inputs.token_ids, inputs.given)
         return (yield from self.run_from(0, hidden, context, caches))
@@ -397,8 +382,7 @@ class AttentionModel:
         return LayerContext(cos, sin, inputs.attention, windows, native, inputs.adapters)
 
     def embed(self, token_ids: Tensor, given: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """Return the first layer's input [T, H], a new tensor: the embeddings of ``token_ids`` [T],
-        except rows replaced by those in ``given``, see ``ModelInputs.given``."""
+        """Return the first layer's input [T, H], a new tensor; ``given`` as in ``ModelInputs``."""
         hidden = self.embedding(token_ids)
         for first, rows in given:
             hidden[first : first + len(rows)] = rows

@@ -50,8 +50,8 @@ def supports_packing(weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return a copy of ``weight`` [out, in] in oneDNN's layout, which only ``packed_linear`` and
-    ``unpack`` can read."""
+    """Return a copy of ``weight`` [out, in] in oneDNN's layout, only for ``packed_linear``,
+    ``scriptable_packed_linear`` and ``unpack``."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 
@@ -66,9 +66,7 @@ _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN el
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply x [rows, in] by a weight in oneDNN's layout (``pack``) and add the bias: [rows,
-    out].
-    """
+    """Return x [rows, in] times a weight of ``pack``, plus the bias: [rows, out]."""
     assert _linear_pointwise is not None, "nothing is packed without oneDNN"
     result: Tensor = _linear_pointwise(x, packed, bias, "none", [], "")
     return result
@@ -89,8 +87,7 @@ and compiles this function even if no weight is packed."""
 # Process groups without a global world
 
 _NEVER = timedelta(days=1)
-"""Timeout of NCCL's own watchdog, so long that the watchdog never acts: the code that exchanges
-rows has its own timeouts."""
+"""Timeout of NCCL's own watchdog, so long that it never acts: the transport has its own limits."""
 
 
 def gloo_group(store: Store, rank: int, size: int, host: str, timeout_s: float) -> Any:
@@ -139,8 +136,9 @@ _SUCCESS = 0
 def has_failed(work: Work) -> bool:
     """Whether transfers have ended with an NCCL error; False while they run.
 
-    Used in place of ``Work.wait``, which would abort only the communicator of ``work`` and may wait
-    for kernels of other communicators. All communicators of a process must be aborted together.
+    To be called before ``Work.wait``, which after an error would abort only the communicator of
+    ``work`` and might wait for kernels of other communicators. All communicators of a world must be
+    aborted together.
     """
     result: Any = work.get_future_result()  # type: ignore[attr-defined]  # not in torch's stub
     return bool(result.done()) and result.value() != _SUCCESS

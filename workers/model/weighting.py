@@ -57,9 +57,8 @@ def sum_of_pairs(
 ) -> Tensor:
     """Compute the expert outputs of all (row, expert) pairs, then the weighted sum of each row.
 
-    Implements ``ExpertBank.compute_rows``. ``slots`` [rows, k]: expert slots, negative for none.
-
-    ``compute(inputs, pair_input, pair_slot)`` is ``ExpertBank.compute`` for one exchange.
+    Implements ``ExpertBank.compute_rows``, which describes the arguments, with
+    ``compute(inputs, pair_input, pair_slot)``: ``ExpertBank.compute`` for one exchange.
     """
     top_k = slots.shape[1]
     flat = slots.flatten()

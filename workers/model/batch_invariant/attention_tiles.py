@@ -24,8 +24,8 @@ TILE = 64
 _MIN_QUERIES = 4
 """Minimum number of query rows of a product; fewer rows are padded with zeros."""
 _PIECE_ELEMENTS = 1 << 20
-"""Maximum number of elements of queries, scores and outputs of prompt rows that are in memory at a
-time."""
+"""Maximum number of elements of queries, scores and outputs of prompt rows in memory at a time, but
+at least those of ``_MIN_QUERIES`` rows."""
 
 
 def attend_tiles(
@@ -52,8 +52,8 @@ def attend_tiles(
 def _decode(
     scaled: Tensor, cache: Tensor, group: DecodeGroup, space: Workspace, batch: AttentionBatch
 ) -> Tensor:
-    """Attend with a group of decode rows; ``scaled`` queries [T, K, A / K, D] -> [rows, K, A / K,
-    V] float32."""
+    """Attend with a group of decode rows; ``scaled`` queries [T, K, A / K, D] of all rows ->
+    [rows, K, A / K, V] float32."""
     rows, sinks = group.last - group.first, batch.sinks
     found = _gather(cache, group.blocks.view(rows, -1), space, batch)
     heads = scaled[group.first : group.last].transpose(0, 1)
@@ -65,8 +65,8 @@ def _decode(
 def _prefill(
     scaled: Tensor, cache: Tensor, chunk: PrefillChunk, space: Workspace, batch: AttentionBatch
 ) -> list[Tensor]:
-    """Attend with the rows of a prompt chunk; ``scaled`` queries [T, K, A / K, D] -> list of pieces
-    [rows, K, A / K, V] float32, each small enough for the memory limit."""
+    """Attend with the rows of a prompt chunk; ``scaled`` queries [T, K, A / K, D] of all rows ->
+    pieces [rows, K, A / K, V] float32, divided by ``_PIECE_ELEMENTS``."""
     keys, values = _gather(cache, chunk.blocks.view(1, -1), space, batch)
     num_kv_heads, group_size, head_dim = scaled.shape[1:]
     per_row = num_kv_heads * group_size * keys.shape[2] * (2 * head_dim + TILE)

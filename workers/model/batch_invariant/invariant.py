@@ -65,8 +65,8 @@ LINEAR_FORMS = (ProductVariant(True), ProductVariant(False), ProductVariant(Fals
 
 
 class RowInvariantLinear(Linear):
-    """``Linear`` in which a row's bits do not depend on other rows: pads few rows and splits many,
-    so that products have only numbers of rows that were tested."""
+    """``Linear`` in which a row's bits do not depend on other rows: it pads few rows and splits
+    many, so that all products have tested numbers of rows."""
 
     __slots__ = ("_max_rows", "_min_rows")
 
@@ -165,8 +165,7 @@ class RowInvariantBlocks(BuildingBlocks):
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ``ConfigError`` for a device that batch-invariant blocks do not support: all except
-    CPUs."""
+    """Raise ``ConfigError`` unless the device is a CPU: other kernels have not been tested."""
     if device.type != "cpu":
         raise ConfigError("deterministic", True, f"needs device cpu (is {device.type})")
 

@@ -84,8 +84,8 @@ def _native_results(library: Library, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _operands(out: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a weight [out, 2 * width] and rows [_NUM_ROWS, 2 * width] whose products would be 0
-    without rounding.
+    """Return a weight [out, 2 * width] and rows [_NUM_ROWS, 2 * width]; without rounding, their
+    products would be 0.
 
     The second half of each sum subtracts the terms of the first half, so that only rounding errors
     remain.

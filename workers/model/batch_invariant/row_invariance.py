@@ -4,8 +4,8 @@ Matrix libraries select kernels by the number of rows, so a row's last bits depe
 an AMD EPYC, torch 2.13, one thread, float32 products of 1 to 3 rows differ from products of 4 and
 more, plain and batched; in oneDNN's packed layout only a single row does, and only for some shapes;
 bfloat16 never. On an Intel Xeon with AMX, float32 products of some hundred inputs differ in both
-layouts, unless their number of rows is fixed. Other processors may differ, so the tests run at
-every start of a worker.
+layouts, unless their number of rows is fixed. Other processors may differ, so each worker tests its
+own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Agree = Callable[[Callable[[Tensor], Tensor], Tensor], bool]
 """Test of whether a function of rows is batch-invariant, called with the function and rows to use;
 see ``rows_agree``."""
 MAX_ROWS = 128
-"""Maximum number of rows of a tested batch; batch-invariant products never have more rows."""
+"""Maximum rows of a tested part of a batch; batch-invariant products never have more rows."""
 NUM_TRIED_ROWS = MAX_ROWS + 12
 _FEW = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17)
 _MANY = (24, 31, 33, 48, 65, 96, 127, MAX_ROWS)

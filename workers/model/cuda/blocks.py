@@ -19,7 +19,8 @@ from workers.model.layers import Attend
 
 
 class CudaBlocks(BuildingBlocks):
-    """Building blocks for a GPU: the attention sublayer uses GPU kernels, all other parts torch."""
+    """Building blocks for a GPU: attention sublayers use GPU kernels, except that latent attention,
+    like all other parts, uses torch."""
 
     def sublayer(self, half: TorchAttentionSublayer) -> StagedSublayer:
         return CudaAttentionSublayer(half)

@@ -27,15 +27,14 @@ if TYPE_CHECKING:
 
 
 class CudaAttention:
-    """Attention from projected rows to attended values with GPU kernels. Results differ from those
-    of ``HeadAttention`` only in the order of sums."""
+    """Attention from projected rows to attended values with GPU kernels, latent attention with
+    torch. Results differ from those of ``HeadAttention`` only in the order of sums."""
 
     def __init__(self, attention: HeadAttention) -> None:
         self._attention = attention
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Attend: projected queries, keys and values of T rows -> attended values; see
-        ``RowAttention.attend_rows``."""
+        """Attend from projected rows; see ``RowAttention.attend_rows``."""
         from workers.cuda.heads import prepare_heads
 
         shape, batch = self._attention.shape, self._attention.batch(context)

@@ -23,8 +23,8 @@ def gpu_facts(device: torch.device) -> tuple[str, float]:
 
 
 def gpu_memory(device: torch.device, share: float = 1.0) -> GpuMemory:
-    """Return a GPU's memory sizes, after freeing the memory that torch caches. ``share``: share of
-    the GPU that the worker may use."""
+    """Return a GPU's memory sizes, after freeing memory that torch caches. ``share``: part of the
+    GPU that the worker may use, 1 for all."""
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return GpuMemory(

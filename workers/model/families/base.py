@@ -58,7 +58,7 @@ class Loader:
     parts: Mapping[str, TensorPart]
     """Tensors by short name; the name of a bias is the name of its matrix with ``_bias``."""
     products: list[LayerProduct] = field(default_factory=list)
-    """Products and MLPs of all layers that were loaded so far; each new product is appended."""
+    """Products and MLPs loaded so far, of all layers; each new one is appended."""
 
     def tensor(self, *names: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read tensors by short name, stacked row over row. ``dtype`` None: the model dtype."""
@@ -72,7 +72,7 @@ class Loader:
         return self.reader.borrow([self.parts[name] for name in names], self.dtype)
 
     def linear(self, *names: str, order: Tensor | None = None, may_quantize: bool = True) -> Linear:
-        """Load one product from matrices stacked row over row, with their biases if present.
+        """Load one product from matrices stacked row over row, with biases if the first has one.
 
         ``order`` [rows] int64: index of the stacked row at each row of the product; None: the same
         order. ``may_quantize``: see ``BuildingBlocks.linear``.
@@ -138,7 +138,7 @@ class Family(ABC):
     def with_predictor(self) -> Family:
         """Return a copy of the family that includes the multi-token prediction layer (MTP).
 
-        Raises ``CheckpointError`` if no such layer is supported, as in most families.
+        Raises ``CheckpointError`` if there is none that is supported, as in most families.
         """
         name = self.config.model_type
         raise CheckpointError(
@@ -173,7 +173,7 @@ class Family(ABC):
     ) -> AttentionModel:
         """Load the model except its routed experts, one tensor at a time.
 
-        ``max_positions``: positions in the table of the rotary embedding; None: the context.
+        ``max_positions``: positions in the rotary embedding's table; None: the model's context.
         """
         config = self.config
         attend = blocks.attention(config, dtype)

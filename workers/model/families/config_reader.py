@@ -114,7 +114,7 @@ class ConfigReader:
         return value
 
     def real(self, key: str, default: float) -> float:
-        """Return the positive number at ``key``. Raises ``CheckpointError`` for other values."""
+        """Return the positive number at ``key``, or ``default``. Raises ``CheckpointError``."""
         value = self.value(key, default=default)
         if (
             isinstance(value, bool)
@@ -150,7 +150,7 @@ class ConfigReader:
         return cast(Activation, value)
 
     def token_ids(self, key: str, default: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-        """Return the token ids at ``key``: empty for null, ``default`` if the key is absent."""
+        """Return the ids at ``key``; null: none; absent: those of ``default`` < ``vocab_size``."""
         self._asked.add(key)
         if key not in self.raw:
             return tuple(token for token in default if token < vocab_size)
@@ -293,7 +293,7 @@ def sparse_layers(settings: ConfigReader, num_layers: int) -> tuple[int, ...]:
 
 
 def _prediction_layers(settings: ConfigReader) -> int:
-    """Return the number of multi-token prediction layers (MTP); 0 if absent or not a number."""
+    """Return the number of multi-token prediction layers (MTP); 0 if absent or invalid."""
     count = settings.raw.get("num_nextn_predict_layers")
     return count if isinstance(count, int) and count > 0 else 0
 

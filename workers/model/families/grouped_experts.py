@@ -70,7 +70,7 @@ class GroupedExperts:
         sparse_layers: tuple[int, ...] | None = None,
         scoring: Literal["sigmoid", "float32_softmax"] = "sigmoid",
     ) -> GroupedExperts:
-        """Read the settings. ``sparse_layers`` None: all layers after ``first_k_dense_replace``.
+        """Read the settings. ``sparse_layers`` None: all but the first ``first_k_dense_replace``.
 
         Raises ``CheckpointError`` naming the unsupported key.
         """

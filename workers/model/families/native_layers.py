@@ -179,7 +179,7 @@ class NativeLayers:
     def run(
         self, flows: Sequence[NativeMicroBatch], advance: Callable[[], None], advance_s: float
     ) -> tuple[int, int]:
-        """Run all layers in one native call, alternating between the micro-batches ``flows``.
+        """Run all layers in native calls, alternating between the micro-batches ``flows``.
 
         ``advance``, ``advance_s``, the result and the errors are those of ``run_layers``.
         """
@@ -191,7 +191,7 @@ class NativeLayers:
 
 
 def native_layers(model: AttentionModel, caches: Sequence[Tensor]) -> NativeLayers | None:
-    """Return the layers of a model for native calls; None if a part is not supported."""
+    """Return the layers of a model for native calls; None if the model does not support them."""
     parts = [found for layer in model.layers if (found := _parts(layer)) is not None]
     choices = {found.half.routing.top_k for found in parts if found.half.routing is not None}
     if not parts or len(parts) < len(model.layers) or len(choices) > 1:

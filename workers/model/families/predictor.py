@@ -44,7 +44,7 @@ class Predictor:
 
 
 def predictor_parts(config: ModelConfig, prefix: str) -> dict[str, TensorPart]:
-    """Return the prediction layer's tensors that a decoder layer does not have."""
+    """Return the prediction layer's tensors that a decoder layer lacks, by short name."""
     width = config.hidden_size
     return {
         "token_norm": part(f"{prefix}.enorm.weight", width),
@@ -55,7 +55,7 @@ def predictor_parts(config: ModelConfig, prefix: str) -> dict[str, TensorPart]:
 
 
 def predicting(config: ModelConfig) -> ModelConfig:
-    """Return ``config`` with the prediction layer in use. Raises ``CheckpointError`` if absent."""
+    """Return ``config`` with the prediction layer in use; ``CheckpointError`` if it has none."""
     if not config.num_prediction_layers:
         raise CheckpointError(
             "config.json: num_nextn_predict_layers must be at least 1 for speculative_method mtp: "

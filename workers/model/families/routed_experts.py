@@ -58,7 +58,7 @@ class RoutedExperts:
         activation: ClampedSwiglu | None = None,
         has_bias: bool = False,
     ) -> tuple[BankSpec, ...]:
-        """Return a bank of gated MLPs for each layer with experts; arguments: see ``BankSpec``."""
+        """Return a bank of gated MLPs for each sparse layer; see ``BankSpec``, ``ExchangeSpec``."""
         exchange = mlp_exchange(config, self.expert_width, activation, has_bias)
         layers = range(config.num_layers) if self.sparse_layers is None else self.sparse_layers
         return tuple(

@@ -31,7 +31,7 @@ def load_attention_model(
     context. On a CPU with a ``team``, native kernels compute. Without a team, ``compute_threads``
     share large products; None: the calling thread computes alone, as it always does on a GPU or if
     ``deterministic``. ``form``: format to which native products are quantized while they are
-    loaded; None: not quantized. It requires a team.
+    loaded; None: not quantized. A format requires a team.
 
     Raises ``CheckpointError``, and ``ConfigError`` if this machine cannot be deterministic.
     """

@@ -77,15 +77,14 @@ class Checkpoint:
         """Hash that identifies the checkpoint, 16 hex digits: of config.json, of all headers, and
         of sizes and samples of the weight files."""
         self.loaded_bytes = 0
-        """Bytes on disk that were read so far."""
+        """Bytes (size on disk) of the tensors that were read or received so far."""
         self._progress = progress
         self._total_bytes = 0
         dtypes = {name: entry.dtype for name, entry in self.tensors.items()}
         self.family.banks = kept_banks(quantize, self.family, dtypes)
         self.keeps_codes = quantize == "auto"
         """Whether experts that workers keep in a quantized format (``ExchangeSpec.form``) are
-        stored in this format on disk; False: they are quantized during loading.
-        """
+        stored in this format on disk; False: they are quantized during loading."""
 
     def another(self) -> Checkpoint:
         """Return a ``Checkpoint`` with which another thread can read the same files. It shares the

@@ -28,8 +28,8 @@ def auto_dtype(config: ModelConfig) -> str:
 
 
 def resolve_dtype(setting: str, config: ModelConfig) -> torch.dtype:
-    """Return the compute dtype for ``--dtype`` ``setting``. Raises ``ConfigError`` for an
-    unsupported dtype."""
+    """Return the compute dtype for ``setting``, the value of ``--dtype``. Raises ``ConfigError``
+    for an unsupported dtype."""
     name = auto_dtype(config) if setting == "auto" else setting
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in known:

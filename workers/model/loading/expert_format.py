@@ -91,8 +91,8 @@ def stored_experts(
 ) -> StoredExperts:
     """Return how expert matrices are stored: in one format that kernels compute with, or not.
 
-    ``parts``: tensors of all experts in one exchange. ``stored``: format that ``config.json``
-    declares; None: not quantized. ``dtypes``: see ``kept_banks``.
+    ``parts``: matrices of all experts in one exchange. ``stored``: see ``ModelConfig.stored``.
+    ``dtypes``: see ``kept_banks``.
     """
     if parts and all(part.is_mxfp4 for part in parts):
         return StoredExperts(form=mxfp4.FORMAT)

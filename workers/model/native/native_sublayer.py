@@ -51,13 +51,12 @@ class NativeAttention:
         self.team = team
         """Threads that compute the attention."""
         self.fields = _attention_fields(attention, dtype)
-        """Description of the attention as a C struct, which points to memory of this object."""
+        """Description of the attention as a C struct, valid as long as this object exists."""
         self._attention = attention
         self._dtype = dtype
 
     def attend_rows(self, rows: Tensor, cache: Tensor, context: LayerContext) -> Tensor:
-        """Attend: projected queries, keys and values of T rows -> attended values; see
-        ``RowAttention.attend_rows``."""
+        """Attend from projected rows; see ``RowAttention.attend_rows``."""
         shape = self._attention.shape
         if context.native is None:
             return self._attention.attend_rows(rows, cache, context)
@@ -71,7 +70,7 @@ class NativeAttention:
         return attended
 
     def _queries(self, rows: RowsFields, count: int, context: LayerContext) -> Tensor | None:
-        """Let the native call write the rotated queries for the batch's recorder; return their
+        """Make the native call write the rotated queries for the batch's recorder; return their
         memory [count, A, D]. None: the batch has no recorder."""
         if context.attention.recorder is None:
             return None
@@ -92,8 +91,8 @@ class NativeAttention:
 
 
 class NativeAttentionSublayer(NativeAttention):
-    """Attention sublayer in one native call, or in several calls if its projections are routed or
-    latent."""
+    """Attention sublayer in one native call, or in several if its projections are routed or latent
+    or the batch has LoRA adapters."""
 
     def __init__(self, team: ThreadTeam, half: TorchAttentionSublayer) -> None:
         """``half``: weights and parameters of the sublayer; its products must be native."""

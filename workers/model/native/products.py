@@ -140,8 +140,7 @@ class NativeHeadProducts:
     each head is an expert."""
 
     def __init__(self, team: ThreadTeam, weight: Tensor, plain_dim: int) -> None:
-        """``weight`` [A, N + V, R]: N = ``plain_dim`` key rows, then V value rows, for each of A
-        heads."""
+        """``weight`` [A, N + V, R], where N is ``plain_dim``; see ``HeadProducts``."""
         self._team, self._num_heads = team, len(weight)
         self._keys = self._table([head[:plain_dim].T.contiguous() for head in weight])
         self._values = self._table([head[plain_dim:].contiguous() for head in weight])
@@ -151,8 +150,7 @@ class NativeHeadProducts:
         return self._multiply(self._keys, queries)
 
     def values(self, attended: Tensor) -> Tensor:
-        """Turn sums of latent vectors [T, A, R] into sums of values [T, A * V]; see
-        ``HeadProducts``."""
+        """Turn latent vectors into values: [T, A, R] -> [T, A * V]; see ``HeadProducts``."""
         return self._multiply(self._values, attended).flatten(1)
 
     def expand(self, latents: Tensor, first: int, last: int) -> Tensor:
@@ -166,8 +164,7 @@ class NativeHeadProducts:
         return table
 
     def _multiply(self, table: SlotTable, rows: Tensor) -> Tensor:
-        """Multiply each head's rows by the head's matrix in ``table``: [T, A, in] -> [T, A,
-        out]."""
+        """Multiply each head's rows by its matrix in ``table``: [T, A, in] -> [T, A, out]."""
         inputs = rows.reshape(-1, rows.shape[2]).contiguous()
         heads = torch.arange(self._num_heads).repeat(len(rows))
         found = expert_pairs(self._team, table, inputs, torch.arange(len(inputs)), heads)

@@ -81,7 +81,7 @@ def family(config: Mapping[str, Any]) -> Ernie45MoeFamily:
 
 
 def _sparse_layers(settings: ConfigReader) -> tuple[int, ...]:
-    """Return the layers with experts: each ``moe_layer_interval``-th from start to end index."""
+    """Return layers with experts: each ``moe_layer_interval``-th from start to end, inclusive."""
     num_layers = settings.integer("num_hidden_layers", default=_DEFAULTS.num_layers)
     interval = settings.integer("moe_layer_interval", default=1)
     first = settings.integer("moe_layer_start_index", default=1, least=0)

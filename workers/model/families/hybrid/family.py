@@ -134,7 +134,7 @@ class HybridFamily(Family):
         return Router(routing=routing, linear=loader.router("router"))
 
     def _norm(self, loader: Loader, name: str, order: Tensor | None = None) -> Norm:
-        """Load a norm in float32 whose weight is 1 + the stored weight, reordered by ``order``."""
+        """Load a float32 norm with weight 1 + the stored weight, reordered by ``order``."""
         weight = 1 + loader.tensor(name).float()
         if order is not None:
             weight = weight.index_select(0, order.to(weight.device))

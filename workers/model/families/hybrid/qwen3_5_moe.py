@@ -72,7 +72,7 @@ def family(config: Mapping[str, Any]) -> Qwen35MoeFamily:
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of ``text_config``, and the outer keys that ``text_config`` lacks."""
+    """Return ``text_config`` plus outer keys that it lacks, with outer ``tie_word_embeddings``."""
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         raise CheckpointError(f"config.json: text_config {text!r} must be an object")

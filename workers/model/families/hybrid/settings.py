@@ -35,7 +35,7 @@ def read_experts(
     dense_width: int,
     norm_topk_prob: bool,
 ) -> HybridExperts:
-    """Read settings of experts; ``num_experts`` and ``top_k`` are defaults, others are fixed."""
+    """Read experts' settings; ``num_experts`` and ``top_k`` are defaults, the others values."""
     return HybridExperts(
         routed=RoutedExperts.read(
             settings,

@@ -160,7 +160,7 @@ def _ends_ordered(order: Tensor, num_heads: int, first: int) -> Tensor:
 
 
 def _score_scale(config: Mapping[str, Any]) -> float:
-    """Return yarn's factor of queries and keys that ``mscale_all_dim`` requests; 1.0 if absent."""
+    """Return the factor of queries and keys that ``mscale_all_dim`` requests; 1.0 if absent."""
     params = rope_parameters(config)
     kind = params.get("rope_type") or params.get("type") or "default"
     mscale, factor = params.get("mscale_all_dim"), params.get("factor")
