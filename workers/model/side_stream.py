@@ -38,7 +38,7 @@ class SideStream:
             self._stream.wait_stream(self._steps)
 
     def note_steps(self) -> None:
-        """Record an event on the stream of the steps, for ``follow_noted``. Called when the work
+        """Record an event on the stream of the steps, for ``follow_noted``; best when the work
         enqueued so far is nearly done."""
         if self._steps is not None:
             self._noted = self._steps.record_event()
