@@ -218,7 +218,7 @@ class Scheduler:
         without a token; their blocks of this plan do not enter the prefix cache.
         """
         endings: dict[SequenceState, Ending] = {}
-        self._seats.count_step()
+        self._seats.count_step(self.queues.running)
         for planned in plan.rows:
             sequence = planned.sequence
             ending = self._commit_rows(planned, drawn.get(sequence, ()), sequence in failed)

@@ -37,12 +37,15 @@ class SeatReserve:
         request = sequence.request
         self._seen[request.tenant] = self._step, request.weight
 
-    def count_step(self) -> None:
-        """Count a committed step, and now and then forget tenants without recent sequences."""
+    def count_step(self, running: Iterable[SequenceState]) -> None:
+        """Count a committed step; every 1,000 steps forget tenants without recent sequences.
+
+        ``running``: the sequences that run; their tenants are not forgotten.
+        """
         self._step += 1
         if not self._step % _REMEMBERED_STEPS:
-            oldest = self._step - _REMEMBERED_STEPS
-            self._seen = {t: s for t, s in self._seen.items() if s[0] >= oldest}
+            oldest, tenants = self._step - _REMEMBERED_STEPS, {s.request.tenant for s in running}
+            self._seen = {t: s for t, s in self._seen.items() if s[0] >= oldest or t in tenants}
 
     def above_share(self, running: Iterable[SequenceState]) -> set[str]:
         """Return the tenants with more running sequences than their share, and more than one.

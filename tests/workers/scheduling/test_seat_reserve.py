@@ -289,5 +289,12 @@ def test_a_tenant_without_sequences_is_known_for_a_thousand_steps(
         if step == noted_at:
             reserve.note(sequence_of("a"))
         reserve.note(sequence_of("b"))
-        reserve.count_step()
+        reserve.count_step(running("b"))
     assert reserve.above_share(running("bb")) == ({"b"} if is_known else set())
+
+
+def test_a_tenant_whose_sequences_run_is_known() -> None:
+    reserve = reserve_of(a=1, b=1)
+    for _ in range(2000):
+        reserve.count_step(running("ab"))
+    assert reserve.above_share(running("abbb")) == {"b"}
