@@ -42,7 +42,8 @@ class CapturedServing:
     ) -> None:
         """``fixed``: copies of lookup tables at fixed addresses, from which CUDA graphs read.
 
-        ``max_kept_rows``: maximum total number of rows of the captured steps in the cache.
+        ``max_kept_rows``: maximum total number of rows of the captured steps in the cache; a single
+        step may have more.
         """
         self._side = side
         self._transport = transport

@@ -153,7 +153,10 @@ class ColocatedDispatcher:
         return outputs
 
     def finish_step(self) -> None:
-        """Wait for the outputs of all combined dispatches. Raises the errors of waits."""
+        """Wait for the outputs of all combined dispatches.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        """
         self._attention.finish_step()
 
     def end_step(self) -> bool:
@@ -177,8 +180,8 @@ class ColocatedDispatcher:
 
     @property
     def captured_state(self) -> Hashable:
-        """A value that changes when captured steps become invalid, because tables or slots of the
-        attention side or of the expert side have moved in memory."""
+        """A value that changes when captured steps (CUDA graphs) become invalid: the expert ranks
+        have changed, or tables or expert slots have moved in memory."""
         return self._attention.captured_state, self._server.captured.state
 
     def captured_shape(self, header: StepHeader) -> Hashable:

@@ -68,7 +68,7 @@ class CopyTables:
     """Expert slot of each copy, [experts, copies] int32; -1 where an expert has fewer copies."""
     thresholds: Tensor
     """Exclusive upper ends of ranges of a 32-bit hash, [experts, copies] int64; the range that
-    contains the hash of a prefill row selects the copy."""
+    contains the hash of a prefill row and the expert selects the copy."""
     has_choice: bool
     """Whether any expert has several copies, so that prefill rows must choose one."""
 

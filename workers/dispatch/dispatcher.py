@@ -136,13 +136,13 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
 
     @property
     def captured_state(self) -> Hashable:
-        """A value that changes when captured steps (CUDA graphs) become invalid, because tables or
-        expert slots have moved in memory."""
+        """A value that changes when captured steps (CUDA graphs) become invalid: the expert ranks
+        have changed, or tables or expert slots have moved in memory."""
 
     def captured_shape(self, header: StepHeader) -> Hashable:
         """Return the dispatcher's part of the cache key of a captured step (CUDA graph).
 
-        Steps with equal keys and equal numbers of rows on this rank share a captured step.
+        Steps with equal keys and equal numbers of padded rows on this rank share a captured step.
         """
 
     def capture(
@@ -152,8 +152,8 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
 
         The messages to and from experts become part of the graph. Without a graph nothing is sent:
         the run only compiles kernels and allocates memory. is_row [T] int64, read by each replay: 0
-        for a row without a request. Enter the context during a step: the captured step has equally
-        many micro-batches, of equal numbers of rows, and the step itself continues afterwards.
+        for a row without a request. Enter the context during a step, which continues afterwards.
+        The captured step has as many micro-batches as that step, all with equal numbers of rows.
         """
 
 

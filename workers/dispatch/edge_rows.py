@@ -23,7 +23,7 @@ _DECAY = 1 / 128
 """Fraction by which ``EdgeRows.share`` decreases in each step: a peak has an effect for some
 seconds."""
 _MIN_ROWS = 16
-"""Minimum rows of a dispatch whose edges may be limited. Smaller dispatches are not measured."""
+"""Minimum rows of a dispatch from which ``EdgeRows.share`` is measured."""
 
 
 class _Noted(NamedTuple):

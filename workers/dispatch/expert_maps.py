@@ -60,7 +60,7 @@ class ExpertMaps:
     def _table(
         self, index: int, bank: BankPlacement, device_index: Mapping[int, int]
     ) -> CopyTables:
-        """Return the tables of a bank; reuse the tables of the previous placement if equal."""
+        """Return the tables of a bank; reuse the previous ones if placement and ranks are equal."""
         known = self._built.get(index)
         if known is None or known[:2] != (bank, device_index):
             tables = CopyTables.build(bank, device_index, self._device)
@@ -75,7 +75,7 @@ class ExpertMaps:
     ) -> None:
         """Begin a step: use the maps of its epoch. Raises ``ProtocolError`` for an unknown epoch.
 
-        micro_batches: the rows of each micro-batch; may be empty in a captured step. is_row
+        micro_batches: the rows of each micro-batch, which only exact steps read. is_row
         [micro-batches, T] int64, in a captured step only: 0 for a row without a request, which gets
         no slots.
         """

@@ -54,9 +54,9 @@ class ExpertServer:
         """``slots``: expert slots by ``BankSpec.index``. ``device_index``: this worker's device
         number in placements (``Member.device``).
 
-        Steps are captured as CUDA graphs on a GPU if their header has a bucket (a padded number of
-        rows). ``max_kept_rows``: captured steps are kept up to this total number of rows; with 0,
-        one step is kept.
+        On a GPU, steps with known sizes (``has_known_sizes``) are captured as CUDA graphs.
+        ``max_kept_rows``: captured steps are kept up to this total number of rows; with 0, one step
+        is kept.
         """
         self.timer = timer or StepTimer()
         """Timer of the laps ``receive``, ``experts`` and ``send`` of each exchange."""

@@ -1,4 +1,4 @@
-"""Dispatcher of a single process (EP = 1) without a network: the reference for all dispatchers."""
+"""Dispatcher of a single process (EP = 1) without a network: the reference for the others."""
 
 from __future__ import annotations
 

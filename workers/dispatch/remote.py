@@ -165,7 +165,10 @@ class RemoteDispatcher(TimedDispatcher):
         return self._exchange.gather(handle)
 
     def finish_step(self) -> None:
-        """Wait for the outputs of all combined dispatches. Raises the errors of waits."""
+        """Wait for the outputs of all combined dispatches.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        """
         with self.activity:
             self._transport.finish_step()
         self._edge_rows.finish_step()

@@ -56,7 +56,7 @@ class RowExchange(Protocol):
         """Send a micro-batch's rows to the expert ranks, without waiting for outputs."""
 
     def gather(self, handle: RemoteHandle) -> Tensor:
-        """Wait for the outputs of a dispatch and return them, as ``TokenDispatcher.combine``."""
+        """Wait for the outputs of a dispatch and return them; see ``TokenDispatcher.combine``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class SplitExchange(ABC):
         self._must_wait = must_wait(header, self._side.banks, self._side.maps.combine_mode)
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
-        """Send a micro-batch's rows to the expert ranks; wait only if buffers are full."""
+        """Send a micro-batch's rows to the expert ranks, without waiting for outputs."""
         assert self._header is not None, "begin_step was not called"
         side, num_rows = self._side, sent.topk_ids.shape[0]
         granted = self._header.rows(side.rank, micro_batch)
@@ -125,7 +125,7 @@ class SplitExchange(ABC):
         )
 
     def gather(self, handle: RemoteHandle) -> Tensor:
-        """Wait for the outputs of a dispatch and return them, as ``TokenDispatcher.combine``."""
+        """Wait for the outputs of a dispatch and return them; see ``TokenDispatcher.combine``."""
         side = self._side
         exchange = handle.bank.exchanges[handle.exchange]
         by_pair = exchange.returns_pairs(side.maps.combine_mode)

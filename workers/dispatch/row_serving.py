@@ -196,7 +196,7 @@ class StaticServing:
         ranks: tuple[int, ...],
         received: Sequence[tuple[Tensor, ...]],
     ) -> _Batch:
-        """Concatenate the received rows of all attention ranks, and reject invalid ones."""
+        """Concatenate and validate the received rows of all attention ranks."""
         metas = [meta for meta, _ in received]
         rows = [inputs for _, inputs in received]
         slots = [meta[:, :top_k].long() for meta in metas]

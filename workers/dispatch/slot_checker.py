@@ -84,12 +84,16 @@ class SlotChecker(Protocol):
         """
 
     def count(self, filled: FilledSlots, slots: Tensor) -> None:
-        """Count the pairs of each slot in validated ``slots`` [rows, k], now or in ``flush``."""
+        """Count the pairs of each slot in validated ``slots`` [rows, k], now or later in the step.
+
+        ``flush`` or ``end`` adds them to the host's counters.
+        """
 
     def flush(self, counts: Sequence[Tensor]) -> None:
-        """Add pairs that ``count`` has deferred to ``counts``, and free the memory of their rows.
+        """Count the pairs that ``count`` has deferred, and free the memory of their rows.
 
-        ``counts``: by bank, [slots] int64 on the CPU.
+        ``counts``: counters to which to add, by bank [slots] int64 on the CPU. On a GPU, only
+        ``end`` adds to them.
         """
 
     def end(self, counts: Sequence[Tensor], reject: Reject) -> None:
