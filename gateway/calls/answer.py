@@ -25,8 +25,8 @@ MIN_LOGPROB = -9999.0
 async def collect(running: RunningCall) -> list[ChoiceDelta]:
     """Run a call to its end and return its choices by index, each as one piece.
 
-    Of a ranked call (``best_of``, beam search) only the best choices are returned. Raises the
-    errors of ``RunningCall.next``.
+    If the call samples more choices than it returns (``best_of``), only the best are returned, best
+    first. Raises the errors of ``RunningCall.next``.
     """
     pieces: dict[int, list[ChoiceDelta]] = {}
     while deltas := await running.next():
@@ -129,7 +129,7 @@ class TextFormat:
 def alternatives(entry: TokenLogprob, wanted: int) -> list[tuple[int, float]]:
     """Return (id, log-probability) of the ``wanted`` most probable tokens at a position.
 
-    The sampled token is added at the end if it is not among them.
+    The prompt token or sampled token of the position is added at the end if it is not among them.
     """
     top = list(zip(entry.top_ids[:wanted], entry.top_logprobs[:wanted], strict=True))
     if all(token_id != entry.token_id for token_id, _ in top):

@@ -93,7 +93,7 @@ class CallMetrics:
                 self._engine(choice.prompt).add_success(reason.value)
 
     def count_rejection(self, limit: str) -> None:
-        """Count a request that an engine with a full queue refused; ``limit`` is its label."""
+        """Count a request that an engine with a full queue refused; ``limit`` names the limit."""
         self._metrics.admission_rejections.labels(limit).inc()
 
     def observe_lag(self, arrival_s: float) -> None:

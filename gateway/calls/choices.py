@@ -123,8 +123,8 @@ def make_prompt(
 ) -> Prompt:
     """Make the state of a prompt of a call, with its choices, before its first output.
 
-    Without a tokenizer, the choices have no text. ``caches_prefixes``: whether the engines report
-    cached tokens.
+    Without a tokenizer, the choices have no text. ``caches_prefixes``: whether prefix caching is
+    enabled.
     """
     prompt = Prompt(index, request, 0 if caches_prefixes else None)
     before = () if request.prompt_embeds is not None else request.prompt
@@ -144,7 +144,7 @@ def make_prompt(
 
 
 def _answer_region(call: GenerateCall) -> AnswerRegion | None:
-    """Return the part of a choice's text in which stop strings apply; None for the whole text."""
+    """Return the part of a choice's text in which stops apply; None for the whole text."""
     if not call.stops_in_answer:
         return None
     if call.thinking is not None:

@@ -81,7 +81,7 @@ class InspectionResult:
     num_tokens: tuple[int, ...]
     """Number of tokens of each prompt that the model read."""
     loss: float | None
-    """Mean loss over all labels except -100; None without such labels, or if not requested."""
+    """Mean loss over all labels except -100; None if there are none, or if not requested."""
     aux_loss: Mapping[str, float]
     """Auxiliary (load balancing) loss by its definition, such as ``transformers_5``.
 
@@ -146,7 +146,7 @@ def _sized_prompts(
 ) -> tuple[list[Request], int]:
     """Check the prompts of an inspection; return their requests and the bytes of all arrays.
 
-    Raises ``RequestError`` above ``most_bytes``.
+    Raises ``RequestError`` for invalid fields, and above ``most_bytes``.
     """
     requests = make_prompts(fields, facts)
     assert facts.shape is not None, "reported with the other facts"

@@ -176,7 +176,7 @@ class CallRegistry:
         self._names.pop(queue, None)
 
     def abort(self, names: Iterable[str]) -> list[str]:
-        """End the calls with these names by an error; return the names that had a running call."""
+        """End the calls with these names; return the names that had a running call."""
         wanted = dict.fromkeys(names)
         for queue, known in self._names.items():
             if not known.isdisjoint(wanted):

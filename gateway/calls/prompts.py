@@ -118,7 +118,7 @@ class PromptMaker:
     ) -> tuple[GenerateCall, list[tuple[int, ...]]]:
         """Return a call with the rules for its output, and the token ids of each prompt.
 
-        The rules (grammar, tool calls, reasoning) follow from the chat template. Raises
+        Only conversations have such rules (grammar, tool calls, reasoning). Raises
         ``RequestError``.
         """
         if call.chat is None:

@@ -13,7 +13,7 @@ _SERVING = ("SERVING", "DEGRADED")
 
 
 class Readiness:
-    """Decides whether a gateway replica accepts requests, and whether it reports to be ready.
+    """Decides whether a gateway replica accepts requests, and whether it reports that it is ready.
 
     Args:
         cluster: follows the controller.

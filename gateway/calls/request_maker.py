@@ -93,7 +93,7 @@ def complete_requests(
 def _seed_source(base: int, name: str) -> Callable[[], int]:
     """Return a function that draws sampling seeds: the same ones in each run unless ``base`` is 0.
 
-    Replicas with different ``name`` draw different seeds.
+    Replicas with different names draw different seeds.
     """
     source = random.Random(f"{base}/{name}") if base else random.SystemRandom()
     return lambda: source.getrandbits(63)

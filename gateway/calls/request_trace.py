@@ -36,7 +36,7 @@ class RequestTrace:
     on_prompt: Callable[[RequestTrace], StepParents | None]
     """Function called before each prompt is sent to an engine.
 
-    Returns the parent spans for the engine's steps; None if the request is not sampled.
+    Returns the parent spans for the engine's steps; None if the steps get no spans.
     """
     on_end: Callable[[RequestTrace], None]
     """Function called after the request has ended, to make its spans."""
@@ -46,7 +46,7 @@ class RequestTrace:
     response_id: str | None = None
     """Id of the response to the client; None if it is the id of the call."""
     error: str = ""
-    """Code of the error in the response to the client; empty without an error."""
+    """Code of the error with which the request ended; empty without an error."""
     began_s: float = field(default_factory=time.monotonic)
     ended_s: float = 0.0
     day_ns: int = field(default_factory=lambda: time.time_ns() - time.monotonic_ns())
@@ -54,7 +54,7 @@ class RequestTrace:
     span: Span | None = None
     """Span of the whole request; None before its first prompt is sent to an engine."""
     decodes: list[SpanId] = field(default_factory=list)
-    """Ids of the decode spans, one for each prompt sent so far."""
+    """Ids of the decode spans of the first prompts that were sent to engines."""
 
     def end(self, error: str = "") -> None:
         """End the trace, after the call of the request is closed.
@@ -74,7 +74,8 @@ TRACE: ContextVar[RequestTrace | None] = ContextVar("TRACE", default=None)
 def traced(request: Request) -> Request:
     """Return an engine request with the parent spans for its steps.
 
-    Unchanged if the request that the current task serves is not traced or not sampled.
+    Unchanged if the request that the current task serves is not traced, is not sampled, or already
+    has spans for the maximum number of prompts.
     """
     trace = TRACE.get()
     parents = None if trace is None else trace.on_prompt(trace)

@@ -182,7 +182,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
             raise
 
     def _is_decided_by_workers(self) -> bool:
-        """Whether all requests were sent to workers, but no token has arrived yet.
+        """Return whether all requests are at workers, but no token has arrived yet.
 
         In this case, only the workers know whether the requests run.
         """

@@ -41,7 +41,7 @@ class ServiceRate:
     def advance(self, now_s: float, is_saturated: bool) -> None:
         """Advance the clock to ``now_s``; then let it run if ``is_saturated``, otherwise stop it.
 
-        ``is_saturated``: whether requests wait from now on.
+        ``is_saturated``: whether requests wait, or the queue is full, from now on.
         """
         if self._since_s is not None:
             self._clock_s += now_s - self._since_s
@@ -70,7 +70,7 @@ class ServiceRate:
     def note(self, demand: CallDemand, held_s: float, was_saturated: bool) -> None:
         """Record the requests of a call that has finished ``held_s`` seconds after its admission.
 
-        ``was_saturated``: whether other requests waited when the call finished.
+        ``was_saturated``: whether the clock ran when the call finished.
         """
         each = demand.num_tokens // demand.num_requests
         self._held.extend([(held_s, held_s * demand.num_choices, each)] * demand.num_requests)

@@ -103,7 +103,7 @@ class TenantQueue:
 
 
 def share_seats(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str, float]:
-    """Return the number of running sequences of each tenant, ``capacity`` in total.
+    """Return the number of running sequences of each tenant, at most ``capacity`` in all.
 
     A tenant gets a share by weight, plus a part of the shares that other tenants do not use.
 
@@ -124,7 +124,7 @@ def tokens_ahead(
     """Return the number of waiting tokens that the engines serve before a new request of a tenant.
 
     These are the tenant's waiting tokens up to ``priority``, and of each other tenant at most as
-    many in proportion to its weight. ``capacity`` is the number of running sequences.
+    many in proportion to its weight. ``capacity``: sequences that run at a time.
     """
     own = queues.get(tenant)
     if own is None:

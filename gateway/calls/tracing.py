@@ -70,7 +70,7 @@ _REQUESTED = {
     names.PRESENCE_PENALTY: "presence_penalty",
     names.CHOICE_COUNT: "n",
 }
-"""Span attribute -> field of the client's call (``GenerateCall``) whose value the attribute has."""
+"""Span attribute -> field of ``GenerateCall`` that has the value of the attribute."""
 Decode = Callable[[Sequence[int]], str]
 
 

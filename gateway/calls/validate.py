@@ -18,7 +18,7 @@ from gateway.core.model import ModelFacts
 from workers.requests.request import BeamParams, EarlyStopping, Request, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
-"""Value of ``max_tokens`` for a completion without this field."""
+"""Default ``max_tokens`` of a completion; a larger ``min_tokens`` replaces it."""
 MAX_LOGPROB_ENTRIES = 4_000_000
 """Maximum number of log-probabilities that the engines may return for one call."""
 MAX_BEAM_LOGPROB_ENTRIES = 1_000_000
@@ -209,7 +209,7 @@ def _num_prompt_logprobs(call: GenerateCall) -> int | None:
 def _make_params(call: GenerateCall, bad_words: tuple[tuple[int, ...], ...]) -> SamplingParams:
     """Make the sampling parameters that all prompts of a call share.
 
-    Token limit and seed, which differ by prompt, are left at their defaults.
+    Token limit and seed, which may differ by prompt, are left at their defaults.
     """
     given: dict[str, Any] = {
         name: value for name in _SAMPLED if (value := getattr(call, name)) is not None
