@@ -97,7 +97,7 @@ def stage_on(devices: Collection[int], current: ExpertPlacement, room: int | Non
 def without_devices(
     gone: Collection[int], placement: ExpertPlacement, room: int | None
 ) -> ExpertPlacement:
-    """Return ``placement`` without the devices ``gone``, whose experts move to the other devices.
+    """Return ``placement`` without the devices ``gone``; other devices take over their experts.
 
     Devices after the last remaining one are cut off. ``room`` is the maximum number of slots of a
     device in each bank, None for no maximum. Raises ``ConflictError`` if slots do not suffice.
@@ -248,7 +248,10 @@ class _Bank:
         return len(row) if len(row) < self._room else None
 
     def placement(self) -> BankPlacement:
-        """Return the bank's placement, with the desired shares and decode devices if possible."""
+        """Return the bank's placement: the current one if it has the same slots.
+
+        Another one has the desired shares and decode devices if possible.
+        """
         if tuple(map(tuple, self._rows)) == self._current.physical_to_logical:
             return self._current
         holders: list[list[int]] = [[] for _ in range(self._desired.num_experts)]

@@ -25,12 +25,12 @@ class Liveness:
     """Whether the worker is in a running generation, so that its step loop must progress."""
     host: str = ""
     patience_s: float = math.inf
-    """Silence after which the worker is lost, from the recent gaps between its frames."""
+    """Longest silence that is explained by recent gaps between frames of workers on its host."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerReport:
-    """Report of one worker, ``reporter``, that it lost its connection to another, ``suspect``."""
+    """Report of one worker, ``reporter``, that it lost another, ``suspect``."""
 
     reporter: str
     suspect: str

@@ -80,7 +80,7 @@ class ClosedPlace(Message, frozen=True, kw_only=True):
     state: PlaceState
     why: str
     node: str = ""
-    """Address of the node that must leave before the place reopens; empty for another event."""
+    """Address of the node that must leave before the place reopens; empty if it waits for none."""
     node_ids: frozenset[str] = frozenset()
     """Ids of the Ray nodes at address ``node`` when the place was closed; empty until known. A host
     may return as another node before Ray notices that the old node has left."""

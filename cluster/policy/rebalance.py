@@ -29,7 +29,7 @@ Action = Literal["none", "split", "move"]
 _MOVE_SLOWDOWN = 0.1
 """Assumed share of throughput that is lost while expert weights move between devices."""
 _SWITCH_S = 0.05
-"""Assumed cost of a new placement epoch, in seconds: a message to all workers, perhaps a step."""
+"""Assumed seconds for a new epoch: a message to all workers and, at worst, an empty step."""
 _LEAST_GAIN = 0.015
 """Smallest predicted gain, as a share of the step time, for which the placement changes."""
 
@@ -46,7 +46,10 @@ class CurrentLoad:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebalanceDecision:
-    """Decision whether and how to change the placement of experts, with its predicted effect."""
+    """Decision whether and how to change the placement of experts, with the predicted effect.
+
+    For ``action`` ``none``, the effect is that of the best change, which was rejected.
+    """
 
     action: Action
     """``none``; ``split``: change split weights and decode devices; ``move``: move experts too."""
@@ -61,7 +64,7 @@ class RebalanceDecision:
     balancedness_now: float | None
     """Balancedness (mean load over largest load of devices) before the change; None if unknown."""
     balancedness_then: float | None
-    """Predicted balancedness (mean load over largest load) with ``target``; None if unknown."""
+    """Predicted balancedness (mean load over largest load) after the change; None if unknown."""
     time_ratio: float
     """Predicted time of the experts' work after the change, divided by the time now."""
     gain_s: float

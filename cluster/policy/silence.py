@@ -14,7 +14,7 @@ import math
 LATENESS_FACTOR = 4.0
 """Factor of the largest recent lateness, which is added to the expected gap for the patience."""
 MIN_GAPS = 4.0
-"""Smallest patience, in multiples of the expected gap, since a machine may become busy anytime."""
+"""Smallest patience, in multiples of the expected gap: a machine may become busy at any time."""
 REMOTE_MIN_S = 1.0
 """Smallest patience over a network, in seconds: TCP retransmits a lost segment after 0.2 s, and
 again 0.4 s later (RFC 6298, with the smallest timeout of Linux)."""
@@ -23,9 +23,9 @@ WINDOW_S = 15.0
 
 
 class GapWindow:
-    """Tracks the largest recent gap between two frames of a worker, in constant memory.
+    """Tracks the largest recent gap between two frames of the same worker of a host.
 
-    Times are monotonic seconds.
+    The memory is constant. Times are monotonic seconds.
     """
 
     def __init__(self, expected_s: float = 0.1, is_remote: bool = False) -> None:
