@@ -71,7 +71,7 @@ class Arrangement:
         return np.asarray(np.exp(spread) + self._load_price * (utilization / relative - 1.0) ** 2)
 
     def improve(self, device: Ints) -> Bools:
-        """Make the best swap of each bank's ``device`` [banks]; return if it helps, [banks]."""
+        """Make the best swap of each bank's ``device`` [banks]; return whether it helps."""
         rows = self._rows
         mine = (self.primary == device[:, None]) & self.is_single
         width = max(int(mine.sum(1).max()), 1)
@@ -157,7 +157,8 @@ def arrange(
     """Return slots and primary copies after swaps of experts that have a single copy.
 
     Every device keeps its numbers of experts and of primary copies. ``weight`` and ``affinity`` as
-    in ``Arrangement``; ``rounds`` is the maximum number of rounds, one swap per bank each.
+    in ``Arrangement``. In each of at most ``rounds`` rounds, a bank makes one swap; with
+    ``affinity``, four swaps of each device come first.
     """
     state = Arrangement(slots, primary, loads, weight, speeds, affinity)
     tried = np.zeros(slots.shape[:2], dtype=bool)

@@ -117,7 +117,7 @@ class PlannedTopology:
         return np.where(same_node, 2, links[:, None] == links[None, :]).astype(np.int64)
 
     def capacities(self, num_experts: int) -> Ints:
-        """Number of slots of each device for a bank of ``num_experts`` experts, [num_devices].
+        """Return the slots of each device for a bank of ``num_experts`` experts, [num_devices].
 
         Raises ``ConfigError`` if the devices have too few slots in total.
         """
@@ -129,7 +129,7 @@ class PlannedTopology:
         return np.array(own)
 
     def speeds(self, num_experts: int) -> Floats:
-        """Relative speeds of devices, [num_devices], with sum 1; 0 for a device without slots."""
+        """Return relative speeds, [num_devices], with sum 1; 0 for a device without slots."""
         speed = np.array([d.speed for d in self.devices])
         speed = np.where(self.capacities(num_experts) > 0, speed, 0.0)
         return np.asarray(speed / speed.sum())
@@ -230,8 +230,8 @@ def planned_topology(
     """Return the devices of a placement, each with ``num_slots`` slots per bank.
 
     A device that holds more experts (for example after a recovery) has a slot for each of them. A
-    device without a worker in ``experts`` has no slots. On a single node each worker is its own
-    failure domain.
+    device without a worker in ``experts`` has no slots. If all workers are in one failure domain,
+    each worker becomes its own.
     """
     by_device = {m.device: m for m in experts}
     is_spread = len({m.domain or m.node for m in experts}) > 1
@@ -294,7 +294,7 @@ def build_placement(
 ) -> list[BankPlacement]:
     """Convert the arrays of a plan to the placements of banks, cut to each device's slots.
 
-    ``shares`` are the split weights of the slots; ``capacities`` [num_devices] their numbers.
+    ``shares`` are the split weights of the slots; ``capacities`` [num_devices] the slot counts.
     """
     banks = []
     for b, load in enumerate(loads):

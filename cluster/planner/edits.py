@@ -98,8 +98,8 @@ class BankView:
 def edit_sets(view: BankView, tolerance: float, is_brief: bool) -> list[list[Edit]]:
     """Return candidate sets of edits of a bank, for the local search to try.
 
-    A device counts as light if its utilization is below ``1 - tolerance``. ``is_brief``: only the
-    few sets that are most often the best.
+    Light devices have a utilization below ``1 - tolerance``, except perhaps those of the first two
+    copies. ``is_brief``: only the few sets that are most often the best.
     """
     copies = _copies(view, tolerance)
     if is_brief:

@@ -86,9 +86,10 @@ class _Search:
         self._work = 0
 
     def round(self) -> bool:
-        """Make one good swap in each open bank that has one; return False if no bank is open.
+        """Make one good swap in each open bank that has one; return False at the search's end.
 
-        A bank is open until too many of its devices in succession had no good swap.
+        A bank is open until too many of its devices in succession had no good swap. The search ends
+        without open banks, or after ``_MOST_WORK``.
         """
         is_open = (self._failures < _FAILURES) & ~self._tried.all(1)
         banks = np.nonzero(is_open)[0]
@@ -119,7 +120,7 @@ class _Search:
     def _take(self, banks: Ints, device: Ints, gain: Floats) -> Bools:
         """Make the best swap of each bank's ``device`` that passes the checks.
 
-        Returns whether a bank has a swap, [open banks]. ``gain`` [open banks, swaps] has the gains
+        Returns whether a swap was made, [open banks]. ``gain`` [open banks, swaps] has the gains
         of swaps of two slots, then of primary copies.
         """
         is_done = np.zeros(len(banks), dtype=bool)
@@ -239,7 +240,7 @@ class ServedDistributions:
         self._holds[bank, self._slots[bank, slot], self._device[slot]] = True
 
     def worst(self, skipped: Bools) -> Ints:
-        """Device of each bank that raises the peak most, [banks], except ``skipped`` devices.
+        """Return the device of each bank that raises the peak most, except ``skipped`` devices.
 
         The shape of ``skipped`` is [banks, devices].
         """
@@ -248,7 +249,7 @@ class ServedDistributions:
         return np.asarray(np.where(skipped, -np.inf, share).argmax(1))
 
     def gain_of_slots(self, device: Ints) -> Floats:
-        """Gain of swapping two slots, [banks, slots of ``device``, all slots].
+        """Return the gain of swapping two slots, [banks, slots of ``device``, all slots].
 
         Negative infinity if the swap is not allowed.
         """
@@ -267,9 +268,9 @@ class ServedDistributions:
         return np.where(may, gain - self._value[:, None, None], -np.inf)
 
     def gain_of_primaries(self, device: Ints) -> Floats:
-        """Gain if another device's copy becomes primary, [banks, slots of ``device``, devices].
+        """Return the gain if another copy becomes primary, [banks, slots of ``device``, devices].
 
-        Negative infinity if the other device has no copy of the expert.
+        Negative infinity if the slot has no primary copy, or the device no copy of its expert.
         """
         rows, own, count = self._rows[:, None], self._own(device), self._grid.count
         chance = self._chance[rows, own]
@@ -283,12 +284,12 @@ class ServedDistributions:
         return np.where(may, gain - self._value[:, None, None], -np.inf)
 
     def _own(self, device: Ints) -> Ints:
-        """Indices of the slots of ``device`` [banks] among all slots, [banks, own slots]."""
+        """Return the indices of the slots of ``device`` [banks], [banks, own slots]."""
         width = self._slots.shape[1] // len(self._grid.count)
         return np.asarray(device[:, None] * width + np.arange(width))
 
     def _rest(self, device: Ints) -> Floats:
-        """Probability that all devices except two serve at most t slots, times the point's width.
+        """Return the probability that all devices but two serve <= t slots, times t's width.
 
         The two are ``device`` and the device of axis 1; the shape is [banks, devices, points].
         """
@@ -296,9 +297,10 @@ class ServedDistributions:
         return np.asarray(np.exp(np.minimum(rest, 0.0)) * self._grid.width)
 
     def _may_exchange(self, device: Ints, own: Ints) -> Bools:
-        """Whether a swap of two slots is allowed, [banks, own slots, all slots].
+        """Return whether a swap of two slots is allowed, [banks, own slots, all slots].
 
-        A swap is allowed if neither expert has a copy at its destination yet.
+        Both slots must hold experts that have no copy at their destination yet. If ``nodes`` are
+        given, both slots must be on one node.
         """
         rows = self._rows[:, None]
         expert = np.maximum(self._slots, 0)
@@ -323,8 +325,8 @@ def _before(cdf: Floats, count: Ints) -> Floats:
 def _with_expert(at: Floats, before: Floats, chance: Floats) -> Floats:
     """Return distribution values after adding one expert of ``chance`` [banks, experts].
 
-    ``at`` and ``before`` [banks, devices, points] are the values at a count and at one less. Axis 2
-    of the result is the added expert.
+    ``at`` and ``before`` [banks, distributions, points] are the values at a count and at one less.
+    Axis 2 of the result is the added expert.
     """
     return np.asarray(at[:, :, None] + chance[:, None, :, None] * (before - at)[:, :, None])
 

@@ -175,7 +175,7 @@ def _candidates(
 def _chosen(found: list[_Candidate], gains: Floats, goal: SearchGoal) -> list[int]:
     """Return the indices of the best candidate of each bank, most valuable first.
 
-    Candidates whose gain is too small are left out.
+    Candidates with a too small gain are left out.
     """
     best: dict[int, tuple[float, int]] = {}
     for i, candidate in enumerate(found):

@@ -204,7 +204,7 @@ def _newton(
 
 
 def _step(copies: _Copies, values: Floats, change: Floats) -> Floats:
-    """Return the longest step, at most 1, that keeps all values of a copy's bank positive.
+    """Return a step, at most 1, that keeps all values of a copy's bank positive.
 
     The shape is [num_copies]; ``change`` is the direction of the step.
     """

@@ -166,7 +166,7 @@ class _BankChange:
                 break
 
     def _displaced(self) -> set[int]:
-        """Return the experts that any device holds although the target placement does not."""
+        """Return the experts that a device holds, but should not hold in the target placement."""
         unwanted = (set(self._rows[d]) - self._wanted[d] for d in self._devices)
         return set().union(*unwanted) - {FREE_SLOT}
 
