@@ -123,7 +123,8 @@ class MicroBatch:
     ) -> None:
         self._device = device
         self.captures = _captures(planned)
-        """Sequences whose requests ask for internal tensors of the model, with buffers for them."""
+        """Sequences of requests that ask for internal tensors of the model, with buffers for
+        these tensors."""
         decode_rows = num_decodes(planned)
         staging = [*row_columns(planned, tables, cache.block_size)]
         # Attention maps are always computed by torch, which needs prompts as separate chunks.
@@ -263,7 +264,7 @@ def _state_runs(planned: Sequence[PlannedRows]) -> Iterator[list[StateRun]]:
 def prompt_embedding_rows(
     planned: Sequence[PlannedRows], device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, embeddings) for each plan entry whose prompt was given as embeddings."""
+    """Yield (first row, embeddings) for each plan entry with prompt rows given as embeddings."""
     row = 0
     for rows in planned:
         embeds = rows.sequence.request.prompt_embeds

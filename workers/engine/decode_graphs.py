@@ -109,7 +109,7 @@ class DecodeGraphs:
         self._scratch_seat, self._max_blocks = num_seats, max_blocks
         self._blocks: Tensor | None = None
         """Block tables on the device, [num_seats + 1, max_blocks] int32, with a row for padding at
-        the end; None before the first step."""
+        the end; None before the first capture."""
 
     def can_run(self, header: StepHeader, num_rows: int) -> bool:
         """Whether a graph can run a step with ``num_rows`` decode rows on this rank."""
@@ -211,7 +211,7 @@ class DecodeGraphs:
         return hidden, torch.cat([own.t() for own in ids])
 
     def _inputs(self, numbers: Tensor, blocks: Tensor) -> ModelInputs:
-        """Return the model inputs of one micro-batch, as views of ``numbers`` [columns, bucket]."""
+        """Return the model inputs of one micro-batch, from ``numbers`` [columns, bucket]."""
         size, device = numbers.shape[1], self._device
         tokens, positions, prompt_lengths, slots, seats, lengths, _ = numbers
         paged = PagedRows(

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddedEngine:
-    """An ``Engine`` with all experts in its own process, without Ray and network.
+    """An ``Engine`` with all experts in its own process, without Ray or a network.
 
     ``step`` also decides which rows to run, as the leader of a cluster does.
     """
@@ -153,7 +153,7 @@ class EmbeddedEngine:
         return add_capacity(replace(hello, generation=1), self.engine, self._block_size)
 
     def add_request(self, request: Request) -> None:
-        """Queue a request, after its grammar has been compiled.
+        """Compile the grammar of a request, if it has one, and queue the request.
 
         Raises ``RequestError`` for a request that can never run and ``QueueFullError`` if the queue
         is full.

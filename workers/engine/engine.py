@@ -196,13 +196,13 @@ class Engine:
         self._scheduler.kv_waits.end(request_id)
 
     def start_tier_copies(self, tiers: KvTiers, wake: Callable[[], None]) -> TurnCopier:
-        """Start to copy KV blocks of sessions to host memory or disk; see ``TurnCopier``."""
+        """Start to copy the KV blocks of requests to host memory or disk; see ``TurnCopier``."""
         copies = TurnCopier(self.kv_store, tiers, wake)
         self._memory.tiers, self._scheduler.prefixes.listener = tiers, copies
         return copies
 
     def preemption_candidate(self) -> Request | None:
-        """Return the request to preempt next if a preemption is likely soon; None if unlikely."""
+        """Return the request to preempt next, if a preemption is likely soon; else None."""
         if self._intent.restriction.solo_request is not None:
             return None
         sequence = self._scheduler.preemption.candidate()
@@ -247,8 +247,8 @@ class Engine:
     def step(self, header: StepHeader) -> list[TokenOutput]:
         """Run the rows that the header grants this rank; return all outputs queued until the end.
 
-        A rank without rows still takes part in all exchanges with the experts. Raises
-        ``TransportError`` if the step fails; all sequences are then as before it.
+        A rank with fewer rows than granted, or none, still takes part in all exchanges with the
+        experts. Raises ``TransportError`` if the step fails; then no sequence has a new token.
         """
         grant = header.grant(self._rank)
         begin = 0.0 if self._speculator is None else self._clock()

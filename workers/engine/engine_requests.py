@@ -35,7 +35,7 @@ _POISONOUS = Failure(
     "a third worker in a row was lost with this request, which was alone in its step",
     "poisonous_request",
 )
-"""Error of a request that probably crashes workers: a worker died while only the request ran."""
+"""Error of a request that probably crashes workers: a worker died while only this request ran."""
 
 
 class EngineRequests:
@@ -99,7 +99,8 @@ class EngineRequests:
     def restriction(self, alone: str | None) -> Restriction:
         """Return which requests may run: all except suspects of crashes and paused requests.
 
-        ``alone``: id of the only request that may run, even if it is a suspect; None for no limit.
+        ``alone``: id of the only request that may run, even a suspect or paused one; None: no
+        limit.
         """
         return Restriction(self.isolation.suspects | self._paused.request_ids, alone)
 

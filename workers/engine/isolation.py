@@ -24,7 +24,7 @@ from workers.requests.request import MAX_DEATHS, Queued, SoloStage, SoloStep
 
 ACKNOWLEDGE_LIMIT_S = 1.0
 """Seconds in which a gateway must acknowledge the offer of a solo step (rows of only one request).
-Afterwards the worker withdraws the offer, and other requests run before the next offer."""
+Afterwards the worker withdraws the offer, and other requests can run before the next offer."""
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class Isolation:
         return solo.request_id if solo is not None and solo.is_acknowledged else None
 
     def enter(self, request_id: str, num_deaths: int) -> None:
-        """Add a request. ``num_deaths``: workers that its gateway knows to have died running it."""
+        """Add a request. ``num_deaths``: worker deaths with it that its gateway has counted."""
         self.forget(request_id)
         if num_deaths:
             self._deaths[request_id] = num_deaths
@@ -130,7 +130,7 @@ class Isolation:
         return alone if alone in hit else None
 
     def commit(self, request_ids: Collection[str]) -> None:
-        """Record that a step with rows of these requests committed, so they are not suspects."""
+        """Record that a step with rows of these requests committed: they are not suspects now."""
         if not (self._deaths or self._hit):
             return
         alone = self.alone

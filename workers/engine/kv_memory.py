@@ -68,8 +68,8 @@ class KvMemory:
     ) -> None:
         """Clear the cache slots of rejected draft tokens, which may contain NaN.
 
-        ``broken``: plan entries with drafts in which any row has NaN. ``drawn``: the tokens that
-        each sequence accepted.
+        ``broken``: plan entries with drafts in which any row has NaN. ``drawn``: the new tokens of
+        each sequence, one more than its accepted drafts.
         """
         rejected = [
             replace(rows, first=rows.first + kept, count=rows.count - kept)

@@ -112,12 +112,13 @@ def _choose_parents(
 
 
 def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:
-    """Return ``StepHeader.edge_limit``: the rows of a micro-batch to send to each expert rank.
+    """Return ``StepHeader.edge_limit``: the maximum rows of a micro-batch for each expert rank.
 
     ``ranks``: (rows in a micro-batch, ``StepProposal.edge_share``) of each attention rank. The
     limit is the largest recent need plus two standard deviations of a Poisson distribution, as the
     need varies like a sum of independent choices. The result is 0 (no limit) if a limit would save
-    less than a quarter of the rows, or if the share of a rank with more rows is unknown.
+    less than a quarter of the rows, or if the share of a rank with more rows than the limit is
+    unknown.
     """
     needed = max((-(-rows * share // ALL_ROWS) for rows, share in ranks), default=0)
     limit = needed + math.ceil(2 * math.sqrt(needed))

@@ -30,7 +30,8 @@ class MicroBatchRule:
         """Create the rule for a configuration.
 
         Without separate expert workers there is nothing to overlap, and workers that share a core
-        take turns anyway; in both cases ``auto`` means 1. ``workers.cpus_per_worker`` must be set.
+        take turns anyway; in both cases ``auto`` means 1. ``workers`` must have the shares of cores
+        that ``plan_start`` sets.
         """
         setting = engine.num_micro_batches
         if setting == "auto" and not _can_overlap(workers):

@@ -65,7 +65,7 @@ class StepResult:
     routed: tuple[tuple[RoutedRows, ...], ...]
     """Experts that the routers chose, indexed [bank][micro-batch]."""
     captures: Mapping[SequenceState, Sequence[Capture]]
-    """Internal tensors of the model, for sequences whose requests ask for them."""
+    """Internal tensors of the model, for sequences of requests that ask for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class PredictorOutput:
     hidden: Tensor
     """Inputs of the model's head, [num_rows, hidden_size], in the row order of ``StepResult``."""
     routed: tuple[tuple[RoutedRows, ...], ...]
-    """Experts that all routers chose, with the prediction layer: [bank][micro-batch]."""
+    """Experts that all routers chose, also in the prediction layer: [bank][micro-batch]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,8 @@ class NativeStep:
         """Run the layers of a micro-batch that native code did not run, as a generator.
 
         If native code had sent rows to the experts, the caller must first send their outputs into
-        the generator. Returns the hidden states [T, H]."""
+        the generator. Returns the hidden states [T, H].
+        """
         if flow.is_done:
             return flow.hidden
         model, caches = self._model, self._cache.by_layer

@@ -26,7 +26,7 @@ _EXCESS_FACTOR = 1.5
 class PrefillCap:
     """The leader's limit of prompt rows in a step, from its estimates of step times.
 
-    While sequences decode, the limit at most doubles from one step to the next.
+    While sequences decode, a target permits at most twice the rows that are known to fit.
     """
 
     def __init__(self, *, max_rows: int, min_rows: int = 1, target_s: float | None = None) -> None:

@@ -5,7 +5,7 @@
     header = channel.wait(timeout)            header = channel.wait(timeout)
     run the step                              serve the step
 
-Without work, all ranks are blocked in ``wait``. If a rank receives a request, its control thread
+Without work, all ranks are blocked in ``wait``. If a rank receives a request, the receiving thread
 calls ``connections.wake()``. ``wait`` then returns None, the rank proposes again for the same step,
 and the leader sends the header. If the leader sent this header before the new proposal, the rank
 takes part in the step without rows and proposes for the next step.
@@ -102,7 +102,7 @@ class StepChannel:
         return self._known
 
     def missing_workers(self) -> list[str]:
-        """Return the names of workers whose message is missing before the next step can start.
+        """Return the names of the workers that must send a message before the next step starts.
 
         On the leader: attention ranks without a proposal. On all other workers: the leader.
         """
@@ -232,7 +232,7 @@ class StepChannel:
             self._decide()
 
     def _decide(self, even_empty: bool = False) -> None:
-        """On the leader: send the next header if all ranks have proposed and any wants rows."""
+        """On the leader: if all ranks have proposed and there is a step to run, send its header."""
         if len(self._proposals) < len(self._ranks.by_name):
             return
         self._observe_step()

@@ -50,7 +50,7 @@ class StepTokens:
     """Tokens and scores that a step has computed, before they are committed."""
 
     complete: dict[SequenceState, int] = field(default_factory=dict)
-    """Sequences whose newest token was computed in the step, with the row of this token."""
+    """Sequences with a row of their newest token in the step, and the index of this row."""
     drawn: dict[SequenceState, list[SampledToken]] = field(default_factory=dict)
     """Tokens sampled for each sequence: one after its newest token, then one after each accepted
     draft."""
@@ -102,8 +102,8 @@ class StepSampler:
         config: the model's configuration.
         banks: the model's expert banks.
         logits: the head of the model: [rows, H] -> [rows, V], or [rows, classes].
-        is_exact: whether a row's result must not depend on other rows, so that logprobs of each row
-            are computed alone.
+        is_exact: whether a row's result must not depend on other rows, so that logprobs and beam
+            candidates of each row are computed alone.
         team: threads of the native sampling kernel; None: torch samples.
     """
 

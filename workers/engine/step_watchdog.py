@@ -24,7 +24,7 @@ class StepWatchdog:
     def overdue_s(
         self, *, wants: bool, leads: bool, last_rows: int, last_commit: float, now: float
     ) -> float | None:
-        """Return the seconds for which this rank has waited too long for a step; else None.
+        """Return the seconds for which this rank has waited for a step; None within the limit.
 
         ``wants``: this rank has rows to run. ``leads``: this rank is the leader. ``last_rows``:
         rows of all ranks in the previous step. ``last_commit`` and ``now``: monotonic times.
