@@ -57,10 +57,9 @@ class BeamSearches:
         return step
 
     def fail(self, sequence: SequenceState, failure: Failure, now: float) -> list[TokenOutput]:
-        """End the search of a request whose beam ``sequence`` has failed.
+        """End a search after its beam ``sequence`` has failed: the result would be wrong.
 
-        Without this beam the result would be wrong. Returns one error output for each choice; an
-        empty list if the search has already ended.
+        Returns one error output for each choice; an empty list if the search has already ended.
         """
         group = self._groups.pop(sequence.request.request_id, None)
         if group is None:

@@ -188,7 +188,10 @@ class Engine:
         ]
 
     def wait_for_kv(self, request_id: str, num_coming: int) -> None:
-        """Keep a request waiting until ``end_kv_wait``, while ``num_coming`` blocks are fetched."""
+        """Keep a request waiting until ``end_kv_wait``, while KV blocks are fetched for it.
+
+        ``num_coming``: number of free blocks that the fetch has taken.
+        """
         self._scheduler.kv_waits.begin(request_id, num_coming)
 
     def end_kv_wait(self, request_id: str) -> None:

@@ -37,10 +37,10 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
     """Internal values of the model that a request asks for, from one pass over its prompt."""
 
     logits: tuple[int, ...] = ()
-    """Positions whose logits to return, ascending; for a classifier one position."""
+    """Positions of the logits to return, ascending; for a classifier one position."""
     labels: tuple[int, ...] = ()
-    """Labels (token ids), one per prompt token, whose log-probabilities after the earlier tokens to
-    return; -100 for a token without a label. Empty: return no log-probabilities."""
+    """Token ids, one per prompt token: the log-probability of each after the earlier tokens is
+    returned; -100 for a token without a label. Empty: return no log-probabilities."""
     embedding: Pooling | None = None
     """Method to pool the final hidden states into one vector to return; None: return no vector."""
     hidden_states: bool = False
@@ -53,8 +53,8 @@ class InspectionParams(Message, frozen=True, kw_only=True, array_like=True):
     attentions: bool = False
     """Whether to return the attention probabilities of every layer and query head."""
     aux: bool = False
-    """Whether to return, for each expert, the number of tokens that chose the expert and the sum of
-    their router probabilities."""
+    """Whether to return, for each expert, the number of tokens that chose the expert, and the sum
+    of its router probabilities over all tokens."""
 
     @property
     def reads_routers(self) -> bool:

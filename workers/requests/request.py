@@ -48,8 +48,8 @@ class GrammarPart(Message, frozen=True, kw_only=True, array_like=True):
     label: str
     """Description of the schema's part, for error messages."""
     fallback: str | None = None
-    """Body to use instead if the rule, or the grammar as a whole, does not compile; None: a rule
-    that does not compile is refused."""
+    """Body to use instead if the rule, or the grammar as a whole, does not compile; None: the
+    grammar is refused if the rule does not compile."""
 
 
 class Grammar(Message, frozen=True, kw_only=True, array_like=True):

@@ -70,7 +70,7 @@ NOT_FINITE = Failure("the model's output was not finite (NaN or infinity)", "int
 class SequenceState:
     """A sequence: one choice of a request with its output so far, scheduling state and times.
 
-    ``Scheduler`` changes tokens, blocks and status; the engine changes all other fields.
+    ``Scheduler`` changes blocks, status and tokens, except tokens of beams.
     """
 
     request: Request

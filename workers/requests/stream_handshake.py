@@ -21,7 +21,7 @@ from cluster.core.release import check_release
 from workers.requests.wire import ENGINE_HELLO, EngineHello
 
 MAX_HELLO_BYTES = 4096
-"""Maximum size in bytes of a handshake message; its sender may not have proved the token yet."""
+"""Maximum size in bytes of a ``Hello`` or ``GatewayProof``, which may come from a stranger."""
 
 
 class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False):

@@ -67,8 +67,8 @@ class BlockManager:
     def num_to_take(self, waiting: SequenceState, known: Iterable[int]) -> int:
         """Number of free blocks that the admission of a waiting sequence takes.
 
-        ``known``: its cached blocks. Cached blocks that other sequences hold are not free, and so
-        not counted.
+        ``known``: its cached blocks. Cached blocks that have a holder are not free, and so not
+        counted.
         """
         held = sum(not self._pool.is_free(block) for block in known)
         return self._num_blocks_for(waiting.num_tokens) - held
@@ -149,8 +149,8 @@ class BlockManager:
     def fork(self, parent: SequenceState, child: SequenceState) -> tuple[int, int] | None:
         """Assign a seat to ``child``, and share the computed full blocks of ``parent`` with it.
 
-        Returns the (source, destination) of a partly filled block whose content the caller must
-        copy at once; None if there is no such block.
+        Returns (source, destination) of a partly filled block, which the caller must copy at once;
+        None if there is no such block.
         """
         child.seat, child.num_computed = self._tables.take_seat(), parent.num_computed
         num_full = parent.num_computed // self._block_size
@@ -190,7 +190,7 @@ class BlockManager:
         """Free the seat, blocks and states of a sequence that has ended or is preempted.
 
         ``has_ended``: whether the request's turn has ended, so that its blocks may be retained for
-        its session.
+        its session or for ``cache_ttl_s``.
         """
         self._prefixes.release(sequence, has_ended=has_ended)
         sequence.num_computed = 0
@@ -257,7 +257,7 @@ class BlockManager:
         return -(-num_tokens // self._block_size)
 
     def _extend(self, sequence: SequenceState, blocks: list[int]) -> None:
-        """Append blocks to the block table of a running sequence."""
+        """Append blocks to the block table of a sequence that has a seat."""
         assert sequence.seat is not None, "only running sequences get blocks"
         self._tables.put(sequence.seat, len(sequence.blocks), blocks)
         sequence.blocks += blocks

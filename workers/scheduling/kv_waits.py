@@ -36,7 +36,7 @@ class KvWaits:
         return request_id in self._waiting
 
     def num_fetching(self, request_id: str) -> int:
-        """Number of KV blocks that the transfer for a request will fill; 0 without a transfer."""
+        """Number of free KV blocks that a request's transfer has taken; 0 without a transfer."""
         return self._waiting.get(request_id, 0)
 
     def queue(self, request_id: str) -> None:
@@ -54,7 +54,7 @@ class KvWaits:
         return taken
 
     def begin(self, request_id: str, num_coming: int) -> None:
-        """Record that a transfer of ``num_coming`` blocks for a request has started."""
+        """Record that a transfer for a request has started, which took ``num_coming`` blocks."""
         self._waiting[request_id] = num_coming
 
     def end(self, request_id: str) -> None:

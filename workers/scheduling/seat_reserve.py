@@ -23,7 +23,7 @@ free for this tenant."""
 class SeatReserve:
     """Decides how many seats tenants above their share leave free for other tenants.
 
-    For this it tracks the tenants that have sequences, or had sequences in recent steps.
+    For this it tracks the tenants with sequences that arrived or ended in recent steps.
     """
 
     def __init__(self, num_seats: int) -> None:

@@ -13,7 +13,7 @@ from workers.requests.traced import Parents
 
 
 class PlannedRows(Struct, frozen=True):
-    """Consecutive rows of one sequence in a plan, whose KV blocks are already allocated."""
+    """Consecutive rows of one sequence in a plan. Their KV blocks are already allocated."""
 
     sequence: SequenceState
     first: int

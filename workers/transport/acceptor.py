@@ -21,8 +21,8 @@ from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, P
 logger = logging.getLogger(__name__)
 
 MAX_PENDING = 16
-"""Maximum number of accepted connections whose peer has not proved the cluster token; one more
-closes the oldest."""
+"""Maximum number of accepted connections without proof of the cluster token; one more closes the
+oldest."""
 _CONNECT_ATTEMPTS = 3
 _RETRY_S = 0.1
 _READ_BYTES = 4096

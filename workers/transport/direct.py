@@ -43,7 +43,7 @@ class DirectEdges:
 
     @property
     def are_open(self) -> bool:
-        """Whether all edges of this object are still open and read."""
+        """Whether the selector still watches all edges of this object, so that none is closed."""
         return all(edge.interest for edge in self.edges)
 
     def are_clear(self) -> bool:

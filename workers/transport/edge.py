@@ -48,7 +48,7 @@ class Edge:
         self.out_bytes = 0
         """Number of bytes that are queued to be sent."""
         self.interest = 0
-        """Events for which the selector watches the socket; 0 if it is not watched or closed."""
+        """Events for which the selector watches the socket; 0 if it is closed or not watched."""
         self._kinds = kinds
         self._max_data_bytes = max_data_bytes
         self._out: deque[memoryview] = deque()

@@ -48,7 +48,7 @@ class EdgeTable:
         self.step_frames: deque[StepFrame] = deque()
         """Received proposals and step headers of the current generation, in order of arrival."""
         self.generation = 0
-        """Current generation. Frames of older generations are dropped, of newer ones rejected."""
+        """Current generation. Frames of older generations are dropped; a newer one is an error."""
         self.current_step = 0
         """Number of the current step. Data frames of earlier steps are dropped."""
         self.max_inbox_bytes = max_inbox_bytes

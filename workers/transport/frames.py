@@ -24,7 +24,7 @@ VERSION: Final = 1
 _HEADER: Final = struct.Struct("!4sBBIQBHBBIIIx")
 HEADER_BYTES: Final = _HEADER.size
 MAX_STEP_FRAME_BYTES: Final = 1 << 20
-"""Maximum payload of a frame with a step proposal or header, enough for 65535 ranks."""
+"""Maximum payload in bytes of a frame with a step proposal or header, enough for 65535 ranks."""
 
 
 class FrameKind(IntEnum):

@@ -51,7 +51,7 @@ class PeerIdentity(Build, frozen=True, kw_only=True, tag=True, forbid_unknown_fi
 
     @property
     def build(self) -> Build:
-        """The fields that must be equal on all workers: release, checkpoint and configuration."""
+        """The fields that must be equal on all workers, such as release and configuration."""
         return Build(**{name: getattr(self, name) for name in Build.__struct_fields__})
 
 

@@ -61,7 +61,7 @@ class SocketTransport:
         self._flags = self._mode_flag | (EXACT if header.exact else 0)
 
     def direct(self, ranks: Sequence[int]) -> DirectEdges | None:
-        """Return the edges to ``ranks`` for native code in this step, or None if it cannot run."""
+        """Return the edges to ``ranks`` for native code in this step; None if it must not run."""
         names = [self._names[rank] for rank in ranks]
         direct = self._direct
         if direct is None or self._direct_names != names or not direct.are_open:
