@@ -13,7 +13,7 @@ from cluster.core.states import AdapterState, next_state
 
 
 class AdapterTable:
-    """Table of the LoRA adapters of the cluster, by key. Only ``Adapters`` changes the table."""
+    """Table of the LoRA adapters of the cluster, by key. Changed by ``Adapters``."""
 
     def __init__(self) -> None:
         self.by_key: Mapping[str, KeptAdapter] = {}
@@ -43,7 +43,7 @@ class AdapterTable:
         )
 
     def add(self, name: str, path: str, tenants: tuple[str, ...], number: int) -> KeptAdapter:
-        """Add an adapter in state LOADING and return it; ``number`` identifies its load command."""
+        """Add and return an adapter in state LOADING; commands from ``number`` on contain it."""
         adapter = AdapterRecord(key=f"{name}@{number}", name=name, path=path, tenants=tenants)
         kept = KeptAdapter(adapter=adapter, state=AdapterState.LOADING, number=number)
         self._put(kept)

@@ -39,7 +39,7 @@ class AdapterUses:
         self._retired[key] = version
 
     def forget(self, key: str) -> None:
-        """Forget an unloaded adapter, because the workers free it."""
+        """Forget an adapter that the workers free."""
         self._retired.pop(key, None)
 
     def may_use(self, key: str) -> bool:

@@ -120,7 +120,7 @@ class Adapters:
         return kept is None or kept.state is not AdapterState.LOADING
 
     def error(self, key: str) -> str:
-        """Return the reason why the adapter with this key could not be loaded, else empty."""
+        """Return why the adapter with this key could not be loaded; empty without an error."""
         return self._errors.get(key, "")
 
     def answer(self, key: str) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class Adapters:
         return "; ".join(filter(None, words))
 
     def tick(self, now: float) -> dict[str, str]:
-        """Check all time limits; return workers (name -> reason) that loaded adapters too late."""
+        """Check all time limits; return workers (name -> reason) that still lack adapters."""
         self._settle(now)  # workers that did not answer may be lost
         for kept in self._table.in_state(AdapterState.LOADING):
             if not self._is_starting and now >= self._since[kept.adapter.key] + LOAD_LIMIT_S:

@@ -118,7 +118,7 @@ class Cluster:
         self.drain: Drain | None = None
         """The running drain; None if no drain runs."""
         self.scale: Scale | None = None
-        """The running scaling; None if no scaling runs."""
+        """The running scaling, until all new workers serve; None without one."""
         self.adapters = AdapterTable()
         self.disks = HostDisks()
         self.traces = ChangeTraces(identity, config.observability.otlp_endpoint is not None)
@@ -334,10 +334,10 @@ class Cluster:
         self.note(cause, f"continue with {describe_members(self.round.members)}", now)
 
     def run(self, now: float) -> bool:
-        """Run the forming generation, whose members have all replied.
+        """Run the forming generation, after all its members have replied.
 
         Returns False if the next generation was formed instead, with a higher placement epoch,
-        because a member knows a later epoch than the controller.
+        because a member has run a later epoch than the controller knew.
         """
         formed = self.round
         if formed.highest_epoch > self.placement.epoch:

@@ -164,7 +164,7 @@ class Controller:
             record.has_process, record.since = True, now
 
     def lost(self, reasons: Mapping[str, str], now: float) -> None:
-        """Declare workers lost and begin the recovery; ``reasons`` is worker name -> reason.
+        """Declare workers (name -> reason) lost, and recover; during the start, the start fails.
 
         Workers that are already lost are ignored.
         """

@@ -106,7 +106,7 @@ class KeptAdapter(Message, frozen=True, kw_only=True):
     adapter: AdapterRecord
     state: AdapterState
     number: int
-    """Number of the command to the workers that first contained the adapter."""
+    """Number from which on commands to the workers contain the adapter."""
     lacking: tuple[str, ...] = ()
     """Names of the workers that serve without the adapter, because they could not load it."""
 
@@ -132,7 +132,7 @@ class ControllerMemory(Message, frozen=True, kw_only=True):
     drain: Drain | None = None
     """The running drain; None if no drain runs."""
     scale: Scale | None = None
-    """The running scaling; None if no scaling runs."""
+    """The running scaling, until all new workers serve; None without one."""
     known_nodes: frozenset[str] = frozenset()
     """Ids of nodes that ``NodeFollower`` does not treat as new: pool sizes include them."""
     adapters: tuple[KeptAdapter, ...] = ()

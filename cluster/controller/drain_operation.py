@@ -21,7 +21,7 @@ class DrainCommand(OperationCommand, frozen=True, kw_only=True):
     worker: str = ""
     """Name of the worker to drain; empty if ``node`` or ``requested_by`` names the workers."""
     node: str = ""
-    """Name of the node whose workers are all drained; empty if single workers are drained."""
+    """Name of the node to drain, with all its workers; empty if single workers are drained."""
     requested_by: tuple[str, ...] = ()
     """Workers that requested the drain themselves; empty for a client's command."""
     limit_s: float
@@ -66,7 +66,7 @@ class Drain(TimedOperation):
     As long as this generation runs, the workers also keep the copies of the earlier placement.
     """
     outcome: tuple[OperationState, str] | None = None
-    """State and message with which the drain ends once it is rolled back; None before that."""
+    """State and message with which the rolled back drain ends; None without a rollback."""
 
     @property
     def workers(self) -> str:

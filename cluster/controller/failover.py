@@ -265,7 +265,7 @@ def continue_with(
 
 
 def _go_on(collected: CollectedState, cluster: Cluster, recovery: Recovery, now: float) -> None:
-    """Continue the collected generation if all its members run it; otherwise form the next one."""
+    """Continue the generation if all members run it with its experts; else form the next one."""
     cause, workers = "the controller was restarted", cluster.workers
     missing = [
         m.name

@@ -29,7 +29,7 @@ from cluster.policy.silence import GapWindow
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
-"""Seconds between two ticks of the controller; a tick that is late by more counts as late."""
+"""Seconds between two ticks of the controller; a tick that is later by this time counts as late."""
 _LATE_GAPS = 2.0
 """Silence of a worker, in expected gaps between two signs of life, after which the controller
 measures how long the worker waits for a processor."""
@@ -61,7 +61,7 @@ class FailureDetector:
         self._ran_at = self._busy_at = cluster.began_at
         """Last time at which the forming generation did not wait for a new worker.
 
-        Also the last time at which it waited for an old member.
+        For ``_busy_at``, times at which it also waited for an old member count, too.
         """
 
     def heard(self, record: WorkerRecord, now: float) -> None:

@@ -23,7 +23,7 @@ class OperationState(Enum):
     FAILED = "FAILED"
     """The operation failed; ``Operation.message`` gives the reason."""
     CANCELLED = "CANCELLED"
-    """A client cancelled the operation."""
+    """A client or the node follower cancelled the operation."""
 
 
 _NEXT = {OperationState.RUNNING: set(OperationState) - {OperationState.RUNNING}}

@@ -59,7 +59,7 @@ class Rebalancing:
         self._looked: tuple[float, CurrentLoad] | None = None
         """Number of rows counted before the last dry run, and the load that the run used.
 
-        None without a dry run, or after a command that was not a dry run.
+        None without a dry run, or after another command with newer load.
         """
         self._newest: RunningRebalance | None = None
         self._ended: RunningRebalance | None = None
@@ -94,7 +94,7 @@ class Rebalancing:
     def target(self, command: RebalanceCommand) -> str:
         """Return ``experts``, the target of a rebalance command (``OperationKind.target``).
 
-        Raises ``ConflictError`` if the cluster cannot be rebalanced.
+        Raises ``ConflictError`` if the cluster cannot be rebalanced or no generation runs.
         """
         if self.impossible:
             raise ConflictError(f"rebalancing is not possible: {self.impossible}")

@@ -186,7 +186,7 @@ class Recovery:
     # ---- actions --------------------------------------------------------------------------
 
     def _go_on(self, members: Sequence[Member], cause: str, now: float) -> None:
-        """Form a generation with these members; if they cannot serve every expert, stall."""
+        """Form a generation with these members; stall if they cannot run one."""
         cluster = self._cluster
         decision = decide_members(members, self._holdings(members), cluster.round.highest_epoch)
         cluster.membership.experts_complete = decision.experts_complete

@@ -252,7 +252,7 @@ class RunningDrain:
         cluster.note(why, effect, now)
 
     def _undo(self, state: OperationState, text: str, now: float) -> None:
-        """Roll back the drain: its workers take requests again; the former placement returns."""
+        """Let the workers take requests again, and restore the former placement if it changed."""
         drain, cluster = self.record, self._cluster
         self._hold_back(False)
         if self._change is not None:

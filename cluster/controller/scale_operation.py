@@ -21,7 +21,7 @@ class ScaleCommand(OperationCommand, frozen=True, kw_only=True):
     expert: int | None = None
     """New number of expert workers, in colocated mode of all workers; None for no change."""
     cause: str = ""
-    """Reason of a command that the controller itself gives; empty for a client's command."""
+    """Reason of a command of the node follower; empty for other commands."""
     nodes: frozenset[str] = frozenset()
     """Ids of the new nodes if the node follower scales for them; otherwise empty."""
     limit_s: float
@@ -45,7 +45,7 @@ _NEXT = {
 
 @dataclass(kw_only=True, slots=True)
 class Scale(TimedOperation):
-    """State of a running scale operation, which the workers store for the next controller."""
+    """State of a scale operation until all new workers serve; stored for the next controller."""
 
     command: ScaleCommand
     step: ScaleStep = ScaleStep.SETTLE

@@ -230,7 +230,7 @@ class WorkerRecord:
         self.progress_at = min(now, self.progress_at + stall_s)
 
     def liveness(self) -> Liveness:
-        """Return the worker's input of the failure policy; its patience is finite if it serves."""
+        """Return the worker's input of the failure policy; infinite patience unless it serves."""
         return Liveness(
             name=self.name,
             heard_at=self.heard_at,
