@@ -108,8 +108,7 @@ class LowDisk(Message, frozen=True, kw_only=True):
 
 
 class Heartbeat(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller, every ``heartbeat_s``: shows that the worker lives, and reports its
-    state."""
+    """Worker -> controller, every ``heartbeat_s``: sign of life, with the state of the worker."""
 
     progress: int
     """Counter of loop iterations and of progress within steps of the worker's data thread. If the
@@ -148,8 +147,7 @@ class Heartbeat(ControlFrame, frozen=True, kw_only=True):
 
 
 class Alive(ControlFrame, frozen=True, kw_only=True):
-    """Worker -> controller, between two heartbeats: shows that the worker's control thread runs.
-    The controller does not reply."""
+    """Worker -> controller, between two heartbeats: sign of life without a reply."""
 
 
 class HeartbeatAck(ControlFrame, frozen=True, kw_only=True):
@@ -164,8 +162,7 @@ class HeartbeatAck(ControlFrame, frozen=True, kw_only=True):
 
 
 class StatusRequest(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: requests the worker's current stats. ``StatusReply`` repeats
-    ``token``."""
+    """Controller -> worker: requests current stats. ``StatusReply`` repeats ``token``."""
 
     token: int
 
@@ -276,8 +273,7 @@ class GenerationReady(ControlFrame, frozen=True, kw_only=True):
 
 
 class RunGeneration(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> worker: all members of the generation are ready; run steps from ``first_step``
-    on."""
+    """Controller -> worker: all members are ready; run steps from ``first_step`` on."""
 
     generation: int
     first_step: int
@@ -372,8 +368,7 @@ class EpochReady(ControlFrame, frozen=True, kw_only=True):
 
 
 class SwitchEpoch(ControlFrame, frozen=True, kw_only=True):
-    """Controller -> leader: use this placement epoch in step headers, beginning with the next
-    step."""
+    """Controller -> leader: use this placement epoch in all step headers from now on."""
 
     generation: int
     epoch: int
@@ -390,8 +385,7 @@ class EpochSwitched(ControlFrame, frozen=True, kw_only=True):
     epoch: int
     step: int
     stall_s: float = 0.0
-    """Seconds between the end of the previous step and the header of ``step``, if there was work;
-    else 0."""
+    """Seconds from the end of the previous step to the header of ``step``; 0 without work."""
 
 
 class Shutdown(ControlFrame, frozen=True, kw_only=True):
