@@ -115,8 +115,7 @@ class ColocatedDispatcher:
 
     @property
     def edge_share(self) -> int:
-        """Value for ``StepProposal.edge_share``: in thousandths, the largest share of this rank's
-        decode rows that one expert rank needed in recent steps; 0 if unknown."""
+        """Value for ``StepProposal.edge_share``; see ``TokenDispatcher.edge_share``."""
         return self._attention.edge_share
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
@@ -153,10 +152,7 @@ class ColocatedDispatcher:
         return outputs
 
     def finish_step(self) -> None:
-        """Wait for the outputs of all combined dispatches.
-
-        Raises ``PeerLostError`` and ``GenerationChangedError``.
-        """
+        """Wait for the outputs of all combined dispatches; see ``TokenDispatcher.finish_step``."""
         self._attention.finish_step()
 
     def end_step(self) -> bool:
@@ -180,8 +176,10 @@ class ColocatedDispatcher:
 
     @property
     def captured_state(self) -> Hashable:
-        """A value that changes when captured steps (CUDA graphs) become invalid: the expert ranks
-        have changed, or tables or expert slots have moved in memory."""
+        """A value that changes when captured steps of either side become invalid.
+
+        See ``CapturableDispatcher.captured_state``.
+        """
         return self._attention.captured_state, self._server.captured.state
 
     def captured_shape(self, header: StepHeader) -> Hashable:

@@ -92,7 +92,7 @@ class LocalDispatcher(TimedDispatcher):
         self.activity.advance()
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        """Find each expert in the slot that the placement gives it on device 0, the only device."""
+        """Use the slots in which the placement puts the experts on device 0, the only device."""
         slot_of = [_moved(bank) for bank in placement.banks]
         if any(map(_differ, slot_of, self._slot_of)):  # otherwise captured steps stay valid
             self._slot_of = slot_of

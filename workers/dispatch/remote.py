@@ -165,25 +165,18 @@ class RemoteDispatcher(TimedDispatcher):
         return self._exchange.gather(handle)
 
     def finish_step(self) -> None:
-        """Wait for the outputs of all combined dispatches.
-
-        Raises ``PeerLostError`` and ``GenerationChangedError``.
-        """
+        """Wait for the outputs of all combined dispatches; see ``TokenDispatcher.finish_step``."""
         with self.activity:
             self._transport.finish_step()
         self._edge_rows.finish_step()
 
     def end_step(self) -> bool:
-        """Return whether every expert rank got all of this rank's rows that it needed.
-
-        If not, the step must run again.
-        """
+        """Return whether every expert rank got all rows it needed; else the step must run again."""
         return self._edge_rows.end_step()
 
     @property
     def edge_share(self) -> int:
-        """Value for ``StepProposal.edge_share``: in thousandths, the largest share of this rank's
-        decode rows that one expert rank needed in recent steps; 0 if all rows must be sent."""
+        """Value for ``StepProposal.edge_share``; see ``TokenDispatcher.edge_share``."""
         return self._edge_rows.share if self._edge_rows.can_limit else 0
 
     # ``CapturableDispatcher``

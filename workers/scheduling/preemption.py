@@ -50,7 +50,7 @@ class Preemption:
         """Sequences preempted since the last call of ``take_preempted``, oldest first."""
 
     def candidate(self) -> SequenceState | None:
-        """Return the sequence to preempt next, so that it can move to another worker before.
+        """Return the sequence to preempt next, which could move to another worker instead.
 
         None if no preemption is likely soon. Beams are not returned: a beam search cannot move, as
         it would start again on the other worker.
