@@ -37,7 +37,7 @@ def receive_bytes(sock: socket.socket, size: int, deadline_s: float | None = Non
 def time_left(deadline_s: float) -> float:
     """Return the seconds until the monotonic time ``deadline_s``.
 
-    Raises ``TimeoutError`` if this time has passed.
+    Raises ``TimeoutError`` if the deadline has passed.
     """
     left = deadline_s - time.monotonic()
     if left <= 0:
