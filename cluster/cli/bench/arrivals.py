@@ -139,7 +139,8 @@ def _azure_rows(file: Iterable[str]) -> Iterator[Arrival]:
             when = datetime.fromisoformat(row["TIMESTAMP"])
             due_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
             prompt = _length("ContextTokens", int(row["ContextTokens"]))
-            yield Arrival(due_s, prompt, max(int(row["GeneratedTokens"]), 1))
+            output = int(row["GeneratedTokens"]) or 1
+            yield Arrival(due_s, prompt, _length("GeneratedTokens", output))
 
 
 def _length(name: str, value: Any) -> int:

@@ -60,7 +60,13 @@ def test_a_trace_of_azure_with_a_time_zone(tmp_path: Path) -> None:
     assert second.due_s == pytest.approx(0.99007)
 
 
-@pytest.mark.parametrize("row", ["20,3", "2024-05-10,x,3", "never,20,3"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        *("20,3", "20,x,2024-05-10", "20,3,never"),
+        *("0,3,2024-05-10", "20,-3,2024-05-10", "20,10000000000,2024-05-10"),
+    ],
+)
 def test_a_bad_row_of_azure(tmp_path: Path, row: str) -> None:
     text = f"ContextTokens,GeneratedTokens,TIMESTAMP\n{row}"
     with pytest.raises(ValueError, match="request 1: "):
