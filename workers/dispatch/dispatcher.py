@@ -160,8 +160,8 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
 def picks_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
     """Whether the host must read which expert rank each row or (row, slot) pair of a step needs.
 
-    True for exact steps and if expert ranks return one output for each pair. Captured steps exclude
-    such reads.
+    True if ``StepHeader.exact``, or if expert ranks return one output for each pair. Such a step
+    cannot be captured.
     """
     return header.exact or returns_pairs(banks, combine_mode)
 

@@ -27,7 +27,7 @@ _MIN_ROWS = 16
 
 
 class _Noted(NamedTuple):
-    """Row counts of one dispatch: needed, present and sent rows."""
+    """Row counts of one dispatch: rows that an expert rank needed, all rows, and sent rows."""
 
     needed: Tensor
     """Number of rows that the busiest expert rank needed: a scalar int64 tensor on the device."""

@@ -33,7 +33,8 @@ class ExpertMaps:
         self._device = device
         self._library = library
         self.combine_mode = combine_mode
-        """Combine mode of the current generation: ``per_slot`` or ``sum``."""
+        """Combine mode of the current generation: ``per_slot`` (one output for each row and expert)
+        or ``sum`` (one partial sum for each row)."""
         self.ranks: tuple[int, ...] = ()
         """The expert ranks of the current generation, in ascending order."""
         self._epochs = EpochTables[list[CopyTables]]()
@@ -75,7 +76,7 @@ class ExpertMaps:
     ) -> None:
         """Begin a step: use the maps of its epoch. Raises ``ProtocolError`` for an unknown epoch.
 
-        micro_batches: the rows of each micro-batch, which only exact steps read. is_row
+        micro_batches: the rows of each micro-batch, read only if ``header.exact``. is_row
         [micro-batches, T] int64, in a captured step only: 0 for a row without a request, which gets
         no slots.
         """
@@ -107,7 +108,7 @@ class ExpertMaps:
 
         A slot is -1 if another rank serves the expert. With ``with_weights``, the first result is
         [ranks, T, 2k]: the bits of the float32 routing weights follow the slots. The chosen copies
-        are None if all rows use the decode copies, as in every step that is not exact.
+        are None if all rows use the decode copies, as in steps without ``exact``.
         """
         tables, decode_slots = self._tables[sent.bank], self._decode_slots[sent.bank]
         weights = sent.topk_weights if with_weights else None

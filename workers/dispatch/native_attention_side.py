@@ -48,7 +48,7 @@ class NativeRows:
 
     @property
     def slots(self) -> Tensor:
-        """Expert slots of each row on each rank, [ranks, T, k] int32; -1 for another rank."""
+        """Expert slots of each row by rank, [ranks, T, k] int32; -1 for experts of another rank."""
         return self.slots_and_weights[:, :, : self.weights.shape[1]]
 
 

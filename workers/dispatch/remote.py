@@ -187,7 +187,7 @@ class RemoteDispatcher(TimedDispatcher):
 
     def picks_rows(self, header: StepHeader) -> bool:
         """Whether the host must read which expert rank each row or (row, slot) pair of a step
-        needs, which captured steps exclude."""
+        needs; such a step cannot be captured."""
         return picks_rows(header, self._banks, self._maps.combine_mode)
 
     @property

@@ -71,10 +71,10 @@ class _RoutedRows:
     """Slots of each row on each expert rank, then the bits of the weights if the rank computes
     weighted sums: [ranks, T, k or 2k] int32."""
     slots: Tensor
-    """Slots of each row on each expert rank, [ranks, T, k] int32; -1 for another rank."""
+    """Slots of each row by expert rank, [ranks, T, k] int32; -1 for experts of another rank."""
     pairs: Sequence[SentRows]
-    """(Row, slot) pairs of each expert rank; empty if neither outputs return by pair nor an exact
-    exchange sends inputs by pair."""
+    """(Row, slot) pairs of each expert rank; empty unless outputs, or inputs of an exact exchange,
+    are sent by pair."""
 
 
 _Split = tuple[list[RowMessage], tuple[SentRows, ...]]
@@ -143,7 +143,8 @@ class SplitExchange(ABC):
     def pairs_of(self, slots: Tensor) -> tuple[SentRows, ...]:
         """Return the (row, slot) pairs of each expert rank, without ranks that have none.
 
-        slots [ranks, T, k], -1 for another rank. Pairs are numbered in row-major order of [T, k].
+        slots [ranks, T, k], -1 for experts of another rank. Pairs are numbered in row-major order
+        of [T, k].
         """
         sent = []
         for rank, own in zip(self._side.maps.ranks, slots, strict=True):

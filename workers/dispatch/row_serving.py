@@ -56,8 +56,8 @@ class ServedStep:
     filled: Sequence[FilledSlots]
     """For each bank, the slots that hold an expert in the step's epoch."""
     granted: Sequence[dict[int, int]]
-    """For each micro-batch, the number of rows that each attention rank sends (if exact, at most);
-    ranks without rows are left out."""
+    """For each micro-batch, the number of rows that each attention rank sends, or at most sends if
+    ``StepHeader.exact``; ranks without rows are left out."""
     num_bytes: dict[str, int]
     """Counters of the bytes of ``dispatch`` and ``combine``, to which the step adds."""
     timer: StepTimer
@@ -106,7 +106,7 @@ class _Batch:
 
     @property
     def slots(self) -> Tensor:
-        """Expert slots of each row on this rank, [rows, k] int64; -1 for another rank."""
+        """Slots of each row on this rank, [rows, k] int64; -1 for experts of another rank."""
         return self.used.slots
 
     def pairs_by_rank(self) -> tuple[int, ...]:
@@ -247,7 +247,7 @@ class StaticServing:
         return side.slots[bank.index].compute(exchange.index, batch.inputs, pair_input, pair_slot)
 
     def _inputs_of(self, pairs: Tensor) -> Tensor:
-        """Return the input index of each pair, if every slot of a row has its own input."""
+        """Return the index of each pair's input, if each (row, slot) pair has its own input."""
         return pairs
 
     def _sum(self, bank: BankSpec, exchange: ExchangeSpec, batch: _Batch) -> Tensor:

@@ -45,7 +45,7 @@ class FilledSlots:
     ) -> None:
         """Call ``reject`` for a rank that sent an unknown or empty slot.
 
-        slots: for each of ``ranks``, the sent slots [rows, k]; -1 for another rank.
+        slots: for each of ``ranks``, the sent slots [rows, k]; -1 for experts of another rank.
         """
         filled = self.table.tolist()[:-1]
         for rank, mine in zip(ranks, slots, strict=True):
@@ -59,7 +59,7 @@ class UsedSlots:
     """Validated expert slots of the rows of one exchange."""
 
     slots: Tensor
-    """Expert slots of each row on this rank, [rows, k] int64; -1 for another rank."""
+    """Expert slots of each row on this rank, [rows, k] int64; -1 for experts of another rank."""
     all_here: bool
     """True only if certainly all (row, slot) pairs belong to this rank."""
     any_here: bool
@@ -154,8 +154,8 @@ class SlotNotes:
 
     seen: list[_Seen] = field(default_factory=list)
     bins: dict[int, Tensor] = field(default_factory=dict)
-    """For each bank, the number of pairs of slot -1 (another rank), then of each slot: [slots + 1]
-    int64."""
+    """For each bank, the number of pairs of slot -1 (an expert of another rank), then of each slot:
+    [slots + 1] int64."""
 
     def packed(self) -> Tensor:
         """Return ``is_wrong`` of each entry of ``seen``, then all ``bins``, as one int64 tensor."""
@@ -172,11 +172,11 @@ class DeviceSlotChecker:
         self._copied: Tensor | None = None
 
     def begin(self, counts: Sequence[Tensor]) -> None:
-        """Begin a step: drop the notes of an earlier step that failed. ``counts`` stay as is."""
+        """Begin a step: drop ``notes`` of an earlier step that failed. ``counts`` stay the same."""
         self.notes, self._copied = SlotNotes(), None
 
     def copy(self) -> None:
-        """Start to copy the notes to the host, so that ``end`` need not wait for the device."""
+        """Start to copy ``notes`` to the host, so that ``end`` need not wait for the device."""
         self._copied = to_host_later(self.notes.packed())
 
     def check(

@@ -211,7 +211,7 @@ class DecodeGraphs:
         return hidden, torch.cat([own.t() for own in ids])
 
     def _inputs(self, numbers: Tensor, blocks: Tensor) -> ModelInputs:
-        """Return the model inputs of one micro-batch, from ``numbers`` [columns, bucket]."""
+        """Return the inputs of one micro-batch from its ``_CapturedStep.numbers``."""
         size, device = numbers.shape[1], self._device
         tokens, positions, prompt_lengths, slots, seats, lengths, _ = numbers
         paged = PagedRows(

@@ -208,7 +208,7 @@ def _tally_copies(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:
 
 
 def _prompt_keys(routed: RoutedRows, num_copies: int) -> Tensor:
-    """Return ``expert * num_copies + copy`` for each chosen expert of each prompt row."""
+    """Return ``expert * num_copies + index of its copy`` for each expert of each prompt row."""
     experts = routed.topk_ids[routed.num_decodes :] * num_copies
     if routed.copies is None:
         return experts

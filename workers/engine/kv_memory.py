@@ -55,7 +55,7 @@ class KvMemory:
         self.pool = BlockPool(num_blocks, int(num_blocks * section.kv_kept_share))
         """Reference counts of all blocks, and the hashes of cached blocks."""
         self.store = KvTransferStore(self.pool, self.cache, states)
-        """Holder of blocks while they are sent to other workers or fetched from them."""
+        """Has references to blocks while they are sent to other workers or fetched from them."""
         self.tiers: KvTiers | None = None
         """Tiers (host memory and disk) with copies of blocks; None without tiers."""
 

@@ -21,9 +21,9 @@ class MicroBatchRule:
     setting: NumMicroBatches = 1
     """Number of micro-batches of all steps; ``auto`` decides by the rows of each step."""
     decode_threshold: int = 0
-    """Minimum rows of the busiest attention rank to split a step without prompt rows (``auto``)."""
+    """With ``auto``, a step without prompt rows is split if a rank has at least so many rows."""
     prefill_threshold: int = 0
-    """Minimum rows of the busiest attention rank to split a step with prompt rows (``auto``)."""
+    """With ``auto``, a step with prompt rows is split if a rank has at least so many rows."""
 
     @classmethod
     def of(cls, engine: EngineSection, workers: WorkersSection) -> MicroBatchRule:

@@ -20,13 +20,14 @@ _NEW_WEIGHT = 0.5
 _MAX_OUTLIER = 2.0
 """Maximum ratio of observed to expected step time; caps the effect of a single slow step."""
 _EXCESS_FACTOR = 1.5
-"""Multiple of the target step time; a longer step reduces the cap, whatever the estimate."""
+"""A step longer than this multiple of the target reduces the cap, whatever the estimate."""
 
 
 class PrefillCap:
     """The leader's limit of prompt rows in a step, from its estimates of step times.
 
-    While sequences decode, a target permits at most twice the rows that are known to fit.
+    If a target step time is set, a step that also decodes gets at most twice the prompt rows that
+    an earlier step has computed within the target.
     """
 
     def __init__(self, *, max_rows: int, min_rows: int = 1, target_s: float | None = None) -> None:
@@ -45,7 +46,7 @@ class PrefillCap:
 
     @classmethod
     def of(cls, engine: EngineSection) -> Self:
-        """Create the cap for a configuration, with one KV block of tokens as the minimum."""
+        """Create the cap for a configuration; the tokens of one KV block are its minimum."""
         target_ms = engine.itl_target_ms
         return cls(
             max_rows=engine.max_num_batched_tokens,

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Exactness:
-    """A worker's arithmetic offer (``ArithmeticOffer``), and the kernels and threads to keep it."""
+    """How a worker can compute bit-exact results (``offer``), and its kernels and threads."""
 
     offer: ArithmeticOffer
     threads: int
@@ -35,13 +35,14 @@ class Exactness:
     """Number of torch threads: 1 if results may be exact, as torch splits sums by this number."""
     _team: ThreadTeam | None
     _libraries: Mapping[str, Library]
-    """Kernel libraries by name of their arithmetic, fastest first; empty without a thread team."""
+    """Kernel libraries by arithmetic (way to compute matrix products), fastest first; empty without
+    a thread team."""
 
     @classmethod
     def of(
         cls, args: WorkerArgs, kernels: Kernels, banks: Sequence[BankSpec], dtype: torch.dtype
     ) -> Exactness:
-        """Determine the arithmetic offer of a worker, and build missing kernel libraries."""
+        """Determine how a worker can compute exact results, and build missing kernel libraries."""
         setting, team = args.config.engine.deterministic, kernels.team
         reason = torch_reason(banks, dtype)
         is_native = team is not None and not reason
@@ -84,9 +85,10 @@ def _describe_computation(args: WorkerArgs, kernels: str) -> str:
 
 
 def _libraries(own: Library, dtype: torch.dtype, is_alone: bool) -> dict[str, Library]:
-    """Libraries that this worker can use, by arithmetic, ``own`` first.
+    """Kernel libraries that this worker can use, by arithmetic: ``own``, then an alternative.
 
-    An alternative to ``own`` exists only for bfloat16 and several workers; see ``arithmetic_of``.
+    The alternative exists only with AVX-512 BF16, bfloat16 and several workers; see
+    ``arithmetic_of``.
     """
     libraries = {arithmetic_of(own, dtype): own}
     if is_alone or dtype != torch.bfloat16 or own.name != "avx512_bf16":

@@ -55,7 +55,7 @@ class GatewayStream:
         self.error = ""
         """Why the worker ends the stream; empty if it does not."""
         self.last_message_at: float | None = None
-        """Time of the last message; None before the first ping."""
+        """Time of the last message from the gateway; None before its first ping."""
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_PENDING_MESSAGES + 1)
         self._is_closed = False
 
@@ -73,7 +73,7 @@ class GatewayStream:
         return True
 
     def close(self, error: str = "") -> None:
-        """End the stream after the pending messages; only the first reason counts."""
+        """End the stream after the pending messages, because of ``error``. Idempotent."""
         if not self._is_closed:
             self._is_closed, self.error = True, error
             self._queue.put_nowait(None)

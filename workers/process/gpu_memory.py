@@ -23,7 +23,7 @@ from workers.transport.transport import DataTransport
 _HIDDEN_ROWS = 16
 """Number of float32 rows of the model's width that a layer needs for each row of a step."""
 _PAIR_ROWS = 6
-"""Number of such float32 rows for each (row, expert) pair: input, inner products, output, sum."""
+"""As ``_HIDDEN_ROWS``, for each (row, expert) pair: input, inner products, output, sum."""
 _LOGIT_BYTES = 32
 """Bytes per logit: float32 copies of the sampler's stages, and sorted indices."""
 _ATTENTION_BYTES = 1 << 30

@@ -1,9 +1,9 @@
 """Identity of the computation that made a KV block, and the ranks that need blocks on disk.
 
 Blocks on disk outlive the processes that compute them. Apart from the tokens, their bits depend on
-the checkpoint, release, options, dtypes and arithmetic agreement of the generation's members,
-so the identity contains these. If results are exact, the agreement determines the bits. Otherwise
-they depend on each member, so the identity contains the computations of all members.
+the checkpoint, release, options and dtypes, and on the kernels that the generation's members agreed
+to use, so the identity contains these. If results are exact, the agreement determines the bits.
+Otherwise they depend on each member, so the identity contains the computations of all members.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workers.transport.handshake import PeerIdentity
 
 
 def model_identity(me: PeerIdentity) -> str:
-    """Prefix of the identities of all blocks of this checkpoint."""
+    """Text with which the identities of all KV blocks of this checkpoint begin."""
     return f"checkpoint {me.checkpoint_id}\n"
 
 

@@ -89,7 +89,7 @@ class SequenceState:
     num_computed: int = 0
     """Number of leading tokens whose keys and values are in the KV cache."""
     blocks: list[int] = field(default_factory=list)
-    """KV blocks of the sequence in order (block table). The sequence is a holder of each block."""
+    """KV blocks of the sequence in order (block table). The sequence has a reference to each."""
     state: int | None = None
     """Slot of the sequence's recurrent state after ``num_computed`` tokens; None if no token is
     computed or the model has no recurrent states."""

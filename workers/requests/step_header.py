@@ -89,10 +89,10 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
     all rows of each attention rank, or ``edge_limit`` rows."""
     edge_limit: Rows = 0
     """Maximum number of rows of a micro-batch that an attention rank sends to an expert rank,
-    needed rows first; 0 for no limit, as always in an exact step."""
+    needed rows first; 0 for no limit, as always if ``exact``."""
     bucket: Rows = 0
     """Number of rows to which each attention rank pads every non-empty micro-batch, as captured
-    steps (CUDA graphs) require; 0 for no padding, as always in an exact step."""
+    steps (CUDA graphs) require; 0 for no padding, as always if ``exact``."""
     is_alone: bool = False
     """Whether only one request has rows in the step."""
     parents: tuple[tuple[Count, Parents], ...] = ()
@@ -151,7 +151,7 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
 
     def edge_rows(self, rank: int, micro_batch: int) -> int:
         """Return the number of rows that an attention rank sends to each expert rank, in one
-        micro-batch, with padding. In an exact step it is the maximum number.
+        micro-batch, with padding. If ``exact``, it is the maximum number.
         """
         rows = self.rows(rank, micro_batch)
         if rows and self.bucket:

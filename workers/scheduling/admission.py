@@ -78,7 +78,7 @@ class SequenceAdmission:
         """Yield the waiting sequences, in turn, that together fit into seats, free blocks and rows.
 
         ``max_rows``: rows for all of them; the last sequence may exceed it. A cached block without
-        a holder counts as a free block that the sequence takes. A tenant above its share leaves
+        references counts as a free block that the sequence takes. A tenant above its share leaves
         some seats free for other tenants, and blocks for the same number of sequences, but at most
         one in ``RESERVED_DIVISOR`` blocks.
         """

@@ -38,7 +38,7 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Number of KV blocks without a holder, which can be allocated."""
+        """Number of KV blocks without a reference, which can be allocated."""
         return self._pool.num_free
 
     @property
@@ -67,7 +67,7 @@ class BlockManager:
     def num_to_take(self, waiting: SequenceState, known: Iterable[int]) -> int:
         """Number of free blocks that the admission of a waiting sequence takes.
 
-        ``known``: its cached blocks. Cached blocks that have a holder are not free, and so not
+        ``known``: its cached blocks. Cached blocks with a reference are not free, and so not
         counted.
         """
         held = sum(not self._pool.is_free(block) for block in known)

@@ -48,10 +48,10 @@ class SeatReserve:
             self._seen = {t: s for t, s in self._seen.items() if s[0] >= oldest or t in tenants}
 
     def above_share(self, running: Iterable[SequenceState]) -> set[str]:
-        """Return the tenants with more running sequences than their share, and more than one.
+        """Return the tenants with more than one running sequence and more than their share of them.
 
-        A tenant's share is its weight divided by the weights of all tenants. Empty if there is only
-        one tenant.
+        A tenant's share is its weight divided by the sum of the weights of all tenants. Empty if
+        there is only one tenant.
         """
         if self._has_one:
             return set()

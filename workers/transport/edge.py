@@ -61,7 +61,7 @@ class Edge:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the selector reads the edge, and this process has no received or unsent bytes."""
+        """Whether the selector reads the edge, and no received or unsent bytes are kept here."""
         is_waiting = self.inbox or self._out or self._have or self._given_back
         return self.interest == _READ and self._header is None and not is_waiting
 

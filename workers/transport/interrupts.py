@@ -1,4 +1,4 @@
-"""Interrupts of the data thread's waits by other threads."""
+"""Lets other threads end the waits of a worker's data thread."""
 
 from __future__ import annotations
 

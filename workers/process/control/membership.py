@@ -79,11 +79,11 @@ class MembershipHooks:
     enter: Callable[[Generation, ExpertPlacement], None]
     """Applies the placement of a new generation with open connections, or of an announced epoch."""
     lose_members: Callable[[Set[str]], None]
-    """Called with the members of the last generation that died; its last step was abandoned."""
+    """Called with the dead members of the last generation, after its last step was abandoned."""
     begin_steps: Callable[[], None]
     """Called when the steps of a generation start."""
     slots: Callable[[], SlotContents] = tuple
-    """Returns the contents of the expert slots; any thread."""
+    """Returns the contents of the expert slots. Any thread may call it."""
 
 
 class Membership:

@@ -18,7 +18,7 @@ class AddRequest:
     gateway: str
     request: Request
     received: float
-    """Monotonic time in seconds at which the stream delivered it."""
+    """Monotonic time in seconds at which the stream delivered the request."""
     hashes: tuple[BlockHash, ...] = ()
     """Hashes of the full KV blocks of the prompt, in order; empty if blocks are not shared."""
 

@@ -40,7 +40,7 @@ class FetchJobs(WaitingRequests):
         return next((job for job in self._running if job.fetch.lacks(first_missing)), None)
 
     def _wait_for(self, job: FetchJob | None, waiting: IntakeRequest) -> bool:
-        """Let a request wait for a job; False if ``job`` is None or late."""
+        """Let a request wait for a job; False if ``job`` is None or past its deadline."""
         if job is None or job.is_late:
             return False
         job.waiting.append(waiting)

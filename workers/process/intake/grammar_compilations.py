@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 COMPILE_LIMIT_S = 2.0
 """Time limit for the compilation of a grammar."""
 MAX_COMPILING = 2
-"""Maximum number of concurrent compilations; late ones do not count."""
+"""Maximum number of concurrent compilations that are within the time limit."""
 _MAX_THREADS = 16
 
 
@@ -48,12 +48,12 @@ class CompiledRequest:
 class _Job(Job):
     grammar: Grammar
     owner: str
-    """``cache_salt`` of its requests. Requests of other tenants do not share the compilation."""
+    """``cache_salt`` of its requests; requests with another one do not share the compilation."""
     compiling: Future[CompiledGrammar] | None = None
 
     @property
     def is_late(self) -> bool:
-        """Whether the deadline has passed, after which only resumed requests wait for it."""
+        """Whether the time limit is exceeded, after which only resumed requests wait for it."""
         return self.compiling is not None and self.deadline_s == math.inf
 
 

@@ -57,7 +57,7 @@ class IntakeRequest:
     gateway: str
     request: Request
     received: float
-    """Monotonic time in seconds at which it arrived, or its wait in the engine's queue began."""
+    """Monotonic time in seconds at which the request arrived, or was queued in the engine again."""
     hashes: tuple[BlockHash, ...] = ()
     """Hashes of the full KV blocks of the prompt, in order; empty if blocks are not shared."""
     state: IntakeState = IntakeState.RECEIVED
@@ -67,7 +67,7 @@ class IntakeRequest:
     """Time on the clock at which the request stops waiting for KV blocks, whatever their source.
     Set at the start of its first wait."""
     has_joined: bool = False
-    """Whether it waits for a restore that another request started. Set by ``KvRestores``."""
+    """Whether the request waits for a restore that another one started; set by ``KvRestores``."""
 
     @property
     def name(self) -> str:

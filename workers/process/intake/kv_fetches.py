@@ -47,7 +47,7 @@ class _Prefetch(Job):
 
     command: PrefetchRequested
     num_begun: int = 0
-    """Number of chains (one for each open choice) whose fetch was started or skipped."""
+    """Number of open choices for which the fetch of blocks was started or skipped."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -218,9 +218,9 @@ class KvFetches(FetchJobs):
                 self._prefetched.append((prefetch.command.gateway, answer))
 
     def _begin_next(self, prefetch: _Prefetch) -> bool:
-        """Fetch the prefetch's next chain; False if no thread is free or no chain needs a fetch.
+        """Fetch the blocks of the next choice; False if no thread is free or none needs a fetch.
 
-        A prefetch ignores the cost, as no request waits for it yet. Chains that do not fit are
+        A prefetch ignores the cost, as no request waits for it yet. Blocks that do not fit are
         computed later.
         """
         chains, request = prefetch.command.chains, prefetch.command.request

@@ -39,7 +39,7 @@ MIN_LIMIT_S = 2.0
 """Minimum time limit of a restore, including the wait for a thread. The limit is the time to
 compute the same tokens, if that is longer."""
 _GRACE_S = 0.5
-"""Seconds for which requests wait after a restore's limit, as its thread then ends soon."""
+"""Seconds for which requests wait longer than a restore may read, so that its thread can end."""
 
 
 @dataclass(slots=True)
@@ -184,7 +184,8 @@ class KvRestores(FetchJobs):
         return num_usable if is_dearer else end
 
     def _state_cost(self, name: BlockHash, now_s: float) -> float:
-        """Cost, in computed tokens, to restore the state after a block; infinite if in no tier."""
+        """Tokens that could be computed while the recurrent state after a block is restored;
+        infinite if no tier has the state."""
         states = self._store.states
         if states is None or states.num_known((name,)):
             return 0.0

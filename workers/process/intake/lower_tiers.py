@@ -50,7 +50,7 @@ class LowerTiers:
         return cls(tiers, copies, KvRestores(engine, tiers, computing, wake))
 
     def changes(self, changes: HashChanges, engine: Engine) -> HashChanges:
-        """Return the changes of pool (``changes``) and tiers together; see ``held_changes``."""
+        """Merge ``changes`` of the pool with those of the tiers; a block in either stays known."""
         return held_changes(changes, engine.pool, self.tiers)
 
     def stats(self) -> dict[str, float]:

@@ -29,7 +29,7 @@ class SoloStepReporter:
             self.publish(self._gateway, message)
 
     def acknowledge(self, gateway: str, solo_step: SoloStep) -> None:
-        """Pass on the acknowledgement of a stage."""
+        """Pass a gateway's acknowledgement of a stage to the engine."""
         if gateway == self._gateway:
             self.engine.requests.isolation.acknowledge(solo_step)
 

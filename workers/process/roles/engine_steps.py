@@ -21,7 +21,7 @@ from workers.transport.path_watch import LOOK_S
 _MEASURED_ROWS = 32
 """Minimum number of prompt rows for which the time of a step measures the prefill speed."""
 _COMMIT_SHARE = 0.25
-"""Fraction of the lease without contact after which an idle leader runs an empty step."""
+"""An idle leader runs an empty step after this fraction of the lease without a renewal."""
 
 
 class EngineSteps:
@@ -122,7 +122,7 @@ class EngineSteps:
     def _idle_s(self) -> float:
         """Longest wait for a header, in seconds.
 
-        It is short after an empty step: the leader must check whether all ranks got the header.
+        It is short after an empty step, until the leader knows that all ranks got the header.
         """
         membership = self._context.membership
         if membership.last_shared_commit < membership.last_commit:

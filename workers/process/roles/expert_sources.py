@@ -36,7 +36,7 @@ class ExpertSources:
             CHECKPOINT: self._open_checkpoint,
             PEER: self._open_peer,
         }
-        """Functions that open the source of experts that the controller commands to load later."""
+        """Functions by kind that open the source of experts for later ``LoadExperts`` commands."""
 
     def load(self, placement: ExpertPlacement) -> None:
         """Load the first experts, each from the faster source: checkpoint or other workers."""

@@ -106,7 +106,7 @@ class AttentionWorker(WorkerActor):
 
 
 class ExpertWorker(WorkerActor):
-    """Computes its expert slots for the rows that attention workers dispatch."""
+    """Computes the rows that attention workers dispatch, with the experts in its slots."""
 
 
 class ColocatedWorker(WorkerActor):
