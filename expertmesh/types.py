@@ -151,7 +151,7 @@ class RequestOutput:
     prompt_logprobs: list[LogprobsByToken | None] | None = None
     """One entry per prompt token, None for the first; None unless ``prompt_logprobs`` is set."""
     finished: bool = True
-    """Whether this is the whole result; False in a stream."""
+    """Whether this is the whole result; False for every piece of a stream, also the last."""
 
 
 @dataclass(slots=True)

@@ -85,10 +85,10 @@ class ControllerActor:
 
         ``banks``: a dict with ``bank``, ``layer`` and ``num_experts`` for each bank (set of routed
         experts of a layer). ``profile``: load profile (token counts of experts) for predictions.
-        ``asked``: data that ``origin`` returns. ``free_cpus``: number of CPUs that other users of
-        Ray left free before this start; None if there are no other users. A second call does
-        nothing. If the start cannot begin, reserved resources are released, and ``ConfigError`` or
-        ``StartError`` is raised.
+        ``asked``: the user's options by flag, which ``origin`` returns. ``free_cpus``: number of
+        CPUs that other users of Ray left free before this start; None if there are no other users.
+        A second call does nothing. If the start cannot begin, reserved resources are released, and
+        ``ConfigError`` or ``StartError`` is raised.
         """
         await self.restore()
         if self._handoff.is_pending:
@@ -115,7 +115,7 @@ class ControllerActor:
         await self._handoff.settle()
 
     async def origin(self) -> dict[str, Any]:
-        """Return ``asked`` as ``start`` received it, and the ``config`` of the cluster.
+        """Return ``asked``, the options that ``start`` received, and the cluster's ``config``.
 
         ``config`` has the cluster token, and resources as planned for the start. Both are None
         before ``start``. Raises ``NotReadyError`` while the workers of an earlier controller cannot

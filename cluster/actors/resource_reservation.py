@@ -36,8 +36,8 @@ class ResourceReservation:
     """Ray resources reserved for one cluster's workers. Methods that query or change them block."""
 
     nodes: dict[str, str] = field(default_factory=dict)
-    """Ray's node id by worker name, for the workers that ``reserve`` has placed. Workers that a
-    restarted controller has found are absent, as other workers may get their names.
+    """Ray's node id by worker name, for the workers that ``reserve`` has placed; empty in a
+    restarted controller.
     """
     _group: PlacementGroup | None = None
     _added: dict[str, PlacementGroup] = field(default_factory=dict)

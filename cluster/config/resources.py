@@ -131,9 +131,9 @@ def plan_shares(
 
 
 def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
-    """Return the GPUs of one worker: the explicit value, else 1, or a fraction if too few.
+    """Return the GPUs of one worker: the given value, else 1, or a share if GPUs are too few.
 
-    With device ``auto``, 0 replaces the fraction. Raises ``ConfigError``.
+    With device ``auto``, 0 replaces the share; ``cpu`` means 0. Raises ``ConfigError``.
     """
     asked = workers.gpus_per_worker
     if workers.device == "cpu":

@@ -25,7 +25,7 @@ from cluster.core.errors import RequestError
 
 M = TypeVar("M", bound=Message)
 _PLAN_LIMIT_S = 20.0
-"""Longest wait of a client for the plan of a rebalancing, in seconds; then planning continues."""
+"""Longest wait of a client for a rebalancing's plan, in seconds; planning may take longer."""
 _ADAPTER_LIMIT_S = LOAD_LIMIT_S + 10.0
 
 

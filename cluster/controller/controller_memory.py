@@ -38,7 +38,8 @@ class HistoryEntry:
     cause: str
     effect: str
     took_s: float | None = None
-    """Seconds until the generation ran, or (``is_felt``) of paused token streams; None before."""
+    """Seconds from the change until the generation ran or, with ``is_felt``, for which token
+    streams paused; None if unknown."""
     is_felt: bool = False
     """Whether ``took_s`` is the longest pause of token streams that a gateway has reported."""
 

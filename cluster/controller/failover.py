@@ -99,9 +99,10 @@ class CollectedState:
         )
 
     def silent_members(self, own_host: str, alive: Collection[str]) -> frozenset[str]:
-        """Return members in ``alive`` without a report, if ``own_host`` may be the cause.
+        """Return the members of hosts without a report, if ``own_host`` may be the cause.
 
-        This is assumed if no member on most other hosts has reported; if not, none are returned.
+        This is assumed if most of the other hosts are without one; if not, returns no members.
+        Only members in ``alive`` count.
         """
         pulses = [
             Liveness(name=m.name, heard_at=float(m.name in self.frames_by_worker), host=m.node)

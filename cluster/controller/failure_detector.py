@@ -47,7 +47,7 @@ class FailureDetector:
         self._cluster = cluster
         self._limits = limits
         self.last_tick = self._held_at = cluster.began_at
-        """Monotonic time of the last tick, at which ``credit_own_pause`` is called."""
+        """Time of the last tick (``credit_own_pause``); of the last frame of ``_held`` workers."""
         self._is_late, self._woke_at = False, cluster.began_at
         """Whether this tick is late; time of the tick that followed the last long pause.
 
@@ -59,9 +59,9 @@ class FailureDetector:
         self._held = frozenset[str]()
         """Silent workers that are not declared lost, because most other hosts are silent too."""
         self._ran_at = self._busy_at = cluster.began_at
-        """Last time at which the forming generation did not wait for a new worker.
+        """``_ran_at``: last time at which the forming generation did not wait for a new worker.
 
-        For ``_busy_at``, times at which it also waited for an old member count, too.
+        ``_busy_at``: last time at which it did not, or also waited for an old member.
         """
 
     def heard(self, record: WorkerRecord, now: float) -> None:

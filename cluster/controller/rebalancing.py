@@ -57,9 +57,9 @@ class Rebalancing:
         self.plans = PlannerThread(cluster, executor)
         """Pending computations: decisions, by operation id, and split weights of a stage."""
         self._looked: tuple[float, CurrentLoad] | None = None
-        """Number of rows counted before the last dry run, and the load that the run used.
+        """Rows counted before the last dry run, and the load that it used.
 
-        None without a dry run, or after another command with newer load.
+        None without a dry run, and after a command without ``dry_run`` that finds more rows.
         """
         self._newest: RunningRebalance | None = None
         self._ended: RunningRebalance | None = None

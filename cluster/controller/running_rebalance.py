@@ -54,7 +54,7 @@ class RunningRebalance:
         self.ended_at = 0.0
         """Monotonic time at which the rebalancing ended, in seconds; 0 while it runs."""
         self.is_proved = True
-        """Whether the effect of the ended rebalancing has been measured or cannot be measured."""
+        """False from the end of an applied rebalancing until its effect is measured; else True."""
         self._cluster = cluster
         self._plans = plans
         self._opened = cluster.begin_trace(names.REBALANCE)

@@ -21,13 +21,13 @@ class ArithmeticOffer(Message, frozen=True, kw_only=True):
     independently of other rows."""
 
     kernels: tuple[str, ...] = ()
-    """Arithmetics of matrix products that the worker supports, fastest first; empty if none."""
+    """Arithmetics (ways to compute matrix products) of the worker, fastest first; empty if none."""
     torch: str = ""
     """Digest of results that torch computes on the worker; empty if torch does not affect any
     bit."""
     obstacle: str = "has not reported its arithmetic"
-    """Why the worker supports no arithmetic: the rest of a sentence that begins with the worker's
-    name."""
+    """Why the worker supports no arithmetic (way to compute matrix products): the rest of a
+    sentence that begins with the worker's name."""
     is_strict: bool = False
     """Whether the worker only serves in a cluster with exact results."""
     computation: str = ""
@@ -39,7 +39,7 @@ class ArithmeticAgreement(Message, frozen=True, kw_only=True):
     """The arithmetic (way to compute matrix products) that the members of a generation use."""
 
     kernels: str = ""
-    """Arithmetic of all matrix products; empty if results are not exact."""
+    """Arithmetic (way to compute matrix products) in use; empty if results are not exact."""
     torch: str = ""
     """Digest of results that torch computes, equal on all members; empty if torch does not affect
     any bit."""
@@ -60,8 +60,8 @@ def agree(
 ) -> ArithmeticAgreement:
     """Return the fastest arithmetic that all workers offer, or why there is none.
 
-    ``offers``: by worker name. ``former``: agreement of the previous generation, kept if all
-    workers support it; None before the first generation.
+    An arithmetic is a way to compute matrix products. ``offers``: by worker name. ``former``:
+    agreement of the previous generation, kept if all workers support it; None before the first.
 
         Example: workers with (dot, fma) and (fma) use fma; with (dot) and (fma), no result is exact
     """

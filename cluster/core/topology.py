@@ -59,7 +59,7 @@ class Member(Message, frozen=True, kw_only=True):
     """``host:port`` of torch's rendezvous store for the collective transport; empty with another
     transport, or if the worker does not run attention."""
     offer: ArithmeticOffer = ArithmeticOffer()
-    """Arithmetics that the worker offers."""
+    """Arithmetics (ways to compute matrix products) that the worker supports, or why none."""
 
     @property
     def runs_attention(self) -> bool:

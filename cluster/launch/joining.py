@@ -29,7 +29,7 @@ _POLL_S = 0.2
 _ANSWER_LIMIT_S = 60.0
 _CALL_LIMIT_S = 10.0
 _FREE_LIMIT_S = 10.0
-"""Seconds for Ray to count ended actors' resources as free; nodes report 10 times a second."""
+"""Longest wait, in seconds, for Ray to free ended actors' resources; nodes report every 0.1 s."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -83,7 +83,7 @@ class LoadWindow:
     epoch: int
     """Placement epoch at the end of the window."""
     copies: Mapping[BankKey, CopyLoad]
-    """Load of each copy of the experts in the window, as far as it was in ``epoch``."""
+    """Load of each copy of the experts in the part of the window that ran in ``epoch``."""
 
 
 class LoadTracker:

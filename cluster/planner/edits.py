@@ -75,7 +75,7 @@ class BankView:
     def spare(self, device: int, slot: int) -> bool:
         """Return whether a slot may get another expert.
 
-        A slot may if it is free, or if its copy is neither primary nor needed on the node.
+        A slot may if it is free, or if its copy is not primary and ``keeps_nodes`` permits it.
         """
         expert = int(self.slots[device, slot])
         if expert == FREE_SLOT:

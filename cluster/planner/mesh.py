@@ -53,7 +53,7 @@ Coactivation = Mapping[tuple[str, int], Floats]
 _FULL_TARGET = 0.998
 """Balancedness of a bank at which a placement from scratch needs no further search."""
 _TARGET = 0.99
-"""Balancedness of a current bank at which a planner with limited moves searches no moves."""
+"""Balancedness from which on a planner with limited moves moves no expert of a bank."""
 _LEAST_GAIN = 2e-4
 """Smallest gain in balancedness that justifies a move."""
 _LEAST_GAIN_FULL = 5e-5

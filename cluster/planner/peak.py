@@ -32,7 +32,7 @@ _BALANCED = 0.998
 _SLACK = 0.01
 """Share by which the expected peak of larger batches may grow."""
 _LARGER = (4, 16)
-"""Sizes of larger batches that swaps must not make much worse, over the optimized batch size."""
+"""Larger batches that swaps must not make much worse, in multiples of the optimized batch."""
 _TRIES = 6
 """Maximum number of swaps of a device that are evaluated exactly."""
 _FAILURES = 8
@@ -41,7 +41,7 @@ _ROUNDS = 150
 _MOST_WORK = 20_000_000
 """Maximum number of intermediate values of a search; they take some tenths of a second."""
 _SOLVING = 32
-"""Cost of solving the split weights of a bank, in intermediate values per pair of devices."""
+"""Cost of solving a bank's split weights, per pair of devices, in the unit of ``_MOST_WORK``."""
 _THRESHOLDS = 64
 """Number of points at which distributions are evaluated if devices differ in speed."""
 _TINY = 1e-12
@@ -284,7 +284,7 @@ class ServedDistributions:
         return np.where(may, gain - self._value[:, None, None], -np.inf)
 
     def _own(self, device: Ints) -> Ints:
-        """Return the indices of the slots of ``device`` [banks], [banks, own slots]."""
+        """Return the indices of the slots of ``device`` [banks], as [banks, own slots]."""
         width = self._slots.shape[1] // len(self._grid.count)
         return np.asarray(device[:, None] * width + np.arange(width))
 

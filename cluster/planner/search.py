@@ -25,7 +25,7 @@ _MAX_ROUNDS = 60
 _SCARCE = 1.0
 """Number of moves left per unfinished bank below which earlier moves are reconsidered."""
 _BRIEF, _FULL, _STUCK = 0, 1, 2
-"""Effort of the search for a bank: few sets of edits first, all sets if none helped, then none."""
+"""Effort of the search for a bank, raised if no set of edits helps: few sets, all sets, no set."""
 _FAR_OFF = 0.95
 """Balancedness of a bank below which all sets of edits are tried immediately."""
 _MAX_BATCH = 1 << 22

@@ -175,9 +175,10 @@ def _newton(
 ) -> Floats:
     """Return the Newton direction of the slot loads of open banks, [num_copies].
 
-    The direction preserves the sum of the slot loads of every expert. With D = slot load / slack
-    and v the change of the devices' utilization: change = D (r - v) minus D times the D-weighted
-    mean of (r - v) over the expert, and ``(T + Laplacian(D)) v`` = the sum of r over the devices.
+    The direction preserves the sum of the slot loads of every expert. With D = slot load / slack,
+    r = centre / slot load - utilization, v the change of the devices' utilization, T = target, and
+    q = r minus its D-weighted mean over the expert: change = D (q - v + that mean of v), and
+    ``(T + Laplacian(D)) v`` = the sum of D q over each device.
     """
     banks, devices, _ = copies.shape
     utilization = (copies.base + copies.over_devices(slot_load)) / copies.target
@@ -204,9 +205,9 @@ def _newton(
 
 
 def _step(copies: _Copies, values: Floats, change: Floats) -> Floats:
-    """Return a step, at most 1, that keeps all values of a copy's bank positive.
+    """Return step lengths, at most 1, that keep all values of a copy's bank positive.
 
-    The shape is [num_copies]; ``change`` is the direction of the step.
+    The shape is [num_copies], with one length per bank; ``change`` is the direction of the step.
     """
     falling = change < 0
     ratio = np.where(falling, -values / np.where(falling, change, -1.0), np.inf)

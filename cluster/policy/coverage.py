@@ -114,7 +114,7 @@ class FailureDecision:
     """Placement of the new generation, and the experts to load first. None if no generation can
     run, because an expert has no copy or no attention worker is left."""
     experts_complete: bool
-    """Whether every expert has a copy on a member, or will have one after the stage's loads."""
+    """Whether every expert has a copy on a member, or will have one once ``stage`` is loaded."""
     effect: str
     """Description of the decision, as a text for operators."""
 

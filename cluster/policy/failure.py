@@ -77,10 +77,10 @@ def find_silent(
 def silent_hosts(
     now: float, pulses: Sequence[Liveness], own_host: str, limit_s: float
 ) -> frozenset[str]:
-    """Return workers whose silence may be caused by the controller's own host, ``own_host``.
+    """Return the workers of silent hosts if the controller's ``own_host`` may cause the silence.
 
-    This is possible if the silence of a worker on another host exceeds its patience or half of
-    ``limit_s``, and most other hosts are silent for at least half of the exceeded limit.
+    It may if a worker on another host exceeds its limit (its patience, or half of ``limit_s`` if
+    less), and most other hosts are silent for more than half of the smallest limit exceeded.
     """
     away = [p for p in pulses if p.host not in ("", own_host)]
     over = [limit for p in away if now - p.heard_at > (limit := min(p.patience_s, limit_s / 2))]

@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 
 LATENESS_FACTOR = 4.0
-"""Factor of the largest recent lateness, which is added to the expected gap for the patience."""
+"""Patience beyond the expected gap, as a multiple of the largest recent lateness."""
 MIN_GAPS = 4.0
 """Smallest patience, in multiples of the expected gap: a machine may become busy at any time."""
 REMOTE_MIN_S = 1.0
 """Smallest patience over a network, in seconds: TCP retransmits a lost segment after 0.2 s, and
 again 0.4 s later (RFC 6298, with the smallest timeout of Linux)."""
 WINDOW_S = 15.0
-"""Shortest time, in seconds, for which a gap counts; the longest time is twice as long."""
+"""A gap counts for at least this number of seconds, and for at most twice as many."""
 
 
 class GapWindow:

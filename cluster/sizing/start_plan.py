@@ -87,7 +87,7 @@ def plan_start(
     ``banks`` are dicts with ``bank``, ``layer`` and ``num_experts``. ``profile`` is the expected
     load. ``free_cpus``: number of CPUs that other users of Ray leave free; None without other
     users. Nodes of workers are decided later: ``StartPlan.with_members``. Raises ``ConfigError``
-    for requests that the model or nodes cannot satisfy.
+    for options that the model or nodes cannot satisfy.
     """
     assert config.workers.mode != "auto", "the mode is decided before the start"
     _check_labels(config, nodes)

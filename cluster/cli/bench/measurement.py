@@ -16,7 +16,7 @@ from cluster.cli.terminal.progress import Progress
 
 _TICK_S = 0.2
 _LATE_MS = 10.0
-"""Delay in milliseconds; a warning is shown if over a tenth of the requests are sent later."""
+"""A warning is shown if a tenth of the requests is sent more than this many milliseconds late."""
 
 
 class Measurement:

@@ -116,7 +116,7 @@ class Tally:
         return self.successful + sum(self.failures.values())
 
     def results(self, duration_s: float) -> dict[str, Any]:
-        """Return the results of the document; requests that still run count as ``unfinished``."""
+        """Return ``results`` of the document; requests that still run count as ``unfinished``."""
         span = max(duration_s, 1e-9)
         both = self.prompt_tokens + self.output_tokens
         return {

@@ -68,8 +68,8 @@ def run_up(args: argparse.Namespace) -> int:
 def _is_up(record: state_file.ClusterRecord, args: argparse.Namespace) -> bool:
     """Return whether the recorded cluster runs with the settings of ``args``.
 
-    False also means that the launcher must check. Raises ``CommandError`` if a cluster runs with
-    other settings.
+    Also False if the launcher has to find out what runs in Ray. Raises ``CommandError`` if a
+    cluster runs with other settings.
     """
     given = read_given_options(args, os.environ)
     address = _start_options(given.values).address
