@@ -105,7 +105,7 @@ class Matrices:
 
 @dataclass(frozen=True, slots=True)
 class GateActivation:
-    """Activation function of an expert that combines gate and up."""
+    """Activation of a gated expert: a function of gate and up."""
 
     name: Activation | Literal["clamped_swiglu"]
     alpha: float = 1.0

@@ -87,7 +87,7 @@ class ExpertSlots:
         return tuple(found)
 
     def read_expert(self, bank: int, expert: int) -> list[Weight] | None:
-        """Return copies of an expert's matrices, exchange by exchange; None if no slot holds it.
+        """Return copies of an expert's matrices (``BankSpec.matrices``); None if no slot holds it.
 
         Any thread may call it. If the slot is overwritten during the copy, the result is None,
         never a mixture of two experts.

@@ -37,7 +37,7 @@ class Capture:
     first: int
     """Position of the first row in its sequence."""
     row: int
-    """Index of the first row in the micro-batch."""
+    """Index of the capture's first row in the micro-batch."""
     count: int
     hidden: list[Tensor] = field(default_factory=list)
     """[n, H] float32 for each call of ``Recorder.hidden``."""

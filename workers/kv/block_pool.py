@@ -77,7 +77,7 @@ class BlockPool:
                 self._order.find(block_hash)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Add a holder to cached blocks while they are copied, which does not delay eviction."""
+        """Add a holder to cached blocks while they are copied; unlike ``share``, it is no reuse."""
         for block in blocks:
             self._hold(block)
 

@@ -37,7 +37,7 @@ class BlockContents:
             self._new[hashes[place]] = self._content(sequence, hashes, place)
 
     def note_found(self, sequence: SequenceState, hashes: Sequence[BlockHash]) -> None:
-        """Collect contents of fetched blocks among the ``hashes``, a sequence's first blocks."""
+        """Collect the contents of fetched blocks among a sequence's first blocks, ``hashes``."""
         if self._fetched:
             for place, name in enumerate(hashes):
                 if name in self._fetched:

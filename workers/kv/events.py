@@ -15,7 +15,7 @@ class KvFeed:
         self._known: dict[bytes, None] = {}
         self._number = 0
         self.fetch_cost = math.inf
-        """Value of this field in the next messages, like ``num_free``; see ``KvEvents``."""
+        """Value of ``KvEvents.fetch_cost`` in the next messages; ``num_free`` likewise."""
         self.num_free = 0
 
     def change(self, changes: HashChanges) -> KvEvents:

@@ -101,7 +101,8 @@ class EvictionOrder:
         """Make a block without holders evictable. Release the end of a prefix first.
 
         ``turn``: the turn of the last holder, if it was a request; call ``end`` after all its
-        blocks are released. Without ``turn``, a block that no request found keeps its turn.
+        blocks are released. Without ``turn``, a block keeps its turn, unless a request found it
+        since it was freed last.
         """
         self._ages.note_freed()
         if turn is None or (turn.hints.keep_s == 0 and name in self._was_found):
@@ -115,7 +116,7 @@ class EvictionOrder:
     def leave(self, name: bytes, turn: Turn) -> None:
         """Assign a block that is still held to the turn of an ended request.
 
-        The block joins this turn when it is free, unless a request holds it or finds it first.
+        The block joins this turn when it is free, unless another request uses it until then.
         """
         if turn.hints.keep_s != 0 or name not in self._was_found:
             self._turns[name] = turn

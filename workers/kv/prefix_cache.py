@@ -19,7 +19,7 @@ from workers.requests.sequence import SequenceState
 
 
 class TurnListener(Protocol):
-    """Callbacks about the blocks that sequences leave. ``use.names`` begins with the prompt."""
+    """Callbacks about the blocks that sequences leave; ``use`` lists the prompt's blocks first."""
 
     def prompt_done(self, sequence: SequenceState, use: TurnUse) -> None:
         """All blocks of the prompt are computed; the sequence holds them while it runs."""

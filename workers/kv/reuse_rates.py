@@ -24,11 +24,11 @@ NEW_RATE = 0.2
 """Initial fraction of new turns that are reused in each bin. As it is equal in all bins, the least
 recently used turn is evicted first until the real fractions are learned."""
 USED_RATE = 4 / 11
-"""Initial rate of turns that continue others. It gives twice the value of a new turn at the same
-age, as chats that were continued once are more likely to be continued: on the Mooncake trace with a
-probability of 0.6 within ten minutes, new ones with 0.24."""
+"""Like ``NEW_RATE``, for turns that continue others. It gives twice the value of a new turn of the
+same age, as chats that were continued once are more likely to be continued: on the Mooncake trace
+with a probability of 0.6 within ten minutes, new ones with 0.24."""
 _PRIOR_TURNS = 20.0
-"""Weight of the initial rates, in turns."""
+"""Weight of an initial rate: as much as this number of observed turns."""
 _MAX_TURNS = 4096.0
 """Turns of a kind after which all its counts are halved."""
 _REFRESH = 128
@@ -65,7 +65,7 @@ class ReuseRates:
     """Learns how often turns of each kind are reused, and computes the value of keeping them."""
 
     def __init__(self, used_rate: float = USED_RATE) -> None:
-        """``used_rate``: initial rate of turns that continue others; see ``USED_RATE``."""
+        """``used_rate``: initial reuse rate of turns that continue others; see ``USED_RATE``."""
         rates = [NEW_RATE, *[used_rate] * (_DEPTHS - 1)]
         self._kinds = [_Kind(rate) for _ in (False, True) for rate in rates]
         for kind in self._kinds:

@@ -25,7 +25,7 @@ class StateMove:
     """The state slots that a step reads and writes for one sequence."""
 
     first: int
-    """Position of the first row, which is the number of tokens before the state that is read."""
+    """Position of the first row: the number of tokens that led to the state that is read."""
     read: int
     """Slot of the state that is read."""
     last: int
@@ -94,7 +94,7 @@ class StateSlots:
     # Extra slots
 
     def allocate_extra(self) -> int | None:
-        """Allocate an extra slot. None if no slot is left."""
+        """Allocate a slot for a holder other than a sequence. None if no slot is left."""
         if len(self.extra) == self._num_spare:
             return None
         slot = self._pool.allocate(1)[0]
@@ -111,7 +111,7 @@ class StateSlots:
         return found[0]
 
     def release_extra(self, slot: int) -> None:
-        """Release an extra slot."""
+        """Release a slot of ``allocate_extra`` or ``hold_extra``."""
         self.extra.remove(slot)
         self._pool.release((slot,))
 
@@ -147,5 +147,5 @@ class StateSlots:
             self._pool.forget(self._pool.find((block_hash,)))
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Assert that each slot has as many holders as ``held`` and ``extra`` contain it."""
+        """Assert that the holders of each slot are its entries in ``held`` and ``extra``."""
         self._pool.check_integrity([[slot] for slot in (*held, *self.extra)])

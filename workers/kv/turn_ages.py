@@ -37,13 +37,13 @@ class TurnAges:
     def predecessor(self, names: Sequence[bytes]) -> Turn | None:
         """Return the turn that a prompt with these blocks continues.
 
-        None without such a turn, or if it was reused already.
+        None without such a turn, or if another turn already continues it.
         """
         found = next((self._tails[name] for name in reversed(names) if name in self._tails), None)
         return None if found is None or found.is_over else found
 
     def begin(self, names: Sequence[bytes], hints: KeepHints, before: Turn | None) -> Turn:
-        """Create a turn that continues ``before`` (see ``predecessor``), which is then reused."""
+        """Create a turn; count ``before``, which it continues (``predecessor``), as reused."""
         num_before = 0
         if before is not None:
             num_before = before.num_before + 1
@@ -82,7 +82,7 @@ class TurnAges:
         self._note_bin(turn)
 
     def due(self) -> Iterator[Turn]:
-        """Yield turns older than their bin. Call ``advance_bin`` for each before the next."""
+        """Yield turns older than their bin. Call ``advance_bin`` for one before taking the next."""
         while self._ageing and self._ageing[0][0] <= self._clock:
             turn = heappop(self._ageing)[2]
             if turn.is_over and turn.queue is None:

@@ -53,28 +53,29 @@ class TurnUse:
 class Turn:
     """One request's use of a prefix, and the free blocks that it used last.
 
-    ``TurnAges`` and ``TurnQueues`` set ``blocks`` and the fields after it.
+    ``TurnAges`` and ``TurnQueues`` set all fields from ``blocks`` on.
     """
 
     hints: KeepHints
     kind: int
     """See ``ReuseRates.kind``."""
     num_before: int = 0
-    """Number of turns that it continues."""
+    """Number of earlier turns that it continues, each the successor of the one before."""
     tail: bytes | None = None
-    """Last block of the prompt, by which a next turn is recognized; None if not measured."""
+    """Last full block of the prompt, by which a next turn is recognized; None: there is no such
+    block, or reuse is not observed."""
     blocks: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
     """Free blocks in the order in which they were freed: ends of prefixes first."""
     freed: int = -1
     """Count of freed blocks when the turn ended; -1 while it runs."""
     age_bin: int = -1
-    """Bin of its age; -1 if it does not age."""
+    """Bin of its age; -1 while it runs, or if unobserved and without free blocks."""
     is_kept: bool = False
     """Whether its blocks are kept longer than others."""
     is_over: bool = False
-    """Whether observation ended, because the turn was reused or forgotten."""
+    """Whether its reuse is not observed: it was reused or forgotten, or no request left it."""
     queue: OrderedDict[Turn, None] | None = None
-    """Eviction queue that has the turn; None without free blocks."""
+    """Eviction queue that has the turn; None: the turn runs or has no free blocks."""
 
 
 TurnQueue = OrderedDict[Turn, None]

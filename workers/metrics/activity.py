@@ -23,7 +23,8 @@ _MIN_CPU_S = 0.001
 
 
 def thread_cpu_clock() -> Callable[[], float]:
-    """A clock of this thread's CPU time, for any thread; raises ``OSError`` after its end."""
+    """Return a clock of the calling thread's CPU time. Any thread may read the clock, which raises
+    ``OSError`` after the measured thread has ended."""
     clock = time.pthread_getcpuclockid(threading.get_ident())
     return lambda: time.clock_gettime(clock)
 
@@ -72,7 +73,7 @@ class Activity:
         self._advances += 1
 
     def observe(self, now: float) -> int:
-        """Return ``progress`` with native exchanges and computation. Control thread."""
+        """Return all progress, including native exchanges and CPU use; update ``stalled_s``."""
         cpu_s = self._cpu_seen_s
         with contextlib.suppress(OSError):  # the thread has ended
             cpu_s = self.cpu_s()

@@ -180,8 +180,7 @@ class RowChunks:
 
 @dataclass(frozen=True, slots=True)
 class PagedRows:
-    """Rows of a batch, as GPU kernels read them that use the KV cache in place; decode rows are
-    first."""
+    """Rows of a batch for GPU kernels that read the KV cache in place; decode rows are first."""
 
     tables: Tensor
     """[sequences, max_blocks] int32: block table of each sequence; entries after its last block are

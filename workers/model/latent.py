@@ -159,8 +159,8 @@ class LatentProjections:
     """Norm of latent vectors [T, R]."""
     heads: HeadProducts
     can_expand: bool
-    """Whether prompt rows may attend to keys and values computed from the latent vectors. The last
-    bits of their results then depend on how a prompt is split into chunks."""
+    """Whether prompt rows may attend to keys and values computed from the latent vectors. If
+    they do, the last bits of their results depend on how a prompt is split into chunks."""
     output: Linear
     """Output projection, A * V -> H."""
 

@@ -64,7 +64,8 @@ def row_sigmoid(x: Tensor) -> Tensor:
 
 
 _SPLIT_MIN_ELEMENTS = 4 * 1024 * 1024
-"""Minimum elements of a weight to split it among threads, as reading it dominates the cost."""
+"""Minimum elements of a weight to split it among threads: from this size on, reading the weight
+dominates the cost."""
 _SPLIT_MIN_PRODUCTS = 32 * 1024 * 1024
 """Minimum multiplications (rows x weight elements) to split rows: 0.3 ms on one core."""
 

@@ -89,8 +89,8 @@ class SlotTable:
     """Packed matrices of expert slots. A slot is usable only with all its matrices."""
 
     def __init__(self, shape: ExpertShape, num_slots: int, old: SlotTable | None = None) -> None:
-        """Create slots with the matrices of the slots in ``old``, as far as it reaches; all other
-        slots are empty."""
+        """Create slots. Those that ``old`` has, too, get its matrices; all other slots are
+        empty."""
         self.shape = shape
         self._packed: list[list[Tensor | None]] = []
         self._addresses = torch.zeros(len(shape.matrices), num_slots, dtype=torch.int64)

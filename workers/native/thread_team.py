@@ -15,9 +15,9 @@ _SPINS = 1_000
 """Number of pause instructions that an idle thread spins before it sleeps: some 30 microseconds on
 an AMD EPYC, longer than most barriers. A thread that spins longer keeps a core from the gateway, or
 from a waiting thread of its own team. Measured decode rate over HTTP of the mini model on two cores
-of a virtual machine, at batch 1 / 8 / 32: 1.38 / 1.17 / 1.19 times the rate with 16,000 pauses, and
-0.91 / 0.89 / 0.99 times the rate with 200. The engine alone shows no difference beyond the noise;
-on another such machine it was 1.05 to 1.10 times as fast with 8,000 as with 2,000."""
+of a virtual machine, at batch 1 / 8 / 32, relative to 16,000 pauses: 1.38 / 1.17 / 1.19; relative
+to 200 pauses: 0.91 / 0.89 / 0.99. The engine alone shows no difference beyond the noise; on another
+such machine it was 1.05 to 1.10 times as fast with 8,000 as with 2,000."""
 _ERRORS = (
     "",
     "another thread computes with the team",
@@ -76,8 +76,8 @@ class Kernels:
     """Text for logs: the instruction set and why no better one is used, or why torch computes."""
 
     def with_exception(self, exception: str) -> Kernels:
-        """Log ``exception``, a part that torch computes instead, and return kernels that describe
-        it. Without a team, or if ``exception`` is ``""``, nothing changes."""
+        """Log ``exception``, a part that torch computes instead, and return kernels with it in
+        their description. Without a team, or if ``exception`` is ``""``, nothing changes."""
         if self.team is None or not exception:
             return self
         logger.warning("kernels: %s", exception)

@@ -159,7 +159,7 @@ class GrammarCompiler:
         return CompiledGrammar(grammar, matcher, self._masks, make)
 
     def _with_fallbacks(self, grammar: Grammar) -> str:
-        """Return the grammar's text with fallbacks for the parts that do not compile.
+        """Return the text of a failed grammar, with fallbacks for the parts that do not compile.
 
         If each part compiles alone, all parts get their fallbacks.
 
@@ -179,8 +179,8 @@ class GrammarCompiler:
         return "\n".join(lines)
 
     def _compiles(self, part: GrammarPart, line: str) -> bool:
-        """Whether a part of a grammar compiles alone. Raises ``RequestError`` if it does not and
-        has no fallback."""
+        """Whether a part of a grammar, with its rule ``line``, compiles alone. Raises
+        ``RequestError`` if it does not and has no fallback."""
         alone = Grammar(kind=GrammarKind.LARK, text="", field=part.label)
         try:
             self._compile_text(alone, f"start: {part.rule}\n{line}\n")

@@ -148,7 +148,7 @@ class Speculator:
         self._guesses.pop(sequence, None)
 
     def stats(self) -> dict[str, float]:
-        """Return counters, and the gauge of the row price, by metric name without prefix. Any
+        """Return counters, and a gauge of a row's price, by metric name without prefix. Any
         thread may call it."""
         by_place = {
             f'spec_decode_num_accepted_tokens_per_pos_total{{position="{position}"}}': float(count)

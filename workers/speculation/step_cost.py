@@ -20,8 +20,8 @@ _FIRST_PRICE = 0.3
 """Assumed price of a row, in tokens, while no steps of different sizes are known. As old steps lose
 weight, the price returns to this value, so that drafts are tried again from time to time."""
 _FIRST_WEIGHT = 8.0
-"""Weight of the assumed price of a row, in squared rows: as much as eight steps with one row more
-than others, or two steps with two rows more."""
+"""Weight of ``_FIRST_PRICE`` in the fit: as much as eight steps with one row more than the mean, or
+two steps with two rows more."""
 _MIN_PRICE = 0.02
 _MAX_OUTLIER = 1.5
 """Limit of a step's recorded time, as a multiple of the expected time, so that a single slow step

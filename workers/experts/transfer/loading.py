@@ -64,8 +64,8 @@ class Obstacle:
 
     reason: str
     passes: bool
-    """Whether the obstacle is temporary: a newer epoch than this worker's current one is known, in
-    which the slots may be free."""
+    """Whether the obstacle is temporary: the worker already knows of a newer epoch than its current
+    one, and the slots may be free in it."""
 
 
 class ExpertLoader:
@@ -82,7 +82,7 @@ class ExpertLoader:
         max_slots: int | None = None,
         min_slots: int = 0,
     ) -> None:
-        """``sources``: by kind. ``answer`` is called with each reply, on the loader's thread.
+        """``sources``: by ``kind`` in commands. ``answer`` gets each reply, on the loader's thread.
 
         ``obstacle`` returns why slots must not be written, given the slots and the epoch of their
         command. The loader waits up to ``_WAIT_LIMIT_S`` for a temporary obstacle to end.

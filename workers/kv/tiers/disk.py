@@ -117,7 +117,7 @@ class DiskTier(Tier):
         return len(self._unerased)
 
     def erase(self) -> None:
-        """Delete the files of evicted and forgotten items. Call it on the thread that puts."""
+        """Delete files of evicted and forgotten items. Call it on the thread that puts items."""
         while self._unerased:
             path = self._unerased.popleft()
             if self._is_item(path):

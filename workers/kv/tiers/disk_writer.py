@@ -98,7 +98,7 @@ class DiskWriter:
                 raise self._error
 
     def use(self, identity: str) -> None:
-        """Set the identity of new blocks (``workers.kv.tiers.disk``); delete items without it."""
+        """Set the identity of new blocks (``workers.kv.tiers.disk``); delete items with another."""
         with self._changed:
             self._identity = identity
             self._changed.notify_all()
@@ -199,7 +199,7 @@ class DiskWriter:
             return not self._is_closed
 
     def _work_once(self, disk: DiskTier) -> None:
-        """Apply the identity set by ``use``, delete forgotten items, write the oldest turn."""
+        """Apply the latest ``use``, delete forgotten items, write the oldest turn, sweep if due."""
         with self._changed:
             identity = self._identity
         if identity is not None and identity != self._used_identity:

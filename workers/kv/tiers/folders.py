@@ -29,7 +29,7 @@ SUFFIX: Final = ".kv"
 UNFINISHED: Final = ".new"
 """Suffix of files that are being written."""
 MAX_FOLDERS: Final = 1024
-"""Number of folders that are tried."""
+"""Number of folders that a worker tries to lock before it gives up."""
 UNUSED_S: Final = 7 * 24 * 3600.0
 """Time since its last use after which an unlocked folder of another model is deleted."""
 _LOCK: Final = "lock"

@@ -132,7 +132,7 @@ class Tier(ABC):
     def _erase(self, names: Sequence[bytes]) -> None:
         """Free the memory of these items.
 
-        Called with the lock held, so that no item is put again earlier. Must not wait for a disk.
+        Called with the lock held, so that no item is put again meanwhile. Must not wait for a disk.
         """
 
     def _enter(self, name: bytes, *, is_written: bool) -> None:

@@ -30,7 +30,7 @@ class TierItem:
     """An item that can be read."""
 
     tier: str
-    """Name of the fastest tier that has it."""
+    """Name of the fastest tier that has the item."""
     data: Tensor
     """Data, uint8 in CPU memory; must not be changed."""
 

@@ -49,7 +49,7 @@ class KvBlockProvider:
     _returned: deque[tuple[list[ProvidedItem], int]] = field(default_factory=deque)
 
     def acquire(self, keys: Sequence[bytes]) -> list[ProvidedItem]:
-        """Acquire blocks or one state; empty if none is known or the engine thread is too late."""
+        """Acquire blocks or one state; empty if none is known, or after ``timeout_s``."""
         items: Future[list[ProvidedItem]] = Future()
         self._requested.append((keys, items))
         self.wake()
@@ -83,7 +83,7 @@ class KvBlockProvider:
             self.wake()
 
     def serve_requests(self) -> None:
-        """Release the returned items, then acquire items for the waiting requests."""
+        """Release items that were given back, then acquire items for the waiting requests."""
         while self._returned:
             self._release(*self._returned.popleft())
         while self._requested:

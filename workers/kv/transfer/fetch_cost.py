@@ -7,7 +7,7 @@ from dataclasses import dataclass
 UNMEASURED_COST = 0.1
 """Cost ratio until both rates are measured; below 1, as most links outrun most models."""
 FORGET_S = 60.0
-"""Seconds after the last fetch after which ``UNMEASURED_COST`` applies, so that one is tried."""
+"""Seconds without a fetch after which ``UNMEASURED_COST`` applies, so that a fetch is tried."""
 _MEMORY = 0.8
 """Factor by which each new measurement reduces the weight of the earlier ones."""
 

@@ -67,7 +67,7 @@ class Fetch:
 
     @property
     def wanted(self) -> tuple[BlockHash, ...]:
-        """The missing hashes that are useful: all, or up to the last known or fetched state."""
+        """Missing hashes that are useful: all, or up to the last cached or fetched ``state``."""
         if self.state is None:
             return self.missing
         return self.hashes[len(self.found) : max(self.state.num_known, self.state.num_before)]

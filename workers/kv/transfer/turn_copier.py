@@ -51,7 +51,7 @@ class _Copy:
     is_finished: bool = False
     """Whether copying has ended: all is copied, a tier is full, or an error occurred."""
     turn: TierTurn | None = None
-    """Set and used by the copier thread; None before the first batch."""
+    """The turn in the tiers, only for the copier thread; None before the first batch."""
     num_done: int = 0
     """Number of blocks, from the first on, that are in the tiers."""
     num_states_done: int = 0
@@ -88,7 +88,7 @@ class TurnCopier:
         self._running: dict[SequenceState, _Copy] = {}
         """Copies of running sequences, whether or not in ``_waiting``."""
         self._batches: deque[_Batch] = deque()
-        """Oldest first, the order in which they are copied."""
+        """Batches that are being copied, oldest first."""
         self._copying: set[BlockHash] = set()
         """Blocks in ``_batches``."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-copier")
@@ -156,7 +156,7 @@ class TurnCopier:
     def _begin_batch(self, copy: _Copy) -> None:
         """Hold and copy the next blocks of a turn.
 
-        Without more blocks to copy, end the turn, or if its sequence runs, stop until it ends.
+        If nothing is left to copy, end the turn, or wait while its sequence still runs.
         """
         names, host = copy.use.names, self._tiers.host
         while copy.num_done < len(names) and host.has(names[copy.num_done]):

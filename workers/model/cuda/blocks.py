@@ -19,8 +19,8 @@ from workers.model.layers import Attend
 
 
 class CudaBlocks(BuildingBlocks):
-    """Building blocks for a GPU: attention sublayers use GPU kernels, except that latent attention,
-    like all other parts, uses torch."""
+    """Building blocks for a GPU: attention sublayers use GPU kernels; latent attention and all
+    other parts use torch."""
 
     def sublayer(self, half: TorchAttentionSublayer) -> StagedSublayer:
         return CudaAttentionSublayer(half)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 class CudaAttention:
-    """Attention from projected rows to attended values with GPU kernels, latent attention with
-    torch. Results differ from those of ``HeadAttention`` only in the order of sums."""
+    """Attention from projected rows to attended values with GPU kernels, or with torch for latent
+    attention. Results differ from those of ``HeadAttention`` only in the order of sums."""
 
     def __init__(self, attention: HeadAttention) -> None:
         self._attention = attention

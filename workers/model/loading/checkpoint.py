@@ -279,8 +279,8 @@ class Checkpoint:
 def _read_headers(
     path: Path, stamps: Mapping[Path, FileStamp]
 ) -> tuple[dict[Path, dict[str, TensorEntry]], Any]:
-    """Return the tensors by name of each file, and a hash object of config.json, the headers and
-    the samples in ``stamps``."""
+    """Return the tensors by name of each file, and a hash object of config.json, the headers, and
+    the sizes and samples in ``stamps``."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     headers: dict[Path, dict[str, TensorEntry]] = {}
     for file, stamp in stamps.items():

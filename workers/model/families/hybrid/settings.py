@@ -35,7 +35,7 @@ def read_experts(
     dense_width: int,
     norm_topk_prob: bool,
 ) -> HybridExperts:
-    """Read experts' settings; ``num_experts`` and ``top_k`` are defaults, the others values."""
+    """Read experts' settings. ``num_experts`` and ``top_k`` are defaults, others are final."""
     return HybridExperts(
         routed=RoutedExperts.read(
             settings,
