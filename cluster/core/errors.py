@@ -26,7 +26,7 @@
         │   ├── HandshakeError    a peer belongs to another cluster or was started differently
         │   └── SupersededError   another controller has replaced this one
         ├── PeerLostError         an edge was reset, closed or timed out
-        ├── TransferAbortedError  a transfer of expert weights took too long
+        ├── TransferAbortedError  a transfer of expert weights was cancelled or took too long
         └── GenerationChangedError   a new generation interrupts the current step
 
 Exceptions are pickled between processes, so every constructor passes all its arguments to
