@@ -144,7 +144,7 @@ class GatewayReplica:
             raise RuntimeError("the HTTP server has ended")
 
     async def _share_port_until_leaving(self) -> None:
-        """Once this replica alone is drained, stop listening so that others get new connections."""
+        """Wait until this replica alone is drained; then leave new connections to the others."""
         while not self._gateway.readiness.has_left(time.monotonic()):
             await asyncio.sleep(_LEAVING_POLL_S)
         if not self._is_ending and self._gateway.limits.num_gateway_replicas > 1:

@@ -247,7 +247,7 @@ def _limit_s(request: pb.DrainWorkerRequest | pb.ScaleRequest, default_s: float)
 
 
 def _operation(found: Mapping[str, Any]) -> pb.Operation:
-    """Convert the controller's data. ``result`` becomes the field named after the kind."""
+    """Convert the controller's operation; ``result`` becomes the field with its kind's name."""
     values = {k: v for k, v in found.items() if k not in ("state", "result")}
     message = pb.Operation(state=pb.Operation.State.Value(found["state"]), **values)
     if found["result"]:

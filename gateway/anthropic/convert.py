@@ -38,7 +38,7 @@ _EFFORTS = {"max": "xhigh"}
 """Anthropic's names of ``effort`` that differ from the names here."""
 _CHOICES = {"any": "required", "tool": None}
 _BILLING_PREFIX = "x-anthropic-billing-header:"
-"""Prefix of a system block that Claude Code adds. It differs in each request and is removed."""
+"""Prefix of a system block of Claude Code that is removed, as it differs in each request."""
 _TOOL_NAMES = ToolFieldNames(name="name", parameters="input_schema")
 _Message = dict[str, Any]
 
@@ -95,7 +95,7 @@ def chat_input(body: CountTokensBody, grammar: Grammar | None = None) -> ChatInp
 
 
 def shows_thinking(thinking: ThinkingParam | None) -> bool:
-    """Whether the client requests reasoning."""
+    """Whether the client has the model reason: ``thinking`` is set and not disabled."""
     return thinking is not None and thinking.type != "disabled"
 
 

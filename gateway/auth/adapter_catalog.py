@@ -1,4 +1,4 @@
-"""The adapters that one gateway knows, by caller, and the adapters in use."""
+"""The adapters that one gateway knows, those that a caller may use, and those in use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _LABEL = re.compile(rb'(?:lora_name|(?:running|waiting)_lora_adapters)="([^"]*)"
 
 
 class AdapterCatalog:
-    """Adapters of one gateway. Methods, but not properties, hide adapters of other tenants."""
+    """Adapters of one gateway; the key of an adapter is ``name@number``, new at each load.
+
+    Methods, but not properties, hide adapters of other tenants.
+    """
 
     def __init__(self) -> None:
         self._known: Sequence[Mapping[str, Any]] = ()
@@ -21,16 +24,16 @@ class AdapterCatalog:
         self._ready: dict[str, Mapping[str, Any]] = {}
         """Ready adapters by name."""
         self._keys: dict[Hashable, str] = {}
-        """Adapter keys by call, for calls with an adapter."""
+        """Key of the adapter of each running call that uses one."""
 
     @property
     def keys(self) -> list[str]:
-        """Keys of the adapters that requests may name."""
+        """Keys (``name@number``) of the adapters that requests may name."""
         return [str(adapter["key"]) for adapter in self._ready.values()]
 
     @property
     def in_use(self) -> tuple[str, ...]:
-        """Keys of the adapters of this gateway's calls, including waiting ones."""
+        """Keys (``name@number``) of the adapters that running or waiting calls use."""
         return tuple(sorted({*self._keys.values()}))
 
     def follow(self, snapshot: Mapping[str, Any]) -> None:

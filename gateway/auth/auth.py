@@ -22,7 +22,7 @@ CALLER: ContextVar[KeyUsage | None] = ContextVar("CALLER", default=None)
 
 NUMBERS_BY_EXPERT, EVENTS = "numbers by expert and layer", "events of the cluster"
 LOGS = "logs of processes"
-"""Subjects for ``check_operator``."""
+"""Names of what only operators may see, for ``check_operator``."""
 
 
 class KeyRing:
@@ -137,7 +137,7 @@ class KeyRing:
 
 
 def is_operator(keys: KeyRing) -> bool:
-    """Whether the current request may see stats by expert, hosts and processes of the cluster.
+    """Whether the current request may see hosts, processes and per-expert stats of the cluster.
 
     True if the port requires no key or the request has an admin key.
     """

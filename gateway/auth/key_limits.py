@@ -53,7 +53,7 @@ class KeyUsage:
     def __init__(self, entry: KeyEntry, limits: KeyLimits, now_s: float) -> None:
         self.entry = entry
         self.is_admin = False
-        """Whether the key opens the admin ports and shows the whole cluster."""
+        """Whether the key opens the admin ports, and its callers may see the whole cluster."""
         self.num_running = 0
         self._busy_s = 0.0  # seconds of running requests; decays, as _num_ended does
         self._num_ended = 0.0

@@ -155,8 +155,8 @@ class BatchStore:
     def take(self, work: PendingBatch) -> StoredBatch | None:
         """Read the batch of an entry. The caller must have locked the batch's file of responses.
 
-        Returns None if the batch has ended, is still being created, or has expired only by the
-        clock of this gateway. Removes an entry without a batch.
+        Returns None if the batch has ended, is still being created, or is past its retention by
+        this gateway's clock. Removes an old entry of a batch that does not exist.
         """
         if not self.is_pending(work.batch_id):
             return None
@@ -171,7 +171,7 @@ class BatchStore:
         return self.is_cancelled(batch.id) or self.has_expired(batch)
 
     def has_expired(self, batch: StoredBatch) -> bool:
-        """Whether a batch has expired, by the local clock and the clock of the file system."""
+        """Whether a batch has expired by both clocks, this gateway's and the file system's."""
         window_s = batch.expires_at - batch.created_at
         return self._clock() >= batch.expires_at and self._age_s(batch.id) >= window_s
 

@@ -229,7 +229,7 @@ class RunningBatch:
     async def _finish(self) -> None:
         """Store the output files, then the final status of the batch.
 
-        If the storage of the key or the disk is full, the write is retried until the batch expires.
+        While the key's storage or the disk is full, raises for a retry; an expired batch fails.
         """
         batch = self._batch
         try:

@@ -15,7 +15,7 @@ from workers.requests.request import TokenOutput
 _OUTPUT_BYTES = 350
 _LOGPROB_BYTES = 170
 _TOP_BYTES = 120
-"""Measured bytes of memory for an output, for a token's log-probability, and for an alternative."""
+"""Measured bytes of one alternative to a token; above, of an output and of a log-probability."""
 
 _EVENTS_PER_CPU_S = 1250
 """Maximum number of events (pieces of streamed output) per second and host processor. An event
@@ -30,8 +30,8 @@ class OutputQueue:
         max_bytes: maximum memory of waiting outputs. If they need more, the call fails with
             ``SlowClientError`` and the queue is emptied. Log-probabilities of prompts and beams,
             and arrays, do not count, as the engine sends them once.
-        limit_s: longest time in seconds that outputs may wait. If another output arrives later,
-            the call fails in the same way.
+        limit_s: longest time in seconds that outputs may wait. If the oldest has waited longer when
+            another arrives, the call fails in the same way.
         interval_s: returns the shortest time between two ``take`` calls with outputs (see
             ``CallRegistry.interval_s``). The last output of a choice is not delayed.
         clock: returns the time in seconds; None selects ``time.monotonic``.

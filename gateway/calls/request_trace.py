@@ -54,13 +54,13 @@ class RequestTrace:
     span: Span | None = None
     """Span of the whole request; None before its first prompt is sent to an engine."""
     decodes: list[SpanId] = field(default_factory=list)
-    """Ids of the decode spans of the first prompts that were sent to engines."""
+    """Ids of the prompts' decode spans in order of submission, for at most ``MAX_PROMPTS``."""
 
     def end(self, error: str = "") -> None:
         """End the trace, after the call of the request is closed.
 
-        ``error`` is the code of an error without a response. Spans are made in the next iteration
-        of the event loop; gRPC sends the response first.
+        ``error`` is the code of an error that no response reports. Spans are made in the next
+        iteration of the event loop; gRPC sends the response first.
         """
         self.error = error or self.error
         self.ended_s = time.monotonic()

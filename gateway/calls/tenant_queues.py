@@ -123,8 +123,8 @@ def tokens_ahead(
 ) -> float:
     """Return the number of waiting tokens that the engines serve before a new request of a tenant.
 
-    These are the tenant's waiting tokens up to ``priority``, and of each other tenant at most as
-    many in proportion to its weight. ``capacity``: sequences that run at a time.
+    These are N tokens of ``tenant``, with priority values up to ``priority``, and of each other
+    tenant T at most N * (weight of T / own weight). ``capacity``: sequences that run at a time.
     """
     own = queues.get(tenant)
     if own is None:

@@ -24,7 +24,7 @@ POLL_TIMEOUT_S = 10.0
 CALL_TIMEOUT_S = 2.0
 """Default time limit in seconds for a call to the controller."""
 _REPORTS_S = (1.0, 2.0, 5.0, 20.0, 60.0)
-"""Waiting times in seconds before the successive reports of stream pauses of a new generation."""
+"""Seconds to wait before each of the reports of stream pauses that follow a new generation."""
 _LEAVE_LIMIT_S = 0.5
 _RETRY_S = 0.2
 

@@ -35,7 +35,7 @@ class WorkerStats:
         return self._cluster.snapshot  # may be newer than the stats
 
     async def refresh(self) -> None:
-        """Update the follower's ``snapshot`` and ``known_load`` if older than ``age_s`` seconds."""
+        """Update ``snapshot`` and ``known_load`` of ``cluster`` if older than ``age_s`` seconds."""
         await (self._refresh.get() if self.age_s else self._cluster.refresh())
 
     async def load(self) -> Any:

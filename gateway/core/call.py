@@ -28,7 +28,7 @@ class OutputSchema:
     """JSON schema of the output, for chat templates that show it to the model."""
 
     schema: str
-    """JSON text."""
+    """The schema as JSON text."""
     name: str | None = None
     description: str | None = None
 
@@ -135,7 +135,7 @@ class GenerateCall:
     """Seconds after the call for which its KV blocks are evicted only after other blocks. 0 means
     that they are not reused."""
     cache_ttl_hint: float | None = None
-    """Value from a protocol's hint for calls without ``cache_ttl``; lowered to the limit."""
+    """TTL of a protocol's hint, used without ``cache_ttl``; lowered to the server's limit."""
     session_id: str | None = None
     """Id of a conversation. Its calls go to the same worker if that costs little."""
     prompt_cache_key: str | None = None

@@ -41,6 +41,6 @@ class GatewayTuning:
     state_sweep_s: float = 600.0
     """Interval in seconds at which expired objects are removed from the state folder."""
     numbers_age_s: float = 1.0
-    """Seconds for which collected stats of workers serve all callers, if keys are configured."""
+    """Seconds for which all callers share the workers' stats; without API keys, not shared."""
     max_inspection_bytes: int = 256 * 1024 * 1024
     """Maximum memory of all inspection arrays of one replica."""

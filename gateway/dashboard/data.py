@@ -21,7 +21,7 @@ _AGE_S = 1.0
 
 
 class PageData:
-    """Data of the pages on one port."""
+    """Data of the dashboard page on one port: state, history and expert load."""
 
     def __init__(self, gateway: Gateway, keys: KeyRing) -> None:
         self._gateway = gateway

@@ -45,7 +45,7 @@ class WorkerLoad:
     outstanding_tokens: int = 0
     """Number of tokens (prompt and output) that requests at the worker may still need."""
     queued_tokens: float = 0
-    """Number of tokens that the worker must compute before this gateway's new requests decode."""
+    """Number of tokens to compute for this gateway's requests that do not decode yet."""
     num_decoding: int = 0
     """Number of this gateway's sequences that decode at the worker."""
     fetch_cost: float = math.inf

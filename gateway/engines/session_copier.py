@@ -133,7 +133,7 @@ def _computed(
 
 
 def _key(request: Request, hashes: Sequence[BlockHash]) -> str:
-    """Return the key of a request's session: tenant and session id, or the last hash without id."""
+    """Return the key of a session: tenant and session id (without one, hash of the last block)."""
     return f"{request.tenant}\0{request.session or hashes[-1].hex()}"
 
 

@@ -24,7 +24,7 @@ MAX_RETURNS_WITHOUT_ADAPTER = 3
 """Number of times that a request may be handed back before a missing adapter fails it."""
 MAX_UNACKNOWLEDGED_DEATHS = 2
 """Number of workers that died before they acknowledged a request, after which the gateway sends
-only one request with this many deaths at a time."""
+only one such request at a time."""
 MAX_TOTAL_UNACKNOWLEDGED_DEATHS = 5
 """Number of workers that died before they acknowledged a request, after which the request fails."""
 
@@ -189,7 +189,7 @@ class Submission:
 
     @property
     def may_kill_on_receipt(self) -> bool:
-        """Whether this request is a likelier cause than queued ones if the worker dies now."""
+        """Whether the worker's death, if it happens now, is blamed on this request only."""
         return self.must_be_sent_alone and self.stage is RequestStage.SENT
 
     def needs_confirmation(self, unresolved: Collection[str]) -> bool:

@@ -125,7 +125,7 @@ async def _abort(context: Context, report: ErrorReport, trailers: Any) -> None:
 
 @dataclass(slots=True)
 class CallLimits:
-    """Limits of one port."""
+    """Limits of one gRPC port: number of calls, and times to wait for clients."""
 
     max_calls: int
     """Maximum number of concurrent calls, except endless streams and health checks."""

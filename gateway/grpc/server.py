@@ -36,7 +36,7 @@ _METADATA_BYTES = 16 * 1024
 """Maximum size of a call's metadata: names, values, 32 bytes per entry, including gRPC's own."""
 
 _AGE_GRACE_S = 60.0
-"""Seconds, added to the longest call, that a connection past its maximum age stays open."""
+"""Seconds that a connection may stay open past its maximum age, beyond the longest call."""
 
 
 def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[str, int]]:

@@ -160,7 +160,7 @@ def prompt_list(
 
 
 def mask_list(mask: list[int] | list[list[int]] | None) -> tuple[tuple[int, ...], ...]:
-    """Return the numbers of each prompt; a flat list is for the only prompt. Empty for None."""
+    """Return the mask of each prompt; a flat list is for the only prompt. Empty for None."""
     if not mask:
         return ()
     if isinstance(mask[0], int):

@@ -116,7 +116,7 @@ class OpenAIFormat(TextFormat, ABC):
 
 
 class CompletionFormat(OpenAIFormat):
-    """``/v1/completions``."""
+    """Builds the responses of ``/v1/completions``."""
 
     object = "text_completion"
     chunk_object = "text_completion"
@@ -164,7 +164,7 @@ class CompletionFormat(OpenAIFormat):
 
 
 class ChatFormat(OpenAIFormat):
-    """``/v1/chat/completions``."""
+    """Builds the responses of ``/v1/chat/completions``."""
 
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"

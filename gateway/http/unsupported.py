@@ -1,4 +1,4 @@
-"""Rejects known fields of other servers that are not supported."""
+"""Rejects fields that other servers support and this server does not."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import socket
 import struct
 
 HANDSHAKE_S = 0.2
-"""Seconds for a handshake that has begun to end and for its connection to be accepted."""
+"""Seconds until handshakes in progress are complete and their connections are accepted."""
 _SO_ATTACH_FILTER = 26
 _FLAGS_OFFSET = 13
 """Offset of the flags in the TCP header, with which the input of a TCP socket's filter begins."""

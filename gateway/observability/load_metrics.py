@@ -8,7 +8,7 @@ from typing import Any
 from cluster.core.metric_families import PlainFamily
 
 REST = "rest"
-"""Value of the label ``expert`` of a series that sums a bank's experts without a series."""
+"""Value of the label ``expert`` of the sum over those experts of a bank that have no series."""
 ALL = "all"
 """Value of the labels ``layer`` and ``bank`` of a series for all layers together."""
 _PHASES = ("prefill", "decode")

@@ -159,7 +159,7 @@ class GatewayMetrics:
     def _merged(
         self, parts: Sequence[tuple[list[PlainFamily], Mapping[str, str]]]
     ) -> Iterator[MergedFamilies]:
-        """Yield all parts under our names, then vLLM's metrics under vLLM's names."""
+        """Yield the labelled families in ``parts`` under our names and, if enabled, vLLM's."""
         merged = MergedFamilies(self._prefix)
         for families, labels in parts:
             merged.add(families, **labels)

@@ -94,7 +94,7 @@ def merge_samples(
 ) -> list[Sample]:
     """Merge samples into one per period, with the counts of all replicas, including ended ones.
 
-    Periods for which a replica with samples has no sample yet are omitted.
+    Periods that a replica (if it has any samples) has not reached yet are omitted.
     """
     rings = [samples for samples in replicas if samples]
     ends_s = min((samples[-1]["time"] for samples in rings), default=math.inf)

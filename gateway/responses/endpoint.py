@@ -64,7 +64,7 @@ def routes(gateway: Gateway) -> list[BaseRoute]:
 
 @dataclass(frozen=True, slots=True)
 class _ResponseRequest:
-    """A parsed body."""
+    """A parsed body, with its references to stored items."""
 
     body: ResponseBody
     is_stored: bool

@@ -34,11 +34,11 @@ class OutputFormat(TextFormat):
         super().__init__(call, tokenizer)
         self._builder = builder
         self._num_chars = 0
-        """Number of characters parsed."""
+        """Number of characters parsed so far."""
         self._pending_text = ""
         """End of the parsed text that is not part of an item yet."""
         self._tokens: deque[TokenText] = deque()
-        """Tokens of ``_pending_text`` and of the text that follows."""
+        """Tokens of ``_pending_text`` and of the text that is not parsed yet."""
         self.num_reasoning_tokens = 0
 
     def feed(self, deltas: Iterable[ChoiceDelta]) -> list[Event]:

@@ -33,7 +33,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
-    """An object as it was stored."""
+    """A stored object and its metadata."""
 
     head: Head
     content: bytes

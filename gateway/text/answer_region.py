@@ -32,8 +32,8 @@ class AnswerRegion:
         skips_line_breaks: bool,
     ) -> None:
         """``begin_pattern`` matches the delimiter before the answer. ``end_pattern`` matches a
-        delimiter after which reasoning and more of the answer may follow; None if the answer does
-        not end before the text. With ``may_have_none``, a text that does not start with
+        delimiter after which reasoning and more of the answer may follow; None if the answer
+        lasts to the end of the text. With ``may_have_none``, a text that does not start with
         ``<think>`` is all answer. With ``skips_line_breaks``, line breaks after the first
         delimiter are not part of the answer.
         """

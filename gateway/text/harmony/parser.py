@@ -43,7 +43,7 @@ _TEXT_ENDS = (*ENDS, START)
 _HEADER_ENDS = (MESSAGE, *_TEXT_ENDS)
 _WINDOW_CHARS = MAX_HEADER_CHARS + max(map(len, _HEADER_ENDS))
 _FIRST_WORDS = (*SPECIAL_TOKENS, "to=")
-"""Possible beginnings of a message header after its role."""
+"""Texts that may follow the role in a message header."""
 
 
 class _HarmonyState(Enum):
@@ -229,12 +229,12 @@ class HarmonyParser:
 
 
 def _is_header_start(text: str) -> bool:
-    """Whether a text is the beginning of a header after its role."""
+    """Whether a text begins like the part of a header after its role."""
     return text.lstrip().startswith(_FIRST_WORDS)
 
 
 def _may_become_header(text: str) -> bool:
-    """Whether a text may become the beginning of a header after its role."""
+    """Whether a text, or its continuation, may begin the part of a header after its role."""
     stripped = strip_signs(text)
     return any(stripped.startswith(first) or first.startswith(stripped) for first in _FIRST_WORDS)
 

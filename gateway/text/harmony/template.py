@@ -1,8 +1,8 @@
 """Renders a conversation to a prompt in the Harmony format.
 
 The prompt begins with a system message about the model. The client's ``system`` and ``developer``
-messages are instructions in a developer message, which also declares the tools. Reasoning is
-repeated until the model's next answer on the channel ``final``, since calls belong to it.
+messages are instructions in a developer message, which also declares the tools. Reasoning
+before the model's last answer on the channel ``final`` is omitted; later reasoning is kept.
 Calls are written as the model writes them, with the JSON text of the client. An assistant message
 with the phase ``commentary`` is on the channel ``commentary``.
 

@@ -24,7 +24,7 @@ from gateway.text.schemas.clean_schema import CleanSchema, unsupported_schema
 from gateway.text.schemas.one_of import argument_schema
 
 _MAX_SET_ARGUMENTS = 2000
-"""Maximum number of arguments in all argument sets of a tool, since grammar sizes are limited."""
+"""Maximum number of arguments in all ``ArgumentSet`` of a tool, as grammar sizes are limited."""
 _KEY = "arguments"
 
 

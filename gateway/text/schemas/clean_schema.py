@@ -30,7 +30,7 @@ TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 DEFINITION = "#/$defs/"
 """Prefix of every reference in a clean schema (with only keywords that grammars support)."""
 _MAX_NODES = 10_000
-"""Maximum number of schemas in a client's schema, counted again in each target of a reference."""
+"""Maximum number of schemas in a client's schema; targets of references are counted separately."""
 _MAX_VALUES = 5000
 """Maximum number of values of an ``enum`` in a schema."""
 _UNSUPPORTED = frozenset(

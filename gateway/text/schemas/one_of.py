@@ -17,10 +17,10 @@ from gateway.text.schemas.clean_schema import BOUNDS, CleanSchema, clamp_bound, 
 from gateway.text.schemas.references import BY_NAME, CONTENTS, References
 
 _MAX_COMPARED = 400
-"""Maximum number of pairs of ``oneOf`` members without a tag that are compared in one schema.
-Beyond this number, ``oneOf`` is kept."""
+"""Maximum number of pairs of ``oneOf`` members that are compared in one schema; members that a
+tag distinguishes need no comparison. Beyond this number, ``oneOf`` is kept."""
 _MAX_TAGS = 16
-"""Maximum number of required properties that are tried as the tag, which distinguishes members."""
+"""Maximum number of properties tried as the tag, which distinguishes members of a ``oneOf``."""
 _MAX_STEPS = 64
 """Maximum length of a chain of references that is followed in a client's schema."""
 Resolve = Callable[[Any], Any]

@@ -18,8 +18,8 @@ MAX_LEVELS = 500
 """Maximum nesting of objects and lists in a JSON schema, with references followed. The grammar
 compiler follows references recursively, and its stack suffices for 1,800 levels."""
 _MAX_VISITS = 20_000
-"""Maximum number of objects and lists in a schema, counted again in each target of a reference. A
-schema with more counts as too deep."""
+"""Maximum number of objects and lists in a schema; targets of references are counted separately.
+A schema with more counts as too deep."""
 BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """JSON Schema keywords whose values map names to schemas."""
 CONTENTS = frozenset({"enum", "const", "default", "examples"})

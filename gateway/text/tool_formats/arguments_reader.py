@@ -20,9 +20,9 @@ class ArgumentsState(Enum):
     OBJECT = auto()
     """The rest of the JSON object with all arguments follows."""
     PAIR = auto()
-    """The next single argument, or the end of all arguments, follows."""
+    """The next argument (name and value), or the end of all arguments, follows."""
     VALUE = auto()
-    """The rest of the value of a single argument follows."""
+    """The rest of the value of one argument follows."""
     COMPLETE = auto()
     """The arguments are complete; other text follows."""
     BROKEN = auto()

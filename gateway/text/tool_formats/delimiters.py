@@ -74,7 +74,7 @@ class TemplateMatch:
 
     outcome: MatchOutcome
     end: int
-    """Number of characters of the text that are matched by complete parts."""
+    """Number of characters of the text up to the end of the last complete part."""
     values: dict[Placeholder, str] = field(default_factory=dict)
     """Text of each variable part. The text of the last variable part may be incomplete."""
 

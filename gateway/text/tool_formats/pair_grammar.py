@@ -28,7 +28,7 @@ from gateway.text.tool_formats.call_syntax import PairSyntax, Part, Placeholder
 BREAK = "BREAK?"
 BREAK_RULE = r"BREAK: /[ \n]/"
 _MAX_COUNTED = 1000
-"""Maximum number of grammar rules that count arguments, and maximum number of counted arguments."""
+"""Highest number of arguments that a grammar counts, and maximum number of rules for it."""
 _TEXT, _NO_TEXT = '"true"', '"false"'
 _ANY_TEXT = "VALUE"
 _OTHER_KEY = r"/[^\s\x00-\x1f\"<>\x7f]([^\x00-\x1f\"<>\x7f]{0,62}[^\s\x00-\x1f\"<>\x7f])?/"

@@ -23,7 +23,7 @@ class SchemaDefinitions:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._references = References(root)
         self._chars_left = MAX_GRAMMAR_BYTES
-        """Number of characters of JSON that the targets of further references may have."""
+        """Number of characters of JSON that all targets of further references may have together."""
 
     def find(self, reference: str) -> Mapping[str, Any] | None:
         """Return the target of a reference; None if it is absent or beyond the size limit."""
@@ -77,7 +77,7 @@ class ResolvedSchema:
     def variants(self) -> list[ResolvedSchema]:
         """Alternative schemas, one of which a value must match.
 
-        Empty for an object with properties: its variants only combine properties.
+        Empty for an object with properties: its variants only tell which may occur together.
         """
         if not self.has_variants:
             return []

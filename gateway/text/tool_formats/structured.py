@@ -65,7 +65,7 @@ def make_grammar(
 
 
 def schema_grammar(schema: Any, field: str) -> Grammar:
-    """Return the grammar of JSON texts that match ``schema``: an object, or its JSON text.
+    """Return the grammar of JSON texts that match ``schema``, given as an object or JSON text.
 
     Raises:
         RequestError: the schema is invalid; the error names ``field``.
