@@ -40,7 +40,7 @@ class ExpertCounters:
         int64 on the CPU."""
 
     def resize(self, num_slots: Sequence[int]) -> None:
-        """Add slot counters until each bank has as many as ``num_slots`` states.
+        """Add slot counters until each bank has the number in ``num_slots``.
 
         Existing counters keep their values.
         """

@@ -171,7 +171,7 @@ class Engine:
         self.requests.abort(request_id, choices)
 
     def begin_fetch(self, hashes: Sequence[BlockHash], cached: Sequence[int]) -> Fetch | None:
-        """Prepare to fetch a prefix's blocks from another worker; see ``KvTransferStore.begin``."""
+        """Prepare to fetch a prefix's blocks; see ``KvTransferStore.begin``, also for None."""
         return self.kv_store.begin(hashes, cached, num_spare=len(self._scheduler.queues.running))
 
     def take_admissible(self, at_most: int) -> list[tuple[Request, tuple[BlockHash, ...]]]:
@@ -290,7 +290,10 @@ class Engine:
     def _predict(
         self, plan: StepPlan, result: StepResult | None, tokens: StepTokens | None
     ) -> StepResult | None:
-        """Run the prediction layer on all rows of a step, to get draft tokens for the next step."""
+        """Run the prediction layer on all rows of a step, to get draft tokens for the next step.
+
+        Returns ``result``, to which the experts that this layer chose are added.
+        """
         drawn = {} if tokens is None else tokens.drawn
         ids = {s: [one.token for one in tokens_of] for s, tokens_of in drawn.items()}
         first_row = () if result is None else result.first_row

@@ -20,7 +20,7 @@ _NEW_WEIGHT = 0.5
 _MAX_OUTLIER = 2.0
 """Maximum ratio of observed to expected step time; caps the effect of a single slow step."""
 _EXCESS_FACTOR = 1.5
-"""A step longer than this multiple of the target reduces the cap, whatever the estimate."""
+"""A step longer than this multiple of the target step time reduces the cap in any case."""
 
 
 class PrefillCap:

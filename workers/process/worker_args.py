@@ -30,9 +30,9 @@ class WorkerArgs:
     """Interface that this worker's sockets bind to."""
     threads: int = 1
     placement: ExpertPlacement | None = None
-    """First placement, if this worker holds experts."""
+    """First placement; None if this worker holds no experts."""
     num_slots: int = 0
-    """Expert slots per bank, if this worker holds experts."""
+    """Expert slots per bank; 0 if this worker holds no experts."""
     holders: tuple[ExpertHolder, ...] = ()
     """Running workers that hold some of these experts; empty at the start of a cluster."""
 

@@ -180,9 +180,9 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """Seconds for which the request's KV blocks are retained after its end; 0 if the blocks will
     not be used again, None if unspecified."""
     inspection: InspectionParams | None = None
-    """Internal values of the model to return; requires ``n`` 1 and ``max_tokens`` 0."""
+    """Internal values of the model to return, or None; requires ``n`` 1 and ``max_tokens`` 0."""
     prompt_embeds: PromptEmbeds | None = None
-    """Embeddings that replace the prompt's tokens; the token ids are zeros in this case."""
+    """Embeddings that replace the prompt's tokens (all token ids are then 0), or None."""
     tenant: str = ""
     """Name of the tenant. The engine shares its steps fairly between tenants."""
     weight: float = 1.0
@@ -294,9 +294,9 @@ class Timings(Message, frozen=True, kw_only=True, array_like=True):
     """Times of one choice, in seconds after the worker received the request."""
 
     first_dispatch_s: float = 0.0
-    """Time of the first dispatch of rows to the experts."""
+    """Time of the first dispatch of rows to the experts; ``finished_s`` if there was none."""
     first_token_s: float = 0.0
-    """Time of the commit of the first token."""
+    """Time of the commit of the first token; ``finished_s`` if there was none."""
     finished_s: float = 0.0
     """Time of the end of the choice, or of the output that carries these timings."""
     prefill_s: tuple[float, ...] = ()

@@ -58,7 +58,7 @@ class AdapterIntake:
         self._reads: dict[str, _AdapterRead] = {}
         """Adapters to read and build by key, in the order of the command."""
         self._build: tuple[str, Iterator[None]] | None = None
-        """Key and remaining build steps of the adapter that is being built."""
+        """Key and remaining build steps of the adapter that is being built, or None."""
         self._names: Mapping[str, str] = {}
         """Names by key; the mapping is replaced, never changed."""
         self._digests: dict[str, str] = {}
@@ -91,7 +91,7 @@ class AdapterIntake:
         self._begin_next()
 
     def advance(self) -> AdaptersKept | None:
-        """Build adapters for at most about 20 ms. Returns the reply when a command is complete."""
+        """Build adapters for about 20 ms; return the reply to the command if it is complete."""
         end = self._clock() + _BUILD_TIME_S
         while self._clock() < end and self._has_step():
             pass
@@ -150,7 +150,7 @@ class AdapterIntake:
         return True
 
     def _next(self) -> str | None:
-        """The key of the adapter to build: the current one, or the next that was read."""
+        """The key of the adapter to build: the current one, or the next that was read, or None."""
         if self._build is not None:
             return self._build[0]
         return next((key for key, read in self._reads.items() if read.found.done()), None)

@@ -50,7 +50,7 @@ class FetchJobs(WaitingRequests):
         """Remove and return ended jobs, and the requests whose wait is over, in order of jobs.
 
         The blocks of an ended job are stored in the pool. At a job's deadline its requests stop
-        waiting, and it ends if it has not started; else its blocks stay pinned until it ends.
+        waiting. If the job has not started, it ends; else its blocks stay pinned until it ends.
         """
         now, ended, requests = self._clock(), list[FetchJob](), list[IntakeRequest]()
         for job in tuple(self._running):

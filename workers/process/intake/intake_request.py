@@ -57,7 +57,8 @@ class IntakeRequest:
     gateway: str
     request: Request
     received: float
-    """Monotonic time in seconds at which the request arrived, or was queued in the engine again."""
+    """Monotonic time in seconds at which the request arrived or, if it is in the engine's queue,
+    began to wait for KV blocks."""
     hashes: tuple[BlockHash, ...] = ()
     """Hashes of the full KV blocks of the prompt, in order; empty if blocks are not shared."""
     state: IntakeState = IntakeState.RECEIVED
