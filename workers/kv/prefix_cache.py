@@ -71,7 +71,7 @@ class PrefixCache:
         return found
 
     def known_hashes(self, sequence: SequenceState) -> list[BlockHash]:
-        """Return the hashes of the blocks that ``find`` returns if all states are cached."""
+        """Return the hashes of the cached blocks that a sequence may reuse, ignoring states."""
         hashes = self._reusable(sequence)
         return hashes[: len(self.pool.find(hashes))]
 

@@ -89,7 +89,7 @@ class ReuseRates:
         self._kinds[kind].reused[age_bin] += 1
 
     def value(self, kind: int, age_bin: int, age: int) -> float:
-        """Return the value of a turn in ``age_bin``, infinite at age 0. Low values are evicted."""
+        """Return the value of a turn in ``age_bin``, infinite at age 0; the lowest is evicted."""
         found = self._kinds[kind]
         if found.num_counted >= _REFRESH:
             found.compute()

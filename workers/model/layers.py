@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 _VECTORS = 32
-"""``row_wise`` pads rows to a multiple of this, itself a multiple of torch's float32 vectors."""
+"""``row_wise`` pads rows to a multiple of this, which the length of float32 vectors divides."""
 
 
 def row_wise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

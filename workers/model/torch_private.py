@@ -66,7 +66,7 @@ _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _HAS_ONEDNN el
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x [rows, in] times a weight of ``pack``, plus the bias: [rows, out]."""
+    """Return x [rows, in] times a weight that ``pack`` made, plus the bias: [rows, out]."""
     assert _linear_pointwise is not None, "nothing is packed without oneDNN"
     result: Tensor = _linear_pointwise(x, packed, bias, "none", [], "")
     return result

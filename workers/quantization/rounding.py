@@ -49,8 +49,8 @@ _ROWS_AT_ONCE = 256
 def candidates(form: WeightFormat, width: int) -> list[WeightFormat]:
     """Return the formats to try for a matrix outside the experts, with rows of ``width``.
 
-    The formats are ``form``, and shorter groups if they divide rows evenly. If errors are equal,
-    the first format is used.
+    The formats are ``form``, and one with shorter groups if these divide rows evenly. If errors are
+    equal, the first format is used.
     """
     if not form.has_zeros or width % _SHORT_GROUP:
         return [form]
@@ -151,8 +151,8 @@ def _rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _codes(x: Tensor, scale: Tensor, zero: Tensor) -> _Codes:
-    """Return scales, nearest zero points that can be stored, and errors, for groups x
-    [group, n]."""
+    """Return the scales, the nearest zero points that can be stored, and the errors with which
+    these represent groups x [group, n]."""
     stored = (zero * 16.0).round_().clamp_(-128.0, 127.0).nan_to_num_(-128.0) * 0.0625
     place = x * (1.0 / scale) + stored
     off = _code(place) - place

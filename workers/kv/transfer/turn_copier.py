@@ -177,7 +177,7 @@ class TurnCopier:
         self._batches.append(_Batch(copy, held, blocks, state, work))
 
     def _acquire_next(self, copy: _Copy) -> tuple[list[int], ProvidedState | None]:
-        """Hold the next blocks, or the next state after all blocks are copied."""
+        """Hold the next blocks or, if all blocks are copied, the next state."""
         use, host = copy.use, self._tiers.host
         if copy.num_done < len(use.names):
             most = min(self._num_spare(), MAX_HELD) if copy.has_ended else MAX_HELD
