@@ -1,8 +1,8 @@
 """Detects that a rank has rows to run but no step starts.
 
 The watchdog is the last resort for failures in which no connection breaks and no worker stalls. The
-leader waits for proposals. The other ranks wait for the leader, with twice the leader's limit. Rows
-of the previous step add time, as a peer may still run them.
+leader waits for proposals. The other ranks wait for the leader, with twice the leader's limit. The
+limits are longer after a step with rows, as a peer may still run them.
 """
 
 from __future__ import annotations

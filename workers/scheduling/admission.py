@@ -169,8 +169,8 @@ class SequenceAdmission:
         return is_able and restriction.allows(waiting)
 
     def _waits_for_kv(self, sequence: SequenceState) -> bool:
-        """Whether the sequence waits for a transfer of KV blocks, and not for the first choice of
-        its request."""
+        """Whether the sequence waits for a transfer of KV blocks, and not also for the first choice
+        of its request."""
         is_held = sequence.request.request_id in self._kv_waits
         return is_held and not self._waits_for_first_choice(sequence)
 

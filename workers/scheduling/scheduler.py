@@ -125,7 +125,7 @@ class Scheduler:
 
     def remove(self, sequence: SequenceState, *, has_ended: bool = True) -> None:
         """End a sequence between steps, and free its blocks. ``has_ended`` False: the request goes
-        on with other beams, so that the blocks are not retained as after its end.
+        on with other beams, so its blocks are not retained for its session.
         """
         if sequence.status is SequenceStatus.FINISHED:
             return

@@ -36,7 +36,7 @@ class ExpertSources:
             CHECKPOINT: self._open_checkpoint,
             PEER: self._open_peer,
         }
-        """Functions by kind that open the source of experts for later ``LoadExperts`` commands."""
+        """Functions, by kind of source, that open a source for a ``LoadExperts`` command."""
 
     def load(self, placement: ExpertPlacement) -> None:
         """Load the first experts, each from the faster source: checkpoint or other workers."""
