@@ -82,7 +82,7 @@ class TurnAges:
         self._note_bin(turn)
 
     def due(self) -> Iterator[Turn]:
-        """Yield turns older than their bin. Call ``advance_bin`` for one before taking the next."""
+        """Yield turns too old for their bin; call ``advance_bin`` for each before the next one."""
         while self._ageing and self._ageing[0][0] <= self._clock:
             turn = heappop(self._ageing)[2]
             if turn.is_over and turn.queue is None:

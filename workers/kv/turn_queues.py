@@ -80,7 +80,7 @@ class TurnQueues:
         self._victim = None
 
     def move_aged(self) -> None:
-        """Move turns that are older than their bin to the queue of the next bin."""
+        """Move turns that are too old for their bin to the queue of the next bin."""
         for turn in self._ages.due():
             is_by_age = turn.queue is not None and turn.queue is self._cell_of(turn)
             if is_by_age:

@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 _VECTORS = 32
-"""``row_wise`` pads rows to a multiple of this, which the length of float32 vectors divides."""
+"""``row_wise`` pads rows to a multiple of this, which is a multiple of a SIMD vector's length."""
 
 
 def row_wise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class KvTiers:
         self.host.extend(turn, use)
 
     def put(self, turn: TierTurn, name: bytes, parent: bytes | None, data: Tensor) -> bool:
-        """Store a block of the turn after its predecessors; also for blocks of other workers.
+        """Store a block of the turn after its predecessors; it may be from another worker.
 
         ``data``: uint8 in CPU memory, which must not change afterwards. The name of a state is the
         ``state_key`` of its block, and its parent is the block. Returns False if the item cannot
