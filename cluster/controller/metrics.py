@@ -41,7 +41,7 @@ class ControllerMetrics:
         self._slots = counter("migration_slots_moved", "Expert slots that were filled", ["reason"])
         self._seconds = histogram(
             "migration_seconds",
-            "Time from the decision or the load command to the end of a migration",
+            "Time from the decision to move experts (in a recovery: the load command) to the end",
             ["reason"],
             buckets=_MIGRATION_S,
         )

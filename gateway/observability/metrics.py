@@ -199,7 +199,7 @@ _ENGINE_HISTOGRAMS = {
         _TOKEN_BUCKETS,
     ),
     "request_params_n": ("Parameter n of a request", _COUNT_BUCKETS),
-    "request_params_max_tokens": ("Parameter max_tokens of a prompt", _TOKEN_BUCKETS),
+    "request_params_max_tokens": ("Parameter max_tokens of a request", _TOKEN_BUCKETS),
     "time_to_first_token_seconds": ("Time to first token", _TTFT_BUCKETS),
     "inter_token_latency_seconds": ("Time between two tokens of a choice", _ITL_BUCKETS),
     "request_time_per_output_token_seconds": (
