@@ -54,7 +54,8 @@ class KVCache:
         """Block number that pads block tables; never written."""
         num_spare = 2 if device.type == "cuda" else 1
         self.scratch_block = num_blocks + num_spare - 1
-        """On a GPU, padding rows (without a request) write to this block; else the null block."""
+        """Block number to which padding rows, without a request, write on a GPU; the number of the
+        null block on a CPU, where nothing writes to it."""
         self.layers: tuple[Tensor, ...] = tuple(
             torch.zeros(
                 (config.kv_vectors_per_layer, num_blocks + num_spare, block_size, row_size),

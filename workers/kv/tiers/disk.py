@@ -242,7 +242,8 @@ class DiskTier(Tier):
             self._enter_found(each)
 
     def _enter_found(self, item: _StoredItem) -> None:
-        """Add a file as a separate turn, whose reuse is not measured."""
+        """Add the item of a file that was found when the folder was opened. The item gets a turn of
+        its own in the eviction order; reads of this turn do not count as reuse."""
         use = TurnUse(names=(), num_prompt=0, hints=KeepHints(tenant=item.tenant))
         with self._lock:
             turn = self._order.begin(use, self._clock())

@@ -111,7 +111,7 @@ class KvTiers:
         return next((tier.name for tier in self.tiers if tier.has(name)), None)
 
     def run(self, names: Sequence[bytes]) -> Sequence[bytes]:
-        """Return the longest prefix of ``names`` in which a tier has each block."""
+        """Return the longest prefix of ``names`` that are all in tiers, each in any tier."""
         known = (i for i, name in enumerate(names) if not self.has(name) or self.is_state(name))
         return names[: next(known, len(names))]
 
