@@ -10,12 +10,10 @@ import torch
 
 from benchmarks.checkpoints.adapters import put, random_adapter, target_shapes, write_merged
 from cluster.config.cluster import EngineSection
-from cluster.config.lora import LoraSection
 from tests.reference.goldens import Golden
 from tests.workers.cuda.device import DEVICE
 from tests.workers.engine.test_engine_cuda import gpu_engine
 from tests.workers.lora.test_merged import scores, serve
-from workers.lora.loaded import LoadedAdapters
 
 SECTION = EngineSection(max_num_batched_tokens=16, max_num_seqs=8, block_size_tokens=4)
 
@@ -28,10 +26,9 @@ def test_equals_merged_weights(
     path = golden(variant).path
     adapter = random_adapter(target_shapes(path), 1)
     engine = gpu_engine(path, SECTION)
-    runner = engine.engine.runner
-    if DEVICE.type != "cuda":  # its model was replaced
-        engine.engine.adapters = runner.adapters = LoadedAdapters(runner.model, LoraSection())
     adapters = engine.engine.adapters
+    if DEVICE.type != "cuda":  # its model was replaced
+        adapters._model = engine.engine.runner.model
     put(adapters, "a", adapters.read(adapter.write(tmp_path / "a")))
     prompts = [tuple(golden(variant).prompts[place]) for place in (1, 2, 3)]
     found = serve(engine, prompts, ["a", "", "a"])

@@ -16,20 +16,29 @@ NATIVE, MODEL = "tests/workers/native", "tests/workers/model"
 MEMORY = [
     f"{NATIVE}/test_{name}.py" for name in ("experts", "matrix", "panels", "quantized", "delta_net")
 ]
-MEMORY += [f"{MODEL}/native/test_half.py", "tests/workers/dispatch/test_native_exchange.py"]
-MEMORY += ["tests/system/test_native_layers.py"]
+MEMORY += [
+    f"{MODEL}/native/test_native_sublayer.py",
+    "tests/workers/dispatch/test_native_exchange.py",
+    "tests/system/test_native_layers.py",
+]
 THREADS = [
     f"{NATIVE}/test_experts.py::test_threads_change_no_bit",
     f"{NATIVE}/test_delta_net.py::test_bits_depend_on_the_sequence_alone",
     f"{NATIVE}/test_matrix.py::test_products_are_near_plain_ones_and_rows_their_own",
-    f"{NATIVE}/test_team.py::test_sleeping_threads_are_woken",
-    f"{MODEL}/native/test_half.py::test_bits_depend_on_the_row_alone",
+    f"{NATIVE}/test_thread_team.py::test_sleeping_threads_are_woken",
+    f"{MODEL}/native/test_native_sublayer.py::test_bits_depend_on_the_row_alone",
 ]
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # Python and torch keep memory to the end
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "report_signal_unsafe=0",
 }
+
+
+def test_the_listed_tests_exist() -> None:
+    for name in (*MEMORY, *THREADS):
+        file, _, function = name.partition("::")
+        assert f"def {function}" in (ROOT / file).read_text()
 
 
 @pytest.mark.slow
