@@ -77,6 +77,7 @@ class Controller:
             cluster.send(frames.Shutdown(reason=record.reason or "the cluster is ending"), name)
             return
         self.detection.heard(record, now)
+        record.disconnected = ""  # it has connected again
         match frame:
             case frames.Heartbeat():
                 is_same = record.problems == frame.problems

@@ -474,6 +474,18 @@ def test_a_worker_without_connection_has_a_moment_to_call_again() -> None:
     assert record.reason == "its control connection closed (reset)"
 
 
+def test_a_worker_that_calls_again_before_it_has_registered_is_not_lost() -> None:
+    cluster = FakeCluster()
+    cluster.controller.disconnected("expert-0", "reset", False, cluster.now)
+    cluster.tick(CALL_AGAIN_S / 2)
+    nothing = WorkerReport(
+        generation=None, placement=None, running=False, highest_step=0, highest_epoch=0
+    )
+    cluster.send("expert-0", nothing)
+    cluster.tick(CALL_AGAIN_S)
+    cluster.serve()
+
+
 @pytest.mark.parametrize("is_reported_first", [True, False])
 def test_a_worker_without_connection_that_a_peer_has_lost_is_lost_at_once(
     is_reported_first: bool,
