@@ -81,6 +81,8 @@ class RunningDrain:
             raise ConflictError(f"{drain.operation.id} is already being rolled back")
         if drain.step in _TOO_LATE:
             raise ConflictError(f"{drain.workers} has already left")
+        if self._switches:
+            raise ConflictError(f"{drain.operation.id} is switching epochs: try again")
         self._undo(OperationState.CANCELLED, "cancelled", now)
 
     # ---- events ---------------------------------------------------------------------------
@@ -158,7 +160,8 @@ class RunningDrain:
             self._enter(DrainStep.END)
             cluster.send(Shutdown(reason="drained"), *drain.names)
             cluster.effects.append(EndWorkers(drain.names))
-        if self.is_over or now <= drain.deadline or drain.step in _TOO_LATE:
+        is_timed = drain.step not in _TOO_LATE and not self._switches
+        if self.is_over or now <= drain.deadline or not is_timed:
             return  # in time, or in a step with its own limits
         if not (drain.command.force and drain.step is DrainStep.MOVE):
             text = f"could not {drain.step.value} within {drain.command.limit_s:g} s"
@@ -277,6 +280,12 @@ class RunningDrain:
                 self._end(*drain.outcome, now)
         elif (self._cluster.runs and self._rebalancing.is_idle) or now > drain.deadline:
             self._undo(*drain.outcome, now)  # an earlier controller began the rollback
+
+    @property
+    def _switches(self) -> bool:
+        """Whether the workers switch to another placement, which only a new generation stops."""
+        change = self._change
+        return change is not None and change.state is ChangeState.SWITCH and self._cluster.runs
 
     def _attention(self) -> list[WorkerRecord]:
         """Return the drained workers that run attention, and therefore hold requests."""

@@ -412,6 +412,40 @@ def test_a_drain_can_be_cancelled_until_the_worker_has_left() -> None:
         cluster.controller.draining.cancel(late, cluster.now)
 
 
+@pytest.mark.parametrize("is_too_late", [True, False])
+def test_a_drain_whose_workers_switch_epochs_goes_on(is_too_late: bool) -> None:
+    """Otherwise they run an epoch that the controller does not know, and must form again."""
+    cluster = serving(2, 3, 0)
+    operation = drain(cluster, "expert-2")
+    load_all(cluster)
+    leader = cluster.known.generation.leader.name
+    frame = cluster.link.last(leader, NewEpoch)
+    assert frame is not None
+    for member in cluster.known.generation.members:
+        cluster.send(member.name, EpochReady(generation=frame.generation, epoch=frame.epoch))
+    if is_too_late:
+        pass_time(cluster, 6.0)
+    else:
+        with pytest.raises(ConflictError, match="is switching epochs: try again"):
+            cluster.controller.draining.cancel(operation, cluster.now)
+    assert operation.is_running
+    cluster.send(leader, EpochSwitched(generation=frame.generation, epoch=frame.epoch, step=9))
+    assert cluster.known.placement.epoch == frame.epoch
+
+
+def test_a_drain_that_cannot_switch_any_more_ends() -> None:
+    cluster = serving(1, 3, 0)
+    operation = drain(cluster, "expert-2")
+    load_all(cluster)
+    frame = cluster.link.last("attention-0", NewEpoch)
+    assert frame is not None
+    for member in cluster.known.generation.members:
+        cluster.send(member.name, EpochReady(generation=frame.generation, epoch=frame.epoch))
+    cluster.controller.lost({"attention-0": "killed"}, cluster.now)  # the leader, and the last one
+    pass_time(cluster, 6.0)
+    assert operation.state is OperationState.FAILED
+
+
 def test_a_worker_that_dies_first_ends_its_drain() -> None:
     cluster = serving()
     operation = drain(cluster, "attention-1")
