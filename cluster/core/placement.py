@@ -52,6 +52,11 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         where = f"placement of bank {self.bank} layer {self.layer}"
         shares = [0.0] * self.num_experts
         holders: list[list[int]] = [[] for _ in range(self.num_experts)]
+        if len(self.split) != len(self.physical_to_logical):
+            raise ConfigError(where, len(self.split), "split must have a row for each device")
+        if len(self.decode_device) != self.num_experts:
+            rule = f"decode_device must have one for each of the {self.num_experts} experts"
+            raise ConfigError(where, len(self.decode_device), rule)
         for device, slots in enumerate(self.physical_to_logical):
             held = [e for e in slots if e != FREE_SLOT]
             bad = [e for e in held if not 0 <= e < self.num_experts]
@@ -63,6 +68,9 @@ class BankPlacement(Message, frozen=True, kw_only=True):
                 raise ConfigError(where, len(self.split[device]), "split must match the slots")
             for expert, share in zip(slots, self.split[device], strict=True):
                 if expert != FREE_SLOT:
+                    if not share >= 0:  # also refuses NaN
+                        rule = f"share of expert {expert} must be from 0 to 1"
+                        raise ConfigError(where, share, rule)
                     shares[expert] += share
                     holders[expert].append(device)
         num_slots = sum(len(slots) for slots in self.physical_to_logical)
@@ -359,14 +367,14 @@ def load_placement(path: Path, banks: Sequence[BankShape], num_devices: int) -> 
     wrong = partial(ConfigError, "placement_file", path.name)
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise wrong(f"cannot be read: {err}") from err
     by_key = {(b.bank, b.layer): b.num_experts for b in banks}
     try:
         found = ExpertPlacement.from_dict(data, by_key)
     except ConfigError as err:
         raise wrong(f"breaks a rule: {err}") from err
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as err:
         raise wrong(f"is not a placement: {err!r}") from err
     order = {(b.bank, b.layer): b for b in found.banks}
     if set(order) != set(by_key):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def test_placement_survives_json() -> None:
         (BANKS, 2, {"schema": 9}, "must be 1"),
         (BANKS, 2, {"banks": [{"bank": "mlp"}]}, "not a placement"),
         (BANKS, 2, {"banks": 7}, "not a placement"),
+        (BANKS, 2, {"banks": [{"bank": "mlp", "layer": math.inf}]}, "not a placement"),
     ],
 )
 def test_bad_placement_files_are_refused_by_rule(
@@ -128,7 +130,7 @@ def test_bad_placement_files_are_refused_by_rule(
         load_placement(placement_file(tmp_path / "p.json", **changes), banks, devices)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "null", "\x00\x01"])
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", "\x00\x01", "[" * 100_000])
 def test_rubbish_is_not_a_placement(tmp_path: Path, content: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(content)
@@ -145,7 +147,11 @@ def test_rubbish_is_not_a_placement(tmp_path: Path, content: str) -> None:
         ([[0, -1]], {}, "no copy"),
         ([[0, 1]], {"split": [[1.0]]}, "split must match"),
         ([[0, 1], [0, -1]], {"split": [[0.2, 1.0], [0.2, 0.0]]}, "must sum to 1"),
+        ([[0, 1], [0, -1]], {"split": [[1.0, 1.0]]}, "split must have a row for each device"),
+        ([[0, 1], [0, -1]], {"split": [[1.5, 1.0], [-0.5, 0.0]]}, "must be from 0 to 1"),
+        ([[0, 1]], {"split": [[math.nan, 1.0]]}, "must be from 0 to 1"),
         ([[0, 1], [0, -1]], {"decode_device": [0, 1]}, "decode_device holds no expert 1"),
+        ([[0, 1]], {"decode_device": [0]}, "must have one for each of the 2 experts"),
     ],
 )
 def test_broken_maps_are_refused(maps: list[list[int]], extra: dict[str, Any], words: str) -> None:
