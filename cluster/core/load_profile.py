@@ -9,7 +9,7 @@ File format (``load --save``, ``plan --profile``):
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from operator import add
 from pathlib import Path
@@ -40,7 +40,7 @@ class BankLoad(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         where = f"load of bank {self.bank} layer {self.layer}"
         check(bool(self.counts), where, "no counts", "must have a count for each expert")
-        bad = [c for c in self.counts if not (math.isfinite(c) and c >= 0)]
+        bad = [c for c in self.counts if not 0 <= c <= sys.float_info.max]
         check(not bad, where, bad[0] if bad else None, "counts must be finite and not negative")
 
 
@@ -112,7 +112,7 @@ def load_profile(path: Path) -> LoadProfile:
     not a load profile."""
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ConfigError("load_profile", path.name, f"cannot be read: {err}") from err
     return LoadProfile.from_dict(data)
 

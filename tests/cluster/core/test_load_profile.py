@@ -62,6 +62,7 @@ def test_profiles_of_other_shape_are_not_merged() -> None:
         ({"banks": [{"bank": "mlp", "layer": 0, "counts": []}]}, "must have a count"),
         ({"banks": [{"bank": "mlp", "layer": 0, "counts": [-1]}]}, "not negative"),
         ({"banks": [{"bank": "mlp", "layer": 0, "counts": [float("nan")]}]}, "finite"),
+        ({"banks": [{"bank": "mlp", "layer": 0, "counts": [10**400]}]}, "finite"),
         ({"banks": [{"bank": "mlp", "layer": 0, "counts": ["x"]}]}, "not a load profile"),
         ({"banks": [{"bank": "mlp"}]}, "not a load profile"),
         ({"banks": 7}, "not a load profile"),
@@ -77,9 +78,10 @@ def test_a_broken_rule_is_named(change: dict[str, Any], words: str) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.json"):
         load_profile(tmp_path / "none.json")
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"bad\.json"):
-        load_profile(tmp_path / "bad.json")
+    for content in ("{", "[" * 100_000):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"bad\.json"):
+            load_profile(tmp_path / "bad.json")
 
 
 def test_load_follows_the_copies_shares() -> None:
