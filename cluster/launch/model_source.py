@@ -37,11 +37,15 @@ def find_model(text: str | None, say: Callable[[str], None]) -> ModelSource:
     """
     if text is None:
         return ModelSource(folder=bundled_checkpoint(), name=BUNDLED_NAME)
-    folder = Path(text).expanduser()
-    if text and folder.is_dir():
+    try:
+        folder = Path(text).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as err:  # no permission, too long a name, ~ of an unknown user
+        raise CheckpointError(f"{text} cannot be looked up: {first_line(err)}") from err
+    if text and is_folder:
         resolved = folder.resolve()
         return ModelSource(folder=resolved, name=resolved.name)
-    if text and folder.exists():
+    if text and exists:
         raise CheckpointError(f"{text} is a file: a checkpoint is a folder")
     if not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"{text or 'an empty MODEL'} is neither a folder nor a hub id")

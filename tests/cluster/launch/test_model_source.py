@@ -156,6 +156,18 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(
         find_model(text, silent)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("~no-such-user-here/model", "Could not determine home directory"),
+        ("a" * 300, "File name too long"),
+    ],
+)
+def test_what_cannot_be_looked_up_is_refused(text: str, why: str) -> None:
+    with pytest.raises(CheckpointError, match=why):
+        find_model(text, silent)
+
+
 def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.touch()
