@@ -238,6 +238,8 @@ def _wait_for_port(address: str, deadline: float, sleep: Callable[[float], None]
         try:
             socket.create_connection(split_address(address), _CONNECT_LIMIT_S).close()
             return
+        except UnicodeError as err:  # a part of the host's name is empty or too long
+            raise ConnectionError(first_line(err)) from err
         except OSError as err:
             if time.monotonic() >= deadline:
                 raise ConnectionError(f"{err.strerror or err}") from err

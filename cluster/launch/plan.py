@@ -23,6 +23,7 @@ from cluster.config.gateway import reachable_host
 from cluster.config.resources import NodeResources
 from cluster.core.addresses import split_address
 from cluster.core.checks import check
+from cluster.core.errors import first_line
 from cluster.core.load_profile import LoadProfile
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.state_file import Command, all_records
@@ -205,7 +206,11 @@ def _lowest_ephemeral_port() -> int:
 
 def _probe_port(host: str, port: int) -> socket.socket:
     """Return a listening socket without SO_REUSEPORT. Raises ``OSError`` if the port is in use."""
-    family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as err:  # a part of the name is empty or too long
+        raise socket.gaierror(socket.EAI_NONAME, first_line(err)) from err
+    family, kind, number, _, address = found[0]
     probe = socket.socket(family, kind, number)
     try:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # no wait for old connections

@@ -144,6 +144,12 @@ def test_an_address_of_another_host_is_refused() -> None:
         check_ports("203.0.113.1", {"port": 8000})
 
 
+@pytest.mark.parametrize("host", ["127.0..1", "a" * 70])
+def test_a_host_that_is_no_name_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be resolved"):
+        check_ports(host, {"port": 8000})
+
+
 def test_what_does_not_fit_on_this_host_is_refused() -> None:
     config, nodes = plan().config, plan().private_nodes
     plan_start(config, BANKS, nodes)

@@ -129,6 +129,11 @@ def test_a_ray_without_a_listener_is_not_waited_for(monkeypatch: pytest.MonkeyPa
             join_ray(address)
 
 
+def test_a_ray_whose_host_is_no_name_is_refused() -> None:
+    with pytest.raises(ConnectionError, match="label empty or too long"):
+        join_ray("10.0..1:6379")
+
+
 def test_a_ray_that_is_being_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
