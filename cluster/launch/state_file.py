@@ -119,7 +119,7 @@ def read_record(name: str) -> ClusterRecord | None:
     """Read the record of the cluster ``name``; None if there is no readable record."""
     try:
         return from_plain(json.loads(record_path(name).read_text()), ClusterRecord)
-    except (OSError, ValueError, ProtocolError):
+    except (OSError, ValueError, RecursionError, ProtocolError):
         return None
 
 
@@ -131,6 +131,8 @@ def remove_record(name: str) -> None:
 def all_records() -> Iterator[ClusterRecord]:
     """Yield all readable records, sorted by name."""
     for path in sorted(state_dir().glob("*.json")):
+        if not _NAME.fullmatch(path.stem):
+            continue  # of another program, such as an editor's lock
         record = read_record(path.stem)
         if record is not None:
             yield record

@@ -72,10 +72,18 @@ def test_a_record_is_old_or_new_whatever_the_disk_does(
         assert list(state_file.all_records()) == [new], fault
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "name": "x"}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "name": "x"}', "[" * 100_000]
+)
 def test_a_damaged_record_counts_as_none(state_home: Path, text: str) -> None:
     state_file.record_path("bad").write_text(text)
     assert state_file.read_record("bad") is None
+    assert list(state_file.all_records()) == []
+
+
+@pytest.mark.parametrize("name", [".#one.json", "one copy (2).json"])
+def test_files_of_other_programs_are_no_records(state_home: Path, name: str) -> None:
+    state_file.record_path("one").with_name(name).write_text("{}")
     assert list(state_file.all_records()) == []
 
 
