@@ -82,8 +82,9 @@ def assess(
 ) -> Plan:
     """Evaluate a placement: return a plan of it, with balancedness and the moves from ``current``.
 
-    Raises ``ConfigError`` if placement, load and devices do not match.
+    Raises ``ConfigError`` if placement, load and devices do not match, or without any bank.
     """
+    check(bool(profile.banks), "load_profile.banks", "none", "must name at least one bank")
     groups = list(placed_groups(profile, topology, placement, "placement"))
     balance: dict[tuple[str, int], float] = {}
     peaks = dict.fromkeys(PREDICTED_ROWS, 0.0)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from benchmarks.placement.random_plan import random_plan, siblings
 from cluster.core.errors import ConfigError
+from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import FREE_SLOT
-from cluster.planner import eplb
+from cluster.planner import eplb, mesh
 from cluster.planner.assess import contiguous_plan
-from cluster.planner.base import PlannedDevice, PlannedTopology
+from cluster.planner.base import Plan, PlannedDevice, PlannedTopology
 from tests.cluster.planner.planner_cases import Problem, check_bank, make_profile, problems
 
 PROPERTY = settings(max_examples=25, deadline=None)
@@ -80,6 +83,15 @@ def test_it_replans_whatever_is_placed() -> None:
     assert again.placement.epoch == 2
     other = eplb.plan(make_profile(PUBLISHED_LOADS[::-1]), topology, first.placement)
     assert other.move_fraction > 0.5
+
+
+@pytest.mark.parametrize("plan", [mesh.plan, eplb.plan, contiguous_plan])
+def test_a_load_without_banks_is_refused(
+    plan: Callable[[LoadProfile, PlannedTopology], Plan],
+) -> None:
+    nothing = LoadProfile(model="dense", top_k=1, tokens=0, banks=())
+    with pytest.raises(ConfigError, match="must name at least one bank"):
+        plan(nothing, PlannedTopology.uniform(2))
 
 
 @PROPERTY
