@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -40,7 +41,8 @@ def is_running(process: ProcessIdentity) -> bool:
 def kill_process(process: ProcessIdentity) -> None:
     """Send SIGKILL to a process, even if it is stopped. Do nothing if the process has ended."""
     if is_running(process):
-        os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def wait_gone(process: ProcessIdentity, limit_s: float) -> bool:

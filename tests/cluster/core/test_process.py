@@ -9,6 +9,7 @@ import sys
 import threading
 
 import psutil
+import pytest
 
 from cluster.core.process import (
     ProcessIdentity,
@@ -38,6 +39,15 @@ def test_a_stopped_process_is_killed() -> None:
         assert wait_gone(process, 60.0)
         reaper.join()
         kill_process(process)  # gone: nothing happens
+
+
+def test_a_process_that_ends_by_itself_meanwhile_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()
+        monkeypatch.setattr("cluster.core.process.is_running", lambda process: True)
+        kill_process(ProcessIdentity(pid=child.pid, started_at=0.0))
 
 
 def test_waiting_for_a_process_that_stays_ends_in_time() -> None:
