@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import ssl
 import time
 import urllib.error
@@ -44,9 +45,10 @@ def _ask_ready(url: str, has_tls: bool) -> list[str]:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=_CALL_LIMIT_S, context=context):
-            return []
-    except urllib.error.HTTPError as err:
-        return [err.read().decode(errors="replace")]
-    except OSError as err:
-        return [str(err)]
+        try:
+            with urllib.request.urlopen(f"{url}/ready", timeout=_CALL_LIMIT_S, context=context):
+                return []
+        except urllib.error.HTTPError as err:
+            return [err.read().decode(errors="replace")]
+    except (OSError, http.client.HTTPException) as err:  # also while the reasons are read
+        return [str(err) or type(err).__name__]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+
 import pytest
 
 from cluster.config.gateway import GatewaySection
@@ -19,6 +22,29 @@ def never() -> list[str]:
 def test_it_ends_when_the_gateway_is_ready() -> None:
     with fake_gateway() as gateway:
         wait_ready(gateway.url, PLAIN, never)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 9\r\n\r\nload", "IncompleteRead"),
+        (b"something else\r\n\r\n", "something else"),
+    ],
+)
+def test_a_gateway_that_dies_while_it_answers_is_not_ready(answer: bytes, why: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(StartError, match=why):
+            wait_ready(f"http://127.0.0.1:{server.getsockname()[1]}", PLAIN, never, limit_s=0.0)
+        thread.join()
 
 
 def test_it_gives_up_with_the_gateway_s_own_reasons() -> None:
