@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import os
 import random
 import socket
@@ -155,8 +156,9 @@ def claim_ports(host: str, ports: Mapping[str, int]) -> list[socket.socket]:
             continue  # the kernel chooses a free one
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         claims.append(claim)
+        digest = hashlib.sha256(f"{host}:{port}".encode()).hexdigest()  # a host may be too long
         try:
-            claim.bind(f"\0expertmesh {host}:{port}")
+            claim.bind(f"\0expertmesh {digest}")
         except OSError:
             for one in claims:
                 one.close()

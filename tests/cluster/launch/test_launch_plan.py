@@ -130,6 +130,15 @@ def test_a_port_is_claimed_by_one_cluster_at_a_time() -> None:
         claim.close()
 
 
+def test_a_port_of_a_host_with_a_long_name_can_be_claimed() -> None:
+    host = ".".join(["h" * 60] * 4)
+    claims = claim_ports(host, {"port": 8000})
+    with pytest.raises(ConfigError, match="by a cluster that starts now"):
+        claim_ports(host, {"port": 8000})
+    for claim in claims:
+        claim.close()
+
+
 def test_a_port_with_old_connections_is_free() -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
