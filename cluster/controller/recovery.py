@@ -10,7 +10,7 @@ of the generation run at the same time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from cluster.controller.cluster import Cluster
@@ -88,8 +88,7 @@ class Recovery:
         gone = {m.name: reasons[m.name] for m in members if m.name in reasons}
         others = {n: r for n, r in reasons.items() if n not in gone}
         if others:
-            left_out = "; ".join(f"{n} is left out" for n in self._cluster.places.closed)
-            self._cluster.note(describe_losses(others), left_out or "start another one", now)
+            self._cluster.note(describe_losses(others), self._sequel(others), now)
         if gone:
             self._lost_at = self._lost_at if self._lost else now
             self._trace = self._trace or self._cluster.begin_trace(RECOVERY)
@@ -98,6 +97,18 @@ class Recovery:
             if self._cluster.round.before is not None and gone.keys() <= self._cluster.round.joins:
                 self._cluster.membership.placement = self._cluster.round.before  # no loads needed
             self._go_on(survivors, describe_losses(gone), now)
+
+    def _sequel(self, names: Iterable[str]) -> str:
+        """Describe what follows the loss of workers that were in no generation."""
+        places, found = self._cluster.places, list[str]()
+        for place in map(place_of, names):
+            if place in places.closed:
+                found.append(f"{place} is left out")
+            elif place in places.roles():
+                found.append("start another one")
+            else:  # scaling has removed it
+                found.append(f"continue without {place}")
+        return "; ".join(dict.fromkeys(found))
 
     def ready(self, now: float) -> None:
         """Form a generation with the workers that have become ready, unless one is forming.

@@ -391,6 +391,12 @@ def test_a_worker_that_dies_three_times_while_starting_is_left_out() -> None:
     problem = f"expert-1 is left out: died 3 times while starting, last: {ENOENT}"
     assert cluster.controller.snapshot()["problems"] == [problem]
     assert last(cluster)["effect"] == "expert-1 is left out"
+    lose(cluster, "expert-2")
+    cluster.answer_loads("expert-0")
+    cluster.join_all()
+    wait(cluster, 0.5)
+    lose(cluster, "expert-2.2")
+    assert last(cluster)["effect"] == "start another one"  # the other place is not its own
 
 
 def test_with_nothing_to_hope_for_the_state_is_degraded() -> None:

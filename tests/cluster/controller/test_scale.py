@@ -222,6 +222,8 @@ def test_a_scaling_can_be_cancelled_until_its_workers_serve() -> None:
     pass_time(cluster, 0.5)
     assert operation.state is OperationState.CANCELLED
     assert cluster.link.ended == ["expert-2"]
+    effect = cluster.controller.snapshot()["history"][-1]["effect"]
+    assert effect == "continue without expert-2"
     with pytest.raises(ConflictError, match="has ended"):
         cluster.controller.scaling.cancel(operation, cluster.now)
 
