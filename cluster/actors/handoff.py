@@ -99,7 +99,8 @@ async def _hand_off(runner: ControllerRunner, term: int, began_at: float) -> Non
     finally:
         runner.collector = None
     if collected is None:
-        runner.failure = "the controller was lost before the cluster served"
+        never_ran = "the controller was lost before the cluster served"
+        runner.failure = never_ran if found else "the restarted controller found no live worker"
         await group.end_all()
         return
     lost = {w.member.name for w in collected.memory.lost}
