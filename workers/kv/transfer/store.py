@@ -116,9 +116,7 @@ class KvTransferStore:
     def release(self, blocks: list[int], num_kept: int) -> None:
         """Release blocks of ``acquire``. Another worker has copied the first ``num_kept``."""
         self.pool.mark_duplicated(blocks[:num_kept])
-        self._release(blocks)
-        broken = [b for b in blocks if self.pool.hash_of(b) is None and self.pool.is_free(b)]
-        self.cache.clear(broken)  # forgotten while held: they may contain NaN
+        self._release_known(blocks)
 
     def acquire_state(self, keys: Sequence[bytes]) -> ProvidedState | None:
         """Hold the last known state of ``keys``. None if none is known or no slot is left."""
@@ -194,7 +192,13 @@ class KvTransferStore:
                 self.states.store(state.slot, fetch.hashes[state.num_before - 1])
             self.states.release_extra(state.slot)
         self._release(fetch.blocks, self.pool.begin(()))
-        self._release(fetch.found)
+        self._release_known(fetch.found)
+
+    def _release_known(self, blocks: list[int]) -> None:
+        """Release blocks that had a hash when they were held."""
+        self._release(blocks)
+        broken = [b for b in blocks if self.pool.hash_of(b) is None and self.pool.is_free(b)]
+        self.cache.clear(broken)  # forgotten while held: they may contain NaN
 
     def _release(self, blocks: list[int], turn: Turn | None = None) -> None:
         self.tables.remove(blocks)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from msgspec.structs import replace
 
 from benchmarks.harness.engine_stream import TIMEOUT_S
@@ -243,6 +245,23 @@ def test_what_came_of_a_prefix_is_kept_and_the_rest_is_blank(tiny_checkpoint: Pa
     again = begin(engine, request_of())
     assert again is not None
     assert (len(again.found), len(again.wanted)) == (2, 2)
+
+
+def test_found_blocks_that_are_forgotten_during_a_fetch_are_zeroed(tiny_checkpoint: Path) -> None:
+    engine = engine_of(tiny_checkpoint, num_blocks=8)
+    serve(engine, request_of())
+    longer = replace(request_of("longer"), prompt=(*PROMPT, *PROMPT[:25]))
+    fetch = begin(engine.engine, longer)
+    assert fetch is not None
+    assert len(fetch.found) == NUM_BLOCKS
+    cache = engine.engine.kv_store.cache
+    nan = torch.full(cache.block_shape, math.nan)
+    for block in fetch.found:  # as if the sequence that computed them had failed meanwhile
+        cache.write_block(block, nan)
+    engine.engine.pool.forget(fetch.found)
+    engine.engine.kv_store.end(fetch)
+    engine.engine.check_integrity()
+    assert all(layer.isfinite().all() for layer in cache.layers)
 
 
 def test_lent_blocks_stay_until_they_are_returned(tiny_checkpoint: Path) -> None:
