@@ -219,24 +219,19 @@ class DiskTier(Tier):
     def _take_over(self, stored: dict[bytes, _StoredItem]) -> None:
         """Add the items whose prefixes are complete. The latest file is the most recently used."""
         own = {n: item for n, item in stored.items() if item.identity == self._identity}
-        lost: set[bytes] = set()
-        for item in sorted(own.values(), key=lambda item: item.modified_s):
-            self._enter_behind_parents(item, own, lost)
+        found = _latest(own, self.capacity_bytes)  # an eviction could remove a parent
+        for item in sorted(found.values(), key=lambda item: item.modified_s):
+            self._enter_behind_parents(item, found)
         others = [self._path(item.tenant, n) for n, item in stored.items() if not self.has(n)]
         self._unerased.extend(others)
         if stored:
             num = len(self._here)
             logger.info("found %d usable KV blocks on disk, and %d others", num, len(others))
 
-    def _enter_behind_parents(
-        self, item: _StoredItem, found: dict[bytes, _StoredItem], lost: set[bytes]
-    ) -> None:
-        """Add an item, but first its parents. ``lost``: items known to lack a parent."""
+    def _enter_behind_parents(self, item: _StoredItem, found: dict[bytes, _StoredItem]) -> None:
+        """Add an item, but first its parents, which are in ``found`` or here."""
         chain = [item]
         while (parent := chain[-1].parent) is not None and not self.has(parent):
-            if parent not in found or parent in lost or len(chain) > len(found):
-                lost.update(each.name for each in chain)
-                return
             chain.append(found[parent])
         for each in reversed(chain):
             self._enter_found(each)
@@ -252,8 +247,32 @@ class DiskTier(Tier):
                 if item.parent is not None and item.name == state_key(item.parent):
                     self._states.add(item.name)
                 self._show(item.name)
-            self._erase(self._leave(self._order.take_evicted()))
             self._order.end(turn)
+
+
+def _latest(found: dict[bytes, _StoredItem], capacity_bytes: int) -> dict[bytes, _StoredItem]:
+    """Return the latest items that fit into ``capacity_bytes``, by name, with all their parents.
+
+    Of the last prefix, only the beginning may fit. Items that lack a parent are left out.
+    """
+    latest: dict[bytes, _StoredItem] = {}
+    lost: set[bytes] = set()
+    for item in sorted(found.values(), key=lambda item: item.modified_s, reverse=True):
+        chain = list[_StoredItem]()
+        name: bytes | None = item.name
+        while name is not None and name not in latest:
+            if name not in found or name in lost or len(chain) == len(found):
+                lost.update(each.name for each in chain)
+                chain.clear()
+                break
+            chain.append(found[name])
+            name = found[name].parent
+        for each in reversed(chain):
+            capacity_bytes -= each.size
+            if capacity_bytes < 0:
+                return latest
+            latest[each.name] = each
+    return latest
 
 
 def _digest(tenant: str) -> str:

@@ -138,6 +138,22 @@ def test_a_smaller_disk_keeps_beginnings_of_the_latest(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.kv"))) == 4
 
 
+@pytest.mark.parametrize(("num_blocks", "counts"), [(4, (0, 4)), (6, (0, 6)), (8, (2, 6))])
+def test_a_smaller_disk_keeps_no_block_without_its_parent(
+    tmp_path: Path, num_blocks: int, counts: tuple[int, int]
+) -> None:
+    with closing(disk_of(tmp_path)) as first:
+        leave(first, use_of("uvw"))
+        leave(first, use_of("abcdef"))
+    for second, name in enumerate((*names_of("abc"), *names_of("uvw"), *names_of("abcdef")[3:])):
+        os.utime(file_of(tmp_path, name), (1000.0 + second, 1000.0 + second))
+    with closing(disk_of(tmp_path, num_blocks=num_blocks)) as later:
+        later.check_integrity()
+        check_contents(later, "uvw", counts[0])
+        check_contents(later, "abcdef", counts[1])
+    assert len(list(tmp_path.rglob("*.kv"))) == sum(counts)
+
+
 def test_other_contents_are_deleted(tmp_path: Path) -> None:
     with closing(disk_of(tmp_path)) as first:
         leave(first, use_of("abc"))
