@@ -74,13 +74,17 @@ def read_folder(path: Path, targets: Mapping[str, LoraTarget], max_rank: int) ->
     ``targets``: modules that adapters may change, by name; see ``catalog.targets_of``.
     ``max_rank``: maximum rank of a module.
     """
-    if not path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as err:
+        raise CheckpointError(f"{path} cannot be read: {err.strerror}") from err
+    if not is_folder:
         raise CheckpointError(f"{path}: no such folder")
     settings, config = read_settings(path)
     file = path / WEIGHTS_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{path.name}: there is no {WEIGHTS_FILE} in the folder")
     try:
+        if not file.is_file():
+            raise CheckpointError(f"{path.name}: there is no {WEIGHTS_FILE} in the folder")
         with file.open("rb") as opened:
             header, entries = _read_header(opened)
             found = _checked(entries, settings, targets, max_rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
@@ -56,9 +57,10 @@ class LoadedAdapters:
         """
         if str(path) in {named for _, named in self._section.modules}:
             return  # configured at startup
-        roots = [Path(root).resolve() for root in self._section.roots]
+        roots = [os.path.realpath(root) for root in self._section.roots]
         for place in (path, path / CONFIG_FILE, path / WEIGHTS_FILE):
-            if not any(place.resolve().is_relative_to(root) for root in roots):
+            real = Path(os.path.realpath(place))  # Path.resolve raises for a loop of links
+            if not any(map(real.is_relative_to, roots)):
                 raise CheckpointError(f"{place} is not in a folder of --lora-roots")
 
     def build(self, key: str, prepared: PreparedAdapter) -> Generator[None, None, None]:

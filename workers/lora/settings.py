@@ -107,9 +107,9 @@ def read_settings(folder: Path) -> tuple[AdapterSettings, bytes]:
     Raises ``CheckpointError``.
     """
     file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{folder.name}: there is no {CONFIG_FILE} in the folder")
     try:
+        if not file.is_file():
+            raise CheckpointError(f"{folder.name}: there is no {CONFIG_FILE} in the folder")
         with file.open("rb") as opened:
             data = opened.read(_MAX_CONFIG_BYTES + 1)
     except OSError as err:

@@ -160,6 +160,21 @@ def test_what_is_no_file_is_not_opened(tiny_checkpoint: Path, tmp_path: Path) ->
             read(tiny_checkpoint, folder)
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="aaa cannot be read: File name too long"):
+        read_folder(tmp_path / ("a" * 300), {}, max_rank=64)
+
+
+def test_a_loop_of_links_is_no_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    model = load_attention_model(Checkpoint(tiny_checkpoint), torch.float32, torch.device("cpu"))
+    adapters = LoadedAdapters(model, LoraSection(lora_roots=(str(tmp_path),)))
+    adapters.check_place(loop)
+    with pytest.raises(CheckpointError, match="loop: no such folder"):
+        adapters.read(loop)
+
+
 def test_an_adapter_of_the_text_part_fits_the_whole_model(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
