@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from importlib.util import find_spec
 
 import torch
@@ -46,5 +47,6 @@ def gpu_stats(device: torch.device) -> dict[str, float]:
         "gpu_memory_total_bytes": float(total_bytes),
     }
     if _HAS_NVML:
-        found["gpu_utilization_perc"] = torch.cuda.utilization(device) / 100
+        with contextlib.suppress(Exception):  # pynvml's: a part of a GPU (MIG) does not support it
+            found["gpu_utilization_perc"] = torch.cuda.utilization(device) / 100
     return found

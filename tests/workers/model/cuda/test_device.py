@@ -43,3 +43,18 @@ def test_memory_is_measured_and_use_where_the_driver_can_be_asked(
     memory = {"gpu_memory_used_bytes": 50.0, "gpu_memory_total_bytes": 80.0}
     assert gpu_stats(GPU) == memory | ({"gpu_utilization_perc": 0.45} if has_nvml else {})
     assert gpu_stats(torch.device("cpu")) == {}
+
+
+def test_a_gpu_without_a_measure_of_its_use_has_no_such_gauge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class NotSupportedError(Exception):
+        """As ``pynvml.NVMLError_NotSupported``."""
+
+    def refuse(device: torch.device) -> int:
+        raise NotSupportedError
+
+    monkeypatch.setattr(cuda_device, "_HAS_NVML", True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 80))
+    monkeypatch.setattr(torch.cuda, "utilization", refuse)
+    assert gpu_stats(GPU).keys() == {"gpu_memory_used_bytes", "gpu_memory_total_bytes"}
