@@ -31,7 +31,8 @@ COMPILE_LIMIT_S = 2.0
 """Time limit for the compilation of a grammar."""
 MAX_COMPILING = 2
 """Maximum number of concurrent compilations that are within the time limit."""
-_MAX_THREADS = 16
+MAX_THREADS = 16
+"""Maximum number of concurrent compilations, with those that exceed the time limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,12 @@ class GrammarCompilations(WaitingRequests):
         wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(wake, clock, "grammar-compiler", _MAX_THREADS)
+        super().__init__(wake, clock, "grammar-compiler", MAX_THREADS)
         self._compile = compile
         self._pending: deque[_Job] = deque()
         self._running: list[_Job] = []
+        self._busy: list[Future[CompiledGrammar]] = []
+        """Compilations that have not ended, even if no request waits for them any more."""
 
     def put(self, waiting: IntakeRequest) -> None:
         """Queue a request with a grammar."""
@@ -120,11 +123,18 @@ class GrammarCompilations(WaitingRequests):
         self._pending = deque(job for job in self._pending if job.waiting)
 
     def _start_jobs(self) -> None:
-        while self._pending and sum(not job.is_late for job in self._running) < MAX_COMPILING:
+        self._busy = [compiling for compiling in self._busy if not compiling.done()]
+        while self._pending and self._may_start():
             job = self._pending.popleft()
             job.deadline_s = self._clock() + COMPILE_LIMIT_S
             job.compiling = self._start(partial(self._compile, job.grammar, job.owner))
             self._running.append(job)
+            self._busy.append(job.compiling)
+
+    def _may_start(self) -> bool:
+        """Whether a thread is free, and few compilations are within their time limit."""
+        num_in_time = sum(not job.is_late for job in self._running)
+        return num_in_time < MAX_COMPILING and len(self._busy) < MAX_THREADS
 
     def _too_slow(self, grammar: Grammar) -> RequestError:
         rule = f"is too complex: it was not compiled within {COMPILE_LIMIT_S:g} s"

@@ -14,6 +14,7 @@ from cluster.core.errors import RequestError, RequestFailedError
 from workers.process.intake.grammar_compilations import (
     COMPILE_LIMIT_S,
     MAX_COMPILING,
+    MAX_THREADS,
     GrammarCompilations,
 )
 from workers.process.intake.intake_request import IntakeRequest
@@ -134,6 +135,24 @@ def test_a_slow_grammar_holds_up_no_other(workshop: Workshop, waiting: GrammarCo
     workshop.finish("y")
     assert names(waiting) == ["quick"]
     assert waiting.names == ["slow"]
+
+
+def test_the_time_of_a_grammar_begins_when_a_thread_is_free(
+    workshop: Workshop, waiting: GrammarCompilations
+) -> None:
+    for number in range(MAX_THREADS):
+        waiting.put(command(f"slow{number}", f"x{number}"))
+    for _ in range(MAX_THREADS // MAX_COMPILING):
+        workshop.wait_started(MAX_COMPILING)
+        workshop.now += COMPILE_LIMIT_S
+        assert [type(done.error) for done in waiting.take()] == [RequestError] * MAX_COMPILING
+    waiting.put(command("quick", "y"))
+    workshop.now += COMPILE_LIMIT_S
+    assert waiting.take() == []
+    workshop.finish("x0")
+    assert waiting.take() == []
+    workshop.finish("y")
+    assert names(waiting) == ["quick"]
 
 
 def test_a_grammar_over_its_time_is_refused_by_name(
