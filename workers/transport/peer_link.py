@@ -253,9 +253,16 @@ class PeerServer:
                 self._refuse(f"{address[0]}:{address[1]}", "too many connections")
                 sock.close()
                 continue
-            threading.Thread(
+            sender = threading.Thread(
                 target=self._serve, args=(sock, address), name=f"{self._what}-sender", daemon=True
-            ).start()
+            )
+            try:
+                sender.start()
+            except RuntimeError as err:  # the process has reached its limit of threads
+                self._refuse(f"{address[0]}:{address[1]}", str(err))
+                with self._lock:
+                    self._open.discard(sock)
+                sock.close()
 
     def _serve(self, sock: socket.socket, address: tuple[str, int]) -> None:
         caller = f"{address[0]}:{address[1]}"

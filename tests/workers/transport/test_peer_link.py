@@ -267,6 +267,24 @@ LIES: dict[str, tuple[bytes, str, int]] = {
 }
 
 
+def test_a_thread_that_cannot_start_ends_one_connection_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, errors = threading.Thread.start, [RuntimeError("can't start new thread")]
+
+    def start_later(thread: threading.Thread) -> None:
+        if thread.name == "blocks-sender" and errors:
+            raise errors.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    with closing(new_server()) as server:
+        server.start(Shelf([torch.zeros(SHAPE)]))
+        with pytest.raises(PeerLostError):
+            client_of(peer_at(server.address), 1.0)
+        assert fetch(peer_at(server.address), (0,), limit_s=1.0).keys() == {0}
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_lies_are_refused_and_what_was_right_before_is_kept(lie: str) -> None:
     answer, message, num_kept = LIES[lie]
