@@ -27,14 +27,15 @@ class Lease:
     ) -> None:
         """The lease expires after ``limit_s`` without an acknowledgement and without a shared step.
         The limit is less than twice the detection limit. ``last_commit`` returns the time of the
-        last committed step that other workers took part in. ``on_expired`` is called once.
+        last committed step that other workers took part in. ``on_expired`` is called once, and
+        again if the lease was renewed and expires again.
         """
         self._limit_s = limit_s
         self._last_commit = last_commit
         self._on_expired = on_expired
         self._sent_at: dict[int, float] = {}
         self._number = 0
-        self._is_expired = False
+        self._expired_at = -math.inf
         self.contact_at = 0.0
         """Time at which the newest acknowledged heartbeat was sent; at first, the connect time."""
 
@@ -48,14 +49,14 @@ class Lease:
         """Record the acknowledgement of a heartbeat, which covers all earlier ones."""
         if number in self._sent_at:
             self.contact_at = self._sent_at[number]
-            self._is_expired = False
         self._sent_at = {n: at for n, at in self._sent_at.items() if n > number}
 
     def check(self, now: float) -> None:
         """Call ``on_expired`` once if the lease has expired."""
-        silence = now - max(self.contact_at, self._last_commit())
-        if silence > self._limit_s and not self._is_expired:
-            self._is_expired = True
+        renewed_at = max(self.contact_at, self._last_commit())
+        silence, is_reported = now - renewed_at, self._expired_at - renewed_at > self._limit_s
+        if silence > self._limit_s and not is_reported:
+            self._expired_at = now
             self._on_expired(f"no contact with the controller and no step for {silence:.1f} s")
 
 

@@ -42,6 +42,23 @@ def test_it_expires_once_until_it_is_renewed() -> None:
     assert len(owner.expired) == 2
 
 
+def test_an_acknowledgement_that_renews_nothing_does_not_let_it_expire_again() -> None:
+    owner = Owner()
+    number = owner.clock.record_heartbeat(1.0)
+    owner.clock.check(10.0)  # the process was stopped
+    owner.clock.acknowledge(number)
+    owner.clock.check(10.1)
+    assert len(owner.expired) == 1
+
+
+def test_it_expires_again_after_a_step_without_a_controller() -> None:
+    owner = Owner()
+    owner.clock.check(4.0)
+    owner.committed = 5.0
+    owner.clock.check(9.0)
+    assert len(owner.expired) == 2
+
+
 def test_a_committed_step_renews_it_without_a_controller() -> None:
     owner = Owner()
     for second in range(1, 20):
