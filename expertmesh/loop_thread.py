@@ -25,6 +25,8 @@ class LoopThread:
     def __init__(self, limit_s: float = threading.TIMEOUT_MAX) -> None:
         self._limit_s = limit_s
         self._stop = asyncio.Event()
+        self._lock = threading.RLock()
+        self._is_closing = False
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, daemon=True)
         self._thread.start()
@@ -35,10 +37,11 @@ class LoopThread:
         Raises ``TimeoutError``, which lists all tasks, or ``APIConnectionError`` after ``close``.
         """
         limit_s = self._limit_s if limit_s is None else limit_s
-        if self.loop.is_closed():
-            work.close()
-            raise APIConnectionError("the client is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        with self._lock:  # ``close`` does not wait for a coroutine that starts later
+            if self._is_closing:
+                work.close()
+                raise APIConnectionError("the client is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             if not wait([future], limit_s).done:
                 raise TimeoutError("\n".join(map(repr, asyncio.all_tasks(self.loop))))
@@ -70,7 +73,9 @@ class LoopThread:
 
         Raises ``TimeoutError``, which lists all tasks and the stacks of all threads.
         """
-        self.loop.call_soon_threadsafe(self._stop.set)
+        with self._lock:
+            self._is_closing = True
+            self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(self._limit_s)
         if self._thread.is_alive():
             frames = sys._current_frames().values()

@@ -313,6 +313,24 @@ def test_a_loop_that_does_not_end_names_its_tasks_and_stacks() -> None:
         release.set()
 
 
+def test_a_call_during_the_close_of_a_loop_ends() -> None:
+    thread, release = LoopThread(20), threading.Event()
+
+    async def keep_a_thread() -> None:
+        asyncio.get_running_loop().run_in_executor(None, release.wait)
+
+    thread.run(keep_a_thread())
+    closing = threading.Thread(target=thread.close)
+    closing.start()
+    try:
+        wait_until(thread._stop.is_set, "the end of the loop's main task")
+        with pytest.raises(APIConnectionError, match="the client is closed"):
+            thread.run(asyncio.sleep(600))
+    finally:
+        release.set()
+        closing.join()
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_any_sequence_of_a_parameter_is_sent_as_a_list(stack: Stack, protocol: str) -> None:
     given = SamplingParams(max_tokens=4, seed=1, stop={"no"}, allowed_token_ids=range(256))  # type: ignore[arg-type]
