@@ -12,6 +12,9 @@ from expertmesh.options import DEFAULT_TIMEOUT_S, ClientOptions
 from expertmesh.types import check_names
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_MAX_TIMEOUT_S = 365 * 24 * 3600.0
+"""Longest time limit of a request in seconds. gRPC calls with a limit of centuries end at once, and
+aiohttp rejects an infinite limit."""
 _TLS_OPTIONS = ("ca_cert", "client_cert", "client_key")
 
 
@@ -51,6 +54,7 @@ def _connect(url: str, options: ClientOptions) -> Transport:
     timeout_s = options.get("timeout_s", DEFAULT_TIMEOUT_S)
     if not isinstance(timeout_s, int | float) or not timeout_s > 0:
         raise ValueError(f"timeout_s ({timeout_s}) must be a number above 0")
+    options = options | ClientOptions(timeout_s=min(timeout_s, _MAX_TIMEOUT_S))
     if parts.scheme in ("http", "https"):
         return HttpTransport(url, options)
     if parts.path.strip("/"):

@@ -196,6 +196,12 @@ def test_a_time_limit_must_be_positive(scheme: str, timeout_s: Any) -> None:
         Client(f"{scheme}://host:1", timeout_s=timeout_s)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_time_limit_may_be_infinite(stack: Stack, protocol: str) -> None:
+    with Client(url_of(stack, protocol), api_key=KEY, timeout_s=float("inf")) as client:
+        assert client.generate("ab", PARAMS)[0].finished
+
+
 def test_invalid_files_of_tls_are_refused(tmp_path: Path) -> None:
     files, empty, text = Certificates.make(tmp_path), tmp_path / "empty", tmp_path / "ca.pem"
     empty.touch()
