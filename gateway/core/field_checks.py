@@ -52,6 +52,9 @@ RANGES: Mapping[str, Range] = {
 }
 """Ranges of numeric fields. None is always accepted; NaN is never accepted."""
 _BIAS = Range(-100, 100)
+_MOST_TOKENS = 2**63 - 1
+"""Maximum of ``max_tokens`` and ``min_tokens``. Sums with larger numbers could have more than 4300
+digits, and Python does not convert them to the text of an error."""
 _MAX_METADATA, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 _UNSUPPORTED_WITH_BEAMS: Mapping[str, tuple[object, ...]] = {
     "temperature": (0, 1),
@@ -177,8 +180,10 @@ def _check_counts(call: GenerateCall) -> None:
         bound = 0 if call.echo else 1
         note = "" if call.echo or wanted else " (0 needs echo)"
         require(wanted >= bound, name, f"({wanted}) must be at least {bound}{note}")
+        check_range(name, wanted, Range(bound, _MOST_TOKENS))
     if least is not None:
         require(least >= 0, "min_tokens", f"({least}) must not be negative")
+        check_range("min_tokens", least, Range(0, _MOST_TOKENS))
         rule = f"({least}) must not exceed {name} ({wanted})"
         require(wanted is None or least <= wanted, "min_tokens", rule)
 

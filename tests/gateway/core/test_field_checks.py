@@ -62,6 +62,14 @@ def test_what_is_within_the_rules_passes(values: dict[str, Any]) -> None:
         ({"max_tokens": 0}, r"max_tokens \(0\) must be at least 1 \(0 needs echo\)$"),
         ({"max_tokens": -1}, r"max_tokens \(-1\) must be at least 1$"),
         ({"max_tokens": -1, "echo": True}, r"max_tokens \(-1\) must be at least 0$"),
+        (
+            {"max_tokens": 2**63},
+            r"max_tokens \(9223372036854775808\) must be .* at most 922337",
+        ),
+        (
+            {"min_tokens": 2**63},
+            r"min_tokens \(9223372036854775808\) must be .* at most 922337",
+        ),
         ({"prompts": ("x",) * 3, "n": 2}, r"prompts times n \(6\) must be at most 4"),
         ({"prompts": ("x",) * 3, "best_of": 2}, r"prompts times best_of \(6\) must be at most 4"),
         ({"logprob_token_ids": (4, 4)}, "logprob_token_ids must not name a token twice"),

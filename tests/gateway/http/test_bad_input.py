@@ -63,6 +63,8 @@ def _check(response: httpx.Response, status: int, code: str, param: str | None) 
         ({"prompt": [VOCAB_SIZE]}, "prompt", "invalid_value"),
         ({"prompt": [-1]}, "prompt", "invalid_value"),
         ({"prompt": [10**30]}, "prompt", "invalid_value"),
+        ({"max_tokens": 10**4300 - 1}, "max_tokens", "invalid_value"),
+        ({"min_tokens": 10**4300 - 1}, "min_tokens", "invalid_value"),
         ({"prompt": ["a"] * 300}, "prompt", "invalid_value"),
         ({"prompt": [1] * (MAX_MODEL_LEN + 1)}, "prompt", "context_length_exceeded"),
         ({"prompt": "x" * 2000}, "prompt", "context_length_exceeded"),
