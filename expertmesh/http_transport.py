@@ -21,8 +21,15 @@ from expertmesh.types import (
     RequestOutput,
 )
 
-_STATUSES = {"timeout_error": 504, "conflict_error": 409, "service_unavailable": 503}
-"""HTTP status by the type of an error that ends a stream, if it is not 500."""
+_STATUSES = {
+    "model_not_found": 404,
+    "invalid_request_error": 400,
+    "timeout_error": 504,
+    "conflict_error": 409,
+    "overloaded_error": 429,
+    "service_unavailable": 503,
+}
+"""HTTP status by the code or type of an error that ends a stream, if it is not 500."""
 
 
 class HttpTransport:
@@ -60,8 +67,9 @@ class HttpTransport:
                     break
                 if line.startswith(b"data:"):
                     event = json.loads(data)
-                    if "error" in event:
-                        raise _error(event, _STATUSES.get(event["error"]["type"], 500), {})
+                    if (error := event.get("error")) is not None:
+                        known = _STATUSES.get(error["type"], 500)
+                        raise _error(event, _STATUSES.get(error["code"], known), {})
                     yield _output(event, query, is_whole=False)
         if not has_ended:
             raise APIConnectionError("the stream ended before the output was finished")

@@ -23,12 +23,14 @@ from expertmesh import (
     AuthenticationError,
     BadRequestError,
     Client,
+    InternalServerError,
     NotFoundError,
     RateLimitError,
     SamplingParams,
 )
 from expertmesh.loop_thread import LoopThread
 from expertmesh.options import ClientOptions
+from gateway.core.tuning import GatewayTuning
 from tests.gateway.stack import Stack, running_stack
 from tests.harness.certificates import Certificates
 
@@ -256,6 +258,24 @@ def test_events_of_a_stream_may_be_long() -> None:
             return [len(one.prompt_token_ids) async for one in client.generate_stream("a")]
 
     assert asyncio.run(call()) == [len(ids)]
+
+
+def test_errors_that_end_a_stream_are_typed() -> None:
+    kinds = {
+        "queue_full": RateLimitError,
+        "invalid_value": BadRequestError,
+        "model_not_found": NotFoundError,
+        "deadline_exceeded": APITimeoutError,
+        "internal_error": InternalServerError,
+    }
+    tuning = GatewayTuning(ping_after_s=0.05)  # the stream begins before the engine replies
+    with running_stack(tuning=tuning) as stack, Client(stack.url) as client:
+        stack.engine.step_s = 0.3
+        for code, kind in kinds.items():
+            stack.engine.error = ("the reason", code)
+            with pytest.raises(kind, match="the reason") as caught:
+                list(client.generate_stream("ab", PARAMS))
+            assert caught.value.code == code
 
 
 def test_a_stream_may_outlive_its_client(stack: Stack) -> None:
