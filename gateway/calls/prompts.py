@@ -180,15 +180,15 @@ class PromptMaker:
         """Encode prompts to token ids, of which only the part ``kept`` is returned (None: all).
 
         Raises:
-            ContextLengthError: a text that is not truncated has too many tokens for any model.
+            ContextLengthError: a prompt that is not truncated has too many tokens for any model.
         """
         most = max(MAX_TOKENS, facts.max_model_len)
         wanted = slice(most) if kept is None else kept
-        if not any(isinstance(prompt, str) for prompt in prompts):  # works without a tokenizer
-            return [
-                EncodedText(one[wanted], len(one)) for one in prompts if not isinstance(one, str)
-            ]
-        found = await self._encoder.encode(prompts, add_special_tokens, wanted)
+        if any(isinstance(prompt, str) for prompt in prompts):
+            found = await self._encoder.encode(prompts, add_special_tokens, wanted)
+        else:  # works without a tokenizer
+            ids = (prompt for prompt in prompts if not isinstance(prompt, str))
+            found = [EncodedText(one[wanted], len(one)) for one in ids]
         for one in found:
             if kept is None and one.num_tokens > most:
                 check_context(one.num_tokens, 0, facts, param)
