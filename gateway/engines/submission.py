@@ -27,6 +27,8 @@ MAX_UNACKNOWLEDGED_DEATHS = 2
 only one such request at a time."""
 MAX_TOTAL_UNACKNOWLEDGED_DEATHS = 5
 """Number of workers that died before they acknowledged a request, after which the request fails."""
+_MAX_DEADLINE_MS = 2**32 - 1
+"""Maximum of ``Request.deadline_ms``, 49 days; workers refuse larger numbers."""
 
 
 class RequestStage(Enum):
@@ -240,6 +242,7 @@ class Submission:
     def message(self, now_s: float) -> Request:
         """Make the request of the current attempt, with the output so far and the time left."""
         closed = set(range(self.request.n)) - self.open_choices
+        left_ms = min((self.deadline_s - now_s) * 1000, _MAX_DEADLINE_MS)
         return replace(
             self.request,
             attempt=self.attempt,
@@ -247,7 +250,7 @@ class Submission:
             closed_choices=tuple(sorted(closed)),
             num_deaths=self.num_deaths,
             kv_peer=self.kv_peer,
-            deadline_ms=max(1, int((self.deadline_s - now_s) * 1000)),
+            deadline_ms=max(1, int(left_ms)),
         )
 
     def next_attempt(self, now_s: float) -> None:

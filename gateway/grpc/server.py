@@ -37,13 +37,16 @@ _METADATA_BYTES = 16 * 1024
 
 _AGE_GRACE_S = 60.0
 """Seconds that a connection may stay open past its maximum age, beyond the longest call."""
+_MAX_OPTION = 2**31 - 1
+"""Maximum value of a gRPC option; as a time in milliseconds 24 days."""
 
 
 def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[str, int]]:
     """Return server options that limit the age of connections."""
+    grace_ms = min(1000 * (longest_call_s + _AGE_GRACE_S), _MAX_OPTION)
     return [
         ("grpc.max_connection_age_ms", round(1000 * connection_age_s)),
-        ("grpc.max_connection_age_grace_ms", round(1000 * (longest_call_s + _AGE_GRACE_S))),
+        ("grpc.max_connection_age_grace_ms", round(grace_ms)),
     ]
 
 

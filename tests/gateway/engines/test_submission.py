@@ -20,6 +20,7 @@ from workers.requests.request import (
     SamplingParams,
     TokenOutput,
 )
+from workers.requests.wire import TO_ENGINE
 
 
 class Sink:
@@ -76,6 +77,14 @@ def test_the_next_attempt_has_the_time_that_is_left(now_s: float, deadline_ms: i
     entry.next_attempt(now_s)
     assert entry.message(now_s).deadline_ms == deadline_ms
     assert entry.replays_s == [now_s]
+
+
+def test_workers_can_read_a_distant_deadline() -> None:
+    entry = submission()
+    entry.deadline_s = float("inf")
+    message = TO_ENGINE.decode(TO_ENGINE.encode(entry.message(0.0)))
+    assert isinstance(message, Request)
+    assert message.deadline_ms == 2**32 - 1
 
 
 def test_the_next_attempt_carries_what_was_delivered() -> None:

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
+from cluster.config.gateway import GatewaySection
 from gateway.grpc.server import server_options
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from tests.gateway.stack import WAIT_S, Stack
+from tests.gateway.stack import MODEL, WAIT_S, Stack, running_stack
 from tests.harness.http2_client import (
     ACK,
     CONTINUATION,
@@ -144,3 +145,13 @@ def test_metadata_beyond_its_limit_is_always_refused(stack: Stack) -> None:
         assert refusals(stub, most) == []
         for num_bytes in (most + 1, 17_000):
             assert len(refusals(stub, num_bytes)) == NUM_TRIES
+
+
+def test_calls_may_take_a_year() -> None:
+    with running_stack(GatewaySection(request_timeout_s=365 * 24 * 3600.0)) as stack:
+        with grpc.insecure_channel(stack.grpc_target) as channel:
+            request = pb.GenerateRequest(model=MODEL, text="hello")
+            found = InferenceStub(channel).Generate(request, timeout=WAIT_S)
+        assert found.choices[0].text
+        response = stack.http.post("/v1/completions", json={"prompt": "hello"})
+    assert response.status_code == 200
