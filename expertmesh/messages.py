@@ -77,7 +77,7 @@ def _add_message(chat: types_pb2.ChatMessages, given: Mapping[str, Any], path: s
             if name == "content" and not isinstance(value, str):
                 value = "\n".join(part["text"] for part in value)
             setattr(added, "reasoning" if name == "reasoning_content" else name, value)
-        except (TypeError, AttributeError, KeyError) as err:
+        except (TypeError, ValueError, AttributeError, KeyError) as err:
             text = f"{path}.{name} is not supported, or has the wrong type: {err}"
             raise BadRequestError(text, "invalid_value", f"{path}.{name}", 400) from err
 

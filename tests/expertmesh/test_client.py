@@ -230,6 +230,13 @@ def test_content_that_is_not_text_is_refused(stack: Stack, protocol: str, conten
     assert caught.value.param == "messages[0].content"
 
 
+def test_content_that_is_not_unicode_is_refused(stack: Stack) -> None:
+    client = Client(url_of(stack, "grpc"), api_key=KEY)
+    with client, pytest.raises(BadRequestError, match=r"content .*surrogates") as caught:
+        client.chat([{"role": "user", "content": "a\ud800"}], PARAMS)
+    assert caught.value.param == "messages[0].content"
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_text_is_not_a_list_of_choices(stack: Stack, protocol: str) -> None:
     params = SamplingParams(structured_outputs={"choice": "yes"})
