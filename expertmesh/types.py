@@ -221,11 +221,14 @@ def list_of_conversations(
     messages: Conversation | Sequence[Conversation],
 ) -> list[tuple[Message, ...]]:
     """Convert one conversation or several conversations to tuples of messages."""
-    is_one = messages and isinstance(messages[0], Mapping)
-    chats: Any = [messages] if is_one else messages
-    if not all(isinstance(one, Mapping) for chat in chats for one in chat):
+    chats: Any = [messages] if messages and _is_list_of_dicts(messages) else messages
+    if not (isinstance(chats, Sequence) and all(map(_is_list_of_dicts, chats))):
         raise ValueError(f"messages ({str(messages)[:64]}) must be dicts, in one or several lists")
     return list(map(tuple, chats))
+
+
+def _is_list_of_dicts(value: object) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(one, Mapping) for one in value)
 
 
 def check_names(options: Mapping[str, Any], kind: Any) -> None:

@@ -224,7 +224,9 @@ def test_arrays_are_token_ids(llm: LLM) -> None:
         assert [type(one) for one in found.prompt_token_ids] == [int, int]
 
 
-@pytest.mark.parametrize("messages", ["Hello", ["Hello"], [["Hello"]], [MESSAGE, "Hello"]])
+@pytest.mark.parametrize(
+    "messages", ["Hello", ["Hello"], [["Hello"]], [MESSAGE, "Hello"], MESSAGE, None, [None]]
+)
 def test_messages_must_be_dicts(llm: LLM, messages: Any) -> None:
     with pytest.raises(ValueError, match=r"messages \(.*\) must be dicts"):
         llm.chat(messages, GREEDY)
