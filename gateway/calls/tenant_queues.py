@@ -112,7 +112,8 @@ def share_seats(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str,
     seats: dict[str, float] = {}
     left, weights = capacity, sum(queue.weight for queue in queues.values())
     for name, queue in sorted(queues.items(), key=lambda i: i[1].total.num_seats / i[1].weight):
-        seats[name] = min(float(queue.total.num_seats), left * queue.weight / weights)
+        all_weights = max(weights, queue.weight)  # rounding may have left weights too small
+        seats[name] = min(float(queue.total.num_seats), left * queue.weight / all_weights)
         left -= seats[name]
         weights -= queue.weight
     return seats

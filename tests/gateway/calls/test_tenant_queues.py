@@ -22,6 +22,11 @@ def test_what_a_tenant_leaves_is_for_the_others() -> None:
     assert share_seats({"a": queue(100, 3.0), "b": queue(100)}, 64) == {"a": 48, "b": 16}
 
 
+def test_a_tenant_may_have_almost_no_weight() -> None:
+    queues = {"a": queue(8, 1e12), "b": queue(10, 1e-5)}  # the sum of the weights is 1e12
+    assert share_seats(queues, 64) == {"a": 8, "b": 10}
+
+
 def test_a_tenant_alone_waits_for_what_does_not_run() -> None:
     assert tokens_ahead({"a": queue(10)}, 4, "a", 0) == pytest.approx(60)
     assert tokens_ahead({"a": queue(3)}, 4, "a", 0) == 0
