@@ -69,7 +69,7 @@ class HttpTransport:
                     event = json.loads(data)
                     if (error := event.get("error")) is not None:
                         known = _STATUSES.get(error["type"], 500)
-                        raise _error(event, _STATUSES.get(error["code"], known), {})
+                        raise _error(event, _STATUSES.get(error.get("code"), known), {})
                     yield _output(event, query, is_whole=False)
         if not has_ended:
             raise APIConnectionError("the stream ended before the output was finished")
