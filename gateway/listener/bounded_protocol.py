@@ -2,8 +2,9 @@
 headers, for response data that the client does not read, and for pipelined requests.
 
 Without the first limit, a client without a key could fill the server's memory with endless headers
-(CVE-2025-48956 in vLLM). Without the last limit, a client could send requests faster than they are
-served, as uvicorn resumes reading after each response.
+(CVE-2025-48956 in vLLM), or with endless trailers after a chunked body. Without the last limit, a
+client could send requests faster than they are served, as uvicorn resumes reading after each
+response.
 
 Upstream: Kludex/uvicorn#157 and #1684, both closed. uvicorn limits headers only with h11, which is
 slower than httptools.
@@ -25,7 +26,7 @@ from cluster.core.errors import ExpertMeshError, RequestError, RequestTooLargeEr
 from gateway.core.errors import report_error
 
 MAX_HEAD_BYTES = 16 * 1024
-"""Maximum size of request line and headers together."""
+"""Maximum size of request line and headers together, and of the trailers after a body."""
 MAX_HEADERS = 256
 MAX_WAITING = 256
 """Maximum number of pipelined requests of a connection that wait for earlier responses."""
@@ -65,11 +66,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
-        if self._is_in_head:
-            self._num_unread += len(data)
+        self._num_unread += len(data)
         super().data_received(data)
-        if self._is_in_head and self._num_unread > MAX_HEAD_BYTES:
+        if self._num_unread <= MAX_HEAD_BYTES:
+            return
+        if self._is_in_head:
             self._reject_headers()
+        else:  # endless trailers or chunk extensions, perhaps after the start of the response
+            self.transport.abort()
 
     def on_message_begin(self) -> None:
         self._is_in_head, self._num_head_bytes, self._num_unread = True, 0, 0
@@ -80,8 +84,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._num_head_bytes += len(name) + len(value)
-        super().on_header(name, value)
+        if self._is_in_head:  # uvicorn would add the trailers of a body to the headers
+            self._num_head_bytes += len(name) + len(value)
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._is_in_head, self._num_unread = False, 0
@@ -97,6 +102,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
+        self._num_unread = 0
         if not self._is_refused:
             super().on_body(body)
 

@@ -234,6 +234,59 @@ def test_a_connection_that_sends_nothing_ends(monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(asyncio.wait_for(work(), WAIT_S))
 
 
+class Lasting(Waiting):
+    """An application that keeps the scope of its request."""
+
+    scope: Scope
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        await super().__call__(scope, receive, send)
+
+
+CHUNKED = GET.replace(b"GET", b"POST") + b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n"
+
+
+def test_trailers_are_read_and_are_no_headers() -> None:
+    async def work() -> None:
+        app = Lasting()
+        app.may_read.set()
+        url, stop = await start_http(app)
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+        writer.write(CHUNKED)
+        writer.write(b"x-digest: 1\r\n\r\n")
+        assert (await asyncio.wait_for(reader.readline(), WAIT_S)).startswith(b"HTTP/1.1 204")
+        assert app.num_bytes == 5
+        assert [name for name, _ in app.scope["headers"]] == [b"host", b"transfer-encoding"]
+        writer.close()
+        await stop()
+
+    asyncio.run(asyncio.wait_for(work(), WAIT_S))
+
+
+@pytest.mark.parametrize("piece", [b"a:\r\n", b"a"], ids=["many", "one long"])
+def test_endless_trailers_end_the_connection(piece: bytes) -> None:
+    """uvicorn keeps all of them: 20 MB of short ones took 600 MiB."""
+
+    async def work() -> None:
+        app = Lasting()
+        app.may_read.set()
+        url, stop = await start_http(app)
+        _, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+        writer.write(CHUNKED)
+        pieces = piece * 10_000
+        with contextlib.suppress(ConnectionError):
+            for _ in range(500):
+                writer.write(pieces)
+                await writer.drain()
+        assert writer.is_closing(), "the server has ended the connection"
+        assert len(app.scope["headers"]) == 2
+        writer.close()
+        await stop()
+
+    asyncio.run(asyncio.wait_for(work(), WAIT_S))
+
+
 @pytest.fixture(scope="module")
 def mounted() -> Iterator[Stack]:
     section = GatewaySection(root_path="/llm/a", request_timeout_s=WAIT_S, max_body_bytes=1000)
