@@ -95,7 +95,7 @@ class TimedHttpProtocol(BoundedHttpProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._unset_keepalive_if_required()  # uvicorn's own timer
-        if self._has_whole_request and not self.pipeline:
+        if self._has_whole_request and not self.is_serving:  # no pipelined request has begun
             self._is_between_requests = True
             self._wait(IDLE_LIMIT_S)
 

@@ -14,6 +14,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from cluster.config.gateway import GatewaySection
+from gateway.listener import timed_protocol
 from gateway.listener.bounded_protocol import MAX_WAITING, BoundedHttpProtocol
 from tests.gateway.stack import WAIT_S, running_stack, start_http
 from tests.harness.certificates import Certificates
@@ -109,6 +110,27 @@ def test_few_requests_wait_and_none_is_lost(protocols: list[BoundedHttpProtocol]
                 writer.write(SMALL * MAX_WAITING)
                 await count_answers(reader, MAX_WAITING)
         assert app.num_calls == 3 * MAX_WAITING
+
+    asyncio.run(work())
+
+
+def test_a_slow_answer_to_the_last_waiting_request_has_no_limit(
+    protocols: list[BoundedHttpProtocol], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is idle after the last answer only."""
+    monkeypatch.setattr(timed_protocol, "IDLE_LIMIT_S", 0.2)
+
+    class Slow(Answers):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            if self.num_calls == 1:
+                await asyncio.sleep(0.6)
+            await super().__call__(scope, receive, send)
+
+    async def work() -> None:
+        async with connected(Slow(protocols)) as (reader, writer):
+            writer.write(SMALL * 2)
+            await count_answers(reader, 2)
+            assert await asyncio.wait_for(reader.read(), WAIT_S) == b"", "idle for too long"
 
     asyncio.run(work())
 
