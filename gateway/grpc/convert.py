@@ -63,9 +63,17 @@ def grpc_chat_input(chat: types_pb2.ChatMessages) -> ChatInput:
         add_generation_prompt=optional(chat, "add_generation_prompt"),
         continue_final_message=optional(chat, "continue_final_message"),
         template=optional(chat, "chat_template"),
-        template_kwargs=MessageToDict(chat.chat_template_kwargs),
+        template_kwargs=_template_variables(chat),
         tools=_grpc_tools(chat),
     )
+
+
+def _template_variables(chat: types_pb2.ChatMessages) -> dict[str, Any]:
+    name = "chat_template_kwargs"
+    try:
+        return MessageToDict(chat.chat_template_kwargs)
+    except ValueError as err:  # NaN or infinity
+        raise RequestError(f"{name} contains a value that JSON cannot represent", name) from err
 
 
 def _grpc_tools(chat: types_pb2.ChatMessages) -> ToolUse | None:

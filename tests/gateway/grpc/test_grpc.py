@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -230,6 +231,18 @@ CODES = grpc.StatusCode
             "echo",
         ),
         ({"messages": {}}, CODES.INVALID_ARGUMENT, "invalid_value", "messages"),
+        (
+            {"messages": {"chat_template_kwargs": {"x": math.inf}}},
+            CODES.INVALID_ARGUMENT,
+            "invalid_value",
+            "chat_template_kwargs",
+        ),
+        (
+            {"messages": {"chat_template_kwargs": {"x": [math.nan]}}},
+            CODES.INVALID_ARGUMENT,
+            "invalid_value",
+            "chat_template_kwargs",
+        ),
     ],
 )
 def test_bad_requests(
