@@ -117,7 +117,7 @@ def _set_field(message: Message, name: str, value: Any) -> None:
     """Set a field from JSON. Raises ``RequestError``."""
     try:
         json_format.ParseDict({name: value}, message)
-    except json_format.ParseError as err:
+    except (json_format.ParseError, OverflowError) as err:  # the latter: a number beyond a float
         known = message.DESCRIPTOR.fields_by_name
         field = known.get(name) or message.DESCRIPTOR.fields_by_camelcase_name.get(name)
         rule = f"is not a field: the fields are {', '.join(known)}"

@@ -139,6 +139,7 @@ def test_refusals_have_their_status_over_both(
         ("expert", True, "(True) must be a whole number"),
         ("attention", "x", "(x) must be a whole number"),
         ("deadline_s", 1e400, "(inf) must be a finite number"),
+        ("deadline_s", 10**400, f"(1{'0' * 63}) must be a finite number"),
         ("deadline_s", {}, "({}) must be a finite number"),
         ("request_id", 7, "(7) must be a text"),
         ("experts", 3, "(3) is not a field: the fields are attention, expert, deadline_s"),
