@@ -139,18 +139,27 @@ def _check_no_web_page(request: Request, has_keys: bool) -> None:
     if origin is None and site == "none":
         return
     host = headers.get("host", "")
-    is_own = site in ("same-origin", "none") and (origin is None or urlsplit(origin).netloc == host)
+    is_own = site in ("same-origin", "none") and (origin is None or _host_of(origin) == host)
     if not (is_own and (has_keys or _is_address(host))):
         raise PermissionDeniedError("no web page except the dashboard may use the admin port")
 
 
+def _host_of(origin: str) -> str | None:
+    """Return ``host:port`` of an origin; None if it is not a URL."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
 def _is_address(host: str) -> bool:
     """Whether ``host`` of ``host:port`` is an IP address or localhost."""
-    name = urlsplit(f"//{host}").hostname or ""
     try:
-        ip_address(name)
+        name = urlsplit(f"//{host}").hostname or ""
+        if name != "localhost":
+            ip_address(name)
     except ValueError:
-        return name == "localhost"
+        return False
     return True
 
 

@@ -182,6 +182,8 @@ def test_a_body_of_no_declared_kind_is_refused(admin: httpx.Client) -> None:
     [
         {"origin": "https://page.example"},
         {"origin": "null"},
+        {"origin": "http://["},
+        {"host": "[", "sec-fetch-site": "same-origin"},
         {"host": "page.example", "origin": "http://page.example"},  # its name points to loopback
         {"host": "page.example", "sec-fetch-site": "same-origin"},
         {"origin": "http://127.0.0.1:9"},  # another server of this host
