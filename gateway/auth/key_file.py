@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -102,7 +101,8 @@ def read_key_file(path: str, setting: str = "api_key_file") -> tuple[KeyEntry, .
 def _entries(text: str, path: str, setting: str) -> tuple[KeyEntry, ...]:
     try:
         found = _load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError):
+        # the last two: PyYAML, for a value that its tag does not fit
         raise ConfigError(setting, path, "is neither YAML nor JSON") from None
     keys = found.get("keys") if isinstance(found, Mapping) else found
     keys = [] if keys is None else keys
@@ -151,7 +151,7 @@ def _check_key(key: object, path: str, setting: str, what: str = "a key") -> str
 def _limit(value: object, name: str, what: str, path: str, setting: str) -> Any:
     kinds = (int,) if name == "max_concurrent" else (int, float)
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if value is not None and not (is_number and math.isfinite(value) and 0 < value <= _MOST):  # type: ignore[arg-type,operator]
+    if value is not None and not (is_number and 0 < value <= _MOST):  # type: ignore[operator]
         raise ConfigError(setting, path, f"{what}: {name} must be a number above 0")
     return value
 

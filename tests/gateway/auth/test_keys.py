@@ -92,10 +92,14 @@ def test_a_key_file_is_lines_or_yaml_or_json(tmp_path: Path) -> None:
         ("keys: [{key: s3cret, weight: -1}]", "weight must be a number above 0"),
         ("keys: [{key: s3cret, max_concurrent: 1.5}]", "max_concurrent must be a number above 0"),
         ("keys: [{key: s3cret, tokens_per_minute: .inf}]", "tokens_per_minute must be a number"),
+        ("keys: [{key: s3cret, tokens_per_minute: .nan}]", "tokens_per_minute must be a number"),
+        (f"keys: [{{key: s3cret, weight: {10**400}}}]", "weight must be a number above 0"),
         ("keys: [{key: s3cret, requests_per_minute: yes}]", "requests_per_minute must be a number"),
         ("keys: [{key: 12345}]", "printable ASCII"),
         ("keys: [{name: a, key: s3cret}, {name: a, key: b}]", "same name twice"),
         ("keys: !!python/object/apply:os.system ['true']", "neither YAML nor JSON"),
+        ("keys: [{key: !!bool s3cret}]", "neither YAML nor JSON"),
+        ("keys: [{key: !!timestamp s3cret}]", "neither YAML nor JSON"),
     ],
 )
 def test_a_wrong_key_file_is_refused_without_showing_keys(
