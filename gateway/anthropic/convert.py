@@ -165,9 +165,10 @@ def _tool(tool: ToolParam, index: int) -> Tool:
 def _messages(body: CountTokensBody) -> list[_Message]:
     """Convert messages for chat templates; each tool result becomes a separate message."""
     messages: list[_Message] = []
-    system = _system_message([b for b in body.system or () if not _is_billing(b)], "system")
-    if system["content"]:
-        messages.append(system)
+    named = [(block, f"system[{index}]") for index, block in enumerate(body.system or ())]
+    texts = [_only_text(block, path) for block, path in named if not _is_billing(block)]
+    if system := "\n".join(texts):
+        messages.append({"role": "system", "content": system})
     tools = {tool.name: tool for tool in body.tools or ()}
     for index, message in enumerate(body.messages):
         messages += _convert_message(message, f"messages[{index}].content", tools)

@@ -33,7 +33,7 @@ def check_unsupported(data: Mapping[str, Any]) -> None:
         UnsupportedParameterError: a field is not supported; the error names it.
     """
     refuse_unsupported(data, UNSUPPORTED)
-    for index, tool in enumerate(_objects_in(data.get("tools"))):
+    for index, tool in _objects_in(data.get("tools")):
         path = f"tools[{index}]"
         kind = tool.get("type")
         if isinstance(kind, str) and kind != "custom":
@@ -45,16 +45,17 @@ def check_unsupported(data: Mapping[str, Any]) -> None:
         _reject("thinking.type", _BETWEEN_TOOLS, supported)
     management = data.get("context_management")
     edits = management.get("edits") if isinstance(management, Mapping) else None
-    for index, edit in enumerate(_objects_in(edits)):
+    for index, edit in _objects_in(edits):
         kind = str(edit.get("type"))
         if not kind.startswith(_THINKING_EDITS):
             path = f"context_management.edits[{index}].type"
             _reject(path, kind, "only edits of thinking")
 
 
-def _objects_in(value: object) -> Sequence[Mapping[str, Any]]:
-    """Return the objects in a list; empty for other values, which the body types reject."""
-    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
+def _objects_in(value: object) -> Sequence[tuple[int, Mapping[str, Any]]]:
+    """Return the objects in a list with their indexes; empty for a value that is not a list."""
+    entries = enumerate(value) if isinstance(value, list) else ()
+    return [(index, one) for index, one in entries if isinstance(one, Mapping)]
 
 
 def _reject(path: str, kind: str, supported: str) -> None:

@@ -341,6 +341,10 @@ def test_structured_output(fields: dict[str, Any], field: str) -> None:
             {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
             "context_management.edits[0].type",
         ),
+        (
+            {"context_management": {"edits": [5, {"type": "compact"}]}},
+            "context_management.edits[1].type",
+        ),
         ({"output_config": {"effort": "least"}}, "output_config.effort"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
         (
@@ -356,6 +360,10 @@ def test_structured_output(fields: dict[str, Any], field: str) -> None:
         ),
         ({"system": 5}, "system"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
+        (
+            {"system": [text("x-anthropic-billing-header: a"), {"type": "image"}]},
+            "system[1].type",
+        ),
         ({"stop_sequences": "a"}, "stop_sequences"),
         ({"temperature": "1"}, "temperature"),
     ],
