@@ -84,6 +84,10 @@ class HttpListener:
     async def start(self) -> int:
         """Bind the port and serve; return the port. Raises ``StartError``."""
         try:
+            self._server.config.load()  # reads the TLS files, which may have changed
+        except (OSError, ValueError) as err:
+            raise StartError(self._name, f"cannot use the TLS files: {err}") from err
+        try:
             self._listener = listen(self._host, self._port, is_shared=self._is_shared)
         except OSError as err:
             address = f"{self._host}:{self._port}"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from cluster.cli.main import main
 from cluster.config.gateway import GatewaySection
-from cluster.core.errors import ConfigError
+from cluster.core.errors import ConfigError, StartError
 from cluster.launch.readiness import wait_ready
 from gateway.auth.tls import tls_files
 from gateway.auth.tls_files import check_tls_files
+from gateway.listener.http_listener import HttpListener
 from protos.admin_pb2 import ListOperationsRequest
 from protos.admin_pb2_grpc import AdminStub
 from protos.inference_pb2 import ListModelsRequest
@@ -132,6 +135,24 @@ def test_files_that_will_not_do_are_refused_by_name(
         with pytest.raises(ConfigError) as caught:
             check_tls_files(GatewaySection(**values))  # type: ignore[arg-type]
         assert caught.value.field == field, values
+
+
+def test_a_port_does_not_start_with_files_that_no_longer_fit(certificates: Certificates) -> None:
+    """An operator replaced the certificate, and not yet its key."""
+
+    async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("nobody is served")
+
+    files = {"tls_cert": str(certificates.server_cert), "tls_key": str(certificates.client_key)}
+    section = GatewaySection(**files)  # type: ignore[arg-type]
+    listener = HttpListener(nothing, section, "HTTP", "127.0.0.1", 0, max_connections=1)
+
+    async def work() -> None:
+        with pytest.raises(StartError, match=r"cannot use the TLS files: .*mismatch"):
+            await listener.start()
+        await listener.stop()
+
+    asyncio.run(work())
 
 
 def test_serve_refuses_at_once(
