@@ -76,7 +76,12 @@ class CallPool:
     def _end_one(self, now_s: float) -> bool:
         """End the oldest call of the connection with the most calls. Return False if no call is
         old enough."""
-        old = [t for t, (_, since_s) in self._calls.items() if now_s - since_s >= self._burst_s]
+        old = [
+            timer
+            for timer, (_, since_s) in self._calls.items()
+            # an expired one is ending already, and cannot be rescheduled
+            if now_s - since_s >= self._burst_s and not timer.expired()
+        ]
         if not old:
             return False
         numbers = Counter(peer for peer, _ in self._calls.values())

@@ -341,6 +341,29 @@ def test_a_pool_ends_calls_when_their_time_is_over() -> None:
     assert len(pool) == 0
 
 
+def test_a_pool_lets_a_call_in_while_another_is_ending() -> None:
+    """The time of the other is over, but its task has not ended yet."""
+    pool, may_end = CallPool(1, burst_s=0.0), asyncio.Event()
+
+    async def ending() -> None:
+        async with pool.entered("a", limit_s=0.01):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await may_end.wait()
+
+    async def work() -> None:
+        other = asyncio.create_task(ending())
+        await asyncio.sleep(0.05)
+        async with pool.entered("b"):
+            assert len(pool) == 2
+        may_end.set()
+        with pytest.raises(DeadlineExceededError):
+            await other
+
+    asyncio.run(work())
+
+
 def test_a_pool_lets_a_burst_in() -> None:
     """Calls that have just come are not ended for others that come at the same time."""
     pool, ended = CallPool(2, burst_s=60.0), list[str]()
