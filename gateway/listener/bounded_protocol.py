@@ -6,6 +6,9 @@ Without the first limit, a client without a key could fill the server's memory w
 client could send requests faster than they are served, as uvicorn resumes reading after each
 response.
 
+It also ignores offers to upgrade, such as ``h2c`` of Java's client; uvicorn would lose the body of
+such a request (Kludex/uvicorn#2722).
+
 Upstream: Kludex/uvicorn#157 and #1684, both closed. uvicorn limits headers only with h11, which is
 slower than httptools.
 """
@@ -18,6 +21,7 @@ import socket
 import uuid
 from collections.abc import Sized
 
+import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -32,6 +36,7 @@ MAX_WAITING = 256
 """Maximum number of pipelined requests of a connection that wait for earlier responses."""
 STALL_LIMIT_S = 300.0
 """Seconds within which a client must read about 100 KiB of a waiting response."""
+_UPGRADE = b"upgrade"
 _UNSENT_BYTES = 64 * 1024
 """Bytes that the kernel buffers beyond the client's receive window. By default it buffers 4 MiB and
 accepts more only after the client has read 1 MiB, so that a slow client would seem stalled."""
@@ -67,13 +72,42 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._is_refused:
             return
         self._num_unread += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._num_unread <= MAX_HEAD_BYTES:
             return
         if self._is_in_head:
             self._reject_headers()
         else:  # endless trailers or chunk extensions, perhaps after the start of the response
             self.transport.abort()
+
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as err:
+                if self._is_refused or not self._offers_upgrade():  # CONNECT, which gets a response
+                    return
+                data = self._head_without_upgrade() + data[err.args[0] :]
+                continue
+            except httptools.HttpParserError:
+                self.logger.warning("Invalid HTTP request received.")  # as uvicorn
+                self.send_400_response("")
+            return
+
+    def _head_without_upgrade(self) -> bytes:
+        """Return the head of the current request without ``Upgrade``, for a new parser.
+
+        The parser takes what follows an upgrade for another protocol, so that the body is lost.
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        kept = (b"%b: %b" % pair for pair in self.headers if pair[0] != _UPGRADE)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return b"\r\n".join((b"%b %b HTTP/%b" % (method, self.url, version), *kept, b"", b""))
+
+    def _offers_upgrade(self) -> bool:
+        return self.parser.should_upgrade() and any(name == _UPGRADE for name, _ in self.headers)
 
     def on_message_begin(self) -> None:
         self._is_in_head, self._num_head_bytes, self._num_unread = True, 0, 0
@@ -89,6 +123,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._offers_upgrade():  # the request is parsed again without it
+            return
         self._is_in_head, self._num_unread = False, 0
         if self._num_head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             self._reject_headers()
@@ -107,7 +143,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._is_refused:
+        if not (self._is_refused or self._offers_upgrade()):
             super().on_message_complete()
             self._is_in_head = True
 

@@ -244,6 +244,52 @@ class Lasting(Waiting):
         await super().__call__(scope, receive, send)
 
 
+UPGRADE = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+
+
+@pytest.mark.parametrize(
+    ("framing", "body"),
+    [
+        (b"content-length: 5\r\n\r\n", b"hello"),
+        (b"transfer-encoding: chunked\r\n\r\n", b"5\r\nhello\r\n0\r\n\r\n"),
+    ],
+    ids=["length", "chunked"],
+)
+@pytest.mark.parametrize("is_split", [False, True], ids=["whole", "split"])
+def test_an_offer_to_upgrade_is_ignored(framing: bytes, body: bytes, is_split: bool) -> None:
+    """Java's client makes one with each request; uvicorn lost the body."""
+
+    async def work() -> None:
+        app = Lasting()
+        app.may_read.set()
+        url, stop = await start_http(app)
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+        head = GET.replace(b"GET", b"POST") + UPGRADE + framing
+        for num_requests in range(1, 4):
+            for piece in (head, body) if is_split else (head + body,):
+                writer.write(piece)
+                await asyncio.sleep(0.05)
+            assert await status_line(reader) == b"HTTP/1.1 204 No Content"
+            assert app.num_bytes == 5 * num_requests
+        assert (app.scope["method"], app.scope["path"]) == ("POST", "/")
+        assert b"upgrade" not in dict(app.scope["headers"])
+        writer.write((GET + UPGRADE + b"\r\n") * 3)  # pipelined
+        writer.write(GET.replace(b"GET /", b"CONNECT http://x/") + UPGRADE + b"\r\n")
+        for _ in range(4):
+            assert await status_line(reader) == b"HTTP/1.1 204 No Content"
+        assert app.scope["method"] == "CONNECT"
+        writer.close()
+        await stop()
+
+    asyncio.run(asyncio.wait_for(work(), WAIT_S))
+
+
+async def status_line(reader: asyncio.StreamReader) -> bytes:
+    """The first line of the next answer, which has no body."""
+    answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), WAIT_S)
+    return answer.partition(b"\r\n")[0]
+
+
 CHUNKED = GET.replace(b"GET", b"POST") + b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n"
 
 
