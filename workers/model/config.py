@@ -238,7 +238,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     """Whether lm_head shares the weight of the embedding."""
     eos_token_ids: tuple[int, ...]
-    """Ids of end-of-sequence tokens, which end an output."""
+    """Ids of end-of-sequence tokens, which end an output; all are in the vocabulary."""
     dtype: str
     """Dtype of the checkpoint: float32, bfloat16 or float16."""
     rope: RopeConfig

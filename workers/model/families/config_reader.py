@@ -327,6 +327,7 @@ def model_config(
         settings.value("partial_rotary_factor")
         settings.value("rotary_dim")
     stored = settings.storage_format()
+    eos = settings.token_ids("eos_token_id", defaults.eos, vocab_size)
     ignored = () if stored is None else (f"quantization_config.{key}" for key in stored.ignored)
     return ModelConfig(
         model_type=model_type,
@@ -340,7 +341,7 @@ def model_config(
         max_position_embeddings=max_positions,
         rms_norm_eps=settings.real("rms_norm_eps", defaults.rms_norm_eps),
         tie_word_embeddings=settings.flag("tie_word_embeddings", defaults.tied),
-        eos_token_ids=settings.token_ids("eos_token_id", defaults.eos, vocab_size),
+        eos_token_ids=tuple(i for i in eos if 0 <= i < vocab_size),  # no other id is sampled
         dtype=str(settings.value("dtype", "torch_dtype") or "float32").removeprefix("torch."),
         rope=parse_rope(
             settings.raw,

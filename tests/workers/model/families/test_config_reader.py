@@ -124,6 +124,12 @@ def test_what_a_file_leaves_out_is_as_in_transformers() -> None:
         assert list(theirs.attention_tensors()) == list(ours.attention_tensors())
 
 
+def test_end_tokens_outside_the_vocabulary_have_no_effect() -> None:
+    sizes = {"model_type": "jetmoe", "vocab_size": 100}
+    family = load_family({**sizes, "eos_token_id": [-1, 0, 99, 100, 5000]})
+    assert family.config.eos_token_ids == (0, 99)
+
+
 def test_null_is_absent_but_for_token_ids_and_the_window() -> None:
     config = {"rms_norm_eps": None, "eos_token_id": None, "tie_word_embeddings": None}
     family = load_family({"model_type": "jetmoe", **config})
