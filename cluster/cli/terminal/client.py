@@ -151,12 +151,19 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         limit_s = self._timeout_s or silence_s
         try:
-            with self._reply(path, data, limit_s) as reply:
-                yield reply
-        except urllib.error.HTTPError as err:
-            if not any_status or err.code in (401, 403):
-                raise self._with_key_option(response_error(err.code, err.read()), err.code) from err
-            yield err
+            try:
+                with self._reply(path, data, limit_s) as reply:
+                    yield reply
+            except urllib.error.HTTPError as err:
+                if not any_status or err.code in (401, 403):
+                    found = response_error(err.code, err.read())
+                    raise self._with_key_option(found, err.code) from err
+                yield err
+        except http.client.IncompleteRead as err:
+            message = f"the response of {self.url} ended before it was complete"
+            raise CommandError(ExitCode.UNREACHABLE, message) from err
+        except http.client.HTTPException as err:
+            raise self._unlike_gateway() from err
         except (OSError, ValueError) as err:
             raise self._unreachable(err, limit_s) from err
 
@@ -193,8 +200,11 @@ class Client:
         try:
             return json.loads(body)
         except ValueError as err:
-            message = f"{self.url} does not answer like an expertmesh gateway"
-            raise CommandError(ExitCode.UNREACHABLE, message) from err
+            raise self._unlike_gateway() from err
+
+    def _unlike_gateway(self) -> CommandError:
+        message = f"{self.url} does not answer like an expertmesh gateway"
+        return CommandError(ExitCode.UNREACHABLE, message)
 
     def _unreachable(self, err: Exception, limit_s: float | None) -> CommandError:
         reason = getattr(err, "reason", err)

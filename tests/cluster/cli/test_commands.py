@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from dataclasses import replace
@@ -229,6 +230,41 @@ def test_a_cluster_that_is_starting_is_not_unreachable(capsys: pytest.CaptureFix
     state_file.write_record(replace(record("mine"), state="starting", http=url))
     assert main(["--url", url, "status"]) == ExitCode.NOT_READY
     assert "cluster mine is starting" in capsys.readouterr().err
+
+
+_CUT = "HTTP/1.1 {} X\r\nContent-Length: 99\r\n\r\n{{}}"
+
+
+@pytest.mark.parametrize(
+    ("words", "reply", "message"),
+    [
+        (["status"], "\0\0\x18\4 HTTP/2, as gRPC has it\r\n", "does not answer like an exp"),
+        (["status"], _CUT.format(200), "ended before it was complete"),
+        (["status"], _CUT.format(500), "ended before it was complete"),
+        (
+            ["generate", "a"],
+            'HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n99\r\ndata: {"ch',
+            "ended before it was complete",
+        ),
+    ],
+)
+def test_a_broken_response_takes_one_line(
+    words: list[str], reply: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(reply.encode("latin-1"))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=answer)
+        server.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert main(["--url", url, *words]) == ExitCode.UNREACHABLE
+        server.join()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_lost_workers_have_a_reason(
