@@ -225,6 +225,8 @@ class LauncherProcess:
 
     def _send_line(self, line: str) -> None:
         assert self._child.stdin is not None
+        if self._child.stdin.closed:
+            return  # a signal arrived after the launcher's end
         with contextlib.suppress(BrokenPipeError):
             self._child.stdin.write(f"{line}\n".encode())
             self._child.stdin.flush()

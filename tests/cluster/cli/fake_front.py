@@ -1,6 +1,7 @@
 """A front process with a fake launcher: ``python -m tests.cluster.cli.fake_front NAME DETACH``.
 
 DETACH is ``detach`` for ``up``, ``join`` for ``up`` in a Ray that is there; ``serve`` otherwise.
+With ``signalled`` in ``FAKE_PARTS`` a SIGTERM arrives while it ends what a lost launcher has left.
 
 Prints ``ready`` on stdout, as ``serve`` does, and ends with the outcome's exit code. A cluster that
 does not end is forced to by a second signal alone: for its own limit a test would have to wait.
@@ -10,8 +11,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
 
+from cluster.cli.cluster import launcher_process
 from cluster.cli.cluster.launcher_process import LauncherProcess, raise_on_signals
 from cluster.cli.terminal.exit_codes import CommandError
 from cluster.cli.terminal.output import note, write_line
@@ -19,14 +25,24 @@ from cluster.cli.terminal.progress import Progress
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
 from cluster.config.model import ModelSection
+from cluster.core.process import ProcessIdentity
 from cluster.launch import local_ray, state_file
 from cluster.launch.checkpoint_check import CheckpointFacts
+from cluster.launch.orphans import end_private_ray
 from cluster.launch.plan import LaunchPlan
+
+
+def end_signalled(folder: Path, recorded: Sequence[ProcessIdentity]) -> int:
+    """``end_private_ray``, at whose begin a SIGTERM arrives."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    return end_private_ray(folder, recorded)
 
 
 def main() -> int:
     """Run it."""
     name, detach = sys.argv[1], sys.argv[2] in ("detach", "join")
+    if os.environ.get("FAKE_PARTS") == "signalled":
+        mock.patch.object(launcher_process, "end_private_ray", end_signalled).start()
     raise_on_signals()
     state_file.clean_up_dead()
     folder = local_ray.make_temp_dir()

@@ -216,6 +216,15 @@ def test_a_killed_launcher_is_cleaned_up_by_the_front_process(start_front: Start
     assert is_clean(front.folder)
 
 
+def test_a_signal_does_not_interrupt_the_cleaning_up(start_front: StartFront) -> None:
+    front = start_front(how="signalled")
+    front.wait_ready()
+    launcher_of("one").kill()
+    assert front.end() == (0, "stopping once the running requests have ended\n")
+    assert is_clean(front.folder)
+    assert state_file.read_record("one") is None
+
+
 def test_a_later_start_cleans_up_when_both_were_killed(start_front: StartFront) -> None:
     front = start_front()
     front.wait_ready()
