@@ -67,9 +67,18 @@ def _show_processes(args: argparse.Namespace, admin: AdminClient) -> int:
         time.sleep(_POLL_S)
         for name in _processes(args):
             with contextlib.suppress(CommandError):  # the process has just ended, or is slow
-                seen[name], lines = admin.log(name, seen.get(name, 0))
+                seen[name], lines = _newer_lines(admin, name, seen.get(name, 0))
                 _print_lines(lines)
     return ExitCode.OK
+
+
+def _newer_lines(admin: AdminClient, name: str, after: int) -> tuple[int, list[str]]:
+    """Return the number of log lines of a process and those after line ``after``.
+
+    Returns all lines if the process has fewer: it has restarted, and counts its lines anew.
+    """
+    number, lines = admin.log(name, after)
+    return admin.log(name, 0) if number < after else (number, lines)
 
 
 def _tail(lines: Sequence[str], count: int) -> Sequence[str]:

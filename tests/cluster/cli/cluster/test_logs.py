@@ -155,6 +155,26 @@ def test_logs_of_processes_go_on(
     assert [path.partition("after=")[2] for path in gateway.admin_paths] == ["0", "1", "1"]
 
 
+def test_the_first_lines_of_a_restarted_process_are_shown(
+    gateway: FakeGateway,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway.open_admin()
+    texts = ((3, "abc"), (2, ""), (2, "de"), (3, "f"))
+    gateway.admin = [(200, {"number": number, "lines": [*text]}) for number, text in texts]
+
+    def wait(seconds: float) -> None:
+        if not gateway.admin:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=wait))
+    words = ["--url", gateway.url, "logs", "controller", "--follow"]
+    assert main(words) == ExitCode.INTERRUPTED
+    assert capsys.readouterr().out.split() == ["a", "b", "c", "d", "e", "f"]
+    assert [path.partition("after=")[2] for path in gateway.admin_paths] == ["0", "3", "0", "2"]
+
+
 def test_logs_and_down_say_which_clusters_run(
     state_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
