@@ -15,7 +15,13 @@ from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import table, write_json, write_line, write_result
 
 DEFAULT_INTERVAL_S = 1.0
-_SERIES = re.compile(r"^[a-z]+[:_]([a-z_]+)\{([^}]*)\} (\S+)$", re.M)
+_NAMES = (
+    "num_requests_running|num_requests_waiting|kv_cache_usage_perc|iteration_tokens_total_sum|"
+    "expert_worker_tokens_total|expert_worker_busy_seconds_total"
+)
+_SERIES = re.compile(rf"^([\w:]+?)({_NAMES})\{{([^}}]*)\}} (\S+)$", re.M)
+_VLLM_PREFIX = "vllm:"
+"""Prefix under which ``serve --vllm-metric-names`` repeats some of the series."""
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _ROWS = {
     "attention": "iteration_tokens_total_sum",
@@ -61,9 +67,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_series(text: str) -> dict[tuple[str, str], float]:
-    """Parse a Prometheus exposition and sum its series by name and worker."""
+    """Parse a Prometheus exposition and sum the series of ``_NAMES`` by name and worker.
+
+    The prefix of the names is that of ``serve --metrics-prefix``.
+    """
     found: dict[tuple[str, str], float] = {}
-    for name, labels, value in _SERIES.findall(text):
+    series = _SERIES.findall(text)
+    has_own = any(prefix != _VLLM_PREFIX for prefix, *_ in series)
+    for prefix, name, labels, value in series:
+        if has_own and prefix == _VLLM_PREFIX:
+            continue
         key = (name, dict(_LABEL.findall(labels)).get("worker", ""))
         found[key] = found.get(key, 0.0) + float(value)
     return found

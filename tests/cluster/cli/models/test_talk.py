@@ -169,6 +169,19 @@ def test_top_shows_rates(gateway: FakeGateway, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["workers"][0]["kv_usage"] == 0.25
 
 
+@pytest.mark.parametrize("prefix", ["my_company:", "em2_", "vllm:"])
+def test_top_reads_the_names_of_any_prefix(prefix: str) -> None:
+    text = exposition(rows=10, busy=1)
+    assert parse_series(text.replace("expertmesh:", prefix)) == parse_series(text)
+
+
+def test_top_does_not_count_the_series_under_the_names_of_vllm() -> None:
+    text = exposition(rows=10, busy=1)
+    both = text + text.replace("expertmesh:", "vllm:")
+    assert parse_series(both) == parse_series(text)
+    assert parse_series(text)["kv_cache_usage_perc", "attention-0"] == 0.25
+
+
 def test_rates_are_differences_over_time() -> None:
     before, now = (parse_series(exposition(rows=10 * n, busy=n)) for n in (1, 2))
     document = make_document(STATUS, before, now, 4.0)
