@@ -14,7 +14,7 @@ from cluster.batches.requests import BatchRequest, RequestFile
 from cluster.batches.response_file import ResponseFile
 from cluster.batches.run import BatchCounts, BatchResponse, BatchRun, UnreachableError
 from cluster.cli.terminal.arguments import MAX_COUNT, CommandParsers, Number, count, seconds
-from cluster.cli.terminal.client import Client
+from cluster.cli.terminal.client import Client, response_error
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show
 from cluster.cli.terminal.progress import Progress
@@ -120,14 +120,12 @@ class _Sender:
                 headers = answer.headers
         except (aiohttp.ClientError, TimeoutError, OSError) as err:
             raise UnreachableError(f"{self._url} cannot be reached: {err}") from err
-        body = _parsed(text)
         if answer.status in _REFUSED:
-            message = body["error"]["message"] if isinstance(body, dict) else f"{body}"
-            raise CommandError(ExitCode.UNAUTHORISED, str(message))
+            raise response_error(answer.status, text)
         pause = headers.get("retry-after", "")
         return BatchResponse(
             answer.status,
-            body,
+            _parsed(text),
             headers.get("x-request-id", ""),
             float(pause) if pause.isdecimal() else None,
         )

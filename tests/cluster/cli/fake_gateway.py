@@ -124,6 +124,8 @@ class FakeGateway:
     """What was asked for below ``/admin``."""
     documents: dict[str, Any] = field(default_factory=dict)
     """Answers to POST, by path; other paths are answered by ``events``."""
+    document_status: int = 200
+    """HTTP status of the answers in ``documents``."""
     metrics: list[str] = field(default_factory=list)
     """Expositions, the next at each scrape, the last again and again."""
     keys: list[str | None] = field(default_factory=list)
@@ -183,7 +185,7 @@ def fake_gateway() -> Iterator[FakeGateway]:
                 return
             if self.path in gateway.documents:
                 body = json.dumps(gateway.documents[self.path]).encode()
-                self._send(200, "application/json", body)
+                self._send(gateway.document_status, "application/json", body)
                 return
             events = [f"data: {json.dumps(e)}\n\n" for e in gateway.events]
             parts = ("".join([": ping\n\n", *events]).encode(), b"data: [DONE]\n\n")

@@ -43,6 +43,29 @@ def test_a_file_is_answered(
     assert len(gateway.bodies) == 40
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"error": {"message": "this key is unknown"}}, "this key is unknown"),
+        ({"detail": "log in first"}, '{"detail": "log in first"}'),
+        ({"error": "unauthorized"}, '{"error": "unauthorized"}'),
+    ],
+)
+def test_a_rejected_key_ends_the_run(
+    gateway: FakeGateway,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    body: dict[str, object],
+    message: str,
+) -> None:
+    """Whether the gateway has rejected it, or a proxy in front of the gateway."""
+    gateway.documents["/v1/completions"], gateway.document_status = body, 401
+    write_lines(tmp_path / "in", [line("a")])
+    words = ["--url", gateway.url, "run-batch", str(tmp_path / "in"), str(tmp_path / "out")]
+    assert main(words) == ExitCode.UNAUTHORISED
+    assert f"expertmesh: {message}\n" in capsys.readouterr().err
+
+
 def test_a_killed_run_goes_on(gateway: FakeGateway, tmp_path: Path) -> None:
     gateway.documents["/v1/completions"] = DONE
     ids = [f"id-{number}" for number in range(400)]
