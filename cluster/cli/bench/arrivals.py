@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import heapq
+import itertools
 import json
 import math
 import random
@@ -134,8 +135,12 @@ def _mooncake_rows(file: Iterable[str]) -> Iterator[Arrival]:
 
 def _azure_rows(file: Iterable[str]) -> Iterator[Arrival]:
     """Yield the requests of an Azure trace. A request without output tokens gets one."""
-    for place, row in enumerate(csv.DictReader(file), 1):
+    rows = csv.DictReader(file)
+    for place in itertools.count(1):
         with _names_request(place):
+            row = next(rows, None)
+            if row is None:
+                return
             when = datetime.fromisoformat(row["TIMESTAMP"])
             due_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
             prompt = _length("ContextTokens", int(row["ContextTokens"]))
@@ -158,6 +163,6 @@ def _names_request(place: int) -> Iterator[None]:
     """Convert errors in the ``with`` block to a ``ValueError`` with request number ``place``."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as err:
+    except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError, csv.Error) as err:
         reason = f"{err} is missing" if isinstance(err, KeyError) else str(err)
         raise ValueError(f"request {place}: {reason}") from err

@@ -94,11 +94,18 @@ def test_a_trace_is_faster_and_shorter(tmp_path: Path) -> None:
         ('{"timestamp": 0, "input_length": 2.9, "output_length": 1}', "whole number"),
         ('{"timestamp": 0, "input_length": 10000000000, "output_length": 1}', "whole number"),
         ("rubbish", "request 1: Expecting value"),
+        (f'{{"timestamp": 1{"0" * 400}, "input_length": 5, "output_length": 1}}', "request 1: int"),
     ],
 )
 def test_a_bad_trace(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         read_trace(trace(tmp_path, text), None)
+
+
+def test_a_trace_of_azure_with_a_quote_that_does_not_end(tmp_path: Path) -> None:
+    text = AZURE + '2023-11-17 00:00:01,"5,1\n' + "2023-11-17 00:00:02,5,1\n" * 10_000
+    with pytest.raises(ValueError, match="request 3: field larger than field limit"):
+        read_trace(trace(tmp_path, text, "trace.csv"), None)
 
 
 def test_parts_of_a_load_are_the_load() -> None:
