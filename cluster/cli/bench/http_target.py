@@ -47,7 +47,7 @@ class HttpTarget:
                 if answer.status != 200:
                     raise _refused(answer.status, await answer.content.read(_MAX_ERROR_BYTES))
                 return await _count_tokens(answer.content, on_piece)
-        except (aiohttp.ClientError, ValueError, KeyError, IndexError) as err:
+        except (aiohttp.ClientError, ValueError, LookupError, TypeError) as err:
             if isinstance(err, OSError):  # a connection that failed or was reset
                 raise
             raise RequestFailed("cut off", "the response ended before it was complete") from err
@@ -71,6 +71,8 @@ async def _count_tokens(lines: aiohttp.StreamReader, on_piece: Callable[[], None
         found = json.loads(data)
         if "error" in found:
             error = found["error"]
+            if not isinstance(error, dict):  # from a server of another kind
+                raise RequestFailed("error", str(error))
             raise RequestFailed(str(error["code"] or error["type"]), str(error["message"]))
         for choice in found["choices"]:
             is_whole |= choice["finish_reason"] is not None

@@ -276,6 +276,23 @@ def test_a_stream_that_is_cut(gateway: FakeGateway, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        ({"error": "the model is overloaded"}, "the model is overloaded"),
+        ({"error": {"type": "x", "code": "y", "message": "no"}}, "no"),
+        ({"choices": None}, "the response ended before it was complete"),
+    ],
+)
+def test_an_event_of_a_server_of_another_kind(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], event: dict[str, Any], message: str
+) -> None:
+    gateway.events = [event]
+    words = ["--url", gateway.url, "bench", "serve", "--vocab-size", "9"]
+    assert main(words) == ExitCode.FAILED
+    assert capsys.readouterr().err == f"expertmesh: {message}\n"
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         ["--num-prompts", "0"],
