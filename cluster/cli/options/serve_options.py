@@ -257,7 +257,7 @@ def _read_file(args: argparse.Namespace) -> dict[str, str]:
         document = yaml.safe_load(Path(args.config).read_text())
     except OSError as err:
         raise _refusal(args.config, f"cannot be read: {err.strerror}") from err
-    except (UnicodeDecodeError, yaml.YAMLError) as err:
+    except (ValueError, yaml.YAMLError) as err:  # a date that does not exist is a ValueError
         raise _refusal(args.config, f"cannot be read: {' '.join(str(err).split())}") from err
     if document is None:
         return {}

@@ -69,6 +69,7 @@ def test_flag_and_environment_win_over_the_file(tmp_path: Path) -> None:
         ("port: null", "port must have one value"),
         ("- port", "must hold names of options"),
         ("a: b: c", "cannot be read"),
+        ("served-model-name: 2024-13-45", "cannot be read: month must be"),
     ],
 )
 def test_errors_in_the_file_are_reported(tmp_path: Path, text: str, words: str) -> None:
