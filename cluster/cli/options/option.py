@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +51,10 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise ValueError(f"{text} is not a number of bytes")
     number, unit = match[1], match[2].upper()
-    return int(float(number) * _UNITS[unit]) if unit else int(number)
+    size = float(number) * _UNITS[unit] if unit else int(number)
+    if size in (math.inf, -math.inf):
+        raise ValueError(f"{text} is not a number of bytes")
+    return int(size)
 
 
 _SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}

@@ -498,7 +498,9 @@ def test_numbers_of_bytes(text: str, number: int) -> None:
     assert parse_bytes(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "G", "1.5", "8Q", "infG", "nan", "1e9", "0x1", "1 2", "6MM"])
+@pytest.mark.parametrize(
+    "text", ["", "G", "1.5", "8Q", "infG", "nan", "1e9", "0x1", "1 2", "6MM", "9" * 400 + "G"]
+)
 def test_what_is_no_number_of_bytes(text: str) -> None:
     with pytest.raises(ValueError, match="is not a number of bytes"):
         parse_bytes(text)
