@@ -44,15 +44,18 @@ def read_config(path: Path) -> dict[str, Any]:
     ``generation_config.json`` added. Raises ``CheckpointError``."""
     if not path.is_dir():
         raise CheckpointError(f"{path.name}: no such folder")
-    config = read_json(path / "config.json")
-    if (path / "generation_config.json").is_file():
-        extra = _id_list(read_json(path / "generation_config.json").get("eos_token_id"))
-        own = _id_list(config.get("eos_token_id"))
+    main, generation = path / "config.json", path / "generation_config.json"
+    config = read_json(main)
+    if generation.is_file():
+        extra = _id_list(generation, read_json(generation).get("eos_token_id"))
+        own = _id_list(main, config.get("eos_token_id"))
         config["eos_token_id"] = own + [token for token in extra if token not in own]
     return config
 
 
-def _id_list(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
+def _id_list(path: Path, value: Any) -> list[int]:
+    """Return the ids of ``eos_token_id`` in the file ``path``. Raises ``CheckpointError``."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{path.name}: eos_token_id {value!r} must be a token id or a list")
+    return ids

@@ -177,6 +177,16 @@ def test_eos_ids_of_both_files(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path).config.eos_token_ids == (2, 7)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["</s>", [2, None], {}, 2.5, True])
+def test_eos_ids_that_are_no_ids(tmp_path: Path, name: str, value: object) -> None:
+    ids = {"config.json": 2, "generation_config.json": 2, name: value}
+    for file, each in ids.items():
+        (tmp_path / file).write_text(json.dumps({"eos_token_id": each}))
+    with pytest.raises(CheckpointError, match=rf"^{name}: eos_token_id .* must be a token id"):
+        read_config(tmp_path)
+
+
 def test_dtype_setting(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = Checkpoint(tiny_checkpoint).config
     assert resolve_dtype("auto", config) is torch.float32
