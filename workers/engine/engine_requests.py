@@ -37,6 +37,10 @@ _POISONOUS = Failure(
 )
 """Error of a request that probably crashes workers: a worker died while only this request ran."""
 
+_LATE = Failure("the request's deadline has passed", "deadline_exceeded")
+"""Error of a late request. It states no time: ``Request.deadline_ms`` is what was left of the
+client's limit when the request was sent to this worker."""
+
 
 class EngineRequests:
     """Adds requests to the engine, ends them, and queues their outputs."""
@@ -214,8 +218,7 @@ class EngineRequests:
     def fail_late(self, now: float) -> None:
         """End choices that are past their deadline with an error. ``now``: monotonic time."""
         for sequence in self._deadlines.take_late(now):
-            message = f"not done within {sequence.request.deadline_ms} ms"
-            self._fail_all([sequence], Failure(message, "deadline_exceeded"), now)
+            self._fail_all([sequence], _LATE, now)
 
     def emit_step(
         self, tokens: StepTokens, endings: Mapping[SequenceState, Ending], now: float

@@ -370,6 +370,7 @@ def test_deadline_ends_a_request_with_its_own_code(tiny_checkpoint: Path) -> Non
     now[0] = 101.5
     (last,) = engine.engine.poll()
     assert (last.finish_reason, last.error_code) == (FinishReason.ERROR, "deadline_exceeded")
+    assert last.error == "the request's deadline has passed"  # not how much of it was left here
     assert last.index == 1
     assert last.timings is not None
     assert last.timings.finished_s == pytest.approx(1.5)
