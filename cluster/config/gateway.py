@@ -226,6 +226,9 @@ class GatewaySection:
             self.admin_host,
             "is public: give --admin-key or --admin-key-file",
         )
+        rule = "must not be empty: 0.0.0.0 is every interface"
+        for name in ("host", "admin_host"):
+            check(bool(getattr(self, name)), name, "", rule)
 
     @property
     def public_ports(self) -> dict[str, int]:

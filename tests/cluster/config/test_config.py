@@ -134,6 +134,14 @@ def test_any_other_address_is_public(host: str) -> None:
         GatewaySection(admin_host=host)
 
 
+def test_a_host_is_not_empty() -> None:
+    """gRPC binds no port without a host, which would end the start after the weights are loaded."""
+    with pytest.raises(ConfigError, match=r"^host \(\) must not be empty"):
+        GatewaySection(host="", api_keys=("k",))
+    with pytest.raises(ConfigError, match=r"^admin_host \(\) must not be empty"):
+        GatewaySection(admin_host="", admin_keys=("k",))
+
+
 def test_fingerprint_changes_with_what_workers_must_share() -> None:
     base = make_config()
     assert base.fingerprint() == make_config(gateway={"port": 9999}).fingerprint()
