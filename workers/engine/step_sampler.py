@@ -141,8 +141,9 @@ class StepSampler:
         ``sample`` waits for the masks.
         """
         for planned in plan.rows:
-            grammar = self._processors[planned.sequence].grammar
-            if grammar is not None and (planned.is_decode or planned.samples_token):
+            sequence, is_last = planned.sequence, planned.is_decode or planned.samples_token
+            grammar = self._processors[sequence].grammar
+            if grammar is not None and is_last and sequence.params.max_tokens:
                 grammar.prepare(self._mask_thread)
 
     def sample(self, plan: StepPlan, result: StepResult) -> StepTokens:

@@ -25,6 +25,7 @@ from workers.requests.request import (
     SamplingParams,
     TokenOutput,
 )
+from workers.sampling.grammar import GrammarState
 
 pytestmark = pytest.mark.heavy
 
@@ -114,6 +115,16 @@ def test_max_tokens_cuts_a_grammar(engine: LocalEngine) -> None:
     (result,) = engine.generate([PROMPT], following(JSON, max_tokens=3))
     assert result.finish_reason is FinishReason.LENGTH
     assert len(result.token_ids) == 3
+
+
+def test_a_request_without_output_computes_no_masks(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would wait for the mask, during whose computation the parser cannot be read."""
+    prepared: list[GrammarState] = []
+    monkeypatch.setattr(GrammarState, "prepare", lambda state, pool: prepared.append(state))
+    (found,) = engine.generate([PROMPT], following(regex("a+"), max_tokens=0))
+    assert (found.token_ids, prepared) == ((), [])
 
 
 @pytest.mark.parametrize("params", [{"ignore_eos": True}, {"min_tokens": 60}])
