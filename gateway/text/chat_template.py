@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 from cluster.core.errors import CheckpointError, RequestError
 from gateway.core.messages import with_reasoning
 from gateway.core.thinking import END
-from gateway.core.tool_use import ToolCallFormat
+from gateway.core.tool_use import Tool, ToolCallFormat
 from gateway.text.instructions import (
     SYSTEM,
     USER,
@@ -46,6 +46,12 @@ _RENDER_ERRORS = (
     RecursionError,
 )
 _PROBE = "expertmesh-probe"
+_PROBE_TOOL = Tool(
+    name="f",
+    description="f",
+    parameters={"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]},
+).for_template()
+"""Tool of probes. Results of probes are cached, so a client's tools must not affect them."""
 _MARK = "expertmesh-end-of-final-message "
 _USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _MAX_SHOWN_CHARS = 64
@@ -245,7 +251,7 @@ class ChatTemplate:
         """Return the indices of roles whose messages are in the prompt; None if rendering fails."""
         key = (roles, bool(tools))
         if key not in self._probe_results:
-            self._probe_results[key] = self._probe(roles, tools)
+            self._probe_results[key] = self._probe(roles, [_PROBE_TOOL] if tools else None)
         return self._probe_results[key]
 
     def _probe(

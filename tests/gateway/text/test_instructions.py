@@ -115,3 +115,17 @@ def test_results_stay_next_to_their_calls() -> None:
 
 def test_instructions_without_text_add_nothing() -> None:
     assert instructions_to_user([U, A, {**S, "content": ""}, U]) == [U, A, U]
+
+
+def test_tools_of_one_client_do_not_move_instructions_of_another() -> None:
+    """What a template does with a role is found once, for the tools of all clients."""
+    messages = [S, U, A, S, U]
+    shown = "{% for t in tools or [] %}{{ t.function.description }}{% endfor %}"
+    source = LATE_ONES_LEFT_OUT + shown
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    expected = ChatTemplate(source).render(messages, tools=[tool])
+    assert expected.endswith("<user>s\n\nu")
+    probes = " ".join(f"expertmesh-probe-{index}-" for index in range(len(messages) + 2))
+    template = ChatTemplate(source)
+    template.render(messages, tools=[{**tool, "function": {"description": probes}}])
+    assert template.render(messages, tools=[tool]) == expected
