@@ -6,7 +6,8 @@ of pieces that a value must match. Pieces have no ``$ref``, ``anyOf``, ``oneOf``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gateway.text.schemas.clean_schema import DEFINITION, TYPES, CleanSchema
@@ -135,58 +136,88 @@ def _deduplicate(expanded: Iterable[Alternative]) -> list[Alternative]:
 
 def _check_disjoint(groups: Sequence[Sequence[Alternative]]) -> None:
     """Raise ``UnsupportedSchemaError`` if a value may match two members of a ``oneOf``."""
-    for index, members in enumerate(groups):
-        others = [one for group in groups[index + 1 :] for one in group]
-        if not all(are_disjoint(one, other) for one in members for other in others):
+    traits = [list(map(Traits.of, members)) for members in groups]
+    for index, members in enumerate(traits):
+        others = [one for group in traits[index + 1 :] for one in group]
+        if not all(one.are_disjoint_from(other) for one in members for other in others):
             raise UnsupportedSchemaError("has a oneOf whose alternatives may overlap")
 
 
-def are_disjoint(one: Alternative, other: Alternative) -> bool:
-    """Whether certainly no value matches both alternatives: by type, by values, by the values of a
-    property, or because one alternative requires a property that the other forbids."""
-    if types_of_alternative(one).isdisjoint(types_of_alternative(other)):
-        return True
-    first_values, second_values = _alternative_values(one), _alternative_values(other)
-    if first_values is not None and second_values is not None:
-        return not any(value in second_values for value in first_values)
-    if _requires_forbidden(one, other) or _requires_forbidden(other, one):
-        return True
-    tags, others = _property_values(one), _property_values(other)
-    return any(
-        not any(value in others[name] for value in values)
-        for name, values in tags.items()
-        if name in others
-    )
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What distinguishes an alternative from others. Allowed values are given by their keys."""
+
+    types: frozenset[str]
+    values: frozenset[Hashable] | None
+    """The allowed values; None without ``enum`` or ``const``."""
+    required: frozenset[str]
+    closed: tuple[frozenset[str], ...]
+    """Names of the properties in each piece that forbids all other properties."""
+    tags: Mapping[str, frozenset[Hashable]]
+    """The allowed values of the required properties that have ``enum`` or ``const``."""
+
+    @staticmethod
+    def of(alternative: Alternative) -> Traits:
+        """Return the traits of an alternative, in time linear in its size."""
+        values = (allowed_values(piece) for piece in alternative)
+        first_values = next((one for one in values if one is not None), None)
+        return Traits(
+            types=types_of_alternative(alternative),
+            values=None if first_values is None else frozenset(map(_key, first_values)),
+            required=frozenset(name for piece in alternative for name in piece.get("required", ())),
+            closed=tuple(
+                frozenset(piece.get("properties", ()))
+                for piece in alternative
+                if piece.get("additionalProperties") is False and not piece.get("patternProperties")
+            ),
+            tags=_property_values(alternative),
+        )
+
+    def are_disjoint_from(self, other: Traits) -> bool:
+        """Whether certainly no value matches both alternatives: by type, by values, by the values
+        of a property, or because one alternative requires a property that the other forbids."""
+        if self.types.isdisjoint(other.types):
+            return True
+        if self.values is not None and other.values is not None:
+            return self.values.isdisjoint(other.values)
+        if self._requires_forbidden(other) or other._requires_forbidden(self):
+            return True
+        return any(
+            values.isdisjoint(other.tags[name])
+            for name, values in self.tags.items()
+            if name in other.tags
+        )
+
+    def _requires_forbidden(self, other: Traits) -> bool:
+        """Whether the alternative requires objects with a property that ``other`` forbids."""
+        return self.types == {"object"} and not all(map(self.required.issubset, other.closed))
 
 
-def _requires_forbidden(one: Alternative, other: Alternative) -> bool:
-    """Whether ``one`` requires objects with a property that ``other`` forbids."""
-    if types_of_alternative(one) != {"object"}:
-        return False
-    required = {name for piece in one for name in piece.get("required", ())}
-    return any(
-        piece.get("additionalProperties") is False
-        and not piece.get("patternProperties")
-        and not required <= piece.get("properties", {}).keys()
-        for piece in other
-    )
-
-
-def _alternative_values(alternative: Alternative) -> list[Any] | None:
-    return next((v for piece in alternative if (v := allowed_values(piece)) is not None), None)
-
-
-def _property_values(alternative: Alternative) -> dict[str, list[Any]]:
+def _property_values(alternative: Alternative) -> dict[str, frozenset[Hashable]]:
     """Return the allowed values of the required properties that have ``enum`` or ``const``."""
     required = {name for piece in alternative for name in piece.get("required", ())}
     return {
-        name: values
+        name: frozenset(map(_key, values))
         for piece in alternative
         for name, schema in piece.get("properties", {}).items()
         if name in required
         and isinstance(schema, Mapping)
         and (values := allowed_values(schema)) is not None
     }
+
+
+def _key(value: Any) -> Hashable:
+    """Return a key that only equal JSON values have. The keys of numbers are their digits, because
+    clients can find many numbers with the same hash."""
+    if isinstance(value, Mapping):
+        return frozenset((name, _key(one)) for name, one in value.items())
+    if isinstance(value, list):
+        return tuple(map(_key, value))
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (hex(value) if isinstance(value, int) else value.hex()).encode()
+    return str(value).encode() if isinstance(value, bool) else value
 
 
 # ---- types -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from gateway.core.tool_use import Tool
-from gateway.text.schemas.alternatives import allowed_values, are_disjoint
+from gateway.text.schemas.alternatives import Traits, allowed_values
 from gateway.text.schemas.clean_schema import BOUNDS, CleanSchema, clamp_bound, clean_schema
 from gateway.text.schemas.references import BY_NAME, CONTENTS, References
 
@@ -100,10 +100,13 @@ class _Rewriter:
         if _have_tag(pieces):
             return True
         self._comparisons_left -= len(pieces) * (len(pieces) - 1) // 2
-        return self._comparisons_left >= 0 and all(
-            are_disjoint((one,), (other,))
-            for index, one in enumerate(pieces)
-            for other in pieces[:index]
+        if self._comparisons_left < 0:
+            return False
+        traits = [Traits.of((piece,)) for piece in pieces]
+        return all(
+            one.are_disjoint_from(other)
+            for index, one in enumerate(traits)
+            for other in traits[:index]
         )
 
 

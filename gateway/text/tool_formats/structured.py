@@ -79,12 +79,9 @@ def schema_grammar(schema: Any, field: str) -> Grammar:
     if is_too_deep(References(schema)):
         rule = f"is too large or nested too deeply through $ref: at most {MAX_LEVELS} levels"
         raise RequestError(f"{field} {rule}", field)
-    schema = replace_one_of(without_annotations(schema), make_resolver(schema))
-    try:
-        text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except ValueError as err:
-        raise RequestError(f"{field} contains a value that JSON cannot represent", field) from err
+    plain = without_annotations(schema)
+    _check_size(_to_text(plain, field), field)  # the next step takes long for large schemas
+    text = _to_text(replace_one_of(plain, make_resolver(schema)), field)
     return _grammar(GrammarKind.JSON_SCHEMA, text, field)
 
 
@@ -145,6 +142,15 @@ def _from_structured(constraints: Mapping[str, Any]) -> Grammar | None:
         text = json.dumps(list(value), ensure_ascii=False) if value else ""
         return _grammar(GrammarKind.CHOICE, text, field)
     return _grammar(GrammarKind.REGEX if kind == "regex" else GrammarKind.LARK, value, field)
+
+
+def _to_text(schema: Any, field: str) -> str:
+    try:
+        text = json.dumps(schema, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError as err:
+        raise RequestError(f"{field} contains a value that JSON cannot represent", field) from err
+    return text
 
 
 def _parse(text: str, field: str) -> Any:

@@ -110,3 +110,40 @@ def test_many_members_are_compared_by_their_tag_alone() -> None:
     for members, keyword in ((tagged, "anyOf"), (untagged, "oneOf")):
         schema = {"oneOf": members}
         assert list(replace_one_of(schema, make_resolver(schema))) == [keyword]
+
+
+def test_many_values_are_compared_in_linear_time() -> None:
+    """Half a megabyte of values would otherwise block the gateway's other long work for hours."""
+    num_compared = 0
+
+    class Text(str):
+        def __eq__(self, other: object) -> bool:
+            nonlocal num_compared
+            num_compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    first, second = ([Text(f"{name}{index}") for index in range(500)] for name in "ab")
+    for members in (
+        [{"enum": first}, {"enum": second}],
+        [record(kind={"enum": first}, x={}), {**record(kind={"enum": second}), "type": ["object"]}],
+        [{"enum": [[one] for one in first]}, {"enum": [[one] for one in second]}],
+    ):
+        assert replace_one_of({"oneOf": members}, lambda one: one) == {"anyOf": members}
+    assert num_compared < 10_000
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_equal"),
+    [
+        *((1, 1.0, True), (1e300, int(1e300), True), ({"a": [1]}, {"a": [1.0]}, True)),
+        *((1, 1.5, False), (1, "1", False), ([True], ["True"], False), (None, 0, False)),
+        ([], {}, False),
+    ],
+)
+def test_members_share_values_that_json_takes_for_equal(
+    one: Any, other: Any, are_equal: bool
+) -> None:
+    schema = {"oneOf": [{"enum": [[one], "a"]}, {"enum": ["b", [other]]}]}
+    assert ("oneOf" in replace_one_of(schema, lambda given: given)) is are_equal

@@ -13,6 +13,7 @@ from gateway.http.parse import parse_body
 from gateway.http.schema import CompletionBody
 from gateway.http.unsupported import check_unsupported
 from gateway.text.schemas.references import MAX_SCHEMA_DEPTH
+from gateway.text.tool_formats import structured
 from gateway.text.tool_formats.structured import MAX_GRAMMAR_BYTES, make_grammar
 from workers.requests.request import Grammar, GrammarKind
 
@@ -211,3 +212,12 @@ def test_formats_that_no_grammar_knows_are_notes() -> None:
             "size": {},
             "other": {"const": {"format": "kept"}},
         }
+
+
+def test_large_schemas_are_refused_before_they_are_rewritten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(structured, "replace_one_of", lambda *_: pytest.fail("it takes long"))
+    schema = {"oneOf": [{"enum": ["x" * MAX_GRAMMAR_BYTES]}, {"type": "null"}]}
+    with pytest.raises(RequestError, match="bytes, at most"):
+        make_grammar("json_schema", schema, {})
