@@ -86,7 +86,7 @@ class References:
         if self._by_id is None:
             self._by_id = dict(self._names())
         targets = self._by_id
-        return targets.get(address) or targets.get(urljoin(self._root_id, address))
+        return targets.get(address) or targets.get(_join(self._root_id, address))
 
     def _names(self) -> Iterator[tuple[str, ReferenceTarget]]:
         waiting: list[tuple[Any, Mapping[str, Any]]] = [(self.root, self.root)]
@@ -97,7 +97,7 @@ class References:
                 for key in ("$id", "id"):
                     if name := _text(schema.get(key)):
                         yield name, ReferenceTarget(schema, base)
-                        yield urljoin(self._root_id, name), ReferenceTarget(schema, base)
+                        yield _join(self._root_id, name), ReferenceTarget(schema, base)
                 for key in ("$anchor", "$dynamicAnchor"):
                     if name := _text(schema.get(key)):
                         yield f"#{name}", ReferenceTarget(schema, base)
@@ -242,6 +242,14 @@ def without_keywords(schema: Any, is_unwanted: Callable[[Mapping[str, Any], str]
         elif not is_unwanted(schema, key):
             kept[key] = without_keywords(value, is_unwanted)
     return kept
+
+
+def _join(base: str, address: str) -> str:
+    """Return the absolute URL of ``address``; ``address`` itself if one of both is no URL."""
+    try:
+        return urljoin(base, address)
+    except ValueError:  # for example of a host in brackets that is not an IPv6 address
+        return address
 
 
 def _text(value: object) -> str:

@@ -52,6 +52,8 @@ FOLLOWED_BY_NONE: dict[str, tuple[dict[str, Any], str]] = {
         "properties.a.$ref",
     ),
     "reference elsewhere": (one({"$ref": "https://example.org/x.json"}), "properties.a.$ref"),
+    "reference is no URL": (one({"$ref": "//[b"}, **{"$id": "https://a/"}), "properties.a.$ref"),
+    "id is no URL": (one({"$ref": "#b"}, **{"$id": "https://[a/"}), "properties.a.$ref"),
     "circle": (one({"$ref": "#/$defs/x"}, **{"$defs": {"x": {"$ref": "#/$defs/x"}}}), "a.$ref"),
     "look-ahead": (one({"type": "string", "pattern": "^(?!x)"}), "properties.a.pattern"),
     "pattern of names": ({"patternProperties": {"(?=a)": {}}}, "patternProperties.(?=a)"),
