@@ -92,7 +92,7 @@ def _check_tools(tools: Sequence[Tool], names: ToolFieldNames) -> list[Tool]:
 
 
 def _check_schema(tool: Tool) -> None:
-    """Check the nesting of a tool's schema, and that the schema describes an object."""
+    """Check the nesting and the values of a tool's schema, and that it describes an object."""
     schema = tool.parameters or {}
     kind = schema.get("type", "object")
     is_object = "object" in kind if isinstance(kind, list) else kind == "object"
@@ -100,6 +100,11 @@ def _check_schema(tool: Tool) -> None:
     max_depth = MAX_SCHEMA_DEPTH if tool.is_strict else MAX_SHOWN_DEPTH
     rule = f"is nested too deeply: at most {max_depth} levels"
     require(not is_deeper(schema, max_depth), tool.path, rule)
+    try:
+        check_writable(schema)
+    except ValueError as err:
+        message = f"{tool.path} contains a value that JSON cannot represent"
+        raise RequestError(message, tool.path) from err
 
 
 def is_function_name(text: str) -> bool:

@@ -230,6 +230,12 @@ def test_forms_are_read_from_templates() -> None:
             None,
             "tools[0].function.parameters",
         ),
+        (
+            [Tool(name="a", parameters={"properties": {"b": {"enum": [float("nan")]}}})],
+            None,
+            None,
+            "tools[0].function.parameters",
+        ),
         ([Tool(name=f"f{i}") for i in range(129)], None, None, "tools"),
         ([], "required", None, "tool_choice"),
         ([], None, "a", "tool_choice"),
