@@ -29,7 +29,9 @@ _CUSTOM_PARAMETERS = {
     "additionalProperties": False,
 }
 _OPENING = re.compile(r'\s*\{\s*"input"\s*:\s*"')
-_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|[^u])")
+_ESCAPE = re.compile(r'\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt])')
+_INCOMPLETE_ESCAPE = re.compile(r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z")
+_BACKSLASH = re.compile(rf"({_ESCAPE.pattern})|\\")
 _HIGH_SURROGATE = re.compile(r"\\u[dD][89abAB]")
 _MODES = ("auto", "required")
 _NAMES = ToolFieldNames(name="name", parameters="parameters")
@@ -189,7 +191,10 @@ def response_tool_choice(body: ResponseBody) -> str | dict[str, Any]:
 
 
 class CustomInputReader:
-    """Incrementally extracts the input text from the arguments of a custom tool call."""
+    """Incrementally extracts the input text from the arguments of a custom tool call.
+
+    A backslash that begins no escape of JSON is part of the text.
+    """
 
     def __init__(self) -> None:
         self._pending = ""
@@ -214,7 +219,8 @@ class CustomInputReader:
             position = end
         self._is_over = text[position : position + 1] == '"'
         self._pending = text[position:]
-        read = str(json.loads(f'"{text[:position]}"', strict=False))
+        escaped = _BACKSLASH.sub(lambda match: match[0] if match[1] else r"\\", text[:position])
+        read = str(json.loads(f'"{escaped}"', strict=False))
         return read.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -224,12 +230,13 @@ def _end_of_character(text: str, position: int) -> int:
         return position + 1
     escape = _ESCAPE.match(text, position)
     if escape is None:
-        return 0
+        return 0 if _INCOMPLETE_ESCAPE.match(text, position) else position + 1
     end = escape.end()
-    if not _HIGH_SURROGATE.match(escape[0]) or text[end : end + 1] not in ("", "\\"):
+    if not _HIGH_SURROGATE.match(escape[0]):
         return end
-    low = _ESCAPE.match(text, end)  # the low surrogate
-    return 0 if low is None else low.end()
+    if (low := _ESCAPE.match(text, end)) is not None:  # the low surrogate
+        return low.end()
+    return 0 if _INCOMPLETE_ESCAPE.match(text, end) else end
 
 
 def custom_input(arguments: str) -> str:

@@ -329,6 +329,8 @@ def test_calls_follow_a_grammar(tools: Stack) -> None:
         ('{"input":"\\ude00"}', "\ufffd"),
         ('{"input":"cut \\u00', "cut "),
         ('{"input":"cut \\ud83d', "cut "),
+        (r'{"input":"it\'s \d\\d \u00 é"}', "it\\'s \\d\\d \\u00 é"),
+        (r'{"input":"\ud83d\x \ud83d\u0 \""}', '\ufffd\\x \ufffd\\u0 "'),
         ('{"other":"x"}', ""),
     ],
 )
