@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.core.errors import QueueFullError, RequestError
+from cluster.disk.threads import run_to_completion
 from gateway.core.tool_use import ToolCallFormat
 from gateway.text.render_template import CPU_LIMIT_S, PARAM
 
@@ -72,7 +73,8 @@ class ClientTemplateRenderer:
         self._num_waiting += 1
         try:
             async with self._process_slots:
-                reply = await asyncio.to_thread(_run_process, request)
+                # to completion, as a cancelled call's process would run on without a slot
+                reply = await run_to_completion(asyncio.to_thread(_run_process, request))
         finally:
             self._num_waiting -= 1
         error = RequestError(reply["error"], reply["param"]) if "error" in reply else None

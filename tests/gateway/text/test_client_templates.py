@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from typing import Any
 
 import pytest
 
 from cluster.core.errors import QueueFullError, RequestError
 from gateway.core.tool_use import ToolCallFormat
-from gateway.text.client_templates import MAX_WAITING, ClientTemplateRenderer, RenderedTemplate
+from gateway.text import client_templates
+from gateway.text.client_templates import (
+    MAX_AT_ONCE,
+    MAX_WAITING,
+    ClientTemplateRenderer,
+    RenderedTemplate,
+)
 
 pytestmark = pytest.mark.heavy
 
@@ -73,3 +81,32 @@ def test_few_may_wait() -> None:
     *answered, refused = asyncio.run(ask_too_many())
     assert all(isinstance(one, RenderedTemplate) for one in answered)
     assert isinstance(refused, QueueFullError)
+
+
+def test_processes_of_cancelled_calls_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that leave at once cannot start more processes than others."""
+    running: list[None] = []
+    most, lock = [0], threading.Lock()
+
+    def run(request: object) -> dict[str, Any]:
+        with lock:
+            running.append(None)
+            most[0] = max(most[0], len(running))
+        time.sleep(0.05)
+        with lock:
+            running.pop()
+        return {"error": "no", "param": "chat_template"}
+
+    monkeypatch.setattr(client_templates, "_run_process", run)
+
+    async def cancel_many() -> None:
+        templates = ClientTemplateRenderer()
+        calls = []
+        for _ in range(3 * MAX_AT_ONCE):
+            calls.append(asyncio.create_task(templates.render("x", {}, USER, {})))
+            await asyncio.sleep(0.002)
+            calls[-1].cancel()
+        await asyncio.wait(calls)
+
+    asyncio.run(cancel_many())
+    assert most[0] <= MAX_AT_ONCE
