@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from array import array
@@ -40,15 +41,16 @@ class LongTextEncoder:
             RequestFailedError: the process ended.
         """
         async with self._lock:
-            process = self._process or await self._start()
-            self._process = None  # in use: an exception in this call kills the process
+            process, self._process = self._process, None  # in use: an exception kills the process
+            if process is None or process.returncode is not None:
+                process = await self._start()
             try:
                 message = await asyncio.to_thread(
                     encode_message, text, add_special_tokens, token_slice
                 )
                 reply = await _request(process, message)
             except BaseException:
-                process.kill()
+                _kill(process)
                 await asyncio.shield(process.wait())
                 raise
             self._process = process
@@ -57,7 +59,7 @@ class LongTextEncoder:
     async def stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
+            _kill(process)
             await process.wait()
 
     async def _start(self) -> asyncio.subprocess.Process:
@@ -68,6 +70,11 @@ class LongTextEncoder:
             stdout=asyncio.subprocess.PIPE,
             env={"PYTHONPATH": path},
         )
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, for example for lack of memory
+        process.kill()
 
 
 async def _request(process: asyncio.subprocess.Process, message: bytes) -> tuple[array[int], int]:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from cluster.core.errors import RequestError
+from cluster.core.errors import RequestError, RequestFailedError
 from gateway.offload.long_work import LongWork, copy_numbers
 from gateway.text import encoding
 from gateway.text.encoding import TextEncoder, check_num_tokens
@@ -82,6 +82,39 @@ def test_a_call_that_is_cancelled_ends_the_process_and_the_next_one_starts_anoth
 
     code, count = asyncio.run(run())
     assert (code, count) == (-9, len(tokenizer().encode("a", False)))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_process_that_ended_is_replaced(waits: bool) -> None:
+    """The system may end it for lack of memory, before or during a call."""
+
+    async def run() -> list[int]:
+        async with process() as texts:
+            counts = [(await texts.encode("a", False, slice(None)))[1]]
+            ended = texts._process
+            assert ended is not None
+            ended.kill()
+            if waits:
+                await ended.wait()
+            else:
+                with pytest.raises(RequestFailedError, match="ended"):
+                    await texts.encode("a", False, slice(None))
+            counts.append((await texts.encode("a", False, slice(None)))[1])
+            return counts
+
+    assert asyncio.run(run()) == [len(tokenizer().encode("a", False))] * 2
+
+
+def test_stopping_after_the_process_ended() -> None:
+    async def run() -> None:
+        async with process() as texts:
+            await texts.encode("a", False, slice(None))
+            ended = texts._process
+            assert ended is not None
+            ended.kill()
+            await ended.wait()
+
+    asyncio.run(run())
 
 
 def test_only_long_texts_go_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
