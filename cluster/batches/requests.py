@@ -6,6 +6,7 @@ Source of the format: https://developers.openai.com/api/reference/resources/batc
 from __future__ import annotations
 
 import json
+import math
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -143,12 +144,12 @@ def _parsed(line: bytes, number: int) -> Any:
     """Parse a line to a value that can be written as JSON again. Raises ``RequestError``."""
     try:
         text = line.decode("utf-8-sig")
-        found = json.loads(text, parse_constant=_refuse_constant)
+        found = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_number)
         if _SURROGATE_ESCAPE.search(text):
             json.dumps(found, ensure_ascii=False).encode()  # fails for a lone surrogate
     except RecursionError as err:
         raise _too_deep(number) from err
-    except ValueError as err:  # also undecodable bytes and integers with too many digits
+    except ValueError as err:  # also undecodable bytes and numbers that are too large
         raise _line_error(number, "", "is not JSON") from err
     if text.count("{") + text.count("[") > _MAX_DEPTH and is_deeper(found, _MAX_DEPTH):
         raise _too_deep(number)
@@ -157,6 +158,13 @@ def _parsed(line: bytes, number: int) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite_number(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:32]} is too large")
+    return number
 
 
 def _too_deep(number: int) -> RequestError:

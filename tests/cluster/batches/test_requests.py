@@ -29,6 +29,7 @@ def test_requests_come_in_order_and_empty_lines_are_none(tmp_path: Path) -> None
         ("{", "line 2 is not JSON"),
         ('{"custom_id": "\\ud800"}', "line 2 is not JSON"),
         ('{"custom_id": NaN}', "line 2 is not JSON"),
+        ('{"custom_id": -1e999}', "line 2 is not JSON"),
         ("[" * 140 + "]" * 140, "line 2 is nested too deeply: at most 128 levels"),
         ([], "line 2 must be an object"),
         (line(custom_id=""), "line 2: custom_id must be a text of 1 to 512 characters"),
