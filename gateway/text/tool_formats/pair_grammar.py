@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cluster.core.errors import RequestError
 from gateway.core.tool_use import Tool
 from gateway.text.schemas.alternatives import (
     NON_STRING_TYPES,
@@ -22,8 +23,15 @@ from gateway.text.schemas.arguments import ArgumentSet, ToolArguments, tool_argu
 from gateway.text.schemas.clean_schema import unsupported_schema
 from gateway.text.schemas.patterns import full_match, grammar_regex
 from gateway.text.schemas.text_rules import TextRule, text_rules
-from gateway.text.tool_formats.call_grammar import GrammarRule, json_rule, rule_label, terminal
+from gateway.text.tool_formats.call_grammar import (
+    FIELD,
+    GrammarRule,
+    json_rule,
+    rule_label,
+    terminal,
+)
 from gateway.text.tool_formats.call_syntax import PairSyntax, Part, Placeholder
+from gateway.text.tool_formats.structured import MAX_GRAMMAR_BYTES
 
 BREAK = "BREAK?"
 BREAK_RULE = r"BREAK: /[ \n]/"
@@ -65,11 +73,20 @@ class PairRules:
     def tool_rules(self, tool: Tool, index: int) -> list[GrammarRule]:
         """Return the grammar rule ``args_INDEX`` for a tool's arguments, and the rules it uses.
 
+        If the rules are too large, a tool that is not strict accepts any arguments.
+
         Raises:
-            RequestError: the tool is strict, and a grammar cannot express its schema.
+            RequestError: the tool is strict, and its rules are too large, or a grammar cannot
+                express its schema.
         """
         arguments = tool_arguments(tool, tool.is_strict)
-        return _ToolRules(self, tool, index, arguments).make()
+        try:
+            return _ToolRules(self, tool, index, arguments).make()
+        except _TooLargeError as err:
+            if tool.is_strict:
+                rule = f"have more than {MAX_GRAMMAR_BYTES} bytes of schemas"
+                raise RequestError(f"{FIELD} {rule}", FIELD) from err
+            return self.tool_rules(replace(tool, parameters={}, derived={}), index)
 
     def text_terminal(self, expression: str) -> str:
         """Return a grammar terminal for a text value that matches ``expression``.
@@ -109,6 +126,10 @@ class PairRules:
         return " ".join(filter(None, [BREAK, before, opening]))
 
 
+class _TooLargeError(Exception):
+    """Raised if the rules of one tool are larger than those of all tools together may be."""
+
+
 @dataclass(slots=True)
 class _ToolRules:
     """Creates the grammar rules of one tool, without duplicates."""
@@ -120,6 +141,11 @@ class _ToolRules:
     _rules: list[GrammarRule] = field(default_factory=list)
     _names: dict[str, str] = field(default_factory=dict)
     """Names of the rules by their bodies."""
+    _values: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Results of ``_value_rules`` by the JSON text of the schema."""
+    _num_chars_left: int = MAX_GRAMMAR_BYTES
+    """Number of characters that the bodies of further rules may have. Each argument may copy the
+    definitions of the whole schema to its rule."""
 
     def make(self) -> list[GrammarRule]:
         expressions = list(
@@ -208,7 +234,10 @@ class _ToolRules:
 
         ``key`` is the expression for the name; errors mention ``about``.
         """
-        pairs, text, value = self.pairs, *self._value_rules(schema, about)
+        schema_text = json.dumps(schema)
+        if schema_text not in self._values:
+            self._values[schema_text] = self._value_rules(schema, about)
+        pairs, text, value = self.pairs, *self._values[schema_text]
         ways: dict[str, list[str]] = {}
         if text:
             suffix = f"{text} {pairs.after_text}".strip()
@@ -255,6 +284,9 @@ class _ToolRules:
     def _add_rule(self, kind: str, body: str, label: str = "", fallback: str | None = None) -> str:
         """Add a rule and return its name, which starts with ``kind`` (upper case for terminals)."""
         if body not in self._names:
+            self._num_chars_left -= len(body)
+            if self._num_chars_left < 0:
+                raise _TooLargeError
             name = f"{kind}_{self.index}_{len(self._names)}"
             self._names[body] = name
             self._rules.append(GrammarRule(name, body, label, fallback))

@@ -3,6 +3,7 @@ message names the tool, the place and the keyword. None takes long, and none end
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import ToolCallFormat
 from gateway.text.schemas.references import MAX_LEVELS
+from gateway.text.tool_formats import call_grammar, pair_grammar
 from gateway.text.tool_formats.answer_parser import AnswerParser
 from gateway.text.tool_formats.structured import MAX_GRAMMAR_BYTES, schema_grammar
 from gateway.text.tool_formats.tools import make_tool_use
@@ -140,6 +142,32 @@ def test_schemas_too_large_for_a_grammar_take_any_arguments(vocabulary: Vocabula
         assert vocabulary.allows(grammar, written(form, [("f", {"other": "x"})]))
         with pytest.raises(RequestError, match="bytes of schemas"):
             grammar_of({"properties": large}, form, is_strict=True)
+
+
+@pytest.mark.parametrize("form", PAIR_FORMS)
+@pytest.mark.parametrize("limit", [{}, {"maxItems": 1}], ids=["the same", "others"])
+def test_definitions_are_not_copied_for_each_argument(
+    form: ToolCallFormat, limit: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body of 8 MB would otherwise take 16 GB of the gateway's memory."""
+    made: list[int] = []
+
+    def make(schema: Mapping[str, Any], is_strict: bool = True) -> str:
+        made.append(len(rule := call_grammar.json_rule(schema, is_strict)))
+        return rule
+
+    monkeypatch.setattr(pair_grammar, "json_rule", make)
+    definition = {"items": {"enum": [f"{n:0100}" for n in range(300)]}}
+    arguments = {
+        f"p{n}": {"$ref": "#/$defs/x", **{name: n + low for name, low in limit.items()}}
+        for n in range(100)
+    }
+    schema = {"properties": arguments, "$defs": {"x": {"type": "array", **definition}}}
+    assert len(grammar_of(schema, form).text) < MAX_GRAMMAR_BYTES
+    assert sum(made) < 4 * MAX_GRAMMAR_BYTES
+    if limit:
+        with pytest.raises(RequestError, match="bytes of schemas"):
+            grammar_of(schema, form, is_strict=True)
 
 
 def test_a_deep_schema_is_of_any_type_below_what_is_followed(vocabulary: Vocabulary) -> None:
