@@ -25,7 +25,7 @@ from gateway.text.tool_formats.tools import json_object
 _REASONING = REASONING_NAMES[0]
 _JOINED = {"content": "\n\n", _REASONING: "\n"}
 """Separators of message fields that are lists of texts until ``finish`` joins them."""
-_MESSAGES = re.compile(r"\bmessages(?:\[(\d+)\](?:\.tool_calls)?)?")
+_MESSAGES = re.compile(r"\bmessages(?:\[([0-9]{1,9})\](?:\.tool_calls)?)?")
 
 
 @dataclass(slots=True)
@@ -143,7 +143,10 @@ def rename_error_fields(paths: Sequence[str]) -> Iterator[None]:
             raise
 
         def name(match: re.Match[str]) -> str:
-            return "input" if match[1] is None else paths[int(match[1])]
+            if match[1] is None:
+                return "input"
+            index = int(match[1])
+            return paths[index] if index < len(paths) else match[0]  # a client's text in an error
 
         message, param = _MESSAGES.sub(name, err.message), _MESSAGES.sub(name, err.param)
         raise type(err)(message, param, err.code) from err

@@ -16,6 +16,7 @@ from gateway.responses.items import ItemIdGenerator, encode_reasoning, read_item
 from gateway.responses.schema import InputItem, ResponseBody
 from gateway.responses.tools import CustomInputReader
 from gateway.responses.unsupported import RENAMED_FIELDS, UNSUPPORTED
+from gateway.text.chat_template import ChatTemplate
 from gateway.text.harmony.template import HarmonyTemplate
 from tests.gateway.fakes import BACKEND, EOS, MAX_MODEL_LEN, saying, tiny_tokenizer
 from tests.gateway.responses.streams import PATH, respond
@@ -534,3 +535,15 @@ def test_messages_in_errors_are_called_input(stack: Stack) -> None:
         raise UnsupportedParameterError("messages[1] is bad, not messages[0]", "messages[1]")
     with pytest.raises(RequestError, match="messages"), rename_error_fields(paths):
         raise RequestError("messages", "tools")
+
+
+@pytest.mark.parametrize("digits", ["1", "9" * 5000])
+def test_indices_in_a_client_s_text_are_kept(digits: str) -> None:
+    """A template's error may contain a name that the client chose."""
+    source = "{% for t in tools %}{% for n in t.names %}{{ t[n].type }}{% endfor %}{% endfor %}"
+    with (
+        pytest.raises(RequestError, match=rf"attribute '(messages|input)\[{digits}\]'") as caught,
+        rename_error_fields(["input"]),
+    ):
+        ChatTemplate(source).render([USER], tools=[{"names": [f"messages[{digits}]"]}])
+    assert caught.value.param == "input"
