@@ -39,9 +39,14 @@ def render_request(request: dict[str, Any]) -> dict[str, Any]:
     try:
         text = template.render(request["messages"], **request["options"])
     except RequestError as err:
-        return {**facts, "error": str(err), "param": err.param}
+        message = str(err).encode(errors="replace").decode()  # without lone surrogates
+        return {**facts, "error": message, "param": err.param}
     if len(text) > MAX_TEXT_CHARS:
         return {**facts, "error": f"{PARAM} makes too long a prompt", "param": PARAM}
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return {**facts, "error": f"{PARAM} makes a prompt with lone surrogates", "param": PARAM}
     return {**facts, "text": text}
 
 

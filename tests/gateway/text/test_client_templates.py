@@ -65,6 +65,15 @@ def test_what_refuses_the_conversation_says_so() -> None:
     assert str(error) == "chat_template does not fit the messages: no"
 
 
+def test_a_prompt_that_is_no_unicode_is_refused() -> None:
+    error = render(r"{{ '\ud800' }}").error
+    assert error is not None
+    assert error.param == "chat_template"
+    assert "surrogates" in str(error)
+    error = render(r"{{ raise_exception('\ud800') }}").error
+    assert str(error) == "chat_template does not fit the messages: ?"
+
+
 def test_a_template_sees_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "of the server")
     error = render("{{ cycler.__init__.__globals__.os.environ }}").error
