@@ -20,6 +20,7 @@ _CLASSES = {
 _PART = re.compile(r"\\.|\[\^?\]?|.", re.DOTALL)
 _PART_OF_CLASS = re.compile(r"\\.|.", re.DOTALL)
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})")
+_MAX_QUANTIFIER_CHARS = 64
 
 
 def full_match(pattern: str) -> str | None:
@@ -28,7 +29,8 @@ def full_match(pattern: str) -> str | None:
     For example ``^a|b$`` gives ``(?:a(?s:.*)|(?s:.*)b)``. None if ``pattern`` has anchors
     elsewhere than at the ends of a top-level branch.
     """
-    branches, depth, is_class, is_after_quantifier = [""], 0, False, False
+    branches: list[list[str]] = [[]]
+    depth, is_class, is_after_quantifier = 0, False, False
     starts, ends = [False], [False]
     position = 0
     while position < len(pattern):
@@ -38,12 +40,12 @@ def full_match(pattern: str) -> str | None:
         was_quantifier, is_after_quantifier = is_after_quantifier, False
         if is_class:
             is_class = part != "]"
-            branches[-1] += _in_class(part)
+            branches[-1].append(_in_class(part))
         elif ends[-1] and not (part == "|" and depth == 0):
             return None  # the pattern continues after "$"
         elif part.startswith("["):
             is_class = True
-            branches[-1] += part.replace("]", "\\]")
+            branches[-1].append(part.replace("]", "\\]"))
         elif part == "^":
             if depth or branches[-1] or starts[-1]:
                 return None
@@ -53,17 +55,17 @@ def full_match(pattern: str) -> str | None:
                 return None
             ends[-1] = True
         elif part == "|" and depth == 0:
-            branches.append("")
+            branches.append([])
             starts.append(False)
             ends.append(False)
         elif part == "?" and was_quantifier:
             pass  # lazy quantifiers make no difference for whole texts
         else:
             depth += {"(": 1, ")": -1}.get(part, 0)
-            branches[-1] += _escaped(part)
+            branches[-1].append(_escaped(part))
             is_after_quantifier = _ends_with_quantifier(pattern, match.start(), part)
     framed = (
-        ("" if is_start else _SEARCH) + branch + ("" if is_end else _SEARCH)
+        ("" if is_start else _SEARCH) + "".join(branch) + ("" if is_end else _SEARCH)
         for branch, is_start, is_end in zip(branches, starts, ends, strict=True)
     )
     return f"(?:{'|'.join(framed)})"
@@ -107,7 +109,7 @@ def _in_class(part: str) -> str:
 def _ends_with_quantifier(pattern: str, position: int, part: str) -> bool:
     if part in ("*", "+", "?"):
         return True
-    opening = pattern.rfind("{", 0, position)
+    opening = pattern.rfind("{", max(0, position - _MAX_QUANTIFIER_CHARS), position)
     return (
         part == "}"
         and opening >= 0
