@@ -189,8 +189,10 @@ class StateStore:
                         raise OSError(EIO, os.strerror(EIO))
                     os.utime(fd, (expires_s, expires_s))
             except BaseException:
+                self._usages.release(place)
                 self._usages.forget(place.parent)
                 raise
+            self._usages.release(place)
         self._remove_replaced(dropped)
 
     def get(self, kind: ObjectKind, tenant: str, object_id: str) -> StoredObject | None:

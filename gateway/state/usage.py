@@ -42,9 +42,13 @@ class StorageQuota:
         self._clock = clock
         self._lock = threading.Lock()
         self._usages: dict[Path, _FolderUsage] = {}
+        self._reserved: dict[Path, int] = {}
+        """Sizes of files that are being written, which a count of the folder would miss."""
 
     def reserve(self, place: Path, size: int, drops_oldest: bool) -> list[Path]:
         """Count a file that is about to be written, in place of a file with the same name.
+
+        ``release`` must be called when the file is written, or will not be written.
 
         Args:
             place: path of the file.
@@ -83,7 +87,13 @@ class StorageQuota:
                 )
             sizes[place.name] = size
             self._usages[place.parent].sizes = sizes
+            self._reserved[place] = size
         return dropped
+
+    def release(self, place: Path) -> None:
+        """End a reservation; from now on, the file is counted if it exists."""
+        with self._lock:
+            self._reserved.pop(place, None)
 
     def remove(self, place: Path) -> None:
         """Record that a file was removed."""
@@ -102,5 +112,8 @@ class StorageQuota:
         self._usages = fresh
         if folder not in fresh:
             sizes = {entry.name: stat.st_size for entry, stat in list_files(folder)}
+            sizes |= {
+                one.name: size for one, size in self._reserved.items() if one.parent == folder
+            }
             fresh[folder] = _FolderUsage(now_s, dict(sorted(sizes.items())))
         return fresh[folder]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,26 @@ def test_the_bytes_of_objects_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(StorageFullError, match=r"more are above the limit"):
         put(store, NOTES, b"x" * HEAD_BYTES)
     assert len(files_in(tmp_path)) == 1
+
+
+def test_files_that_are_being_written_count(tmp_path: Path, clock: Clock) -> None:
+    """Also if the write takes longer than a count of the folder is used."""
+    store = make(tmp_path, clock, max_objects=1)
+
+    def pieces(error: Exception | None = None) -> Iterator[bytes]:
+        clock.now_s += 2
+        with pytest.raises(StorageFullError, match="has stored 1 notes"):
+            store.put(NOTES, "t", store.new_id(NOTES), b"b")
+        if error is not None:
+            raise error
+        yield b"a"
+
+    with pytest.raises(ValueError, match="no"):
+        store.put_pieces(NOTES, "t", store.new_id(NOTES), 1, pieces(ValueError("no")))
+    written = store.new_id(NOTES)
+    store.put_pieces(NOTES, "t", written, 1, pieces())
+    assert store.delete(NOTES, "t", written)
+    store.put(NOTES, "t", store.new_id(NOTES), b"c")
 
 
 def test_the_oldest_make_room_where_the_kind_says_so(tmp_path: Path, clock: Clock) -> None:
