@@ -224,9 +224,9 @@ def kill_any(cluster: ServingCluster, role: str, draw: random.Random, count: int
 
 
 def whole(cluster: ServingCluster) -> dict[str, Any]:
-    """The cluster becomes whole, with every copy in its place; what it says then."""
-    snapshot = cluster.wait(lambda s: s["state"] == "SERVING")
-    assert snapshot["problems"] == []
+    """The cluster becomes whole, with every copy in its place, and no step waits; what it says."""
+    snapshot = cluster.wait(lambda s: s["state"] == "SERVING" and not s["late_workers"])
+    assert snapshot["problems"] == [], snapshot["problems"]
     assert snapshot["experts_complete"]
     serving_now = [w for w in snapshot["workers"] if w["state"] == "SERVING"]
     assert len(serving_now) == len({(w["role"], w["rank"]) for w in snapshot["workers"]})
