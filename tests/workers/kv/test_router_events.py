@@ -125,6 +125,9 @@ class _NoCache:
     def follow(self) -> None:
         """See ``SideStream``."""
 
+    def clear(self, blocks: list[int]) -> None:
+        assert blocks == []
+
 
 def _changes(stored: str = "", removed: str = "") -> HashChanges:
     return HashChanges(stored=tuple(map(_hash, stored)), removed=tuple(map(_hash, removed)))
