@@ -320,4 +320,5 @@ class Controller:
         elif all(r.state is WorkerState.READY and r.may_join for r in cluster.workers):
             members = tuple(r.member for r in cluster.workers)
             cluster.history.add(1, now, "start", f"serve with {describe_members(members)}")
+            cluster.send_snapshot()  # a restarted controller may continue this generation
             cluster.form(members, cluster.placement, now)

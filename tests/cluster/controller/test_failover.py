@@ -35,6 +35,7 @@ from tests.cluster.controller.fakes_cluster import (
     BUILD,
     CONFIG,
     AtOnce,
+    FakeCluster,
     FakeWorkerGroup,
     make_members,
     slots_of,
@@ -283,6 +284,24 @@ def test_the_newest_memory_counts_and_names_the_lost_workers() -> None:
     assert {w["name"]: w["reason"] for w in snapshot["workers"]}["expert-9"] == "gone"
     controller.frame("expert-9", Heartbeat(progress=1, idle=True, generation=3), 2.0)
     assert link.sent["expert-9"] == [Shutdown(reason="gone")]
+
+
+def test_who_joins_the_first_generation_keeps_what_the_cluster_was_started_with() -> None:
+    """Its controller may be lost before the generation runs."""
+    cluster = FakeCluster()
+    cluster.load_all()
+    snapshot, order = cluster.link.sent["attention-0"]
+    assert isinstance(snapshot, ControllerSnapshot)
+    assert isinstance(order, NewGeneration)
+    unrun = report_of(1, running=False, memory=snapshot.memory)
+    collector = new_collector()
+    for name in NAMES:
+        call(collector, name, unrun)
+    collected = collector.result()
+    assert collected is not None
+    assert collected.memory.notes == cluster.known.notes
+    controller, _ = restored(collected)
+    assert controller.snapshot()["history"][0]["cause"] == "start"
 
 
 def test_strangers_are_refused_and_other_frames_ignored() -> None:
