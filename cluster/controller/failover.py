@@ -235,6 +235,7 @@ def continue_with(
     drain, scale = memory.drain, memory.scale
     cluster.history.restore(memory.history)
     _restore_workers(cluster.workers, collected)
+    cluster.load.resume(r.name for r in cluster.workers.alive() if r.member.runs_attention)
     known = GenerationRound(collected.generation, now, answers=collected.answers)
     cluster.membership.restore(known, collected.highest_epoch)
     cluster.membership.desired = memory.desired or cluster.desired

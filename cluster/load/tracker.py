@@ -8,8 +8,8 @@ time with load halves the weight of a window in the average; idle time does not 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -93,6 +93,8 @@ class LoadTracker:
     def __init__(self, section: LoadSection, now: float) -> None:
         self._section = section
         self._reports: dict[str, LoadReport] = {}
+        self._older: set[str] = set()
+        """Workers whose first report is still to come and counts load from before ``now``."""
         self._base = LoadWindow(now, _NOTHING, 0, {})
         """Load up to the start of the current window; ``began_at`` is the start."""
         self._average = _NOTHING
@@ -111,12 +113,20 @@ class LoadTracker:
         self.windows: deque[LoadWindow] = deque(maxlen=section.num_windows)
         """The newest windows that had load, oldest first."""
 
+    def resume(self, workers: Iterable[str]) -> None:
+        """Record that an earlier controller has counted load of ``workers``, in its own windows."""
+        self._older.update(workers)
+
     def take(self, worker: str, report: LoadReport | None) -> None:
         """Record the newest counts of a worker. A report of None, or one older than the recorded
         report, is ignored."""
         known = self._reports.get(worker)
         if report is not None and (known is None or report.rows >= known.rows):
             self._reports[worker] = report
+            if worker in self._older:
+                self._older.remove(worker)
+                sums = self._base.sums.combined(1.0, _sum_of([report]), 1.0)
+                self._base = replace(self._base, sums=sums)
 
     def tick(self, now: float) -> LoadWindow | None:
         """End the current window if its time is over; return the ended window if it had load, else
@@ -150,12 +160,7 @@ class LoadTracker:
     def totals(self) -> LoadSums:
         """Return the load since the cluster's start, including the load that lost workers
         reported."""
-        reports = tuple(self._reports.values())
-        return LoadSums(
-            rows=float(sum(r.rows for r in reports)),
-            prefill=_sums((key, c.prefill) for r in reports for key, c in r.banks.items()),
-            decode=_sums((key, c.decode) for r in reports for key, c in r.banks.items()),
-        )
+        return _sum_of(self._reports.values())
 
     def copies(self, epoch: int) -> dict[BankKey, CopyLoad]:
         """Return the load of each copy of the experts in a placement epoch, by bank; empty unless
@@ -221,6 +226,14 @@ class LoadTracker:
             order = np.argsort(-counts, kind="stable")
             self._own[key], self._chosen_at[key] = self._own_tokens(key, counts), counts
             self.watched[key] = tuple(sorted(int(e) for e in order[:TOP_EXPERTS]))
+
+
+def _sum_of(reports: Collection[LoadReport]) -> LoadSums:
+    return LoadSums(
+        rows=float(sum(r.rows for r in reports)),
+        prefill=_sums((key, c.prefill) for r in reports for key, c in r.banks.items()),
+        decode=_sums((key, c.decode) for r in reports for key, c in r.banks.items()),
+    )
 
 
 def _sums(parts: Iterable[tuple[BankKey, Counts | Floats]]) -> dict[BankKey, Floats]:

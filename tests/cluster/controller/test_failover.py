@@ -40,6 +40,7 @@ from tests.cluster.controller.fakes_cluster import (
     make_members,
     slots_of,
 )
+from tests.cluster.controller.load_reports import load_of
 
 MEMBERS = make_members(1, 2)
 NAMES = [m.name for m in MEMBERS]
@@ -302,6 +303,14 @@ def test_who_joins_the_first_generation_keeps_what_the_cluster_was_started_with(
     assert collected.memory.notes == cluster.known.notes
     controller, _ = restored(collected)
     assert controller.snapshot()["history"][0]["cause"] == "start"
+
+
+def test_load_that_an_earlier_controller_has_counted_is_no_load_window() -> None:
+    controller, _ = restore(report_of(), report_of(), report_of())
+    load = controller.cluster.load
+    load.take("attention-0", load_of(1000, [900, 100]))
+    assert load.tick(100.0) is None
+    assert load.totals().rows == 1000
 
 
 def test_strangers_are_refused_and_other_frames_ignored() -> None:

@@ -58,6 +58,21 @@ def test_a_window_is_what_came_in_its_time() -> None:
     assert load.num_windows == 2
 
 
+def test_load_from_before_a_restart_of_the_controller_is_in_no_window() -> None:
+    load = make_tracker()
+    load.resume(["a", "idle"])
+    load.take("a", make_report(1000, [999, 1]))
+    assert load.tick(10.0) is None, "nothing came in its time"
+    load.take("a", make_report(1002, [1000, 2]))
+    load.take("idle", make_report(500, [500, 0]))  # it says nothing while it is idle
+    load.take("new", make_report(3, [3, 0]))
+    window = load.tick(20.0)
+    assert window is not None
+    assert window.sums.counts(KEY).tolist() == [4, 1]
+    assert load.sums("average").rows == 5
+    assert load.totals().rows == 1505
+
+
 def test_only_the_newest_windows_are_kept() -> None:
     load = make_tracker()
     for i in range(1, 5):
