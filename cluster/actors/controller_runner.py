@@ -37,7 +37,6 @@ from cluster.controller.failure_detector import TICK_S
 from cluster.controller.settings import ControllerSettings
 from cluster.core.errors import (
     DuplicateRegistrationError,
-    ExpertMeshError,
     StartError,
     SupersededError,
 )
@@ -104,12 +103,12 @@ class ControllerRunner:
             workers = plan.config.workers
             members = await asyncio.to_thread(self.group.reserve, workers, _RESERVE_LIMIT_S)
             term = await self.group.claim(self.identity)
-        except (ExpertMeshError, OSError):
+            plan = plan.with_members(members)
+        except Exception:  # also any error of Ray
             assert self.server is not None, "open_server sets it before it can fail"
             await self.server.close()
             await self.group.end_all()
             raise
-        plan = plan.with_members(members)
         self._run(self._make(plan, members, notes, term), plan)
         self.background.spawn(self._bring_up(members, plan))
 

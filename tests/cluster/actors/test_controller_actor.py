@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from benchmarks.harness.members import member_of
 from benchmarks.harness.worker_group import LocalWorkerGroup
@@ -484,6 +485,28 @@ def test_what_cannot_begin_is_refused_and_can_be_tried_again() -> None:
             await actor.start(_config(), BANKS)
         assert group.all_ended == 1
         assert (await actor.snapshot())["state"] == "STARTING"
+        await actor.stop()
+
+    asyncio.run(body())
+
+
+class BrokenRayGroup(ThreadWorkerGroup):
+    """Ray's head dies while room is reserved."""
+
+    def reserve(self, workers: WorkersSection, limit_s: float) -> tuple[Member, ...]:
+        raise RayError("no answer of the head")
+
+
+def test_a_start_that_ray_refuses_leaves_nothing_behind() -> None:
+    async def body() -> None:
+        group = BrokenRayGroup()
+        actor = ControllerActor(group)
+        with pytest.raises(RayError, match="no answer of the head"):
+            await actor.start(_config(), BANKS)
+        assert group.all_ended == 1
+        assert actor.runner.server is not None
+        with pytest.raises(OSError, match="Connect call failed"):
+            await asyncio.open_connection(*actor.runner.server.address.split(":"))
         await actor.stop()
 
     asyncio.run(body())
