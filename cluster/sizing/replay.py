@@ -78,7 +78,7 @@ def load_trace(path: Path) -> list[LoadProfile]:
     for number, line in enumerate(lines, start=1):
         try:
             profiles.append(LoadProfile.from_dict(json.loads(line)))
-        except (ValueError, ConfigError) as err:
+        except (ValueError, RecursionError, ConfigError) as err:
             rule = f"line {number} is not a load profile: {err}"
             raise ConfigError("trace", path.name, rule) from err
     return profiles

@@ -129,8 +129,11 @@ def test_the_command_compares_policies(
     assert "eplb" not in text
 
 
-def test_a_wrong_line_is_named(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trace_file.write_text(trace_file.read_text() + "{}\n")
+@pytest.mark.parametrize("line", ["{}", "[" * 100_000])
+def test_a_wrong_line_is_named(
+    line: str, trace_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace_file.write_text(f"{trace_file.read_text()}{line}\n")
     command = ["plan", "simulate", "--trace", str(trace_file), "--devices", "4"]
     assert main(command) == ExitCode.USAGE
     assert "line 5 is not a load profile" in capsys.readouterr().err
