@@ -204,10 +204,13 @@ class Rebalancing:
                 return  # decide again at the next window
             self._problem = problem
             if error:
+                self._cluster.metrics.decided("failed")
                 logger.warning("could not rebalance: %s", problem)
             else:
                 self._follow(future.result(), asked, now)
         elif error:
+            if not asked.dry_run:
+                self._cluster.metrics.decided("failed")
             operations.end(operation, OperationState.FAILED, problem, now)
         else:
             decision = future.result()

@@ -268,8 +268,12 @@ def test_a_load_that_cannot_be_planned_is_reported_until_it_can() -> None:
     cluster = make(1, executor=refusing)
     window(cluster, SKEWED)
     assert "num_expert_slots (6) must be at least" in status(cluster)["problem"]
-    order = cluster.controller.rebalancing.begin(RebalanceCommand(), cluster.now)
-    assert order.state is OperationState.FAILED
+    assert outcomes(cluster) == {"failed": 1}
+    for is_dry in (True, False):
+        command = RebalanceCommand(dry_run=is_dry)
+        order = cluster.controller.rebalancing.begin(command, cluster.now)
+        assert order.state is OperationState.FAILED
+    assert outcomes(cluster) == {"failed": 2}, "a dry run changes nothing"
     assert "no placement can be planned: num_expert_slots (6)" in order.message
     refusing.error = None
     window(cluster, SKEWED)
