@@ -216,6 +216,7 @@ class Controller:
         self.recovery.tick(now)
         self.autoscaling.tick(now)
         self.cluster.workers.forget(now)
+        self.cluster.load.forget({r.name for r in self.cluster.workers.alive()})
 
     def stop(self, now: float, reason: str = "stopped") -> None:
         """End every worker. The cluster's state is STOPPED once all worker processes have ended."""

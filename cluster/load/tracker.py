@@ -93,6 +93,8 @@ class LoadTracker:
     def __init__(self, section: LoadSection, now: float) -> None:
         self._section = section
         self._reports: dict[str, LoadReport] = {}
+        self._left = _NOTHING
+        """Load that workers which have left reported, without those in ``_reports``."""
         self._older: set[str] = set()
         """Workers whose first report is still to come and counts load from before ``now``."""
         self._base = LoadWindow(now, _NOTHING, 0, {})
@@ -128,6 +130,17 @@ class LoadTracker:
                 sums = self._base.sums.combined(1.0, _sum_of([report]), 1.0)
                 self._base = replace(self._base, sums=sums)
 
+    def forget(self, alive: Collection[str]) -> None:
+        """Keep only the sum of the load of workers that are not in ``alive``, as these have left.
+
+        Reports of the newest placement epoch are still needed by worker, for ``copies``.
+        """
+        epoch = self.epoch
+        gone = [n for n, r in self._reports.items() if n not in alive and r.epoch < epoch]
+        if gone:
+            load = _sum_of([self._reports.pop(name) for name in gone])
+            self._left = self._left.combined(1.0, load, 1.0)
+
     def tick(self, now: float) -> LoadWindow | None:
         """End the current window if its time is over; return the ended window if it had load, else
         None."""
@@ -160,7 +173,7 @@ class LoadTracker:
     def totals(self) -> LoadSums:
         """Return the load since the cluster's start, including the load that lost workers
         reported."""
-        return _sum_of(self._reports.values())
+        return self._left.combined(1.0, _sum_of(self._reports.values()), 1.0)
 
     def copies(self, epoch: int) -> dict[BankKey, CopyLoad]:
         """Return the load of each copy of the experts in a placement epoch, by bank; empty unless

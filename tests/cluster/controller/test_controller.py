@@ -32,7 +32,7 @@ from cluster.core.frames import (
 )
 from cluster.core.states import IllegalTransitionError
 from tests.cluster.controller.fakes_cluster import FakeCluster
-from tests.cluster.controller.load_reports import load_of
+from tests.cluster.controller.load_reports import load_of, make_report
 from tests.harness.tiers import quick_rows
 
 pytestmark = pytest.mark.heavy
@@ -823,3 +823,15 @@ def test_who_waits_in_a_step_itself_is_not_lost_for_keeping_others_waiting(
     cluster.tick(0.3)
     assert cluster.known.generation.number == 2
     assert cluster.link.ended == ([] if is_waiting and is_late else ["attention-1"])
+
+
+def test_the_counts_of_a_lost_worker_are_kept_as_a_sum() -> None:
+    cluster = FakeCluster(2, 2)
+    cluster.serve()
+    cluster.send("attention-1", StatusReply(token=0, expert_load=load_of(5, [5] * 8)))
+    cluster.disconnect("attention-1")
+    newer = make_report(1, [1] * 8, epoch=2)
+    cluster.send("attention-0", StatusReply(token=0, expert_load=newer))
+    cluster.tick(0.1)
+    assert list(cluster.known.load._reports) == ["attention-0"]
+    assert cluster.known.load.totals().rows == 6

@@ -73,6 +73,20 @@ def test_load_from_before_a_restart_of_the_controller_is_in_no_window() -> None:
     assert load.totals().rows == 1505
 
 
+def test_of_workers_that_have_left_only_a_sum_is_kept() -> None:
+    load = make_tracker()
+    for number in range(1, 4):
+        load.take(f"attention-0.{number}", make_report(2, [2, 1], epoch=number))
+        load.forget([])
+        assert load.totals().rows == 2 * number
+        assert load.totals().counts(KEY).tolist() == [2 * number, number]
+        assert load.copies(number)[KEY].decode.tolist() == [2, 1], "it may just be lost"
+    assert list(load._reports) == ["attention-0.3"]
+    load.take("attention-0.4", make_report(1, [0, 1], epoch=4))
+    load.forget(["attention-0.3", "attention-0.4"])
+    assert list(load._reports) == ["attention-0.3", "attention-0.4"]
+
+
 def test_only_the_newest_windows_are_kept() -> None:
     load = make_tracker()
     for i in range(1, 5):
