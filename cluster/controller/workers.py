@@ -23,6 +23,8 @@ from cluster.policy.silence import GapWindow
 
 MODEL_FACTS = ("model_type", "dtype", "kv_cache_dtype", "max_model_len", "vocab_size")
 _MAX_LOST = 32
+_NEWLY_LOST_S = 60.0
+"""Seconds for which every lost worker stays in the table, since peers may still report its loss."""
 _FORGET_S = 600.0
 """Seconds for which a worker that was lost or drained stays in the controller's table."""
 
@@ -309,12 +311,15 @@ class WorkerTable:
     def add(self, member: Member, now: float, started_with: ExpertPlacement | None = None) -> None:
         """Add a worker that is about to start; drop all but the newest ``_MAX_LOST`` lost ones.
 
+        Workers that were lost less than ``_NEWLY_LOST_S`` ago are not counted, and stay.
         ``started_with``: placement of which the worker loads its part; None at the first start.
         """
         self._records[member.name] = WorkerRecord(
             member=member, heard_at=now, progress_at=now, since=now, started_with=started_with
         )
-        lost = [name for name, record in self._records.items() if record.is_lost]
+        since = now - _NEWLY_LOST_S
+        gone = {n: r.gone_at for n, r in self._records.items() if r.gone_at is not None}
+        lost = [name for name, gone_at in gone.items() if gone_at < since]
         for name in lost[:-_MAX_LOST]:
             del self._records[name]
 

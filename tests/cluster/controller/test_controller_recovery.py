@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.harness.members import member_of
+from cluster.controller import workers
 from cluster.controller.cluster import Cluster
 from cluster.controller.controller import Controller
 from cluster.controller.failover import CollectedState, ReportCollector
@@ -18,6 +20,7 @@ from cluster.core.frames import (
     Heartbeat,
     LoadExperts,
     NewGeneration,
+    PeerLost,
     Register,
     WorkerFailed,
     WorkerReady,
@@ -235,6 +238,23 @@ def test_a_lost_worker_is_replaced_under_a_new_name() -> None:
     states = {w["name"]: w["state"] for w in snapshot["workers"]}
     assert states["expert-1"] == "LOST"
     assert states["expert-1.2"] == "SERVING"
+
+
+def test_who_reports_one_of_many_lost_peers_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replacements of all of them start while the others still notice their loss."""
+    monkeypatch.setattr(workers, "_MAX_LOST", 1)
+    cluster = FakeCluster(3, 2, can_grow=False)
+    cluster.serve()
+    gone = ("attention-0", "attention-1", "expert-0")
+    cluster.controller.lost(dict.fromkeys(gone, "its host is silent"), cluster.now)
+    cluster.tick(0.1)
+    assert cluster.started() == [f"{name}.2" for name in gone]
+    cluster.send("attention-2", PeerLost(worker="attention-0", generation=1, reason="reset"))
+    cluster.known.workers.forget(cluster.now)
+    later = cluster.now + 61.0
+    cluster.known.workers.add(member_of("attention-3"), later)
+    lost = [r.name for r in cluster.known.workers if r.is_lost]
+    assert lost == ["expert-0"], "all but the newest are dropped later"
 
 
 def test_lost_workers_are_dropped_after_a_while_once_they_have_a_successor() -> None:
