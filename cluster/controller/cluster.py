@@ -246,6 +246,7 @@ class Cluster:
             notes=dict(self.notes),
             desired=None if is_whole else self.desired,
             places=self.places.names(),
+            numbers=self.places.numbers,
             closed=self.places.closed,
             operations=tuple(self.operations.kept)[-_LEFT_OPERATIONS:],
             drain=self.drain,

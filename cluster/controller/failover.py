@@ -248,7 +248,15 @@ def continue_with(
     gone = {r.name: r.reason for r in cluster.workers if r.is_lost}
     new = scale.added if scale else ()
     members = {m.name for m in collected.generation.members}
-    cluster.places.restore(memory.closed, gone, now, names=memory.places, new=new, members=members)
+    cluster.places.restore(
+        memory.closed,
+        gone,
+        now,
+        names=memory.places,
+        new=new,
+        members=members,
+        numbers=memory.numbers,
+    )
     for record in cluster.workers.alive():
         record.started_with = None if record.name in members else cluster.desired
     goes_on = {part.operation.id for part in (drain, scale) if part is not None}

@@ -293,6 +293,11 @@ class Places:
         return sorted(found, key=lambda p: (p.member.role, p.member.rank))
 
     @property
+    def numbers(self) -> dict[str, int]:
+        """Place name -> number of workers that the place has had; also of removed places."""
+        return {name: place.number for name, place in self._places.items()}
+
+    @property
     def closed(self) -> dict[str, ClosedPlace]:
         """Place name, such as ``expert-1`` -> reason why no worker starts there now."""
         return {name: p.closed for name, p in self._places.items() if p.closed is not None}
@@ -306,6 +311,7 @@ class Places:
         names: Collection[str] = (),
         new: Collection[str] = (),
         members: Collection[str] | None = None,
+        numbers: Mapping[str, int] | None = None,
     ) -> None:
         """Restore the places of an earlier controller.
 
@@ -316,9 +322,12 @@ class Places:
             names: all places; empty if unknown.
             new: places that the earlier controller was adding.
             members: workers of the newest generation; None if unknown.
+            numbers: place name -> number of workers that the place has had; None if unknown.
         """
-        self.add(name for name in names if name not in self._places)
+        numbers = numbers or {}
+        self.add(name for name in (*names, *numbers) if name not in self._places)
         for name, place in self._places.items():
+            place.number = max(place.number, numbers.get(name, 0))
             place.is_new = name in new
             worker = place.member.name
             is_member = not place.is_new and (members is None or worker in members)

@@ -305,6 +305,19 @@ def test_who_joins_the_first_generation_keeps_what_the_cluster_was_started_with(
     assert controller.snapshot()["history"][0]["cause"] == "start"
 
 
+def test_the_names_of_workers_that_left_long_ago_are_not_given_again() -> None:
+    cluster = FakeCluster()
+    cluster.known.places.add(["expert-2"])
+    cluster.known.places.take_due(0.0)
+    cluster.known.places.remove(["expert-2"])
+    report = report_of(memory=to_plain(cluster.known.memory()))
+    controller, _ = restore(report, report, report)
+    places = controller.cluster.places
+    assert places.names() == tuple(NAMES)
+    places.add(["expert-2"])
+    assert [member.name for member in places.take_due(0.0)] == ["expert-2.2"]
+
+
 def test_load_that_an_earlier_controller_has_counted_is_no_load_window() -> None:
     controller, _ = restore(report_of(), report_of(), report_of())
     load = controller.cluster.load

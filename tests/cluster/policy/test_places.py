@@ -232,6 +232,21 @@ def test_added_workers_of_experts_have_the_device_of_their_rank() -> None:
     assert found == {"attention-7": (7, -1), "expert-9": (9, 9)}
 
 
+def test_the_next_controller_gives_no_name_twice() -> None:
+    """The workers that left long ago are in no record any more."""
+    places = Places(MEMBERS)
+    places.cordon("expert-1")
+    places.add(["expert-2"])
+    assert due(places, 0.0) == ["expert-2"]
+    places.remove(["expert-2"])
+    again = Places(MEMBERS[:2])
+    again.restore(places.closed, {}, 5.0, names=places.names(), numbers=places.numbers)
+    assert again.names() == places.names()
+    again.reopen("expert-1")
+    again.add(["expert-2"])
+    assert due(again, 5.0) == ["expert-1.2", "expert-2.2"]
+
+
 def test_a_place_that_is_filled_is_not_reopened() -> None:
     places = Places(MEMBERS)
     places.reopen("expert-0")
