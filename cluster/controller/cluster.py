@@ -345,6 +345,7 @@ class Cluster:
             # a member ran a later epoch than the controller knew, so the new one must be higher
             placement = replace(self.placement, epoch=formed.highest_epoch + 1)
             self.form(formed.members, placement, now)
+            self.history.superseded(formed.number, self.round.number)
             return False
         self.membership.run(now)
         order = RunGeneration(generation=formed.number, first_step=formed.first_step)

@@ -66,6 +66,13 @@ class History:
             HistoryEntry(generation=generation, time=time, cause=cause, effect=effect)
         )
 
+    def superseded(self, generation: int, by: int) -> None:
+        """Record that generation ``by`` runs instead of ``generation``, for the same cause."""
+        for place, entry in enumerate(self._entries):
+            if entry.generation == generation:
+                self._entries[place] = replace(entry, generation=by)
+                return
+
     def runs(self, generation: int, first_step: int, now: float) -> None:
         """Record in the history that ``generation`` now runs, from step ``first_step`` on."""
         place = next((i for i, e in enumerate(self._entries) if e.generation == generation), -1)

@@ -240,6 +240,23 @@ def test_a_lost_worker_is_replaced_under_a_new_name() -> None:
     assert states["expert-1.2"] == "SERVING"
 
 
+def test_the_history_has_the_time_of_a_loss_whose_generation_formed_again() -> None:
+    """A member has run a later epoch than the controller knew; meanwhile a gateway leaves."""
+    cluster = FakeCluster(2, 2)
+    cluster.serve()
+    lose(cluster, "attention-1")
+    for member in cluster.known.generation.members:
+        cluster.join(member.name, highest_epoch=6)
+    assert cluster.known.generation.number == 3
+    cluster.known.note("a gateway has left", "its requests have ended", cluster.now)
+    cluster.tick(0.1)
+    cluster.join_all()
+    _, loss, gateway = cluster.known.history.to_list()
+    assert loss["cause"] == "lost attention-1: killed"
+    assert (loss["generation"], loss["took_s"]) == (3, pytest.approx(0.1))
+    assert (gateway["effect"], gateway["took_s"]) == ("its requests have ended", None)
+
+
 def test_who_reports_one_of_many_lost_peers_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """The replacements of all of them start while the others still notice their loss."""
     monkeypatch.setattr(workers, "_MAX_LOST", 1)
