@@ -268,8 +268,9 @@ class EngineServer:
     def _send_kv(
         self, changes: HashChanges, fetch_cost: float, num_free: int, has_changed: bool
     ) -> None:
-        self._kv.fetch_cost, self._kv.num_free = fetch_cost, num_free
+        self._kv.fetch_cost = fetch_cost
         if changes.stored or changes.removed or has_changed:
+            self._kv.num_free = num_free
             self._streams.put_all(FROM_ENGINE.encode(self._kv.change(changes)))
 
     def _admit(self, generation: int) -> None:

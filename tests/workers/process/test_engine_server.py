@@ -18,6 +18,7 @@ from cluster.core.addresses import split_address, tune_socket
 from cluster.core.release import RELEASE
 from tests.harness.http2_client import Http2Client
 from tests.workers.process.test_gateway_silence import FACTS
+from workers.kv.block_pool import HashChanges
 from workers.process import engine_server
 from workers.process.engine_server import MAX_HANDSHAKES, EngineServer
 from workers.process.intake.commands import (
@@ -27,10 +28,10 @@ from workers.process.intake.commands import (
     Inbox,
     PrefetchRequested,
 )
-from workers.requests.block_hash import block_hashes
+from workers.requests.block_hash import KvEvents, block_hashes
 from workers.requests.request import Request, SamplingParams, StepOutput, TokenOutput
 from workers.requests.stream_handshake import HELLO, Hello
-from workers.requests.wire import PATH, TO_ENGINE, KeepCopy, Ping, Prefetch
+from workers.requests.wire import FROM_ENGINE, PATH, TO_ENGINE, KeepCopy, Ping, Prefetch
 
 OPTIONS = (16, socket.TCP_USER_TIMEOUT)  # TCP_THIN_LINEAR_TIMEOUTS has no name in Python
 REQUEST = Request(request_id="r", prompt=(1, 2), params=SamplingParams())
@@ -272,6 +273,21 @@ def test_a_call_that_fails_keeps_no_other_from_the_loop(case: Case) -> None:
     case.server.publish(added.gateway, StepOutput(outputs=(output,)))
     case.server.release()
     assert case.stream.next() == output
+
+
+def test_the_number_of_free_blocks_is_known_only_once_it_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """New fetch costs, with which nothing is sent, hide no change."""
+    server = EngineServer("127.0.0.1", TOKEN, Inbox(lambda: None), lambda: FACTS)
+    sent: list[bytes] = []
+    monkeypatch.setattr(server._streams, "put_all", sent.append)
+    for cost, num_free in ((0.5, 100), (0.6, 80), (0.7, 64)):
+        server.publish_kv(HashChanges(stored=(), removed=()), cost, num_free)
+        server._run_calls()
+    server._loop.close()
+    messages = [FROM_ENGINE.decode(data) for data in sent]
+    assert [m.num_free for m in messages if isinstance(m, KvEvents)] == [100, 64]
 
 
 def test_callers_that_do_not_read_leave_their_handshakes(
