@@ -92,6 +92,7 @@ class TurnCopier:
         self._copying: set[BlockHash] = set()
         """Blocks in ``_batches``."""
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-copier")
+        self._executor.submit(int)  # start the thread: a step could not handle an error
 
     @property
     def is_idle(self) -> bool:

@@ -175,7 +175,12 @@ class AdapterIntake:
         if read is not None:
             read.found.set_running_or_notify_cancel()
             name = "adapter-reader"
-            threading.Thread(target=self._read, args=(read,), name=name, daemon=True).start()
+            reader = threading.Thread(target=self._read, args=(read,), name=name, daemon=True)
+            try:
+                reader.start()
+            except RuntimeError as err:  # the process has reached its limit of threads
+                read.found.set_exception(err)
+                self._wake()
 
     def _read(self, read: _AdapterRead) -> None:
         """Read an adapter, in its own thread."""

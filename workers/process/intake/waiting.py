@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from workers.process.intake.intake_request import IntakeRequest
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -67,10 +70,25 @@ class WaitingRequests(ABC):
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, work: Callable[[], Result]) -> Future[Result]:
-        future = self._executor.submit(work)
+        """Run ``work`` in a thread. The future is cancelled if no thread can be started."""
+        future = Future[Result]()
         future.add_done_callback(lambda ended: self._wake())
+        try:
+            self._executor.submit(_run, future, work)
+        except RuntimeError as err:  # the process has reached its limit of threads
+            logger.warning("a transfer or compilation is skipped: %s", err)
+            future.cancel()  # if another thread takes the work nevertheless, it does nothing
         return future
 
     def _keep(self, is_wanted: Callable[[IntakeRequest], bool]) -> None:
         for job in self._all_jobs():
             job.waiting = [waiting for waiting in job.waiting if is_wanted(waiting)]
+
+
+def _run(future: Future[Result], work: Callable[[], Result]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except BaseException as err:
+        future.set_exception(err)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness.engine_stream import TIMEOUT_S
 from benchmarks.harness.local_engine import LocalEngine
+from tests.harness.threads import fail_to_start
 from tests.reference.goldens import Golden
 from tests.workers.kv.transfer.test_store import (
     NUM_BLOCKS,
@@ -136,6 +137,15 @@ def test_a_turn_that_cannot_be_ended_does_not_end_the_worker(
     serve(copying.local, request_of())
     copying.settle()
     assert copying.engine.pool.num_free == copying.engine.pool.num_blocks
+
+
+def test_turns_are_copied_at_the_limit_of_threads(
+    copying: Copying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_start(monkeypatch, "kv-copier")
+    serve(copying.local, request_of())
+    copying.settle()
+    assert copying.num_copied == NUM_BLOCKS
 
 
 def test_what_must_be_forgotten_meanwhile_is_not_kept(

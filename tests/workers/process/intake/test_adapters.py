@@ -14,6 +14,7 @@ from benchmarks.checkpoints.adapters import random_adapter, target_shapes
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.lora import LoraSection
 from cluster.core.frames import AdapterRecord, AdaptersKept, KeepAdapters
+from tests.harness.threads import fail_to_start
 from workers.lora.adapters import PreparedAdapter
 from workers.lora.loaded import LoadedAdapters
 from workers.process.intake.adapters import AdapterIntake
@@ -189,6 +190,18 @@ def test_a_folder_that_hangs_delays_no_later_order(intake: Intake, sql: AdapterR
     thread.join(20.0)
     assert not thread.is_alive()
     assert intake.intake.advance() is None
+
+
+def test_a_thread_that_cannot_start_is_an_error_of_its_adapter(
+    intake: Intake, sql: AdapterRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_start(monkeypatch, "adapter-reader")
+    intake.order(1, sql)
+    assert intake.num_wakes == 1
+    assert intake.answer().errors == {"sql@1": "RuntimeError: can't start new thread"}
+    monkeypatch.undo()
+    intake.order(2, sql)
+    assert intake.answer().digests.keys() == {"sql@1"}
 
 
 def test_adapters_and_their_sequences_are_counted_by_name(

@@ -11,6 +11,7 @@ import pytest
 from msgspec import structs
 
 from cluster.core.errors import RequestError, RequestFailedError
+from tests.harness.threads import fail_to_start
 from workers.process.intake.grammar_compilations import (
     COMPILE_LIMIT_S,
     MAX_COMPILING,
@@ -219,6 +220,20 @@ def test_errors_come_out_with_the_request(
     assert type(done.error) is kind
     assert done.compiled is None
     assert "disk" not in str(done.error)
+
+
+def test_a_thread_that_cannot_start_ends_its_requests_only(
+    workshop: Workshop, waiting: GrammarCompilations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_start(monkeypatch, "grammar-compiler")
+    waiting.put(command("a", "x"))
+    assert workshop.woken.acquire(timeout=WAIT_S)
+    assert [type(done.error) for done in waiting.take()] == [RequestFailedError]
+    monkeypatch.undo()
+    waiting.put(command("b", "y"))
+    workshop.finish("y")
+    assert names(waiting) == ["b"]
+    assert workshop.begun == ["y"]
 
 
 def test_a_choice_that_is_aborted_while_its_request_waits_never_runs(
