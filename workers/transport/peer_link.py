@@ -11,7 +11,8 @@
 An item is the data of a key, such as a KV block or an expert. All keys of a server have the same
 length, and so have all items of a reply. The checksum covers key and data, so that a flipped bit or
 a wrong item is detected. Both sides know the size of an item beforehand. Nothing is unpickled. A
-server serves at most ``MAX_CONNECTIONS`` connections at a time, one thread each.
+server serves at most ``MAX_CONNECTIONS`` connections at a time, one thread each; one more closes
+the oldest without proof of the cluster token, or is refused if all have proved it.
 """
 
 from __future__ import annotations
@@ -216,6 +217,8 @@ class PeerServer:
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
+        self._unproven: dict[socket.socket, str] = {}
+        """Callers by socket in ``_open`` that have not proved the cluster token, oldest first."""
         self._listener = socket.create_server((host, 0), backlog=MAX_CONNECTIONS)
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
         """``host:port`` at which the server listens."""
@@ -245,31 +248,54 @@ class PeerServer:
             except OSError:
                 self._closing.wait(0.05)  # closed, or no file descriptors: do not spin
                 continue
-            with self._lock:
-                is_full = len(self._open) >= MAX_CONNECTIONS
-                if not is_full:
-                    self._open.add(sock)
-            if is_full:
-                self._refuse(f"{address[0]}:{address[1]}", "too many connections")
+            caller = f"{address[0]}:{address[1]}"
+            if not self._take_slot(sock, caller):
+                self._refuse(caller, "too many connections")
                 sock.close()
                 continue
             sender = threading.Thread(
-                target=self._serve, args=(sock, address), name=f"{self._what}-sender", daemon=True
+                target=self._serve, args=(sock, caller), name=f"{self._what}-sender", daemon=True
             )
             try:
                 sender.start()
             except RuntimeError as err:  # the process has reached its limit of threads
-                self._refuse(f"{address[0]}:{address[1]}", str(err))
-                with self._lock:
-                    self._open.discard(sock)
+                self._refuse(caller, str(err))
+                self._free_slot(sock)
                 sock.close()
 
-    def _serve(self, sock: socket.socket, address: tuple[str, int]) -> None:
-        caller = f"{address[0]}:{address[1]}"
+    def _take_slot(self, sock: socket.socket, caller: str) -> bool:
+        """Count a connection; False if all others have proved the token and no more is allowed."""
+        with self._lock:
+            if len(self._open) >= MAX_CONNECTIONS:
+                oldest = next(iter(self._unproven), None)
+                if oldest is None:
+                    return False
+                name = self._unproven.pop(oldest)
+                self._refuse(name, "too many connections without a token")
+                self._open.discard(oldest)
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread closes it
+            self._open.add(sock)
+            self._unproven[sock] = caller
+        return True
+
+    def _keep_slot(self, sock: socket.socket) -> None:
+        """Note that the caller has proved the token, before the reply that tells it so."""
+        with self._lock:
+            self._unproven.pop(sock, None)
+
+    def _free_slot(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._open.discard(sock)
+            self._unproven.pop(sock, None)
+
+    def _serve(self, sock: socket.socket, caller: str) -> None:
         with sock:
             try:
                 tune_socket(sock)
-                handshake = ListenerHandshake(self._me, self._token, lambda peer: None)
+                handshake = ListenerHandshake(
+                    self._me, self._token, lambda peer: self._keep_slot(sock)
+                )
                 shake_hands(sock, handshake, _HANDSHAKE_S)
                 if handshake.refusal is not None:
                     raise HandshakeError(handshake.refusal)
@@ -281,8 +307,7 @@ class PeerServer:
             except OSError as err:
                 logger.debug("%s for %s: %s", self._what, caller, err)
             finally:
-                with self._lock:
-                    self._open.discard(sock)
+                self._free_slot(sock)
 
     def _serve_request(self, sock: socket.socket) -> None:
         """Wait for a client's next request and serve it.

@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 
 import pytest
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.harness.engine_stream import TIMEOUT_S, TOKEN
 from cluster.core.errors import HandshakeError, PeerLostError, ProtocolError, TransportError
+from workers.transport import peer_link
 from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, PeerIdentity
 from workers.transport.peer_link import (
     COUNT,
@@ -265,6 +266,26 @@ LIES: dict[str, tuple[bytes, str, int]] = {
     "flipped": (REPLY.pack(2, SIZE) + _block(0) + _block(1, flips=True), "is damaged", 1),
     "another one": (REPLY.pack(2, SIZE) + _block(1, named=1), "is damaged", 0),
 }
+
+
+def test_callers_without_a_token_keep_no_worker_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_link, "MAX_CONNECTIONS", 3)
+    buffer = torch.empty(SHAPE)
+    with closing(new_server()) as server, ExitStack() as callers:
+        server.start(Shelf([torch.zeros(SHAPE)]))
+        host, _, port = server.address.rpartition(":")
+        peer = peer_at(server.address)
+        clients = [callers.enter_context(closing(client_of(peer)))]
+        silent = [socket.create_connection((host, int(port)), TIMEOUT_S) for _ in range(2)]
+        for one in silent:
+            callers.enter_context(one)
+        for one in silent:  # the oldest one gives way
+            clients.append(callers.enter_context(closing(client_of(peer))))
+            assert one.recv(1) == b""
+        with pytest.raises(PeerLostError):
+            client_of(peer)
+        for client in clients:
+            assert client.fetch("a block", [name(0)], [view_bytes(buffer)]) == 1
 
 
 def test_a_thread_that_cannot_start_ends_one_connection_only(
