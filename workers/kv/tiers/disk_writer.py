@@ -63,7 +63,7 @@ class DiskWriter:
         """The tier once its identity is set; None before."""
         self._opened: DiskTier | None = None
         self._error: Exception | None = None
-        """Error of the last try to open the tier."""
+        """Error of the last failed try to open the tier."""
         self._identity: str | None = None
         self._used_identity: str | None = None
         self._waiting: deque[TurnUse] = deque()
@@ -80,12 +80,12 @@ class DiskWriter:
     @property
     def problem(self) -> str:
         """Reason why blocks are not stored on disk, as text; empty without a problem."""
-        since_s, opened = self._busy_since_s, self._opened
-        if opened is None and self._error is not None:
-            return str(self._error)
+        since_s, opened, error = self._busy_since_s, self._opened, self._error
         if since_s is not None and self._clock() - since_s >= SLOW_S:
             return f"the disk has not answered for {SLOW_S:g} s"
-        return "" if opened is None else opened.failure
+        if opened is None:
+            return "" if error is None else str(error)
+        return opened.failure
 
     def wait_opened(self, timeout_s: float) -> None:
         """Wait until the first try to open the disk has ended, or ``timeout_s`` has elapsed.
@@ -167,11 +167,10 @@ class DiskWriter:
                 logger.exception("could not write KV blocks to disk")
 
     def _try_open(self) -> DiskTier | None:
-        before, self._error = self._error, None
         try:
             return self._open_disk()
         except Exception as err:
-            self._error = err
+            before, self._error = self._error, err
             if not isinstance(err, (OSError, ConfigError)):
                 logger.exception("KV blocks are not kept on disk")
             elif str(err) != str(before):

@@ -448,6 +448,25 @@ def test_what_cannot_be_deleted_keeps_no_other_folder(
     assert delete_abandoned(tmp_path, set(), "model\n") == [2]
 
 
+def test_a_problem_stays_while_the_disk_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.kv.tiers.disk_writer.RETRY_S", 0.01)
+    tries, may_fail = queue.Queue[None](), threading.Semaphore(1)
+
+    def fail() -> DiskTier:
+        tries.put(None)
+        assert may_fail.acquire(timeout=TIMEOUT_S)
+        raise OSError("broken")
+
+    writer = DiskWriter(HostTier(BLOCK_BYTES), fail)
+    for _ in range(2):
+        tries.get(timeout=TIMEOUT_S)
+    assert writer.problem == "broken"
+    monkeypatch.setattr("workers.kv.tiers.disk_writer.SLOW_S", 0.0)
+    assert "has not answered" in writer.problem
+    may_fail.release(1000)
+    writer.close()
+
+
 def test_a_worker_looks_for_abandoned_folders_when_its_generation_is_known(tmp_path: Path) -> None:
     looks = queue.Queue[None]()
     host, disk = HostTier(4 * BLOCK_BYTES), disk_of(tmp_path)
