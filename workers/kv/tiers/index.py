@@ -82,8 +82,9 @@ class TierIndex:
     def begin(self, use: TurnUse, now_s: float) -> TierTurn:
         """Begin a turn and hold the items of its prefix until the turn ends."""
         self._now_s = max(now_s, self._now_s)
-        for order in self._orders.values():
+        for name, order in tuple(self._orders.items()):
             order.advance(self._now_s)
+            self._drop_if_gone(name)
         tenant = use.hints.tenant
         self._seen_s[tenant] = self._now_s
         order = self._order_of(tenant)
@@ -135,7 +136,8 @@ class TierIndex:
                 owner = self._owners[name]
                 self._orders[owner].release(name, turn.turn if owner == tenant else None)
                 self._free_bytes[owner] += self._sizes[name]
-        self._order_of(tenant).end(turn.turn)
+        if (order := self._orders.get(tenant)) is not None:  # else its tenant has gone
+            order.end(turn.turn)
 
     def forget(self, name: bytes) -> None:
         """Remove an item, because it is lost or must not be used."""
@@ -146,9 +148,7 @@ class TierIndex:
             self._free_bytes[owner] -= size
         self._bytes[owner] -= size
         self.num_bytes -= size
-        if not self._bytes[owner] and self._is_idle(owner):
-            for table in (self._orders, self._seen_s, self._bytes, self._free_bytes):
-                table.pop(owner, None)
+        self._drop_if_gone(owner)
 
     def check_integrity(self) -> None:
         """Assert that all counts are right, and that all items except held ones are evictable."""
@@ -167,7 +167,14 @@ class TierIndex:
         order = self._orders.get(tenant)
         if order is None:
             order = self._orders[tenant] = EvictionOrder(max_kept=self._max_kept)
+            self._seen_s.setdefault(tenant, self._now_s)
         return order
+
+    def _drop_if_gone(self, tenant: str) -> None:
+        """Remove an idle tenant without items."""
+        if not self._bytes[tenant] and self._is_idle(tenant):
+            for table in (self._orders, self._seen_s, self._bytes, self._free_bytes):
+                table.pop(tenant, None)
 
     def _hold_known(self, turn: TierTurn) -> None:
         use = turn.use

@@ -134,6 +134,23 @@ def test_a_tenant_that_has_gone_gives_way_first() -> None:
     assert (host.bytes_of("one"), host.bytes_of("two")) == (0, 60)
 
 
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_a_tenant_that_left_nothing_is_forgotten(has_ended: bool) -> None:
+    clock = Clock()
+    host = HostTier(6 * BLOCK_BYTES, clock=clock)
+    turn = host.begin(use_of("ab", "one"))
+    put_all(host, turn, turn.use.names)
+    host.forget(turn.use.names)
+    if has_ended:
+        host.end(turn)
+    for _ in range(2):
+        clock.now_s += IDLE_S
+        leave(host, use_of("uv", "two"))
+    if not has_ended:
+        host.end(turn)
+    assert host._order._orders.keys() == {"two"}
+
+
 def test_kept_blocks_outlive_others_of_the_tenant() -> None:
     clock = Clock()
     host = HostTier(4 * BLOCK_BYTES, max_kept=2, clock=clock)
