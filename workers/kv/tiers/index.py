@@ -107,8 +107,12 @@ class TierIndex:
                 self._hold(turn, name)
             return True
         tenant = turn.use.hints.tenant
-        is_behind = parent is None or parent in self._sizes
-        if not is_behind or not self._evict_for(tenant, size):
+        if parent is not None:
+            if parent not in self._sizes:
+                return False
+            if turn.held.get(parent) != self._numbers[parent]:  # the turn skipped it
+                self._hold_known(turn)
+        if not self._evict_for(tenant, size):
             return False
         self._order_of(tenant).learn(name, parent)
         self._sizes[name], self._owners[name] = size, tenant

@@ -105,6 +105,21 @@ def test_an_item_larger_than_the_tier_evicts_nothing() -> None:
     assert known(host, "abc") == 3
 
 
+def test_blocks_that_were_there_do_not_give_way_to_those_behind_them() -> None:
+    """A turn puts only those that the tier lacks."""
+    host = HostTier(4 * BLOCK_BYTES)
+    leave(host, use_of("abc"))
+    names = names_of("abcd")
+    host.forget([names[1]])
+    leave(host, use_of("x"))
+    turn = host.begin(use_of("abcd"))
+    for place in (1, 3):
+        assert host.put(turn, names[place], names[place - 1], data_of(names[place]))
+    host.check_integrity()
+    host.end(turn)
+    assert (known(host, "abcd"), known(host, "x")) == (4, 0)
+
+
 def test_a_block_without_the_one_before_it_is_not_kept() -> None:
     host = HostTier(3 * BLOCK_BYTES)
     turn = host.begin(use_of("ab"))
