@@ -99,6 +99,7 @@ class ExpertLoader:
         self._closing = False
         use_one_core = partial(torch.set_num_threads, 1)  # the cores are for the steps
         self._executor = ThreadPoolExecutor(1, "expert-loader", use_one_core)
+        self._executor.submit(int)  # start the thread: ``_submit`` could not handle an error
 
     def order(self, order: LoadExperts) -> None:
         """Queue a load command and return immediately. Any thread may call it."""

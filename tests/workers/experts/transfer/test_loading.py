@@ -19,6 +19,7 @@ from cluster.core.errors import PeerLostError
 from cluster.core.frames import ExpertsLoaded, LoadExperts
 from cluster.core.placement import BankShape, contiguous
 from tests.fakes import TINY_CONFIG, write_tiny_checkpoint
+from tests.harness.threads import fail_to_start
 from tests.workers.native.builds import NAMES, library
 from workers.experts.slots import ExpertSlots
 from workers.experts.sources import CheckpointSource, ExpertSource, ExpertWeight
@@ -264,6 +265,15 @@ def test_an_order_that_would_overwrite_a_slot_in_force_is_refused(tiny_checkpoin
         found.obstacles += [Obstacle("the header comes", True), Obstacle("slot 0 is used", False)]
         assert found.load([0, 0, 5]).error == "slot 0 is used"
         assert found.slots.contents(0)[0] == 0
+
+
+def test_experts_are_loaded_at_the_limit_of_threads(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with loading(tiny_checkpoint) as found:
+        fail_to_start(monkeypatch, "expert-loader")
+        found.loader.order(LoadExperts(order=7, experts=[[0, 0, 0]], source={}))
+        assert found.answers.get(timeout=2.0) == ExpertsLoaded(order=7, num_bytes=0)
 
 
 def test_what_is_in_its_slot_is_not_read_again(tiny_checkpoint: Path) -> None:
