@@ -150,10 +150,10 @@ class ChatTemplate:
         for message in rendered:
             role = str(message.get("role"))
             if not self._supports_role(role, tools):
-                index = next(i for i, m in enumerate(messages) if str(m.get("role")) == role)
-                raise self._template_error(
-                    f"it has no role {role[:_MAX_SHOWN_CHARS]!r} (messages[{index}])"
-                )
+                indices = (i for i, m in enumerate(messages) if str(m.get("role")) == role)
+                index = next(indices, None)  # None for the role of a message that was moved
+                place = "" if index is None else f" (messages[{index}])"
+                raise self._template_error(f"it has no role {role[:_MAX_SHOWN_CHARS]!r}{place}")
         return _cut_at_mark(text, messages[-1]) if continue_final_message else text
 
     def _render(

@@ -236,6 +236,13 @@ def test_a_role_that_the_template_does_not_know_is_refused_by_name(
     assert caught.value.param == "messages"
 
 
+def test_a_role_that_no_message_of_the_client_has_is_refused() -> None:
+    """``StopIteration`` from a thread would never end the request."""
+    template = ChatTemplate("{% if messages|length == 1 %}{{ messages[0].content }}{% endif %}")
+    with pytest.raises(RequestError, match=r"it has no role 'system'$"):
+        template.render([{"role": "developer", "content": "x"}])
+
+
 def test_a_template_that_is_none_is_a_checkpoint_error() -> None:
     with pytest.raises(CheckpointError, match="chat template"):
         ChatTemplate("{% if %}")
