@@ -54,13 +54,13 @@ def text_rules(expanded: Sequence[Alternative], is_strict: bool) -> list[TextRul
 
 
 def _rule(pieces: Alternative, is_strict: bool) -> TextRule:
-    values: list[str] | None = None
+    values: dict[str, None] | None = None
     patterns: list[str] = []
     min_length, max_length = 0, None
     for piece in pieces:
         if (piece_values := allowed_values(piece)) is not None:
-            texts = [value for value in piece_values if isinstance(value, str)]
-            values = texts if values is None else [value for value in values if value in texts]
+            texts = dict.fromkeys(value for value in piece_values if isinstance(value, str))
+            values = texts if values is None else {one: None for one in values if one in texts}
         if "pattern" in piece:
             matching = full_match(piece["pattern"])
             if matching is not None:
@@ -76,4 +76,4 @@ def _rule(pieces: Alternative, is_strict: bool) -> TextRule:
             )
     if min_length or max_length is not None:
         patterns.append(f"(?s:.{{{min_length},{'' if max_length is None else max_length}}})")
-    return TextRule(None if values is None else tuple(dict.fromkeys(values)), tuple(patterns))
+    return TextRule(None if values is None else tuple(values), tuple(patterns))
