@@ -14,6 +14,8 @@ from gateway.text.schemas.clean_schema import DEFINITION, TYPES, CleanSchema
 
 MAX_ALTERNATIVES = 512
 _MAX_STEPS = 5_000
+_MAX_WORK = 100_000
+"""Maximum number of pieces, and of values of ``enum`` in them, that are combined for a schema."""
 NON_STRING_TYPES = tuple(kind for kind in TYPES if kind != "string")
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf")
 Piece = Mapping[str, Any]
@@ -32,26 +34,42 @@ class UnsupportedSchemaError(Exception):
     """Raised if a JSON schema cannot be expressed as a grammar. The message is the reason."""
 
 
-def alternatives(schema: Any, clean: CleanSchema, is_strict: bool) -> list[Alternative]:
+@dataclass(slots=True)
+class WorkLimit:
+    """The work that is left for one or more calls of ``alternatives``."""
+
+    left: int = _MAX_WORK
+
+
+def alternatives(
+    schema: Any, clean: CleanSchema, is_strict: bool, work: WorkLimit | None = None
+) -> list[Alternative]:
     """Return the alternatives of ``schema``, which is a part of ``clean``.
 
     Each alternative is a tuple of schemas that have no reference or combination at their top level.
     A value matches ``schema`` if it matches all schemas of one alternative.
 
+    Args:
+        schema: the schema.
+        clean: the schema of all arguments.
+        is_strict: whether to reject members of a ``oneOf`` that may overlap.
+        work: limit of this and further calls together; None limits this call alone.
+
     Raises:
-        UnsupportedSchemaError: too many alternatives or levels; or ``is_strict``, and members of a
-            ``oneOf`` may overlap.
+        UnsupportedSchemaError: too many alternatives, values or levels; or ``is_strict``, and
+            members of a ``oneOf`` may overlap.
     """
     try:
-        return _Expansion(clean, is_strict).expand(schema, frozenset())
+        return _Expansion(clean, is_strict, work or WorkLimit()).expand(schema, frozenset())
     except RecursionError as err:
         raise UnsupportedSchemaError("is nested too deeply") from err
 
 
 class _Expansion:
-    def __init__(self, clean: CleanSchema, is_strict: bool) -> None:
+    def __init__(self, clean: CleanSchema, is_strict: bool, work: WorkLimit) -> None:
         self._definitions = clean.definitions
         self._is_strict = is_strict
+        self._work = work
         self._steps_left = _MAX_STEPS
         self._own_pieces: dict[int, Alternative] = {}
         self._expanded_definitions: dict[str, list[Alternative]] = {}
@@ -68,12 +86,14 @@ class _Expansion:
         if not isinstance(schema, Mapping):
             return [()] if schema else []
         own_piece = self._own_piece(schema)
+        is_own_combined = False
         expanded: list[Alternative] = [()]
         for key, value in schema.items():
             if key in _APPLICATORS:
                 expanded = self._combine(expanded, self._expand_keyword(key, value, above))
-            else:
+            elif not is_own_combined:
                 expanded = self._combine(expanded, [own_piece])
+                is_own_combined = True
         return expanded
 
     def _own_piece(self, schema: Piece) -> Alternative:
@@ -117,12 +137,20 @@ class _Expansion:
 
     def _combine(self, first: list[Alternative], others: list[Alternative]) -> list[Alternative]:
         self._spend_steps(len(first) * len(others))
+        self._work.left -= len(others) * _num_parts(first) + len(first) * _num_parts(others)
+        if self._work.left < 0:
+            raise UnsupportedSchemaError("has too many alternatives and values")
         return _deduplicate(_merge_pieces(one, other) for one in first for other in others)
 
     def _spend_steps(self, num_steps: int) -> None:
         self._steps_left -= num_steps
         if self._steps_left < 0 or num_steps > MAX_ALTERNATIVES:
             raise UnsupportedSchemaError(f"has more than {MAX_ALTERNATIVES} alternatives")
+
+
+def _num_parts(expanded: list[Alternative]) -> int:
+    """Return the number of pieces of alternatives, and of values of ``enum`` in them."""
+    return sum(1 + len(piece.get("enum", ())) for one in expanded for piece in one)
 
 
 def _merge_pieces(one: Alternative, other: Alternative) -> Alternative:

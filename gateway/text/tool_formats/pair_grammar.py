@@ -16,6 +16,7 @@ from gateway.core.tool_use import Tool
 from gateway.text.schemas.alternatives import (
     NON_STRING_TYPES,
     UnsupportedSchemaError,
+    WorkLimit,
     alternatives,
     types_of_alternative,
 )
@@ -146,6 +147,8 @@ class _ToolRules:
     _num_chars_left: int = MAX_GRAMMAR_BYTES
     """Number of characters that the bodies of further rules may have. Each argument may copy the
     definitions of the whole schema to its rule."""
+    _work: WorkLimit = field(default_factory=WorkLimit)
+    """Limit for the alternatives of all arguments: each may expand a large definition."""
 
     def make(self) -> list[GrammarRule]:
         expressions = list(
@@ -254,7 +257,7 @@ class _ToolRules:
         """
         clean, is_strict = self.arguments.clean, self.tool.is_strict
         try:
-            schema_alternatives = alternatives(schema, clean, is_strict)
+            schema_alternatives = alternatives(schema, clean, is_strict, self._work)
             rules = text_rules(schema_alternatives, is_strict)
             kinds = frozenset[str]().union(*map(types_of_alternative, schema_alternatives))
             if is_strict and not schema_alternatives:

@@ -10,6 +10,8 @@ import pytest
 
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import ToolCallFormat
+from gateway.text.schemas.alternatives import UnsupportedSchemaError, alternatives
+from gateway.text.schemas.clean_schema import CleanSchema
 from gateway.text.schemas.references import MAX_LEVELS
 from gateway.text.tool_formats import call_grammar, pair_grammar
 from gateway.text.tool_formats.answer_parser import AnswerParser
@@ -168,6 +170,26 @@ def test_definitions_are_not_copied_for_each_argument(
     if limit:
         with pytest.raises(RequestError, match="bytes of schemas"):
             grammar_of(schema, form, is_strict=True)
+
+
+@pytest.mark.parametrize("form", PAIR_FORMS)
+def test_definitions_are_not_expanded_for_each_argument(form: ToolCallFormat) -> None:
+    """A tool of 40 kB would otherwise take 10 seconds, and a request may have 128 tools."""
+    definition = {"anyOf": [{"minItems": 1} for _ in range(300)]}
+    arguments = {
+        f"p{n}": {"$ref": "#/$defs/x", "type": "string", "minItems": n} for n in range(200)
+    }
+    schema = {"properties": arguments, "$defs": {"x": definition}}
+    grammar_of(schema, form)
+    with pytest.raises(RequestError, match="has too many alternatives and values"):
+        grammar_of(schema, form, is_strict=True)
+
+
+def test_pieces_of_alternatives_are_limited() -> None:
+    many = [{"minItems": 1} for _ in range(400)]
+    schema = {"allOf": [*many, {"anyOf": many}]}
+    with pytest.raises(UnsupportedSchemaError, match="has too many alternatives and values"):
+        alternatives(schema, CleanSchema({}, {}), is_strict=False)
 
 
 def test_a_deep_schema_is_of_any_type_below_what_is_followed(vocabulary: Vocabulary) -> None:
