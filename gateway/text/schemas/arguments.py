@@ -25,6 +25,8 @@ from gateway.text.schemas.one_of import argument_schema
 
 _MAX_SET_ARGUMENTS = 2000
 """Maximum number of arguments in all ``ArgumentSet`` of a tool, as grammar sizes are limited."""
+_MAX_READ = 20_000
+"""Maximum number of schemas and required names that are read to make these sets."""
 _KEY = "arguments"
 
 
@@ -90,6 +92,8 @@ def _arguments(tool: Tool, is_strict: bool) -> ToolArguments:
     try:
         root_alternatives = alternatives(clean.root, clean, is_strict)
         objects = [one for one in root_alternatives if "object" in types_of_alternative(one)]
+        if sum(map(_num_read, objects)) > _MAX_READ:
+            raise UnsupportedSchemaError("has too many alternatives and arguments")
         argument_sets = [
             argument_set
             for one in objects
@@ -106,6 +110,12 @@ def _arguments(tool: Tool, is_strict: bool) -> ToolArguments:
     return ToolArguments(
         clean, argument_sets or [ArgumentSet(properties={}, patterns={}, others=True)]
     )
+
+
+def _num_read(pieces: Alternative) -> int:
+    """Return the number of schemas and required names that ``_argument_set`` reads, at most."""
+    names = (len(piece.get(key, ())) for piece in pieces for key in ("properties", "required"))
+    return len(pieces) * sum(names)
 
 
 def _argument_set(pieces: Alternative, is_strict: bool) -> ArgumentSet | None:

@@ -10,7 +10,9 @@ import pytest
 
 from cluster.core.errors import RequestError
 from gateway.core.tool_use import ToolCallFormat
+from gateway.text.schemas import arguments
 from gateway.text.schemas.alternatives import UnsupportedSchemaError, alternatives
+from gateway.text.schemas.arguments import ArgumentSet
 from gateway.text.schemas.clean_schema import CleanSchema
 from gateway.text.schemas.references import MAX_LEVELS
 from gateway.text.tool_formats import call_grammar, pair_grammar
@@ -160,11 +162,11 @@ def test_definitions_are_not_copied_for_each_argument(
 
     monkeypatch.setattr(pair_grammar, "json_rule", make)
     definition = {"items": {"enum": [f"{n:0100}" for n in range(300)]}}
-    arguments = {
+    named = {
         f"p{n}": {"$ref": "#/$defs/x", **{name: n + low for name, low in limit.items()}}
         for n in range(100)
     }
-    schema = {"properties": arguments, "$defs": {"x": {"type": "array", **definition}}}
+    schema = {"properties": named, "$defs": {"x": {"type": "array", **definition}}}
     assert len(grammar_of(schema, form).text) < MAX_GRAMMAR_BYTES
     assert sum(made) < 4 * MAX_GRAMMAR_BYTES
     if limit:
@@ -174,12 +176,10 @@ def test_definitions_are_not_copied_for_each_argument(
 
 @pytest.mark.parametrize("form", PAIR_FORMS)
 def test_definitions_are_not_expanded_for_each_argument(form: ToolCallFormat) -> None:
-    """A tool of 40 kB would otherwise take 10 seconds, and a request may have 128 tools."""
+    """A tool of 40 kB would otherwise take 10 seconds."""
     definition = {"anyOf": [{"minItems": 1} for _ in range(300)]}
-    arguments = {
-        f"p{n}": {"$ref": "#/$defs/x", "type": "string", "minItems": n} for n in range(200)
-    }
-    schema = {"properties": arguments, "$defs": {"x": definition}}
+    named = {f"p{n}": {"$ref": "#/$defs/x", "type": "string", "minItems": n} for n in range(200)}
+    schema = {"properties": named, "$defs": {"x": definition}}
     grammar_of(schema, form)
     with pytest.raises(RequestError, match="has too many alternatives and values"):
         grammar_of(schema, form, is_strict=True)
@@ -190,6 +190,26 @@ def test_pieces_of_alternatives_are_limited() -> None:
     schema = {"allOf": [*many, {"anyOf": many}]}
     with pytest.raises(UnsupportedSchemaError, match="has too many alternatives and values"):
         alternatives(schema, CleanSchema({}, {}), is_strict=False)
+
+
+@pytest.mark.parametrize("form", PAIR_FORMS)
+def test_sets_of_arguments_are_limited_before_they_are_made(
+    form: ToolCallFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tool of 60 kB would otherwise take 6 seconds."""
+    made: list[ArgumentSet] = []
+
+    def make(**values: Any) -> ArgumentSet:
+        made.append(ArgumentSet(**values))
+        return made[-1]
+
+    monkeypatch.setattr(arguments, "ArgumentSet", make)
+    named: dict[str, Any] = {f"p{n}": {} for n in range(500)}
+    schema = {"properties": named, "anyOf": [{"minItems": 1} for _ in range(100)]}
+    grammar_of(schema, form)
+    assert len(made) == 1  # of any arguments
+    with pytest.raises(RequestError, match="has too many alternatives and arguments"):
+        grammar_of(schema, form, is_strict=True)
 
 
 def test_a_deep_schema_is_of_any_type_below_what_is_followed(vocabulary: Vocabulary) -> None:
