@@ -14,6 +14,8 @@ from gateway.text.schemas.alternatives import json_type_of
 from gateway.text.schemas.clean_schema import DEFINITION, CleanSchema
 
 _MAX_STEPS = 10_000
+_VALUES_PER_STEP = 50
+"""Number of values of an ``enum`` whose comparison takes about as long as another step."""
 _LEAST = {"string": "minLength", "array": "minItems", "object": "minProperties"}
 _MOST = {"string": "maxLength", "array": "maxItems", "object": "maxProperties"}
 
@@ -41,6 +43,7 @@ class ValueChecker:
             return True
         if not isinstance(schema, Mapping):
             return bool(schema)
+        self._steps_left -= len(schema.get("enum", ())) // _VALUES_PER_STEP
         return (
             self._fits_applied(value, schema)
             and _fits_type(value, schema)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gateway.text.schemas import value_check
 from gateway.text.schemas.clean_schema import CleanSchema
 from gateway.text.schemas.value_check import ValueChecker
 
@@ -31,3 +32,19 @@ def test_numbers_of_any_size_are_compared_with_a_factor(
 ) -> None:
     checker = ValueChecker(CleanSchema({}, {}))
     assert checker.fits(value, {"multipleOf": factor}) == is_multiple
+
+
+def test_work_on_long_enums_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would otherwise block the event loop for seconds, for each value that a model writes."""
+    compared: list[Any] = []
+
+    def same(value: Any, other: Any) -> bool:
+        compared.append(other)
+        return bool(value == other)
+
+    monkeypatch.setattr(value_check, "_same", same)
+    definitions = {"x": {"enum": list(range(1000))}}
+    checker = ValueChecker(CleanSchema({}, definitions))
+    assert not checker.fits([-1] * 20, {"items": {"$ref": "#/$defs/x"}})
+    assert checker.fits(-1, {"anyOf": [{"$ref": "#/$defs/x"}] * 2000})
+    assert len(compared) < 1_000_000
