@@ -97,7 +97,8 @@ class CallIdGenerator:
     def _numbered_id(self, name: str, number: str | None) -> str:
         call_id = f"functions.{name}:{number}"
         if number is None or call_id in self._used:
-            call_id = f"functions.{name}:{self._next_number}"
+            while (call_id := f"functions.{name}:{self._next_number}") in self._used:
+                self._next_number += 1  # after a number with too many digits to be read
         self._register(call_id)
         return call_id
 

@@ -63,6 +63,13 @@ def test_kimi_counts_over_the_conversation() -> None:
     assert ids_of(ToolCallFormat.KIMI, going_on, used) == ["functions.g:5"]
 
 
+def test_kimi_counts_on_after_the_highest_number_that_is_read() -> None:
+    ids = CallIdGenerator(ToolCallFormat.KIMI, [f"functions.f:{10**9 - 1}"])
+    made = [ids.new("f"), ids.new("f", "0"), ids.new("f", "0"), ids.new("f")]
+    numbers = [10**9, 0, 10**9 + 1, 10**9 + 2]
+    assert made == [f"functions.f:{number}" for number in numbers]
+
+
 @pytest.mark.parametrize("form", [ToolCallFormat.HERMES, ToolCallFormat.GLM, None])
 def test_other_forms_keep_what_clients_send(form: ToolCallFormat | None) -> None:
     messages = [called("call_1", "x"), result("x", "2"), result("call_1", "1")]
