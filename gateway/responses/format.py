@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
+from operator import attrgetter
 
 from gateway.calls.answer import TextFormat, alternatives, clamp_logprob
 from gateway.core.call import GenerateCall
@@ -17,6 +18,8 @@ from gateway.responses.output import Event, OutputBuilder
 from gateway.text.tokenizer import Tokenizer
 from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece
 from workers.requests.request import FinishReason, TokenLogprob
+
+_OFFSET = attrgetter("text_offset")
 
 
 class OutputFormat(TextFormat):
@@ -60,7 +63,9 @@ class OutputFormat(TextFormat):
     def _split(self, text: str) -> list[str]:
         """Split a piece of text at the start of its tokens."""
         start, end = self._num_chars, self._num_chars + len(text)
-        cuts = {token.text_offset for token in self._tokens if start < token.text_offset < end}
+        # from the last token on, as many earlier ones may wait for the end of a long value
+        offsets = takewhile(lambda offset: offset > start, map(_OFFSET, reversed(self._tokens)))
+        cuts = {offset for offset in offsets if offset < end}
         places = [start, *sorted(cuts), end] if text else []
         return [text[a - start : b - start] for a, b in pairwise(places)]
 
