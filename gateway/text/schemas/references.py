@@ -20,6 +20,8 @@ compiler follows references recursively, and its stack suffices for 1,800 levels
 _MAX_VISITS = 20_000
 """Maximum number of objects and lists in a schema; targets of references are counted separately.
 A schema with more counts as too deep."""
+_MAX_ID_CHARS = 512
+"""Maximum length of the id of a whole schema to which the ids of its parts are relative."""
 BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """JSON Schema keywords whose values map names to schemas."""
 CONTENTS = frozenset({"enum", "const", "default", "examples"})
@@ -45,7 +47,8 @@ class References:
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self.root = root
-        self._root_id = _text(root.get("$id")) or _text(root.get("id"))
+        root_id = _text(root.get("$id")) or _text(root.get("id"))
+        self._root_id = root_id if len(root_id) <= _MAX_ID_CHARS else ""
         self._by_id: dict[str, ReferenceTarget] | None = None
 
     def find(self, reference: str, base: Mapping[str, Any] | None = None) -> ReferenceTarget | None:
@@ -90,7 +93,9 @@ class References:
 
     def _names(self) -> Iterator[tuple[str, ReferenceTarget]]:
         waiting: list[tuple[Any, Mapping[str, Any]]] = [(self.root, self.root)]
-        while waiting:
+        visits_left = _MAX_VISITS
+        while waiting and visits_left > 0:
+            visits_left -= 1
             schema, base = waiting.pop()
             if isinstance(schema, Mapping):
                 base = base_of(schema, base)
@@ -101,7 +106,9 @@ class References:
                 for key in ("$anchor", "$dynamicAnchor"):
                     if name := _text(schema.get(key)):
                         yield f"#{name}", ReferenceTarget(schema, base)
-            waiting += ((inner, base) for inner in _inner(schema))
+            waiting += (
+                (inner, base) for inner in _inner(schema) if isinstance(inner, (Mapping, list))
+            )
 
 
 def base_of(schema: Any, base: Mapping[str, Any]) -> Mapping[str, Any]:
