@@ -74,7 +74,7 @@ def _array(schema: ResolvedSchema, indent: str) -> str:
 
 
 def _object(schema: ResolvedSchema, indent: str) -> str:
-    required = schema.entries("required")
+    required = {name for name in schema.entries("required") if isinstance(name, str)}
     lines = ["{"]
     for name, value in schema.properties.items():
         key = name if name in required else f"{name}?"

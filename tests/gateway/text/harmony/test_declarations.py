@@ -229,3 +229,25 @@ def test_definitions_that_repeat_each_other_are_bounded() -> None:
 def test_a_wrong_schema_is_declared_without_its_wrong_parts(schema: dict[str, Any]) -> None:
     """The grammar that is made of the schema has the same error."""
     assert "x?: " in declared(**schema)
+
+
+class _Name(str):
+    """A name that counts its comparisons."""
+
+    __slots__ = ()
+    num_compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        _Name.num_compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_required_names_are_compared_in_linear_time() -> None:
+    """A schema of 1 MB would otherwise take a minute."""
+    names = [_Name(f"p{n}") for n in range(300)]
+    schema = {"type": "object", "properties": {key: {} for key in names}, "required": names[1:]}
+    text = declare_functions([{"function": {"name": "f", "parameters": schema}}])
+    assert "p0?: any,\np1: any,\n" in text
+    assert _Name.num_compared < 3 * len(names)
