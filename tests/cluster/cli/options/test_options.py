@@ -203,7 +203,7 @@ def test_help_groups_options_by_section_with_types_and_defaults(
         "--enable-prefix-caching, --no-enable-prefix-caching ",
         "--max-model-len TOKENS ",
         "--tls-key FILE ",
-        "--seed N Seed from which the seeds of requests without one are derived (default: 0)",
+        "requests without one are derived; 0 selects random seeds (default: 0)",
         "--start-timeout SECONDS Time limit of the whole start, in seconds (default: 1800)",
     ):
         assert words in text, words
