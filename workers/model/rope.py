@@ -18,6 +18,8 @@ from torch.nn.functional import pad
 from cluster.core.errors import CheckpointError
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+_MAX_NUMBER = 1e18
+"""Maximum of a parameter, far above those of any model: its square is a float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,8 @@ def parse_rope(
     ``rotary_share`` is the family's default of ``partial_rotary_factor``; None: the family has no
     such key, and a value other than 1 is refused.
 
-    Raises ``CheckpointError`` for a type that is not supported, such as longrope.
+    Raises ``CheckpointError`` for a type that is not supported, such as longrope, and for a
+    parameter that is not a positive number.
     """
     params = rope_parameters(config)
     for key, value in params.items():
@@ -87,7 +90,7 @@ def parse_rope(
     rotary_dim = head_dim
     if rotary_share is not None:
         rotary_dim = _rotary_dim(config, params, head_dim, rotary_share)
-    theta = params.get("rope_theta") or config.get("rope_theta") or default_theta
+    theta = params.get("rope_theta") or config.get("rope_theta")
     name = params.get("rope_type") or params.get("type") or "default"
     if name not in get_args(RopeType):
         known = ", ".join(get_args(RopeType))
@@ -96,44 +99,60 @@ def parse_rope(
         )
     original = params.get("original_max_position_embeddings")
     if original is None:
-        original = config.get("original_max_position_embeddings") or max_positions
+        original = config.get("original_max_position_embeddings") or None
+    context = int(rope_number("original_max_position_embeddings", original, max_positions, least=1))
     factor = params.get("factor")
-    if factor is None:
-        if name in ("linear", "dynamic", "llama3"):
-            raise CheckpointError(f"config.json: rope type {name!r} needs a factor")
-        factor = max_positions / original
+    if factor is None and name in ("linear", "dynamic", "llama3"):
+        raise CheckpointError(f"config.json: rope type {name!r} needs a factor")
+    factor = rope_number("factor", factor, max_positions / context)
     return RopeConfig(
         rope_type=cast(RopeType, name),
-        theta=float(theta),
+        theta=rope_number("rope_theta", theta or None, default_theta),
         head_dim=head_dim,
         rotary_dim=rotary_dim,
         has_neighbours=has_neighbours,
         max_position_embeddings=max_positions,
-        original_max_position_embeddings=int(original),
-        factor=float(factor),
-        attention_factor=_attention_factor(params, float(factor)) if name == "yarn" else 1.0,
-        beta_fast=float(params.get("beta_fast") or 32.0),
-        beta_slow=float(params.get("beta_slow") or 1.0),
+        original_max_position_embeddings=context,
+        factor=factor,
+        attention_factor=_attention_factor(params, factor) if name == "yarn" else 1.0,
+        beta_fast=rope_number("beta_fast", params.get("beta_fast") or None, 32.0),
+        beta_slow=rope_number("beta_slow", params.get("beta_slow") or None, 1.0),
         truncate=bool(params.get("truncate", True)),
-        low_freq_factor=float(params.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(params.get("high_freq_factor", 4.0)),
+        low_freq_factor=rope_number("low_freq_factor", params.get("low_freq_factor"), 1.0),
+        high_freq_factor=rope_number("high_freq_factor", params.get("high_freq_factor"), 4.0),
     )
+
+
+def rope_number(key: str, value: Any, default: float, least: float = 0.0) -> float:
+    """Return the parameter ``value`` as a float, or ``default`` if it is None. Raises
+    ``CheckpointError`` unless it is a positive number from ``least`` to 1e18."""
+    if value is None:
+        return default
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= _MAX_NUMBER or value < least:
+        bound = f"of at least {least:g}" if least else "above 0"
+        raise CheckpointError(
+            f"config.json: {key} {value!r} must be a number {bound} and at most {_MAX_NUMBER:g}"
+        )
+    return float(value)
 
 
 def _rotary_dim(
     config: Mapping[str, Any], params: Mapping[str, Any], head_dim: int, default: float
 ) -> int:
-    share = params.get("partial_rotary_factor")
-    if share is None:
-        share = config.get("partial_rotary_factor")
-    if share is None and isinstance(config.get("rotary_dim"), int):
-        share = config["rotary_dim"] / head_dim
-    share = default if share is None else share
-    is_number = isinstance(share, int | float) and not isinstance(share, bool)
-    dim = int(head_dim * share) if is_number else 0
-    if not 0 < dim <= head_dim or dim % 2:
+    key, value = "partial_rotary_factor", params.get("partial_rotary_factor")
+    if value is None:
+        value = config.get("partial_rotary_factor")
+    if value is None and isinstance(config.get("rotary_dim"), int):
+        key, value = "rotary_dim", config["rotary_dim"]
+        dim = value if 0 < value <= head_dim else 0
+    else:
+        value = default if value is None else value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        dim = int(head_dim * value) if is_number and 0 < value <= 1 else 0
+    if not dim or dim % 2:
         raise CheckpointError(
-            f"config.json: partial_rotary_factor {share!r} must leave an even number of the "
+            f"config.json: {key} {value!r} must leave an even number of the "
             f"{head_dim} elements of a head to rotate"
         )
     return dim
@@ -173,12 +192,12 @@ def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _attention_factor(params: Mapping[str, Any], factor: float) -> float:
-    if params.get("attention_factor") is not None:
-        return float(params["attention_factor"])
+    plain = context_scale(factor, 1.0)
     mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
     if mscale and all_dim:
-        return context_scale(factor, float(mscale)) / context_scale(factor, float(all_dim))
-    return context_scale(factor, 1.0)
+        scales = rope_number("mscale", mscale, 1.0), rope_number("mscale_all_dim", all_dim, 1.0)
+        plain = context_scale(factor, scales[0]) / context_scale(factor, scales[1])
+    return rope_number("attention_factor", params.get("attention_factor"), plain)
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:

@@ -236,3 +236,40 @@ def test_every_row_has_the_angles_of_its_own_position_and_length(
     for row, (position, prompt) in zip(found, rows, strict=True):
         expected = inverse_of(config, context, max(prompt, position + 1))
         assert_angles(row.unsqueeze(0), [position], expected)
+
+
+@pytest.mark.parametrize("value", ["x", [1], -1.0, math.nan, math.inf, 10**400, True])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "beta_fast",
+        "beta_slow",
+        "low_freq_factor",
+        "high_freq_factor",
+    ],
+)
+def test_a_parameter_that_is_no_positive_number_is_refused_by_name(key: str, value: Any) -> None:
+    scaling = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, key: value}
+    with pytest.raises(CheckpointError, match=f"{key} .* must be a number"):
+        parse_rope({"rope_scaling": scaling}, D, 64)
+
+
+@pytest.mark.parametrize("key", ["rotary_dim", "partial_rotary_factor"])
+@pytest.mark.parametrize("value", [-1, D + 2, 10**400])
+def test_a_rotated_share_that_is_none_is_refused_by_name(key: str, value: int) -> None:
+    with pytest.raises(CheckpointError, match=f"{key} {value} must leave an even number"):
+        parse_rope({key: value}, D, 64, rotary_share=0.5)
+
+
+def test_a_null_parameter_is_absent() -> None:
+    scaling = {"rope_type": "llama3", "factor": 2.0}
+    nulls = dict.fromkeys(("low_freq_factor", "high_freq_factor", "rope_theta"))
+    assert parse_rope({"rope_scaling": scaling | nulls}, D, 64) == parse_rope(
+        {"rope_scaling": scaling}, D, 64
+    )

@@ -25,7 +25,7 @@ from workers.model.families.config_reader import (
 from workers.model.families.parts import part
 from workers.model.latent import LatentProjections, LatentShape
 from workers.model.layers import LayerContext, Linear, Norm
-from workers.model.rope import context_scale, rope_parameters, rotation_order
+from workers.model.rope import context_scale, rope_number, rope_parameters, rotation_order
 
 _NORM_EPS = 1e-6
 """Epsilon of the norms of latent vectors, independent of ``rms_norm_eps``."""
@@ -171,4 +171,5 @@ def _score_scale(config: Mapping[str, Any]) -> float:
             f"config.json: mscale_all_dim {mscale!r} and factor {factor!r} of rope_scaling must be "
             "numbers"
         )
-    return context_scale(factor, mscale)
+    mscale = rope_number("mscale_all_dim", mscale, 1.0)
+    return context_scale(rope_number("factor", factor, 1.0), mscale)
