@@ -6,7 +6,7 @@ would change the model's results is an error; unknown keys are reported.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -24,6 +24,8 @@ _MAX_VALUES: Mapping[str, int] = {
     "moe_num_experts": 65536,
 }
 """Maximum values of keys, far above those of any model: larger values could loop for hours."""
+_MAX_INTEGER = 2**31 - 1
+"""Maximum value of any other key with an integer, far above those of any model."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
@@ -107,10 +109,9 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             rule = "must be a positive integer" if least == 1 else f"must be at least {least}"
             raise CheckpointError(f"config.json: {keys[0]} {value!r} {rule}")
-        if value > _MAX_VALUES.get(keys[0], value):
-            raise CheckpointError(
-                f"config.json: {keys[0]} {value} must be at most {_MAX_VALUES[keys[0]]}"
-            )
+        most = _MAX_VALUES.get(keys[0], _MAX_INTEGER)
+        if value > most:
+            raise CheckpointError(f"config.json: {keys[0]} {value} must be at most {most}")
         return value
 
     def real(self, key: str, default: float) -> float:
@@ -119,7 +120,7 @@ class ConfigReader:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not 0 < value < math.inf
+            or not 0 < value <= sys.float_info.max
         ):
             raise CheckpointError(f"config.json: {key} {value!r} must be a positive number")
         return float(value)

@@ -232,7 +232,7 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
         ("mixtral", {"attention_bias": True}, "attention_bias True is not supported for mixtral"),
         ("mixtral", {"sliding_window": 0}, "sliding_window 0 must be a positive integer"),
-        ("minimax_m2", {"attn_type_list": [1, 0]}, "attn_type_list of minimax_m2 must be 1"),
+        ("minimax_m2", {"attn_type_list": [1, 0]}, "attn_type_list .1, 0. of minimax_m2 must be 1"),
         ("minimax_m2", {"rotary_dim": 192}, "must leave an even number of the 128 elements"),
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size 8 is not"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm False is not supported"),
@@ -312,6 +312,11 @@ def test_explicit_layer_types_win_over_max_window_layers() -> None:
         ("jetmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_local_experts"),
         ("jetmoe", {"attention_bias": True}, "attention_bias True is not supported for jetmoe"),
         ("jetmoe", {"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+        ("minimax_m2", {"attn_type_list": 0.5}, "attn_type_list 0.5 of minimax_m2 must be 1"),
+        ("olmoe", {"layer_types": 7}, "layer_types 7 of olmoe must all be full_attention"),
+        ("olmoe", {"rms_norm_eps": 10**400}, "rms_norm_eps 10+ must be a positive number"),
+        ("deepseek_v3", {"qk_nope_head_dim": 10**400}, "qk_nope_head_dim 10+ must be at most"),
+        ("jetmoe", {"max_position_embeddings": 10**400}, "max_position_embeddings 10+ must be"),
     ],
 )
 def test_what_would_change_the_result_is_refused(

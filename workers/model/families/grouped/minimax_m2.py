@@ -55,8 +55,11 @@ def family(config: Mapping[str, Any]) -> MiniMaxM2Family:
         top_k=(8, "num_experts_per_tok"),
         expert_width=(1536, "intermediate_size"),
     )
-    if any(kind != 1 for kind in settings.value("attn_type_list") or ()):
-        raise CheckpointError("config.json: attn_type_list of minimax_m2 must be 1 in every layer")
+    kinds = settings.value("attn_type_list", default=[])
+    if not isinstance(kinds, list) or any(kind != 1 for kind in kinds):
+        raise CheckpointError(
+            f"config.json: attn_type_list {kinds!r} of minimax_m2 must be 1 in every layer"
+        )
     heads = AttentionHeads.read(
         settings,
         default_hidden=_DEFAULTS.hidden_size,

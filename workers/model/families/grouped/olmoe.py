@@ -66,8 +66,11 @@ def family(config: Mapping[str, Any]) -> OlmoeFamily:
         attention_bias=settings.flag("attention_bias", False),
         clip_qkv=None if config.get("clip_qkv") is None else settings.real("clip_qkv", 1.0),
     )
-    if any(kind != "full_attention" for kind in settings.value("layer_types") or ()):
-        raise CheckpointError("config.json: layer_types of olmoe must all be full_attention")
+    kinds = settings.value("layer_types", default=[])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise CheckpointError(
+            f"config.json: layer_types {kinds!r} of olmoe must all be full_attention"
+        )
     shared = model_config(settings, model_type="olmoe", heads=_heads(settings), defaults=_DEFAULTS)
     return OlmoeFamily(shared, own)
 
