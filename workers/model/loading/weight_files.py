@@ -86,8 +86,12 @@ def weight_files(path: Path) -> WeightFiles:
     by_tensor = {str(name): path / _inside(str(file)) for name, file in weight_map.items()}
     files = tuple(sorted(set(by_tensor.values())))
     for file in files:
-        if not file.is_file():
-            name = file.relative_to(path)
+        name = file.relative_to(path)
+        try:
+            is_there = file.is_file()
+        except OSError as err:  # no permission, too long a name
+            raise CheckpointError(f"{_INDEX} names {name}: {err.strerror}") from err
+        if not is_there:
             raise CheckpointError(f"{_INDEX} names {name}, which is not in the folder")
     return WeightFiles(files, by_tensor)
 
@@ -116,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except FileNotFoundError as err:
         raise CheckpointError(f"{path.parent.name}: there is no {path.name} in the folder") from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise CheckpointError(f"{path.name} cannot be read: {err}") from err
     if not isinstance(data, dict):
         raise CheckpointError(f"{path.name} must hold a JSON object")

@@ -108,6 +108,21 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         check_checkpoint(path)
 
 
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    tensors = tiny_tensors()
+    path = write(tmp_path, {FIRST: tensors}, dict.fromkeys(tensors, "a" * 300))
+    with pytest.raises(CheckpointError, match=r"index\.json names a+: File name too long"):
+        check_checkpoint(path)
+
+
+def test_a_file_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    tensors = tiny_tensors()
+    path = write(tmp_path, {FIRST: tensors}, dict.fromkeys(tensors, FIRST))
+    (path / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read: maximum recursion"):
+        check_checkpoint(path)
+
+
 def test_files_may_be_in_folders_of_the_checkpoint(tmp_path: Path) -> None:
     tensors = tiny_tensors()
     files = {f"a/{FIRST}": {**tensors, HEAD: torch.zeros(2, 2)}, f"b/{FIRST}": tensors}
