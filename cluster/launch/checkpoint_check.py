@@ -28,6 +28,7 @@ from workers.native.library import InstructionsError, runnable
 
 CHECK_LIMIT_S = 120.0
 _ITEMSIZES = {"float32": 4, "bfloat16": 2}
+_MAX_ITEMSIZE = max(_ITEMSIZES.values())
 _ALLOW_BARE = "--allow-bare"
 _QUANTIZE = "--quantize"
 _HAS_PREDICTOR = "--has-predictor"
@@ -72,8 +73,15 @@ class CheckpointFacts:
     """Whether the checkpoint has weights, which a start needs and a plan does not."""
 
     def itemsize(self, dtype: str) -> int:
-        """Return the bytes of a value in a compute dtype; ``auto``: the checkpoint's dtype."""
-        return _ITEMSIZES[self.dtype if dtype == "auto" else dtype]
+        """Return the bytes of a value in a compute dtype; ``auto``: the checkpoint's dtype.
+
+        Raises ``ConfigError`` if the checkpoint's dtype is no compute dtype.
+        """
+        name = self.dtype if dtype == "auto" else dtype
+        if name not in _ITEMSIZES:
+            rule = f"must be one of {', '.join(_ITEMSIZES)}: choose one explicitly"
+            raise ConfigError("dtype", name, rule)
+        return _ITEMSIZES[name]
 
     def kv_bytes_per_token(self, dtype: str, kv_cache_dtype: KvCacheDType = "auto") -> int:
         """Return the bytes of one token in the KV cache, over all layers."""
@@ -206,7 +214,7 @@ def check(
                 "top_k": bank.top_k,
                 "expert_values": values,
                 "expert_bytes": (
-                    bank.num_bytes(_ITEMSIZES[dtype])
+                    bank.num_bytes(_ITEMSIZES.get(dtype, _MAX_ITEMSIZE))
                     if any(e.form is not None for e in bank.exchanges)
                     else 0
                 ),

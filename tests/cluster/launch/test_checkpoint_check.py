@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.checkpoints.random_checkpoint import TINY, write
-from cluster.core.errors import CheckpointError
-from cluster.launch.checkpoint_check import CheckpointCheck, CheckpointFacts
+from cluster.core.errors import CheckpointError, ConfigError
+from cluster.launch.checkpoint_check import CheckpointCheck, CheckpointFacts, check
 
 
 def facts_of(path: Path, *, has_predictor: bool) -> CheckpointFacts:
@@ -39,3 +40,14 @@ def test_instructions_that_do_not_exist_are_refused_before_the_start(tiny_checkp
     rule = "EXPERTMESH_MAX_INSTRUCTIONS 'avx9' must be one of avx512_bf16, avx512, avx2"
     with pytest.raises(CheckpointError, match=rule):
         CheckpointCheck(tiny_checkpoint, environ).result()
+
+
+def test_a_dtype_that_is_no_compute_dtype_is_refused_by_name(tmp_path: Path) -> None:
+    path = write(TINY, tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    config["dtype"] = config["torch_dtype"] = "float64"
+    (path / "config.json").write_text(json.dumps(config))
+    facts = check(path, quantize="int8")
+    assert facts.itemsize("bfloat16") == 2
+    with pytest.raises(ConfigError, match=r"dtype \(float64\) must be one of float32, bfloat16"):
+        facts.size("auto", None)
