@@ -19,7 +19,7 @@ from cluster.cli.terminal.admin_client import AdminClient, make_admin_client
 from cluster.cli.terminal.arguments import CommandParsers, add_address_option, count_or_0
 from cluster.cli.terminal.client import Client, find_record, require_full_status
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import write_json, write_result
+from cluster.cli.terminal.output import note, write_json, write_result
 from cluster.core.states import is_gone
 from cluster.launch import state_file
 from cluster.tracing.output_files import rotated_path
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         with make_admin_client(args) as admin:
             return _show_processes(args, admin)
     except CommandError as err:
-        if len(args.worker) != 1 or err.code is ExitCode.UNAUTHORISED:
+        if len(args.worker) != 1 or err.code in (ExitCode.UNAUTHORISED, ExitCode.FAILED):
             raise
         return _show_files(args, _worker_files(args))  # a lost worker, or no admin port
 
@@ -63,13 +63,31 @@ def _show_processes(args: argparse.Namespace, admin: AdminClient) -> int:
         seen[name], lines = admin.log(name, 0)
         found[name] = _tail(lines, args.tail)
     _print(args, "process", found)
+    trouble = ""
     while args.follow and not args.json:
         time.sleep(_POLL_S)
-        for name in _processes(args):
-            with contextlib.suppress(CommandError):  # the process has just ended, or is slow
-                seen[name], lines = _newer_lines(admin, name, seen.get(name, 0))
-                _print_lines(lines)
+        last, trouble = trouble, _print_newer(args, admin, seen)
+        if trouble not in ("", last):
+            note(f"expertmesh: {trouble}; trying on")
     return ExitCode.OK
+
+
+def _print_newer(args: argparse.Namespace, admin: AdminClient, seen: dict[str, int]) -> str:
+    """Print the newer log lines of each process. Return the last error's text; empty if only
+    processes that have ended did not answer. ``seen``: number of lines already shown."""
+    try:
+        names = _processes(args)
+    except CommandError as err:
+        return str(err)
+    trouble = ""
+    for name in names:
+        try:
+            seen[name], lines = _newer_lines(admin, name, seen.get(name, 0))
+        except CommandError as err:
+            trouble = trouble if err.code is ExitCode.REFUSED else str(err)
+        else:
+            _print_lines(lines)
+    return trouble
 
 
 def _newer_lines(admin: AdminClient, name: str, after: int) -> tuple[int, list[str]]:

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.cli.cluster import logs
 from cluster.cli.main import main
-from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.core.process import describe_self
 from cluster.launch import state_file
 from cluster.launch.orphans import host_id
@@ -173,6 +173,59 @@ def test_the_first_lines_of_a_restarted_process_are_shown(
     assert main(words) == ExitCode.INTERRUPTED
     assert capsys.readouterr().out.split() == ["a", "b", "c", "d", "e", "f"]
     assert [path.partition("after=")[2] for path in gateway.admin_paths] == ["0", "3", "0", "2"]
+
+
+@pytest.mark.parametrize("process", ["--all", "expert-0"])
+def test_following_outlives_errors_and_says_each_once(
+    gateway: FakeGateway,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    process: str,
+) -> None:
+    gateway.open_admin()
+    number = 3 if process == "--all" else 1
+    good, bad = (200, {"number": 1, "lines": ["one"]}), (503, {"error": {"message": "away"}})
+    gateway.admin = [good] * number
+    status = gateway.status
+    pauses = iter(range(5))
+
+    def wait(seconds: float) -> None:
+        match next(pauses):
+            case 0 | 1:
+                gateway.status, gateway.admin = bad, [bad] * number
+            case 2:
+                gateway.status, gateway.admin = status, [good] * number
+            case 3:
+                gateway.status, gateway.admin = bad, [bad] * number
+            case _:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=wait))
+    words = ["--url", gateway.url, "logs", process, "--follow"]
+    assert main(words) == ExitCode.INTERRUPTED
+    shown = capsys.readouterr()
+    assert shown.out.count("one\n") == 2 * number
+    assert shown.err == "expertmesh: away; trying on\n" * 2
+
+
+@pytest.mark.parametrize("processes", [["attention-0"], ["controller", "attention-0"]])
+def test_following_ends_when_the_output_cannot_be_written(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, processes: list[str]
+) -> None:
+    gateway.open_admin()
+
+    def fail(lines: Any) -> None:
+        raise CommandError(ExitCode.FAILED, "the output cannot be written")
+
+    def wait(seconds: float) -> None:
+        if not gateway.admin:
+            raise KeyboardInterrupt
+        monkeypatch.setattr(logs, "_print_lines", fail)
+
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=wait))
+    words = ["--url", gateway.url, "logs", *processes, "--follow"]
+    gateway.admin = [(200, {"number": 1, "lines": ["1"]})] * (len(processes) + 1)
+    assert main(words) == ExitCode.FAILED
 
 
 def test_logs_and_down_say_which_clusters_run(
