@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ipaddress
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -174,18 +176,32 @@ def _worker_files(args: argparse.Namespace) -> dict[Path, str]:
         names = ", ".join(w["name"] for w in workers)
         raise CommandError(ExitCode.REFUSED, f"there is no {name}, but {names}")
     folders = [Path(r.temp_dir) / "ray" for r in state_file.all_records() if r.temp_dir]
-    pid = found[0]["pid"]
+    pid, node = found[0]["pid"], str(found[0]["node"])
     files = [
         path
-        for folder in (*folders, JOINED_RAY)
+        for folder in (() if _is_elsewhere(node) else (*folders, JOINED_RAY))
         for suffix in (".err", ".out")
         for path in sorted(folder.glob(f"session_latest/logs/worker-*-{pid}{suffix}"))
     ]
     if not files:
-        rule = f"run this there, or: ray logs worker-*-{pid}.err --node-ip {found[0]['node']}"
-        message = f"{name} writes its log on {found[0]['node']}: {rule}"
+        rule = f"run this there, or: ray logs worker-*-{pid}.err --node-ip {node}"
+        message = f"{name} writes its log on {node}: {rule}"
         raise CommandError(ExitCode.REFUSED, message)
     return {path: _text(rotated_path(path)) for path in files}
+
+
+def _is_elsewhere(node: str) -> bool:
+    """Whether ``node`` is an IP address of another host, where a pid is another process's."""
+    try:
+        is_ipv6 = ipaddress.ip_address(node).version == 6
+    except ValueError:
+        return False
+    with socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((node, 0))
+        except OSError:
+            return True
+    return False
 
 
 def _text(path: Path) -> str:

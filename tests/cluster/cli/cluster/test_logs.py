@@ -102,6 +102,25 @@ def test_logs_that_are_elsewhere(gateway: FakeGateway) -> None:
     assert main(["--url", gateway.url, "logs", "attention-9"]) == ExitCode.REFUSED
 
 
+@pytest.mark.parametrize(("node", "is_here"), [("127.0.0.1", True), ("203.0.113.9", False)])
+def test_logs_of_a_worker_elsewhere_are_not_those_of_the_same_pid(
+    gateway: FakeGateway,
+    ray_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    node: str,
+    is_here: bool,
+) -> None:
+    (ray_folder / "worker-ab-01-11.err").write_text("of another worker\n")
+    code, status = gateway.status
+    workers = [{**worker, "node": node} for worker in status["workers"]]
+    gateway.status = (code, {**status, "workers": workers})
+    found = main(["--url", gateway.url, "logs", "attention-0"])
+    assert found == (ExitCode.OK if is_here else ExitCode.REFUSED)
+    shown = capsys.readouterr()
+    assert is_here or f"attention-0 writes its log on {node}" in shown.err
+    assert bool(shown.out) is is_here
+
+
 def test_logs_of_the_launcher(
     ray_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
