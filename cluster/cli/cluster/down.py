@@ -14,6 +14,7 @@ from cluster.cli.terminal.arguments import CommandParsers, seconds
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, write_json
 from cluster.cli.terminal.progress import Progress
+from cluster.cli.terminal.stdin import is_terminal
 from cluster.core.process import is_running, kill_process
 from cluster.launch import local_ray, state_file
 from cluster.launch.orphans import end_private_ray
@@ -73,7 +74,7 @@ def _confirm(args: argparse.Namespace, what: str) -> None:
 
     Raises ``CommandError`` if the user does not confirm.
     """
-    if args.yes or not sys.stdin.isatty():
+    if args.yes or not is_terminal():
         return
     sys.stderr.write(f"end {what}? [y/N] ")
     sys.stderr.flush()

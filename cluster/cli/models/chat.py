@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 
 from cluster.cli.models.generate import INTERRUPTED, add_sampling, sampling_fields, stream_text
@@ -11,6 +10,7 @@ from cluster.cli.terminal.arguments import CommandParsers
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, write_json
+from cluster.cli.terminal.stdin import is_terminal, stdin_lines
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
                 may_interrupt=is_conversation,
             )
         except CommandError as err:
-            if not (is_conversation and sys.stdin.isatty()):
+            if not (is_conversation and is_terminal()):
                 raise
             note(f"expertmesh: {err}; the message is not part of the conversation: send it again")
             continue
@@ -65,8 +65,8 @@ def _read_messages(args: argparse.Namespace) -> Iterator[str]:
     if args.message is not None:
         yield args.message
         return
-    if sys.stdin.isatty():
+    if is_terminal():
         note("one message per line; Ctrl-C ends an answer, Ctrl-D the conversation")
-    for line in sys.stdin:
+    for line in stdin_lines():
         if line.strip():
             yield line.rstrip("\n")

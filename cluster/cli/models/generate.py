@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from cluster.cli.terminal.arguments import CommandParsers, Number, add_model_opt
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import write_json, write_result
+from cluster.cli.terminal.stdin import read_stdin
 
 INTERRUPTED = "interrupted"
 """Finish reason of an output that the user ended with Ctrl-C."""
@@ -52,7 +52,7 @@ def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Print the completion as it arrives, or with ``--json`` one document at the end."""
-    prompt = sys.stdin.read() if args.text == "-" else args.text
+    prompt = read_stdin() if args.text == "-" else args.text
     if not prompt:
         raise CommandError(ExitCode.USAGE, "the prompt is empty: at least one character is needed")
     body = {"prompt": prompt, **sampling_fields(args)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from cluster.cli.terminal.arguments import CommandParsers, add_model_option
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, table, write_json, write_line
+from cluster.cli.terminal.stdin import read_stdin
 
 
 def add_commands(commands: CommandParsers) -> None:
@@ -44,7 +44,7 @@ def model_field(args: argparse.Namespace) -> dict[str, str]:
 
 def tokens_of(args: argparse.Namespace) -> dict[str, Any]:
     """Tokenize the text of ``args`` at the gateway and return the response."""
-    text = sys.stdin.read() if args.text == "-" else args.text
+    text = read_stdin() if args.text == "-" else args.text
     body = {"prompt": text, "return_token_strs": True, **model_field(args)}
     answer: dict[str, Any] = Client(args).run_model("/tokenize", body)
     return answer
