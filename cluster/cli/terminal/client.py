@@ -197,10 +197,15 @@ class Client:
         return has_changed
 
     def _parse(self, body: bytes) -> Any:
+        """Return a JSON object. Raises ``CommandError`` for any other text: all documents of a
+        gateway are objects."""
         try:
-            return json.loads(body)
-        except ValueError as err:
+            document = json.loads(body)
+        except (ValueError, RecursionError) as err:
             raise self._unlike_gateway() from err
+        if not isinstance(document, dict):
+            raise self._unlike_gateway()
+        return document
 
     def _unlike_gateway(self) -> CommandError:
         message = f"{self.url} does not answer like an expertmesh gateway"
@@ -300,7 +305,7 @@ def response_error(status: int, body: bytes) -> CommandError:
     """Convert the error object of a response to a ``CommandError``."""
     try:
         message = str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         message = body[:200].decode(errors="replace").strip() or f"HTTP status {status}"
     codes = {
         **dict.fromkeys((400, 404, 409, 413, 501), ExitCode.REFUSED),

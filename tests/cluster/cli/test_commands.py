@@ -21,6 +21,7 @@ from cluster.cli import entry
 from cluster.cli.main import main
 from cluster.cli.offline.doctor import examine_kernels, kernels_finding
 from cluster.cli.offline.finding import Finding
+from cluster.cli.terminal.client import response_error
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.process import count_cpus
 from cluster.core.release import RELEASE
@@ -233,12 +234,17 @@ def test_a_cluster_that_is_starting_is_not_unreachable(capsys: pytest.CaptureFix
 
 
 _CUT = "HTTP/1.1 {} X\r\nContent-Length: 99\r\n\r\n{{}}"
+_WHOLE = "HTTP/1.1 200 X\r\n\r\n"
 
 
 @pytest.mark.parametrize(
     ("words", "reply", "message"),
     [
         (["status"], "\0\0\x18\4 HTTP/2, as gRPC has it\r\n", "does not answer like an exp"),
+        (["status"], f"{_WHOLE}[1]", "does not answer like an exp"),
+        (["status"], _WHOLE + "[" * 9999, "does not answer like an exp"),
+        (["tokenize", "a"], f"{_WHOLE}[1]", "does not answer like an exp"),
+        (["generate", "a"], f"{_WHOLE}data: [1]\n\n", "does not answer like an exp"),
         (["status"], _CUT.format(200), "ended before it was complete"),
         (["status"], _CUT.format(500), "ended before it was complete"),
         (
@@ -265,6 +271,10 @@ def test_a_broken_response_takes_one_line(
         server.join()
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_an_error_that_is_no_json_is_shown_as_text() -> None:
+    assert str(response_error(500, b"[" * 9999)) == "[" * 200
 
 
 def test_lost_workers_have_a_reason(
