@@ -21,12 +21,16 @@ _CODES = {"red": 31, "green": 32, "yellow": 33, "dim": 2}
 
 
 def write_result(text: str) -> None:
-    """Write a part of the result to stdout and flush it.
+    """Write a part of the result to stdout and flush it. Characters that the encoding of stdout
+    lacks are written as escapes.
 
     Raises ``BrokenPipeError``, and ``CommandError`` for other errors such as a full disk.
     """
     try:
-        sys.stdout.write(text)
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError as err:
+            sys.stdout.write(text.encode(err.encoding, "backslashreplace").decode(err.encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from io import TextIOBase
+from io import BytesIO, TextIOBase, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from cluster.cli.cluster.node import _make_token
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
-from cluster.cli.terminal.output import note, save
+from cluster.cli.terminal.output import note, save, write_result
 from cluster.cli.terminal.progress import Progress
 from tests.harness.faulty_files import Fault, FaultyFiles, Killed, each_fault
 
@@ -51,6 +51,19 @@ def test_a_result_that_cannot_be_written_is_an_error(
     reason = "the output cannot be written: No space left on device"
     assert capsys.readouterr().err == f"expertmesh: {reason}\n"
     full.close()  # nothing is left that fails at exit
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("latin-1", b"\xe9 \\u65e5 \\ud800"), ("utf-8", "é 日 \\ud800".encode())],
+)
+def test_characters_that_the_encoding_lacks_are_escaped(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: bytes
+) -> None:
+    stream = TextIOWrapper(BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    write_result("é 日 \ud800")
+    assert stream.buffer.getvalue() == shown
 
 
 def test_a_command_continues_when_people_cannot_be_told(
