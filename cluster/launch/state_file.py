@@ -82,10 +82,15 @@ class ClusterRecord:
 
 def state_dir() -> Path:
     """Return the folder of all records; create it if it does not exist."""
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    folder = Path(base) / "expertmesh"
+    folder = _folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
+
+
+def _folder() -> Path:
+    """Return the folder of all records, which may not exist."""
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "expertmesh"
 
 
 def record_path(name: str) -> Path:
@@ -129,8 +134,8 @@ def remove_record(name: str) -> None:
 
 
 def all_records() -> Iterator[ClusterRecord]:
-    """Yield all readable records, sorted by name."""
-    for path in sorted(state_dir().glob("*.json")):
+    """Yield all readable records, sorted by name; none if their folder cannot be made."""
+    for path in sorted(_folder().glob("*.json")):
         if not _NAME.fullmatch(path.stem):
             continue  # of another program, such as an editor's lock
         record = read_record(path.stem)

@@ -81,6 +81,16 @@ def test_a_damaged_record_counts_as_none(state_home: Path, text: str) -> None:
     assert list(state_file.all_records()) == []
 
 
+def test_a_folder_that_cannot_be_made_has_no_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below", "absent"):
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / place))
+        assert list(state_file.all_records()) == []
+    assert not (tmp_path / "absent").exists()
+
+
 @pytest.mark.parametrize("name", [".#one.json", "one copy (2).json"])
 def test_files_of_other_programs_are_no_records(state_home: Path, name: str) -> None:
     state_file.record_path("one").with_name(name).write_text("{}")
