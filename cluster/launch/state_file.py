@@ -81,9 +81,16 @@ class ClusterRecord:
 
 
 def state_dir() -> Path:
-    """Return the folder of all records; create it if it does not exist."""
+    """Return the folder of all records; create it if it does not exist.
+
+    Raises ``ConfigError`` if the folder cannot be created.
+    """
     folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        _make(folder)
+    except OSError as err:
+        rule = f"must be a folder that can be written: {err.strerror}"
+        raise ConfigError("XDG_STATE_HOME", str(folder.parent), rule) from err
     return folder
 
 
@@ -93,14 +100,25 @@ def _folder() -> Path:
     return Path(base) / "expertmesh"
 
 
+def _make(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
 def record_path(name: str) -> Path:
     """Return the path of a cluster's record.
 
-    Raises ``ConfigError`` if ``name`` is no valid file name.
+    Raises ``ConfigError`` if ``name`` is no valid file name, or the folder cannot be created.
     """
+    path = _path(name)
+    state_dir()
+    return path
+
+
+def _path(name: str) -> Path:
+    """Return the path of a cluster's record, whose folder may not exist."""
     if not _NAME.fullmatch(name):
         raise ConfigError("name", name, "must be letters, digits, dot, dash or underscore")
-    return state_dir() / f"{name}.json"
+    return _folder() / f"{name}.json"
 
 
 def log_path(name: str) -> Path:
@@ -117,20 +135,22 @@ def remove_log(name: str) -> None:
 def write_record(record: ClusterRecord) -> None:
     """Write the record, readable by its owner only. Raises ``OSError`` and keeps the old file."""
     text = json.dumps(record.to_dict(), indent=1) + "\n"
-    replace_file(record_path(record.name), text.encode(), mode=0o600)
+    path = _path(record.name)
+    _make(path.parent)
+    replace_file(path, text.encode(), mode=0o600)
 
 
 def read_record(name: str) -> ClusterRecord | None:
     """Read the record of the cluster ``name``; None if there is no readable record."""
     try:
-        return from_plain(json.loads(record_path(name).read_text()), ClusterRecord)
+        return from_plain(json.loads(_path(name).read_text()), ClusterRecord)
     except (OSError, ValueError, RecursionError, ProtocolError):
         return None
 
 
 def remove_record(name: str) -> None:
     """Remove the record of a cluster."""
-    record_path(name).unlink(missing_ok=True)
+    _path(name).unlink(missing_ok=True)
 
 
 def all_records() -> Iterator[ClusterRecord]:

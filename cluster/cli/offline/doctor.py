@@ -209,7 +209,7 @@ def examine_permissions() -> Finding:
         folder.rmdir()
         with tempfile.TemporaryFile(dir=state_file.state_dir()):
             pass
-    except (OSError, StartError) as err:
+    except (OSError, ConfigError, StartError) as err:
         return make_finding("permissions", False, str(err))
     return make_finding(
         "permissions", True, f"can write to {folder.parent} and {state_file.state_dir()}"

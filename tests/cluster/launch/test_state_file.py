@@ -88,7 +88,13 @@ def test_a_folder_that_cannot_be_made_has_no_records(
     for place in ("file", "file/below", "absent"):
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / place))
         assert list(state_file.all_records()) == []
+        assert state_file.read_record("one") is None
     assert not (tmp_path / "absent").exists()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    with pytest.raises(
+        ConfigError, match=r"XDG_STATE_HOME .* must be a folder that can be written"
+    ):
+        state_file.log_path("one")
 
 
 @pytest.mark.parametrize("name", [".#one.json", "one copy (2).json"])
