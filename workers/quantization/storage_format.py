@@ -12,6 +12,9 @@ from workers.quantization.keys import WHOLE_BITS, QuantizationKeys, check_overri
 
 Method = Literal["fp8", "gptq", "awq", "compressed-tensors"]
 _NAME = "config.json: quantization_config"
+_MAX_SIZE = 65536
+"""Maximum size of a group or block, far above those of any checkpoint: scales are repeated so often
+while a matrix is read."""
 _GPTQ_FORMATS = ("gptq", "gptq_v2", None)
 _AUTO_ROUND_PACKINGS: Mapping[str | None, tuple[Literal["gptq", "awq"], int]] = {
     None: ("gptq", 1),
@@ -87,8 +90,9 @@ def _fp8(keys: QuantizationKeys) -> StorageFormat:
     keys.honoured("modules_to_not_convert", "ignored_layers", "dequantize")
     block = keys.value("weight_block_size")
     sizes = block if isinstance(block, list) else []
-    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
-        raise CheckpointError(f"{_NAME}: weight_block_size {block!r} must be two positive sizes")
+    if len(sizes) != 2 or not all(type(n) is int and 0 < n <= _MAX_SIZE for n in sizes):
+        rule = f"must be two positive sizes of at most {_MAX_SIZE}"
+        raise CheckpointError(f"{_NAME}: weight_block_size {block!r} {rule}")
     form = WeightFormat(codes="e4m3", group=sizes[1])
     return StorageFormat(method="fp8", form=form, block_rows=sizes[0])
 
@@ -197,8 +201,10 @@ _READERS = {
 
 
 def _integer_format(bits: int, group: object, *, has_zeros: bool) -> WeightFormat:
-    if type(group) is not int or (group != -1 and (group < 1 or group % GROUP_MULTIPLE)):
-        rule = f"must be -1 or a multiple of {GROUP_MULTIPLE}"
+    if type(group) is not int or (
+        group != -1 and (not 0 < group <= _MAX_SIZE or group % GROUP_MULTIPLE)
+    ):
+        rule = f"must be -1 or a multiple of {GROUP_MULTIPLE}, at most {_MAX_SIZE}"
         raise CheckpointError(f"{_NAME}: group_size {group!r} {rule}")
     return WeightFormat(
         codes="int4" if bits == 4 else "int8",

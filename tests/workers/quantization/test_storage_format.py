@@ -357,6 +357,11 @@ def test_older_names_of_awq() -> None:
     ("settings", "words"),
     [
         ({"quant_method": "fp8"}, "weight_block_size None must be two positive sizes"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [2**45, 128]},
+            "must be two positive sizes of at most 65536",
+        ),
+        ({**GPTQ, "group_size": 2**45}, "must be -1 or a multiple of 8, at most 65536"),
         ({**FP8, "weight_block_size": [128]}, "weight_block_size [128] must be"),
         ({**FP8, "weight_block_size": [128, 0]}, "weight_block_size [128, 0] must be"),
         ({**FP8, "weight_block_size": [0, 128]}, "weight_block_size [0, 128] must be"),
