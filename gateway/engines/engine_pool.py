@@ -174,6 +174,9 @@ class EnginePool:
             try:
                 end = await client.run()
                 self.disconnects.note_end(client.worker)
+            except Exception as err:
+                logger.exception("the stream to %s failed", endpoint.name)
+                end = StreamEnd(f"{type(err).__name__}: {err}", has_died=False)
             finally:
                 announcer.cancel()
                 if clients.get(endpoint.name) is client:

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.config.cluster import EngineSection
 from cluster.config.gateway import GatewaySection
+from gateway.engines.engine_client import EngineClient
 from gateway.engines.submission import (
     MAX_RETURNS_WITHOUT_ADAPTER,
     MAX_TOTAL_UNACKNOWLEDGED_DEATHS,
@@ -31,6 +32,7 @@ from tests.gateway.http.test_disconnect import send_raw
 from tests.gateway.sse_client import by_choice, read_events
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
 from workers.requests.request import Request, SoloStage
+from workers.requests.wire import FromEngine
 
 pytestmark = pytest.mark.heavy
 
@@ -226,6 +228,23 @@ def _pause(workers: Workers, **fields: Any) -> tuple[ScriptedEngine, Future[Any]
     answer = start(lambda: complete(workers.stack, prompt="x", max_tokens=12, **fields))
     workers.stack.wait_for(lambda: bool(engine.stuck), "the middle")
     return engine, answer
+
+
+def test_an_unexpected_error_of_a_stream_does_not_lose_the_worker(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, answer = _pause(workers)
+    unlucky, take = iter([True]), EngineClient.take
+
+    def fail_once(client: EngineClient, message: FromEngine) -> None:
+        if next(unlucky, False):
+            raise ValueError("a fault of the gateway")
+        take(client, message)
+
+    monkeypatch.setattr(EngineClient, "take", fail_once)
+    engine.pause_after = None
+    assert answer.result(WAIT_S)["choices"][0]["text"] == "0abcdefghijk"
+    assert engine.num_hellos == 2
 
 
 def test_several_losses_in_a_row(workers: Workers) -> None:
