@@ -192,8 +192,8 @@ class GatewaySection:
         check_each(self, _LIMITS, is_positive, "must be above 0")
         ttl = self.state_ttl_s
         check(1 <= ttl <= MAX_TTL_S, "state_ttl_s", ttl, f"must be 1 to {MAX_TTL_S}")
-        waits = "drain_lead_s drain_timeout_s max_queue_wait_s max_cache_ttl_s"
-        check_each(self, waits, is_not_negative, "must not be negative")
+        amounts = "max_logprobs drain_lead_s drain_timeout_s max_queue_wait_s max_cache_ttl_s"
+        check_each(self, amounts, is_not_negative, "must not be negative")
         for name in ("api_keys", "admin_keys"):
             check(all(getattr(self, name)), name, "", "must not be empty")
             object.__setattr__(self, name, tuple(map(hash_key, getattr(self, name))))

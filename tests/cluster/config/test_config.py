@@ -51,6 +51,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("port", lambda: GatewaySection(port=70000)),
     ("grpc_port", lambda: GatewaySection(port=9000, grpc_port=9000)),
     ("max_n", lambda: GatewaySection(max_n=129)),
+    ("max_logprobs", lambda: GatewaySection(max_logprobs=-1)),
     ("num_gateway_replicas", lambda: GatewaySection(num_gateway_replicas=0)),
     ("routing_policy", lambda: GatewaySection(routing_policy="random")),  # type: ignore[arg-type]
     ("metrics_prefix", lambda: GatewaySection(metrics_prefix="9 x")),
