@@ -55,6 +55,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("num_gateway_replicas", lambda: GatewaySection(num_gateway_replicas=0)),
     ("routing_policy", lambda: GatewaySection(routing_policy="random")),  # type: ignore[arg-type]
     ("metrics_prefix", lambda: GatewaySection(metrics_prefix="9 x")),
+    ("metrics_prefix", lambda: GatewaySection(metrics_prefix="vllm:", vllm_metric_names=True)),
     ("host", lambda: GatewaySection(host="0.0.0.0")),
 ]
 
