@@ -101,6 +101,7 @@ class InspectionService:
         self._long_work = gateway.long_work
         self._max_prompts = gateway.limits.max_batch_prompts
         self._max_held_bytes = gateway.tuning.max_inspection_bytes
+        self._rejections = gateway.metrics.admission_rejections
         self._held_bytes = 0
 
     @contextlib.asynccontextmanager
@@ -137,7 +138,10 @@ class InspectionService:
     def _hold(self, size: int) -> None:
         held, most = self._held_bytes, self._max_held_bytes
         if held and held + size > most:
-            raise QueueFullError(f"inspections hold {held} bytes, at most {most} may be held", 1.0)
+            text = f"inspections hold {held} bytes, at most {most} may be held"
+            error = QueueFullError(text, 1.0)
+            self._rejections.labels(error.limit).inc()
+            raise error
         self._held_bytes += size
 
 

@@ -271,6 +271,8 @@ def test_inspections_hold_a_bounded_number_of_bytes() -> None:
         status, refusal, _ = failure(lambda: list(stub.Inspect(request)))
         assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "at most 100000 may be held" in refusal
+        metrics = stack.gateway.metrics.render().decode()
+        assert 'admission_rejections_total{model_name="tiny",reason="queue_full"} 1.0' in metrics
         first.cancel()
         stack.wait_for(lambda: bool(stack.engine.aborts), "the abort")
         stack.engine.error = ("no room", "queue_full")
