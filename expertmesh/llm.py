@@ -218,4 +218,5 @@ class _EmbeddedTransport:
         if isinstance(error, APIError):
             return error
         report = report_error(error)
-        return make_error(report.message, report.code, report.param, report.http_status)
+        known = report.message, report.code, report.param, report.http_status
+        return make_error(*known, report.retry_after_s)

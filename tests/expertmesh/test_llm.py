@@ -16,17 +16,19 @@ import pytest
 
 import expertmesh.llm
 from benchmarks.checkpoints.adapters import random_adapter, target_shapes
-from cluster.core.errors import CheckpointError, ConfigError
+from cluster.core.errors import CheckpointError, ConfigError, QueueFullError
 from cluster.launch.model_source import bundled_checkpoint
 from expertmesh import (
     LLM,
     BadRequestError,
     InternalServerError,
     NotFoundError,
+    RateLimitError,
     RequestOutput,
     SamplingParams,
 )
 from expertmesh.types import ChatOptions, Message, Prompt, Query
+from gateway.calls.gateway import Gateway
 from tests.reference.goldens import MAX_MODEL_LEN, Golden, load_golden
 from tests.reference.parity import GREEDY as GOLDEN_GREEDY
 from workers.engine.embedded import EmbeddedEngine
@@ -243,6 +245,18 @@ def test_an_unexpected_error_of_a_request_ends_only_this_request(
         with pytest.raises(InternalServerError, match="no memory"):
             llm.generate("ROMEO:", GREEDY)
     assert llm.generate("ROMEO:", GREEDY)[0].finished
+
+
+def test_a_refused_request_names_the_time_of_a_retry(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise QueueFullError("the queue is full", 2.5)
+
+    monkeypatch.setattr(Gateway, "start", refuse)
+    with pytest.raises(RateLimitError, match="the queue is full") as caught:
+        llm.generate("ROMEO:", GREEDY)
+    assert caught.value.retry_after_s == 2.5
 
 
 def test_close_frees_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
