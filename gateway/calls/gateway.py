@@ -30,6 +30,7 @@ from cluster.tracing.gateway_counts import GatewayCounts
 from gateway.auth.auth import CALLER, make_key_rings
 from gateway.calls import request_log
 from gateway.calls.admission_controller import AdmissionController
+from gateway.calls.inspection_memory import InspectionMemory
 from gateway.calls.output_queue import CallRegistry, OutputQueue
 from gateway.calls.prompts import PromptMaker
 from gateway.calls.readiness import Readiness, shutdown_error
@@ -130,6 +131,8 @@ class Gateway:
             config.gateway.metrics_prefix,
             config.gateway.vllm_metric_names,
         )
+        self.inspection_memory = InspectionMemory(self.tuning.max_inspection_bytes, self.metrics)
+        """Memory of the results of all inspections, over HTTP and gRPC."""
         self.counts = GatewayCounts()
         """Request counts of all gateways, including gateways that have ended."""
         self.status = ServiceStatus(

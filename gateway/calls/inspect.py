@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.core.errors import QueueFullError, RequestError
+from cluster.core.errors import RequestError
 from gateway.calls.gateway import Gateway
 from gateway.calls.losses import aux_loss, classification_loss
 from gateway.calls.pooling import (
@@ -93,16 +93,14 @@ class InspectionResult:
 class InspectionService:
     """Serves inspections (internal arrays of the model for prompts) through a gateway.
 
-    The results of concurrent inspections share one memory limit.
+    The results of all concurrent inspections of the gateway share one memory limit.
     """
 
     def __init__(self, gateway: Gateway) -> None:
         self._pooling = PoolingService(gateway)
         self._long_work = gateway.long_work
         self._max_prompts = gateway.limits.max_batch_prompts
-        self._max_held_bytes = gateway.tuning.max_inspection_bytes
-        self._rejections = gateway.metrics.admission_rejections
-        self._held_bytes = 0
+        self._memory = gateway.inspection_memory
 
     @contextlib.asynccontextmanager
     async def inspect(
@@ -124,7 +122,7 @@ class InspectionService:
             requests, size = await self._long_work.run(
                 sum(map(len, fields.token_ids)), _sized_prompts, fields, facts, most_bytes
             )
-            self._hold(size)
+            self._memory.hold(size)
             held, made = size, (facts, requests)
             return requests
 
@@ -133,16 +131,7 @@ class InspectionService:
             assert made is not None, "made before it is read"
             yield _inspected(fields, *made, [one.arrays for one in found], usage)
         finally:
-            self._held_bytes -= held
-
-    def _hold(self, size: int) -> None:
-        held, most = self._held_bytes, self._max_held_bytes
-        if held and held + size > most:
-            text = f"inspections hold {held} bytes, at most {most} may be held"
-            error = QueueFullError(text, 1.0)
-            self._rejections.labels(error.limit).inc()
-            raise error
-        self._held_bytes += size
+            self._memory.release(held)
 
 
 def _sized_prompts(

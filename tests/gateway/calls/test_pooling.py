@@ -273,6 +273,9 @@ def test_inspections_hold_a_bounded_number_of_bytes() -> None:
         assert "at most 100000 may be held" in refusal
         metrics = stack.gateway.metrics.render().decode()
         assert 'admission_rejections_total{model_name="tiny",reason="queue_full"} 1.0' in metrics
+        response = post(stack, "/v1/inspect", token_ids=[5] * 60, outputs=["logits"])
+        assert response.status_code == 429  # HTTP and gRPC have one limit
+        assert "at most 100000 may be held" in response.text
         first.cancel()
         stack.wait_for(lambda: bool(stack.engine.aborts), "the abort")
         stack.engine.error = ("no room", "queue_full")
