@@ -119,8 +119,9 @@ class InspectionService:
         async def make(facts: ModelFacts) -> list[Request]:
             nonlocal held, made
             assert facts.shape is not None, "reported with the other facts"
+            num_values = sum(map(len, (*fields.token_ids, *fields.labels)))
             requests, size = await self._long_work.run(
-                sum(map(len, fields.token_ids)), _sized_prompts, fields, facts, most_bytes
+                num_values, _sized_prompts, fields, facts, most_bytes
             )
             self._memory.hold(size)
             held, made = size, (facts, requests)

@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import json_format
 
 from cluster.config.gateway import GatewaySection
-from gateway.calls import request_submitter
+from gateway.calls import inspect, request_submitter
 from gateway.core.bodies import StrictBody
 from gateway.engines import request_router
 from gateway.grpc import api, pooling
@@ -119,6 +119,24 @@ def test_many_prompts_are_taken_in_a_thread(
     assert answer.status_code == 400
     assert found
     assert all(thread.startswith("long-work") for thread in found)
+
+
+def test_many_labels_are_checked_in_a_thread(
+    keeper: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, found = inspect._sized_prompts, []
+
+    def note(*values: Any) -> Any:
+        found.append(threading.current_thread().name)
+        return check(*values)
+
+    monkeypatch.setattr(inspect, "_sized_prompts", note)
+    fields = {"token_ids": [1], "outputs": ["loss"], "labels": [[1] * 2 * INLINE_SIZE]}
+    answer = post(keeper, "/v1/inspect", **fields)
+    assert answer.status_code == 400, answer.text
+    assert "labels has" in answer.json()["error"]["message"]
+    (where,) = found
+    assert where.startswith("long-work")
 
 
 @pytest.mark.parametrize("path", BODIES)
