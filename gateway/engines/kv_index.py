@@ -25,7 +25,8 @@ the last skipped block."""
 @dataclass(slots=True)
 class _Worker:
     bit: int
-    number: int = 0
+    number: int = -1
+    """Number of the last applied message; -1 before the first one."""
     reported: set[bytes] = field(default_factory=set)
     expected: Counter[bytes] = field(default_factory=Counter)
 
@@ -57,8 +58,12 @@ class KvIndex:
         return True
 
     def expect(self, worker: str, hashes: Sequence[bytes]) -> None:
-        """Count blocks as expected (soon reported) at a worker, until ``end_expectation``."""
-        if (known := self._workers.get(worker)) is not None:
+        """Count blocks as expected (soon reported) at a worker, until ``end_expectation``.
+
+        The worker may not have sent a message yet.
+        """
+        if hashes:
+            known = self._workers.get(worker) or self._add(worker)
             known.expected.update(hashes)
             self._hold(known, hashes)
 

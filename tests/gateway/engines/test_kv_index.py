@@ -48,8 +48,6 @@ def test_missed_messages_ask_for_the_complete_list() -> None:
 
 def test_what_was_routed_is_expected_until_it_is_settled() -> None:
     index, prompt = KvIndex(), _names(0, 4)
-    index.expect("a", prompt)
-    assert index.matches(prompt) == {}  # an unknown worker
     index.apply("a", _whole())
     index.expect("a", prompt)
     index.expect("a", prompt[:2])
@@ -62,6 +60,20 @@ def test_what_was_routed_is_expected_until_it_is_settled() -> None:
     index.apply("a", KvEvents(number=9, removed=tuple(prompt[:1])))
     assert index.matches(prompt) == {"a": 4}
     index.drop("a")
+    index.end_expectation("a", prompt)
+    assert not index._holders
+
+
+def test_what_is_routed_before_the_first_message_is_settled_alone() -> None:
+    """The requests of a lost worker are sent as soon as another worker has connected."""
+    index, prompt = KvIndex(), _names(0, 4)
+    index.expect("a", prompt)
+    assert index.matches(prompt) == {"a": 4}
+    assert not index.apply("a", KvEvents(number=1, stored=tuple(prompt)))
+    index.apply("a", _whole())
+    index.expect("a", prompt)
+    index.end_expectation("a", prompt)
+    assert index.matches(prompt) == {"a": 4}
     index.end_expectation("a", prompt)
     assert not index._holders
 
