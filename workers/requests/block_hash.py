@@ -99,8 +99,8 @@ def sequence_hashes(
     """
     known = list(prompt)
     parent = known[-1] if known else request_root(request, length_matters_above)
-    tokens = (*request.prompt, *request.output_so_far[choice])
-    for last in range(block_size * (len(known) + 1), len(tokens) + 1, block_size):
+    tokens = (*request.prompt[block_size * len(known) :], *request.output_so_far[choice])
+    for last in range(block_size, len(tokens) + 1, block_size):
         parent = chain_hash(parent, tokens[last - block_size : last])
         known.append(parent)
     return tuple(known)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 from msgspec.structs import replace
 
@@ -38,6 +40,17 @@ def test_known_blocks_of_a_prompt_are_not_named_again(num_known: int) -> None:
     request = replace(REQUEST, cache_salt="t", output_so_far=((7,) * 9,))
     known = block_hashes(request, 4, None)[:num_known]
     assert sequence_hashes(request, 0, 4, None, known) == sequence_hashes(request, 0, 4, None)
+
+
+def test_known_blocks_of_a_prompt_are_not_read_again() -> None:
+    class Prompt(tuple[int, ...]):
+        def __iter__(self) -> NoReturn:
+            raise AssertionError("read as a whole")
+
+    request = replace(REQUEST, output_so_far=((7,) * 9,))
+    names = sequence_hashes(request, 0, 4, None)
+    lazy = replace(request, prompt=Prompt(request.prompt))
+    assert sequence_hashes(lazy, 0, 4, None, names[:2]) == names
 
 
 def test_keys_of_adapters_are_no_salts() -> None:
