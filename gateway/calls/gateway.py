@@ -144,6 +144,7 @@ class Gateway:
             self.model.name,
             lambda: self.status.addresses,
             self._to_text,
+            self.long_work,
         )
         self._reporter: asyncio.Task[None] | None = None
         self.readiness = Readiness(cluster, engines, self.keys, self.tuning.leaving_lead_s)

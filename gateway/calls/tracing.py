@@ -19,10 +19,12 @@ The request's span links to the traces of cluster changes during the request.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +46,7 @@ from gateway.calls.request_trace import TRACE, Port, RequestTrace
 from gateway.calls.running_call import RunningCall
 from gateway.cluster.events import ClusterEvents
 from gateway.core.call import CallKind, GenerateCall
+from gateway.offload.long_work import LongWork
 from workers.requests.traced import StepParents
 
 logger = logging.getLogger(__name__)
@@ -87,6 +90,10 @@ class Tracing:
     decode: Decode | None
     """Detokenizer for prompts and outputs; None to omit prompts and outputs from the spans."""
     cluster_events: ClusterEvents = field(default_factory=ClusterEvents)
+    long_work: LongWork = field(default_factory=LongWork)
+    """Thread that detokenizes long prompts and outputs."""
+    _recorders: set[asyncio.Task[None]] = field(default_factory=set)
+    """Tasks that record finished requests with their prompts and outputs."""
 
     def begin(
         self, name: str, port: Port, request_id: str, headers: Iterable[tuple[str, str | bytes]]
@@ -125,15 +132,17 @@ class Tracing:
         request = SpanId.of(trace.span)
         return StepParents(prefill=request.to_bytes(), decode=decode.to_bytes())
 
-    def record(self, trace: RequestTrace) -> None:
-        """Complete the span of a finished request and make its child spans."""
+    def record(self, trace: RequestTrace, content: Attributes | None = None) -> None:
+        """Complete the span of a finished request and make its child spans.
+
+        ``content`` are the attributes with the prompts and outputs of the request.
+        """
         root, running = trace.span or self._start(trace), trace.running
         if not root.is_recording():
             return  # not sampled
         if running is not None:
             root.set_attributes(_response_attributes(running, self.model, trace.response_id))
-            if self.decode is not None:
-                root.set_attributes(_content_attributes(trace.fields, running, self.decode))
+            root.set_attributes(content or {})
             for change in self.cluster_events.changes(running.admitted_s, trace.ended_s):
                 add_link(root, change.span_id, {names.CHANGE: change.name})
         set_error(root, trace.error)
@@ -169,10 +178,28 @@ class Tracing:
 
     def _record(self, trace: RequestTrace) -> None:
         """Make the spans of a finished request as ``record`` does, but log any exception."""
-        try:
+        if trace.running is not None and self.decode is not None:
+            recorder = asyncio.create_task(
+                self._record_with_content(trace, trace.running, self.decode)
+            )
+            self._recorders.add(recorder)
+            recorder.add_done_callback(self._recorders.discard)
+            return
+        with _logging_errors(trace):
             self.record(trace)
-        except Exception:
-            logger.exception("could not record the trace of request %s", trace.request_id)
+
+    async def _record_with_content(
+        self, trace: RequestTrace, running: RunningCall, decode: Decode
+    ) -> None:
+        with _logging_errors(trace):
+            trace.span = trace.span or self._start(trace)
+            content: Attributes = {}
+            if trace.span.is_recording():
+                num_tokens = running.usage.prompt_tokens + running.usage.completion_tokens
+                content = await self.long_work.run(
+                    num_tokens, _content_attributes, trace.fields, running, decode
+                )
+            self.record(trace, content)
 
 
 def start_tracing(
@@ -181,6 +208,7 @@ def start_tracing(
     model: str,
     addresses: Callable[[], Mapping[str, Any]],
     decode: Decode,
+    long_work: LongWork,
 ) -> Tracing | None:
     """Start tracing the requests of a gateway replica; return None without an OTLP endpoint.
 
@@ -189,7 +217,17 @@ def start_tracing(
     if section.otlp_endpoint is None:
         return None
     export = load_exporter(section.otlp_endpoint)(instance)
-    return Tracing(export, model, addresses, decode if section.trace_content else None)
+    decoder = decode if section.trace_content else None
+    return Tracing(export, model, addresses, decoder, long_work=long_work)
+
+
+@contextlib.contextmanager
+def _logging_errors(trace: RequestTrace) -> Iterator[None]:
+    """Context manager that logs any exception while the spans of a request are made."""
+    try:
+        yield
+    except Exception:
+        logger.exception("could not record the trace of request %s", trace.request_id)
 
 
 def _operation(trace: RequestTrace) -> str:

@@ -7,6 +7,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from cluster.config.observability import ObservabilitySection
 from cluster.core.errors import ConfigError
+from gateway.calls import tracing
 from gateway.calls.tracing import start_tracing
+from gateway.offload import long_work
+from gateway.offload.long_work import LongWork
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import TIMINGS, attention_entry, expert_entry, saying
@@ -412,6 +416,29 @@ def test_content_is_recorded_on_request(collector: Collector) -> None:
             assert reported["parts"][0]["content"].startswith("the")
 
 
+def test_long_content_is_made_in_a_thread(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, found = tracing._content_attributes, []
+
+    def note(*values: Any) -> Any:
+        found.append(threading.current_thread().name)
+        return make(*values)
+
+    monkeypatch.setattr(tracing, "_content_attributes", note)
+    monkeypatch.setattr(long_work, "INLINE_SIZE", 100)
+    section = ObservabilitySection(otlp_endpoint=collector.endpoint, trace_content=True)
+    with running_stack(observability=section) as stack:
+        for length in (90, 110):
+            caller = Caller()
+            caller.post(stack, "/v1/completions", prompt=[7] * length, max_tokens=1)
+            attributes = plain(collector.trace(caller.trace_id)[0].attributes)
+            assert json.loads(attributes["gen_ai.input.messages"])
+    short, long = found
+    assert not short.startswith("long-work")
+    assert long.startswith("long-work")
+
+
 def test_a_dead_collector_changes_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -425,7 +452,7 @@ def test_off_it_imports_nothing_and_makes_nothing() -> None:
         "import sys, gateway.http.api, gateway.grpc.server\n"
         "from cluster.config.observability import ObservabilitySection\n"
         "from gateway.calls.tracing import start_tracing\n"
-        "assert start_tracing(ObservabilitySection(), 'g', 'm', dict, str) is None\n"
+        "assert start_tracing(ObservabilitySection(), 'g', 'm', dict, str, None) is None\n"
         "names = ('opentelemetry.sdk', 'opentelemetry.exporter')\n"
         "print([name for name in names if name in sys.modules])"
     )
@@ -439,4 +466,4 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     section = ObservabilitySection(otlp_endpoint="http://127.0.0.1:4317")
     with pytest.raises(ConfigError, match=r"otlp_endpoint .* needs the extra otel: pip install"):
-        start_tracing(section, "gateway", MODEL, dict, str)
+        start_tracing(section, "gateway", MODEL, dict, str, LongWork())
