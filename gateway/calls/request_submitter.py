@@ -91,6 +91,7 @@ class RequestSubmitter:
                 waited = "" if can_go else ": the cluster is recovering"
                 raise DeadlineExceededError(f"the request's deadline has passed{waited}", False)
             if not can_go:
+                no_stream_s = None
                 await self._cluster.wait_change(min(_POLL_S, deadline_s - now_s))
                 continue
             no_stream_s = no_stream_s or now_s

@@ -169,6 +169,23 @@ def test_requests_wait_for_a_recovery(moody: Stack) -> None:
     assert answers[0]["usage"]["completion_tokens"] == 2
 
 
+def test_the_wait_for_a_stream_begins_again_after_a_recovery() -> None:
+    with running_stack(tuning=GatewayTuning(stream_wait_s=1.0)) as stack:
+        complete(stack, prompt="x", max_tokens=1)  # the gateway knows the model
+        _change(stack, workers=[])  # its stream has ended; the controller still says SERVING
+        statuses: list[int] = []
+        client = threading.Thread(
+            target=lambda: statuses.append(post(stack, "/v1/completions", prompt="x").status_code)
+        )
+        client.start()
+        stack.wait_for(lambda: stack.gateway.admission.num_requests == 1, "the request")
+        _change(stack, state="RECOVERING")
+        time.sleep(1.1)
+        stack.serve()
+        client.join(WAIT_S)
+        assert statuses == [200]
+
+
 def test_requests_wait_no_longer_than_their_time(moody: Stack) -> None:
     _change(moody, state="RECOVERING")
     headers = {"x-request-timeout-ms": "200"}
