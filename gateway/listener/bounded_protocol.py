@@ -123,7 +123,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if self._offers_upgrade():  # the request is parsed again without it
+        if self._is_refused or self._offers_upgrade():  # an offer is parsed again without it
             return
         self._is_in_head, self._num_unread = False, 0
         if self._num_head_bytes > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.config.gateway import GatewaySection
 from gateway.listener import timed_protocol
-from gateway.listener.bounded_protocol import MAX_WAITING, BoundedHttpProtocol
+from gateway.listener.bounded_protocol import MAX_HEAD_BYTES, MAX_WAITING, BoundedHttpProtocol
 from tests.gateway.stack import WAIT_S, running_stack, start_http
 from tests.harness.certificates import Certificates
 
@@ -147,6 +147,21 @@ def test_more_requests_than_may_wait_are_refused(protocols: list[BoundedHttpProt
             assert found.count(b"HTTP/1.1 400") == 1
             assert len(protocols[-1].pipeline) <= MAX_WAITING
         assert app.num_calls <= 1
+
+    asyncio.run(work())
+
+
+def test_no_request_behind_refused_headers_begins(protocols: list[BoundedHttpProtocol]) -> None:
+    """Its client could not learn whether it was served."""
+
+    async def work() -> None:
+        app = Answers(protocols)
+        async with connected(app) as (reader, writer):
+            writer.write(head(MAX_HEAD_BYTES) + SMALL * 2)
+            found = await asyncio.wait_for(reader.read(), WAIT_S)
+            assert found.startswith(b"HTTP/1.1 431")
+            assert found.count(b"HTTP/1.1") == 1
+        assert app.num_calls == 0
 
     asyncio.run(work())
 
