@@ -117,8 +117,8 @@ class TimedHttpProtocol(BoundedHttpProtocol):
         """End the connection, unless its body grew by ``BODY_STEP_BYTES`` or reading is paused."""
         self._timer = None
         is_in_body = self.is_serving and not self._has_begun_head
-        if is_in_body and (self.flow.read_paused or self._num_new_bytes >= BODY_STEP_BYTES):
-            self._wait(BODY_LIMIT_S)
+        if self.flow.read_paused or (is_in_body and self._num_new_bytes >= BODY_STEP_BYTES):
+            self._wait(BODY_LIMIT_S if is_in_body else HEAD_LIMIT_S)
             return
         if self.is_serving or not self._has_begun_head:
             self.transport.abort()

@@ -135,6 +135,28 @@ def test_a_slow_answer_to_the_last_waiting_request_has_no_limit(
     asyncio.run(work())
 
 
+def test_a_head_has_no_limit_while_nothing_is_read(
+    protocols: list[BoundedHttpProtocol], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read may end within a head, whose rest is read after the answers to earlier requests."""
+    monkeypatch.setattr(timed_protocol, "HEAD_LIMIT_S", 0.2)
+
+    class Slow(Answers):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            if self.num_calls == 0:
+                await asyncio.sleep(0.6)
+            await super().__call__(scope, receive, send)
+
+    async def work() -> None:
+        async with connected(Slow(protocols)) as (reader, writer):
+            writer.write(SMALL * 2 + SMALL[:8])
+            await asyncio.sleep(0.1)
+            writer.write(SMALL[8:])
+            await count_answers(reader, 3)
+
+    asyncio.run(work())
+
+
 def test_more_requests_than_may_wait_are_refused(protocols: list[BoundedHttpProtocol]) -> None:
     """The parser stops at the first one too many."""
 
