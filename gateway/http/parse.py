@@ -48,6 +48,8 @@ _MOST_ENTRIES = {
     "logit_bias": MAX_ENTRIES["logit_bias"],
 }
 """Maximum length by field, checked before the entries are validated."""
+_MAX_NAME_CHARS = 64
+"""Longest name in the path of a field; a client's object may have longer keys."""
 
 
 def parse_json(raw: bytes, max_depth: int) -> dict[str, Any]:
@@ -123,8 +125,10 @@ def _field_path(location: Sequence[str | int]) -> str:
             path += f"[{part}]"
         elif part.startswith(TAG):
             continue  # a tag of a union type, omitted from error texts
-        elif part.isidentifier() and part not in ("str", "int", "bool"):
-            path += f".{part}" if path else part
-        else:
+        elif len(part) > _MAX_NAME_CHARS or not part.isidentifier():
+            break
+        elif part in ("str", "int", "bool"):
             break  # a member of a union type
+        else:
+            path += f".{part}" if path else part
     return path

@@ -85,6 +85,8 @@ def _check(response: httpx.Response, status: int, code: str, param: str | None) 
         ({"stop": [1]}, "stop", "invalid_value"),
         ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids", "invalid_value"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"x": "1"}}, "logit_bias.x", "invalid_value"),
+        ({"logit_bias": {"x" * 1_000_000: "1"}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {"1": 101}}, "logit_bias", "invalid_value"),
