@@ -95,7 +95,7 @@ class OutputQueue:
     def check(self) -> None:
         """Raise the error that ended the call, if ``fail`` has ended it."""
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # without the frames of other calls
 
     async def take(self, timeout_s: float) -> list[TokenOutput]:
         """Wait for outputs and return all waiting outputs; an empty list after ``timeout_s``.
@@ -112,7 +112,7 @@ class OutputQueue:
         if taken:
             self.oldest_s, self._last_take_s = self.arrivals_s[0], self._clock()
         elif self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # without the frames of other calls
         return taken
 
     async def _wait(self, timeout_s: float) -> None:

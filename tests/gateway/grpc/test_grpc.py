@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config.gateway import GatewaySection
+from gateway.calls.readiness import shutdown_error
 from gateway.core.tuning import GatewayTuning
 from gateway.grpc.api import SERVICE
 from gateway.grpc.messages import read_message
@@ -436,6 +437,24 @@ def test_a_cancel_aborts_at_once(stack: Stack, stub: InferenceStub, unary: bool)
     call.cancel()
     stack.wait_for(lambda: not stack.engine.running, "the abort")
     assert stack.engine.aborts == [(stack.engine.requests[0].request_id, ())]
+
+
+def test_a_shutdown_ends_every_call_with_its_status(stack: Stack, stub: InferenceStub) -> None:
+    """All raise the same error, and the end of one does not disturb the others."""
+
+    def num_counted() -> float:
+        (family,) = stack.gateway.metrics.grpc_requests.collect()
+        wanted = {"method": "Generate", "code": "UNAVAILABLE"}
+        counts = (s for s in family.samples if s.name.endswith("_total"))
+        return sum(s.value for s in counts if wanted.items() <= s.labels.items())
+
+    before = num_counted()
+    stack.engine.is_paused = True
+    calls = [stub.Generate.future(request_of(text="x"), timeout=WAIT_S) for _ in range(8)]
+    stack.wait_for(lambda: len(stack.engine.running) == len(calls), "the requests")
+    stack.call(lambda: stack.gateway.running.fail(shutdown_error()))
+    assert {call.code() for call in calls} == {CODES.UNAVAILABLE}
+    stack.wait_for(lambda: num_counted() >= before + len(calls), "the counts")
 
 
 def test_health_and_reflection(stack: Stack) -> None:
