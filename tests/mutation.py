@@ -152,7 +152,7 @@ EQUIVALENT: Mapping[str, Mapping[str, str]] = {
         "self._clock += 1": "only proportions of ages count",
     },
     "workers/quantization/storage_format.py": {
-        "group < 1": "1 is no multiple, and refused as such",
+        "not 0": "1 is no multiple, and refused as such",
     },
     "workers/requests/block_hash.py": {
         "to_bytes(8": "the hash function fills its salt up with zeros",

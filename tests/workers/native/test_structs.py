@@ -37,7 +37,7 @@ def test_layouts_are_those_of_the_compiler() -> None:
     assert len(STRUCTS) == 21
     lines = ['#include "layers.c"', '#include "delta_net.h"', "#include <stddef.h>"]
     for kind in STRUCTS:
-        found = re.match(r"``(struct \w+)``", kind.__doc__ or "")
+        found = re.match(r"C ``(struct \w+)``", kind.__doc__ or "")
         assert found is not None, kind
         lines.append(f'_Static_assert(sizeof({found[1]}) == {ctypes.sizeof(kind)}, "size");')
         for name, *_ in kind._fields_:
