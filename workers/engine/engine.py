@@ -188,10 +188,7 @@ class Engine:
         ]
 
     def wait_for_kv(self, request_id: str, num_coming: int) -> None:
-        """Keep a request waiting until ``end_kv_wait``, while KV blocks are fetched for it.
-
-        ``num_coming``: number of free blocks that the fetch has taken.
-        """
+        """Keep a request waiting until ``end_kv_wait``, while ``num_coming`` blocks are fetched."""
         self._scheduler.kv_waits.begin(request_id, num_coming)
 
     def end_kv_wait(self, request_id: str) -> None:
@@ -290,10 +287,7 @@ class Engine:
     def _predict(
         self, plan: StepPlan, result: StepResult | None, tokens: StepTokens | None
     ) -> StepResult | None:
-        """Run the prediction layer on all rows of a step, to get draft tokens for the next step.
-
-        Returns ``result``, to which the experts that this layer chose are added.
-        """
+        """Run the prediction layer on all rows of a step; return ``result`` with its experts."""
         drawn = {} if tokens is None else tokens.drawn
         ids = {s: [one.token for one in tokens_of] for s, tokens_of in drawn.items()}
         first_row = () if result is None else result.first_row

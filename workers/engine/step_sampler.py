@@ -64,8 +64,7 @@ class StepTokens:
     broken: list[PlannedRows] = field(default_factory=list)
     """Plan entries with drafts in which any row, even of a rejected draft, has NaN or infinity."""
     candidates: dict[SequenceState, list[TokenLogprob]] = field(default_factory=dict)
-    """Candidate next tokens of each beam in ``complete``; the beam's entry in ``drawn`` has no
-    meaning."""
+    """Candidate next tokens of each beam in ``complete``; ignore its entry in ``drawn``."""
     predicted: dict[SequenceState, int] = field(default_factory=dict)
     """For each sequence, the token that the model's prediction layer expects after the sampled
     tokens."""
@@ -137,10 +136,7 @@ class StepSampler:
         self.inspector.end(sequence)
 
     def prepare(self, plan: StepPlan) -> None:
-        """Start to compute the grammar masks of a plan on another thread, while the model runs.
-
-        ``sample`` waits for the masks.
-        """
+        """Start to compute a plan's grammar masks on another thread; ``sample`` waits for them."""
         for planned in plan.rows:
             sequence, is_last = planned.sequence, planned.is_decode or planned.samples_token
             grammar = self._processors[sequence].grammar

@@ -233,10 +233,7 @@ class CollectiveTransport:
         """Return None: native code cannot send or receive over torch.distributed."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
-        """Abandon the process groups, and close the edge to a rank that sent invalid data.
-
-        Raises ``PeerLostError``.
-        """
+        """Drop the process groups and a rank that sent invalid data. Raises ``PeerLostError``."""
         self._abandon()
         self._connections.reject(self._names[rank], reason)
 
