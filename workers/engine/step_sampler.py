@@ -122,7 +122,6 @@ class StepSampler:
         self._team = team
         self._processors: dict[SequenceState, LogitsProcessors] = {}
         self._mask_thread = ThreadPoolExecutor(1, "grammar-masks")
-        self._mask_thread.submit(int)  # start the thread: a step could not handle an error
         self.inspector = Inspector(config, banks, logits, self._score)
         """Reads internal tensors of the model for requests that inspect them."""
 

@@ -305,8 +305,8 @@ def test_the_next_controller_knows_the_nodes_and_goes_on() -> None:
     assert found.scale.command.cause == "node new registered"
     wait(1)
     assert [o.is_running for o in found.operations.kept] == [True]
-    world.come_up("expert-2")
-    nodes["new"] = dataclasses.replace(nodes["new"], workers=("expert-2",))
+    world.come_up("expert-2.2")
+    nodes["new"] = dataclasses.replace(nodes["new"], workers=("expert-2.2",))
     wait(SETTLE_S + 2)
     assert [o.state for o in found.operations.kept] == [OperationState.SUCCEEDED]
     found = running(world).cluster

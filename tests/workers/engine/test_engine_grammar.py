@@ -16,7 +16,6 @@ from cluster.config.cluster import EngineSection
 from cluster.core.errors import PeerLostError
 from gateway.text.tokenizer import load_tokenizer
 from tests.fakes import FailingDispatcher
-from tests.harness.threads import fail_to_start
 from tests.paths import DEMO
 from workers.requests.request import (
     FinishReason,
@@ -103,13 +102,6 @@ def test_other_grammars(engine: LocalEngine, grammar: Grammar, pattern: str) -> 
             assert re.fullmatch(pattern, text_of(result.token_ids))
         else:
             assert len(result.token_ids) == 80
-
-
-def test_masks_are_computed_at_the_limit_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = LocalEngine(DEMO, dtype="float32")
-    fail_to_start(monkeypatch, "grammar-masks")
-    (result,) = engine.generate([PROMPT], following(choice("merry")))
-    assert text_of(result.token_ids) == "merry"
 
 
 def test_the_choice_ends_with_the_grammar_and_needs_no_eos(engine: LocalEngine) -> None:
