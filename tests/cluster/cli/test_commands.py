@@ -262,6 +262,9 @@ def test_a_broken_response_takes_one_line(
         with connection:
             connection.recv(1 << 16)
             connection.sendall(reply.encode("latin-1"))
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 16):  # unread data would reset the connection
+                pass
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = threading.Thread(target=answer)
