@@ -25,8 +25,8 @@ _LIMITS = (
 )
 _ROOT_PATH = re.compile("(/[A-Za-z0-9._~-]+)*")
 _METRICS_PREFIX = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
-_VLLM_PREFIX = "vllm:"
-"""Prefix of the names that ``vllm_metric_names`` adds."""
+VLLM_PREFIX = "vllm:"
+"""Prefix of vLLM's names, which ``vllm_metric_names`` adds."""
 ShutdownStage = Literal["lead", "refuse", "fail"]
 """Stages of a gateway's shutdown: ``lead`` serves but is not ready, ``refuse`` also rejects new
 requests, ``fail`` also fails the running requests."""
@@ -215,7 +215,7 @@ class GatewaySection:
         is_name = _METRICS_PREFIX.fullmatch(self.metrics_prefix) is not None
         rule = "must be letters, digits, _ and :, and not begin with a digit"
         check(is_name, "metrics_prefix", self.metrics_prefix, rule)
-        has_both = self.vllm_metric_names and self.metrics_prefix == _VLLM_PREFIX
+        has_both = self.vllm_metric_names and self.metrics_prefix == VLLM_PREFIX
         rule = "must differ from the prefix of vllm_metric_names"
         check(not has_both, "metrics_prefix", self.metrics_prefix, rule)
         check_choice("routing_policy", self.routing_policy, RoutingPolicyName)

@@ -13,6 +13,7 @@ from typing import Any
 
 from prometheus_client import Counter, Histogram
 
+from cluster.config.gateway import VLLM_PREFIX
 from cluster.core.metric_families import MergedFamilies, PlainFamily, new_registry, to_plain
 from gateway.cluster.client_view import client_families
 from gateway.cluster.view import Snapshot
@@ -166,7 +167,7 @@ class GatewayMetrics:
         yield merged
         if self._has_vllm_names:
             now = time.time()
-            merged, unprefixed = MergedFamilies(vllm_names.PREFIX), MergedFamilies("")
+            merged, unprefixed = MergedFamilies(VLLM_PREFIX), MergedFamilies("")
             for families, labels in parts:
                 merged.add(vllm_names.as_vllm(families, now), **labels)
                 unprefixed.add(vllm_names.as_instrumentator(families), **labels)

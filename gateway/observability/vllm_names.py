@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cluster.core.metric_families import PlainFamily
 
-PREFIX = "vllm:"
 VLLM_NAMES = frozenset(
     {
         "num_requests_running",

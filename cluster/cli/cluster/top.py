@@ -13,6 +13,7 @@ from cluster.cli.terminal.arguments import CommandParsers, seconds
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import table, write_json, write_line, write_result
+from cluster.config.gateway import VLLM_PREFIX
 
 DEFAULT_INTERVAL_S = 1.0
 _NAMES = (
@@ -20,8 +21,6 @@ _NAMES = (
     "expert_worker_tokens_total|expert_worker_busy_seconds_total"
 )
 _SERIES = re.compile(rf"^([\w:]+?)({_NAMES})\{{([^}}]*)\}} (\S+)$", re.M)
-_VLLM_PREFIX = "vllm:"
-"""Prefix under which ``serve --vllm-metric-names`` repeats some of the series."""
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _ROWS = {
     "attention": "iteration_tokens_total_sum",
@@ -73,9 +72,9 @@ def parse_series(text: str) -> dict[tuple[str, str], float]:
     """
     found: dict[tuple[str, str], float] = {}
     series = _SERIES.findall(text)
-    has_own = any(prefix != _VLLM_PREFIX for prefix, *_ in series)
+    has_own = any(prefix != VLLM_PREFIX for prefix, *_ in series)
     for prefix, name, labels, value in series:
-        if has_own and prefix == _VLLM_PREFIX:
+        if has_own and prefix == VLLM_PREFIX:
             continue
         key = (name, dict(_LABEL.findall(labels)).get("worker", ""))
         found[key] = found.get(key, 0.0) + float(value)
