@@ -55,8 +55,9 @@ def placed_groups(
     """Yield the banks of a placement in groups with equal numbers of experts.
 
     Raises ``ConfigError``, with the placement's ``name``, if placement, load and devices do not
-    match.
+    match, or without any bank.
     """
+    check(bool(profile.banks), "load_profile.banks", "none", "must name at least one bank")
     placed = banks_of(profile, placement, name)
     for loads in equally_large(profile):
         experts = len(loads[0].counts)
@@ -84,7 +85,6 @@ def assess(
 
     Raises ``ConfigError`` if placement, load and devices do not match, or without any bank.
     """
-    check(bool(profile.banks), "load_profile.banks", "none", "must name at least one bank")
     groups = list(placed_groups(profile, topology, placement, "placement"))
     balance: dict[tuple[str, int], float] = {}
     peaks = dict.fromkeys(PREDICTED_ROWS, 0.0)

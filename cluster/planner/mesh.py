@@ -91,7 +91,6 @@ def plan(
     few slots, or if ``current`` has other banks or devices.
     """
     options = options or PlanOptions()
-    check(bool(profile.banks), "load_profile.banks", "none", "must name at least one bank")
     old = None
     if current is not None:
         old = list(placed_groups(profile, topology, current, "current placement"))
