@@ -1,8 +1,8 @@
 """Tools of a body, and the choice of the tools that may be called.
 
 A custom tool takes any text. It is declared to the model as a function with one argument ``input``,
-which ``custom_input`` extracts. A tool of a namespace is declared under the joined names of both,
-for example ``mcp__files__read``; items have two separate fields, as Codex requires.
+which ``CustomInputReader`` extracts. A tool of a namespace is declared under the joined names of
+both, for example ``mcp__files__read``; items have two separate fields, as Codex requires.
 """
 
 from __future__ import annotations
@@ -237,8 +237,3 @@ def _end_of_character(text: str, position: int) -> int:
     if (low := _ESCAPE.match(text, end)) is not None:  # the low surrogate
         return low.end()
     return 0 if _INCOMPLETE_ESCAPE.match(text, end) else end
-
-
-def custom_input(arguments: str) -> str:
-    """Return the input text in the complete arguments of a custom tool call."""
-    return CustomInputReader().feed(arguments)

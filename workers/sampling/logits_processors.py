@@ -133,11 +133,6 @@ class SamplingRow(Struct, frozen=True):
         return self.params.temperature < _GREEDY_BELOW
 
     @property
-    def takes_best(self) -> bool:
-        """Whether only the best token of unchanged logits is needed, and no log-probabilities."""
-        return self.is_greedy and self.params.logprobs is None and self.is_plain
-
-    @property
     def is_plain(self) -> bool:
         """Whether the row's logits are used unchanged: no penalties, bias or masks."""
         params = self.params
