@@ -48,6 +48,16 @@ def ray_folder(tmp_path: Path) -> Path:
     return folder / "ray" / "session_latest" / "logs"
 
 
+def interrupt_without_answers(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt ``logs --follow`` once the gateway has given all its answers."""
+
+    def wait(seconds: float) -> None:
+        if not gateway.admin:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=wait))
+
+
 def test_logs_of_a_worker(
     gateway: FakeGateway, ray_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,12 +172,7 @@ def test_logs_of_processes_go_on(
     refusal = (404, {"error": {"message": "no worker 'expert-0' runs"}})
     lines: list[tuple[int, Any]] = [(200, {"number": n, "lines": [f"{n}"]}) for n in (1, 2)]
     gateway.admin = [lines[0], refusal, lines[1]]
-
-    def wait(seconds: float) -> None:
-        if not gateway.admin:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=wait))
+    interrupt_without_answers(gateway, monkeypatch)
     words = ["--url", gateway.url, "logs", "expert-0", "--follow"]
     assert main(words) == ExitCode.INTERRUPTED
     assert capsys.readouterr().out == "1\n2\n"
@@ -182,12 +187,7 @@ def test_the_first_lines_of_a_restarted_process_are_shown(
     gateway.open_admin()
     texts = ((3, "abc"), (2, ""), (2, "de"), (3, "f"))
     gateway.admin = [(200, {"number": number, "lines": [*text]}) for number, text in texts]
-
-    def wait(seconds: float) -> None:
-        if not gateway.admin:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=wait))
+    interrupt_without_answers(gateway, monkeypatch)
     words = ["--url", gateway.url, "logs", "controller", "--follow"]
     assert main(words) == ExitCode.INTERRUPTED
     assert capsys.readouterr().out.split() == ["a", "b", "c", "d", "e", "f"]
