@@ -7,7 +7,7 @@ transport is the difference to ``LocalDispatcher``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NoReturn
 
 from torch import Tensor
@@ -15,18 +15,20 @@ from torch import Tensor
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation, Member
+from workers.cuda.step_graph import StepGraph
 from workers.dispatch.colocated import ColocatedDispatcher, LoopbackTransport
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.model.config import BankSpec
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import ExpectedMessage, RowMessage, Tag
+from workers.transport.transport import CapturedMessages, ExpectedMessage, RowMessage, Tag
 
 
 class Alone:
     """``DataTransport`` of a worker without peers, which sends nothing."""
 
     sums_are_rounded = False
+    captured_state: Hashable = None
 
     def begin_step(self, header: StepHeader) -> None:
         """Do nothing."""
@@ -43,6 +45,10 @@ class Alone:
 
     def finish_step(self) -> None:
         """Return at once, as nothing is sent."""
+
+    def capture(self, graph: StepGraph) -> CapturedMessages | None:
+        """Return None, as nothing is sent."""
+        return None
 
     def direct(self, ranks: Sequence[int]) -> None:
         """Do nothing, as there are no edges."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -21,6 +21,7 @@ from benchmarks.harness.serving_cluster import ThreadCluster, ThreadWorkerGroup
 from cluster.core.errors import PeerLostError
 from cluster.core.states import ClusterState
 from cluster.core.topology import Generation, Member
+from workers.cuda.step_graph import StepGraph
 from workers.model.config import BankSpec
 from workers.process.worker.worker import Worker
 from workers.process.worker_args import WorkerArgs
@@ -116,6 +117,13 @@ class FailingTransport:
 
     def finish_step(self) -> None:
         self._inner.finish_step()
+
+    @property
+    def captured_state(self) -> Hashable:
+        return self._inner.captured_state
+
+    def capture(self, graph: StepGraph) -> None:
+        """Faults are those of messages that the host sends."""
 
     def direct(self, ranks: Sequence[int]) -> None:
         """Faults are those of the calls above."""

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.harness.mixed_calls import make_calls
 from benchmarks.harness.serving_cluster import ThreadWorkerGroup
 from gateway.core.call import GenerateCall
-from workers.engine.model_runner import StepResult
+from workers.engine.step_result import StepResult
 from workers.process.context import WorkerContext
 from workers.process.worker.actor import AttentionWorker
 from workers.process.worker.worker import OnDeath, Worker

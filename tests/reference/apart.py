@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from benchmarks.harness.both_roles import Alone
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation, Member
+from tests.harness.pretend_gpu import DEVICE
+from workers.cuda.step_graph import StepGraph
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.model.config import BankSpec
@@ -55,11 +58,19 @@ class Turns:
 
 
 class TurnTransport(Alone):
-    """``DataTransport`` of one rank; ``own``: the expert rank, None at the attention rank."""
+    """``DataTransport`` of one rank; ``own``: the expert rank, None at the attention rank.
 
-    def __init__(self, turns: Turns, own: int | None) -> None:
+    ``is_captured``: on a pretended GPU, messages are part of captured steps.
+    """
+
+    def __init__(self, turns: Turns, own: int | None, is_captured: bool = False) -> None:
         self._turns = turns
         self._own = own
+        self._is_captured = is_captured
+
+    def capture(self, graph: StepGraph) -> CapturedTurns | None:
+        """See ``DataTransport``."""
+        return CapturedTurns(self) if self._is_captured else None
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """See ``DataTransport``."""
@@ -84,16 +95,41 @@ class TurnTransport(Alone):
         return tag.direction, rank if self._own is None else self._own, tag
 
 
+class CapturedTurns:
+    """``CapturedMessages`` of one rank on a pretended GPU."""
+
+    def __init__(self, transport: TurnTransport) -> None:
+        self._transport = transport
+
+    def post(self, tag: Tag, messages: Sequence[RowMessage]) -> None:
+        """See ``CapturedMessages``."""
+        mode = messages[0].parts[0].maker  # type: ignore[attr-defined]
+        mode.launched("send", lambda: self._transport.post(tag, messages, sized=False))
+
+    def receive(self, tag: Tag, expected: Sequence[ExpectedMessage]) -> list[tuple[Tensor, ...]]:
+        """See ``CapturedMessages``."""
+        places = [item.empty(torch.device(DEVICE)) for item in expected]
+
+        def again() -> None:
+            found = self._transport.receive(tag, expected, sized=False, must_wait=False)
+            for place, parts in zip(places, found, strict=True):
+                for tensor, part in zip(place, parts, strict=True):
+                    tensor.copy_(part)
+
+        places[0][0].maker.launched("receive", again)  # type: ignore[attr-defined]
+        return places
+
+
 class ExpertsApart:
     """The experts of a local engine on so many expert ranks: expert e on rank e % ranks."""
 
-    def __init__(self, engine: LocalEngine, num_ranks: int) -> None:
+    def __init__(self, engine: LocalEngine, num_ranks: int, *, is_captured: bool = False) -> None:
         self.turns = Turns()
         self.engine = engine
         place, banks = engine.slots.banks[0].device, engine.banks
         self.servers = [
             ExpertServer(
-                TurnTransport(self.turns, rank),
+                TurnTransport(self.turns, rank, is_captured),
                 engine.slots.banks,
                 banks,
                 device_index=rank,
@@ -105,7 +141,7 @@ class ExpertsApart:
             for rank in range(num_ranks)
         ]
         self.home = RemoteDispatcher(
-            TurnTransport(self.turns, None),
+            TurnTransport(self.turns, None, is_captured),
             banks,
             rank=0,
             combine_mode="sum",

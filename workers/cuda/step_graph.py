@@ -1,8 +1,8 @@
 """CUDA graphs of a step on a GPU, and the host calls between them.
 
-The host launches all kernels of one graph with one call. A step that exchanges rows with other
-workers consists of several graphs, its pieces. Between two pieces, the host enqueues messages on
-the stream, so it does not wait for any piece.
+The host launches all kernels of one graph with one call. If the transport cannot be captured, a
+step that exchanges rows with other workers consists of several graphs, its pieces. Between two
+pieces, the host enqueues messages on the stream, so it does not wait for any piece.
 
 Source: "Getting started with CUDA graphs" (NVIDIA, 2019); pieces as in vLLM, which splits at
 attention.
@@ -36,8 +36,10 @@ class StepGraph:
         same time."""
         self._device = device
         self._pool = pool
+        self._before: list[Callable[[], None]] = []
+        self._at_end: list[Callable[[], None]] = []
         self._parts: list[Callable[[], None]] = []
-        self._piece: Any = None
+        self._pieces: list[Any] = []
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -48,9 +50,11 @@ class StepGraph:
             self._begin()
             try:
                 yield
+                for act in self._at_end:
+                    act()
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # the capture has most likely failed
-                    self._piece.capture_end()
+                    self._pieces[-1].capture_end()
                 raise
             self._end()
 
@@ -61,19 +65,39 @@ class StepGraph:
         self._parts.append(act)
         self._begin()
 
+    def at_end(self, act: Callable[[], None]) -> None:
+        """Call ``act`` at the end of the capture, which captures what it launches."""
+        self._at_end.append(act)
+
+    def before(self, act: Callable[[], None]) -> None:
+        """Let each replay call ``act`` before it launches anything."""
+        self._before.append(act)
+
     def replay(self) -> None:
-        """Run the step again. Raises the errors of the host calls between two graphs."""
+        """Run the step again. Raises the errors of the host calls before and between graphs."""
+        for act in self._before:
+            act()
+        assert self._parts, "the graphs were dropped"
         for part in self._parts:
             part()
 
+    def drop(self) -> None:
+        """Destroy the graphs; ``replay`` must not reach them again.
+
+        CUDA destroys a graph that still runs on the device when it ends.
+        """
+        self._parts.clear()
+        while self._pieces:
+            self._pieces.pop().reset()
+
     def _begin(self) -> None:
-        self._piece = torch.cuda.CUDAGraph()
+        self._pieces.append(torch.cuda.CUDAGraph())
         # Other threads load experts and provide blocks during the capture.
-        self._piece.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._pieces[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _end(self) -> None:
-        self._piece.capture_end()
-        self._parts.append(self._piece.replay)
+        self._pieces[-1].capture_end()
+        self._parts.append(self._pieces[-1].replay)
 
 
 @cache

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workers.cuda.step_graph import StepGraph, StepGraphCache
+from workers.dispatch.device_slots import DeviceSlotChecker, SlotNotes
 from workers.dispatch.recording import FixedTables, RecordingTransport
 from workers.dispatch.row_serving import ExpertSide, ServedPlace, ServedStep, StaticServing
-from workers.dispatch.slot_checker import DeviceSlotChecker, SlotNotes
+from workers.metrics.captured_laps import CapturedLaps
+from workers.metrics.step_timer import StepTimer
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport
 
@@ -22,9 +24,11 @@ from workers.transport.transport import DataTransport
 class CapturedServes:
     """Counts that each replay of a captured step (CUDA graph) adds on an expert rank."""
 
-    notes: SlotNotes
+    notes: SlotNotes | None
+    """Validity and counts of the slots; set at the end of the capture."""
     num_bytes: dict[str, int]
     """Bytes that each replay adds to ``ExpertCounters.num_bytes``."""
+    laps: CapturedLaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,14 @@ class CapturedServing:
         self._kept = StepGraphCache[_CapturedStep](max_kept_rows)
         self._step: ServedStep | None = None
         self._places: Sequence[ServedPlace] = ()
+        self._replayed_laps: CapturedLaps | None = None
 
     @property
     def state(self) -> Hashable:
         """A value that changes when captured steps (CUDA graphs) become invalid, because tables or
-        expert slots have moved in memory."""
-        return self._fixed.version, *(bank.version for bank in self._side.slots)
+        expert slots have moved in memory, or connections have changed."""
+        versions = (bank.version for bank in self._side.slots)
+        return self._fixed.version, *versions, self._transport.captured_state
 
     @staticmethod
     def shape(header: StepHeader) -> tuple[tuple[int, ...], ...]:
@@ -115,11 +121,12 @@ class CapturedServing:
         checker, counters = self._side.checker, self._side.counters
         assert isinstance(checker, DeviceSlotChecker)
         num_bytes = dict.fromkeys(counters.num_bytes, 0)
-        checker.begin(counters.token_counts)
-        step.timer.pause()
+        checker.begin()
+        served = CapturedServes(None, num_bytes, step.timer.capture(len(self._side.banks)))
         captured = replace(step, num_bytes=num_bytes, must_wait=False, is_measured=False)
         serving.begin_step(captured, ())
-        yield CapturedServes(checker.notes, num_bytes)
+        yield served
+        served.notes = checker.notes
 
     def count(self, captured: CapturedServes) -> DeviceSlotChecker:
         """Count a replayed step: its bytes at once, its expert slots at the end of the step.
@@ -129,6 +136,13 @@ class CapturedServing:
         checker, counters = self._side.checker, self._side.counters
         assert isinstance(checker, DeviceSlotChecker)
         checker.notes = captured.notes
+        self._replayed_laps = captured.laps
         for name, count in captured.num_bytes.items():
             counters.num_bytes[name] += count
         return checker
+
+    def add_laps(self, timer: StepTimer) -> None:
+        """Add the laps of a replayed step, for which the host has waited, to its timer."""
+        if self._replayed_laps is not None:
+            timer.add_captured(self._replayed_laps)
+            self._replayed_laps = None

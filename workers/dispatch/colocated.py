@@ -77,6 +77,14 @@ class LoopbackTransport:
         received = iter(found)
         return [self._own.pop(tag) if e.rank == self._rank else next(received) for e in expected]
 
+    @property
+    def captured_state(self) -> Hashable:
+        """A value that changes when captured messages to and from other ranks become invalid."""
+        return self._inner.captured_state
+
+    def capture(self, graph: StepGraph) -> None:
+        """Return None: ``recording`` captures the messages to other ranks."""
+
     def recording(
         self, device: torch.device, activity: Activity, graph: StepGraph | None
     ) -> LoopbackTransport:
@@ -142,7 +150,7 @@ class ColocatedDispatcher:
         The first combine of an exchange first serves this rank's experts for all micro-batches.
         """
         timer = self._attention.timer
-        timer.mark()
+        timer.mark(handle.bank)
         place = (handle.bank.index, handle.exchange)
         if place > self._served:
             self._served = place

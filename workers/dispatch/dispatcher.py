@@ -24,7 +24,7 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.cuda.step_graph import StepGraph
 from workers.dispatch.copies import ChosenCopies
-from workers.metrics.step_metrics import is_measured
+from workers.metrics.captured_laps import CapturedLaps
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
@@ -161,17 +161,9 @@ def picks_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: Comb
     """Whether the host must read which expert rank each row or (row, slot) pair of a step needs.
 
     True if ``StepHeader.exact``, or if expert ranks return one output for each pair. Such a step
-    cannot be captured.
+    cannot be captured, and the host waits for its messages.
     """
     return header.exact or returns_pairs(banks, combine_mode)
-
-
-def reads_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether the host reads the routing of rows during a step, to send them or to count padding.
-
-    See ``picks_rows`` and ``is_measured``.
-    """
-    return picks_rows(header, banks, combine_mode) or is_measured(header)
 
 
 def has_known_sizes(
@@ -181,16 +173,7 @@ def has_known_sizes(
 
     True if the header has a bucket (a padded number of rows) and the host reads no rows.
     """
-    return header.bucket > 0 and not reads_rows(header, banks, combine_mode)
-
-
-def must_wait(header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode) -> bool:
-    """Whether the host waits for received messages in a step that is not captured.
-
-    If the header has a bucket (a padded number of rows), transports permit many pending receives,
-    which only captured steps may use; so a step that is not captured waits.
-    """
-    return header.bucket > 0 or reads_rows(header, banks, combine_mode)
+    return header.bucket > 0 and not picks_rows(header, banks, combine_mode)
 
 
 class TimedDispatcher(ABC):
@@ -200,6 +183,7 @@ class TimedDispatcher(ABC):
         self.timer = timer or StepTimer()
         """Timer of the laps ``attention``, ``dispatch`` and ``combine``."""
         self._banks = tuple(banks)
+        self._replayed_laps: CapturedLaps | None = None
 
     def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
         """Send rows to their experts without waiting for outputs; pass the result to ``combine``.
@@ -214,13 +198,20 @@ class TimedDispatcher(ABC):
 
     def combine(self, handle: DispatchHandle) -> Tensor:
         """Wait for the outputs of a dispatch and return them; see ``TokenDispatcher.combine``."""
-        self.timer.mark()
+        self.timer.mark(handle.bank)
         outputs = self.gather(handle)
         self.timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
         return outputs
 
+    def record_replay(self, laps: CapturedLaps) -> None:
+        """Record a replay of a captured step, whose ``laps`` are read at the end of the step."""
+        self._replayed_laps = laps
+
     def end_step(self) -> bool:
         """Return whether every expert rank got all rows it needed; always True by default."""
+        if self._replayed_laps is not None:
+            self.timer.add_captured(self._replayed_laps)
+            self._replayed_laps = None
         return True
 
     @property
@@ -245,7 +236,7 @@ class TimedDispatcher(ABC):
         ]
         for end_ns, name, bank, micro_batch in sorted(parts, key=itemgetter(0)):
             if name == "mlp":
-                self.timer.mark(end_ns)
+                self.timer.mark(bank, end_ns)
             else:
                 self.timer.add_laps({name: end_ns}, bank, 0, micro_batch)
 

@@ -6,20 +6,28 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from workers.metrics.padding import PaddingRatio
 from workers.model.config import ExchangeSpec
 
 
-class UsedRows(NamedTuple):
-    """Counts of one exchange on one expert rank: received rows, and the part that it used."""
+class ReceivedRows(NamedTuple):
+    """Rows of one exchange that an expert rank received."""
 
+    exchange: ExchangeSpec
     num_inputs: int
     num_rows: int
+    by_pair: bool
+    """Whether the rank returns one output for each (row, expert) pair instead of one sum for each
+    row."""
+
+
+class UsedRows(NamedTuple):
+    """The part of received rows that an expert rank used."""
+
     num_rows_here: int
-    """Number of received rows that have an expert on this rank."""
+    """Number of rows that have an expert on this rank."""
     num_pairs: int
 
 
@@ -35,34 +43,35 @@ class ExpertCounters:
         self.padding = PaddingRatio()
         """Share of padding in the rows from and to the attention ranks, measured in a sample of the
         steps."""
-        self.token_counts: list[Tensor] = []
+        self.all_token_counts = torch.zeros(0, dtype=torch.int64)
+        """``token_counts`` of all banks, one after another."""
+        self.token_counts: Sequence[Tensor] = ()
         """Number of (row, expert) pairs that each expert slot has computed: for each bank, [slots]
-        int64 on the CPU."""
+        int64 on the CPU, views of ``all_token_counts``."""
 
     def resize(self, num_slots: Sequence[int]) -> None:
         """Add slot counters until each bank has the number in ``num_slots``.
 
         Existing counters keep their values.
         """
-        for bank, wanted in enumerate(num_slots):
-            if bank == len(self.token_counts):
-                self.token_counts.append(torch.zeros(0, dtype=torch.int64))
-            missing = wanted - len(self.token_counts[bank])
-            if missing > 0:
-                self.token_counts[bank] = F.pad(self.token_counts[bank], (0, missing))
+        old = {bank: len(counts) for bank, counts in enumerate(self.token_counts)}
+        sizes = [max(wanted, old.get(bank, 0)) for bank, wanted in enumerate(num_slots)]
+        if sizes == list(old.values()):
+            return
+        self.all_token_counts = torch.zeros(sum(sizes), dtype=torch.int64)
+        resized = torch.split(self.all_token_counts, sizes)
+        for bank, counts in enumerate(self.token_counts):
+            resized[bank][: len(counts)] = counts
+        self.token_counts = resized
 
-    def add_padding(self, exchange: ExchangeSpec, used: UsedRows, by_pair: bool) -> None:
-        """Count the padding of one exchange: transferred rows that were not used.
-
-        ``by_pair``: whether one output for each (row, expert) pair was returned, without padding,
-        instead of one sum for each row.
-        """
-        num_used = used.num_pairs if exchange.per_slot_input else used.num_rows_here
-        self.padding.add("dispatch", used.num_inputs, num_used)
-        if by_pair:
+    def add_padding(self, received: ReceivedRows, used: UsedRows) -> None:
+        """Count the padding of one exchange: transferred rows that were not used."""
+        num_used = used.num_pairs if received.exchange.per_slot_input else used.num_rows_here
+        self.padding.add("dispatch", received.num_inputs, num_used)
+        if received.by_pair:  # outputs by pair have no padding
             self.padding.add("combine", used.num_pairs, used.num_pairs)
         else:
-            self.padding.add("combine", used.num_rows, used.num_rows_here)
+            self.padding.add("combine", received.num_rows, used.num_rows_here)
 
     def stats(self, *, has_slot_seconds: bool) -> dict[str, float]:
         """Return the counters by metric name without prefix.

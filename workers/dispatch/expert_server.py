@@ -13,7 +13,8 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.captured_serving import CapturedServes, CapturedServing
 from workers.dispatch.copies import EpochTables
-from workers.dispatch.dispatcher import SlotBank, has_known_sizes, must_wait
+from workers.dispatch.device_slots import make_slot_checker
+from workers.dispatch.dispatcher import SlotBank, has_known_sizes, picks_rows
 from workers.dispatch.expert_counters import ExpertCounters
 from workers.dispatch.native_expert_side import NativeServing
 from workers.dispatch.recording import FixedTables
@@ -25,7 +26,7 @@ from workers.dispatch.row_serving import (
     ServedStep,
     StaticServing,
 )
-from workers.dispatch.slot_checker import FilledSlots, make_slot_checker
+from workers.dispatch.slot_checker import FilledSlots
 from workers.metrics.activity import Activity
 from workers.metrics.step_metrics import is_measured
 from workers.metrics.step_timer import StepTimer
@@ -70,7 +71,11 @@ class ExpertServer:
         self._has_graphs = device.type == "cuda"
         self._epochs = EpochTables[list[FilledSlots]]()
         self._fixed = FixedTables()
-        self._slot_checker = make_slot_checker(device)
+        self._filled_source: Sequence[FilledSlots] = ()
+        """Tables of an epoch, from which ``_filled`` was made."""
+        self._filled: Sequence[FilledSlots] = ()
+        """The tables of ``_filled_source``, at the addresses from which captured steps read."""
+        self._slot_checker = make_slot_checker(self.counters, self._banks, device)
         self._side = side = ExpertSide(
             self._banks,
             slots,
@@ -85,6 +90,8 @@ class ExpertServer:
         self._native = NativeServing(side, transport, self._static)
         self.captured = CapturedServing(side, transport, self._fixed, max_kept_rows)
         """Serves steps on a GPU by CUDA graphs that it captures."""
+        self._places: dict[tuple[bool, ...], Sequence[ServedPlace]] = {}
+        """Exchanges of a step, by whether each micro-batch has rows."""
         self._called = self._static
         self._step: ServedStep | None = None
         self._is_captured = False
@@ -115,13 +122,19 @@ class ExpertServer:
         unknown epoch.
         """
         step = self._begin(header)
-        serving, places = self._serving_of(step), step.places(self._banks)
+        serving, places = self._serving_of(step), self._places_of(step)
         serving.begin_step(step, places)
         served = 0
         while served < len(places):
-            self.timer.mark()
+            self.timer.mark(places[served].bank)
             served = serving.serve(served)
         self._end_step()
+
+    def _places_of(self, step: ServedStep) -> Sequence[ServedPlace]:
+        key = tuple(map(bool, step.granted))
+        if key not in self._places:
+            self._places[key] = step.places(self._banks)
+        return self._places[key]
 
     def _serving_of(self, step: ServedStep) -> RowServing:
         """Select the ``RowServing`` that runs a step in ``run_step``."""
@@ -144,7 +157,7 @@ class ExpertServer:
         assert step is not None, "begin_step was not called"
         for micro_batch, granted in enumerate(step.granted):
             if granted:
-                self.timer.mark()
+                self.timer.mark(spec)
                 self._called.serve_place(ServedPlace(spec, exchange, micro_batch))
         is_last = (bank, exchange) == (len(self._banks) - 1, len(spec.exchanges) - 1)
         if is_last and not self._is_captured:
@@ -170,22 +183,22 @@ class ExpertServer:
         Raises ``PeerLostError`` if it rejects a rank. Call it after the host has waited for the
         step.
         """
-        self._slot_checker.end(self.counters.token_counts, self._transport.reject)
+        self._slot_checker.end(self._transport.reject)
+        self.captured.add_laps(self.timer)
 
     def _begin(self, header: StepHeader) -> ServedStep:
         self.timer.begin_step(header)
         with self._activity:
             self._transport.begin_step(header)
-        self._step = step = self._step_of(header, is_measured=is_measured(header))
+        measures = is_measured(header) and not self._has_graphs
+        self._step = step = self._step_of(header, is_measured=measures)
         return step
 
     def _step_of(self, header: StepHeader, *, is_measured: bool) -> ServedStep:
-        self._slot_checker.begin(self.counters.token_counts)
-        filled = self._epochs.begin_step(header)
+        self._slot_checker.begin()
+        filled: Sequence[FilledSlots] = self._epochs.begin_step(header)
         if self._has_graphs:
-            tables = self._fixed.copy_in([own.table for own in filled])
-            pairs = zip(filled, tables, strict=True)
-            filled = [replace(own, table=table) for own, table in pairs]
+            filled = self._at_fixed_addresses(filled)
         granted = [
             {rank: n for rank, _ in header.grants if (n := header.edge_rows(rank, micro_batch))}
             for micro_batch in range(header.num_micro_batches)
@@ -197,13 +210,23 @@ class ExpertServer:
             granted,
             self.counters.num_bytes,
             self.timer,
-            must_wait(header, self._banks, self._combine_mode),
+            picks_rows(header, self._banks, self._combine_mode),
             is_measured,
         )
+
+    def _at_fixed_addresses(self, filled: Sequence[FilledSlots]) -> Sequence[FilledSlots]:
+        """Return ``filled`` with tables at the addresses from which captured steps read."""
+        if filled is not self._filled_source:
+            tables = self._fixed.copy_in([own.table for own in filled])
+            pairs = zip(filled, tables, strict=True)
+            self._filled_source = filled
+            self._filled = [replace(own, table=table) for own, table in pairs]
+        return self._filled
 
     def _end_step(self) -> None:
         """Wait for the step's messages, count its slots, and reject a rank that sent an invalid
         slot. Raises ``PeerLostError`` and ``GenerationChangedError``."""
         with self._activity:
             self._transport.finish_step()
-        self._slot_checker.end(self.counters.token_counts, self._transport.reject)
+        self._slot_checker.end(self._transport.reject)
+        self.captured.add_laps(self.timer)

@@ -21,6 +21,7 @@ from workers.dispatch.dispatcher import (
     TimedDispatcher,
 )
 from workers.metrics.activity import Activity
+from workers.metrics.captured_laps import CapturedLaps
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
@@ -81,15 +82,8 @@ class LocalDispatcher(TimedDispatcher):
 
     @contextmanager
     def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
-        """Context in which the caller captures a decode step as a CUDA graph.
-
-        It does nothing, as there are no messages to record.
-        """
-        yield self
-
-    def replayed(self) -> None:
-        """Record a replay of a captured step as progress of the data thread."""
-        self.activity.advance()
+        """Context in which the caller captures a decode step as a CUDA graph, without messages."""
+        yield _CapturedExperts(self, self.timer.capture(len(self._banks)))
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Use the slots in which the placement puts the experts on device 0, the only device."""
@@ -152,6 +146,18 @@ class LocalDispatcher(TimedDispatcher):
     def gather(self, handle: DispatchHandle) -> Tensor:
         assert isinstance(handle, LocalHandle)
         return handle.result
+
+
+@dataclass(frozen=True, slots=True)
+class _CapturedExperts:
+    """``CapturedExchanges`` of a process with all experts."""
+
+    dispatcher: LocalDispatcher
+    laps: CapturedLaps
+
+    def replayed(self) -> None:
+        self.dispatcher.record_replay(self.laps)
+        self.dispatcher.activity.advance()
 
 
 def _differ(new: Tensor | None, old: Tensor | None) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from workers.dispatch.expert_counters import UsedRows
+from workers.dispatch.expert_counters import ReceivedRows, UsedRows
 from workers.dispatch.native_fields import GrowingBuffer, exchange_fields
 from workers.dispatch.row_serving import ExpertSide, ServedPlace, ServedStep, StaticServing
 from workers.native.exchange import UNEXPECTED, UNSENT, ServerFields, memory_bytes, serve_exchanges
@@ -109,9 +109,9 @@ class NativeServing:
         step.timer.add_laps({**ends_ns, "send": served.sent_ns}, *place)
         if step.is_measured:
             rows, num_inputs = served.num_rows, served.exchange.num_inputs
-            used = UsedRows(rows * num_inputs, rows, served.num_rows_here, served.num_pairs)
-            exchange = place.bank.exchanges[place.exchange]
-            counters.add_padding(exchange, used, bool(served.exchange.by_pair))
+            exchange, by_pair = place.bank.exchanges[place.exchange], served.exchange.by_pair
+            received = ReceivedRows(exchange, rows * num_inputs, rows, bool(by_pair))
+            counters.add_padding(received, UsedRows(served.num_rows_here, served.num_pairs))
 
     def _prepare(
         self, direct: DirectEdges, step: ServedStep, place: ServedPlace, slots: NativeSlots

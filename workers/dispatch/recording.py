@@ -1,12 +1,14 @@
 """Records the messages of a captured step, which each replay sends and receives again.
 
-Messages are sent from and received into tensors at fixed addresses, so that the parts of the step
-before and after a message can be CUDA graphs.
+Messages are sent from and received into tensors at fixed addresses. If the transport can be
+captured, they are part of the step's CUDA graph; if not, the host sends and receives them between
+two graphs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import is_
 from typing import NoReturn
 
@@ -22,7 +24,7 @@ from workers.transport.transport import DataTransport, ExpectedMessage, RowMessa
 class RecordingTransport:
     """``DataTransport`` that records a step's messages for replays of a captured step.
 
-    It sends nothing itself, and its receives return zeros.
+    It sends nothing itself. Without a graph, its receives return zeros.
     """
 
     def __init__(
@@ -30,12 +32,14 @@ class RecordingTransport:
     ) -> None:
         """``live``: the transport that replays of ``graph`` use. ``graph`` None: record nothing."""
         self.sums_are_rounded = live.sums_are_rounded
+        self.captured_state = live.captured_state
         self.apply_generation = live.apply_generation
         self.close = live.close
         self._live = live
         self._device = device
         self._activity = activity
         self._graph = graph
+        self._captured = None if graph is None else live.capture(graph)
 
     def begin_step(self, header: StepHeader) -> None:
         """Do nothing: the live transport begins the step before each replay."""
@@ -43,6 +47,9 @@ class RecordingTransport:
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         """Record that each replay sends ``messages`` over the live transport at this point."""
         assert not sized, "captured messages have known sizes"
+        if self._captured is not None:
+            self._captured.post(tag, messages)
+            return
         live, activity = self._live, self._activity
 
         def send() -> None:
@@ -55,20 +62,14 @@ class RecordingTransport:
     def receive(
         self, tag: Tag, expected: Sequence[ExpectedMessage], *, sized: bool, must_wait: bool
     ) -> list[tuple[Tensor, ...]]:
-        """Record that each replay receives the ``expected`` messages; return zero tensors.
-
-        Each replay receives into these tensors.
-        """
+        """Record that each replay receives the ``expected`` messages; return the tensors that it
+        fills. Without a graph, return zeros."""
         assert not sized, "captured messages have known sizes"
         assert not must_wait, "the host reads nothing within a captured step"
+        if self._captured is not None:
+            return self._captured.receive(tag, expected)
         live, activity = self._live, self._activity
-        places = [
-            tuple(
-                torch.zeros(count, part.width, dtype=part.dtype, device=self._device)
-                for part, count in zip(item.parts, item.counts, strict=True)
-            )
-            for item in expected
-        ]
+        places = [item.empty(self._device) for item in expected]
 
         def receive() -> None:
             with activity:
@@ -79,10 +80,16 @@ class RecordingTransport:
 
         if self._graph is not None:
             self._graph.between(receive)
+            return places
+        for tensor in chain.from_iterable(places):
+            tensor.zero_()
         return places
 
     def finish_step(self) -> None:
         """Do nothing: while a step is recorded, no message is pending."""
+
+    def capture(self, graph: StepGraph) -> None:
+        """Return None: this transport is being captured."""
 
     def direct(self, ranks: Sequence[int]) -> None:
         """Return None, as native code does not run captured steps."""

@@ -46,14 +46,17 @@ from workers.transport.transport import DataTransport
 class CapturedRows:
     """``CapturedExchanges`` of one attention rank."""
 
-    def __init__(self, side: AttentionSide) -> None:
+    def __init__(self, dispatcher: RemoteDispatcher, edge_rows: EdgeRows, num_banks: int) -> None:
         self.needed: NeededRows = ()
-        self._side = side
+        self._dispatcher = dispatcher
+        self._edge_rows = edge_rows
+        self._laps = dispatcher.timer.capture(num_banks)
 
     def replayed(self) -> None:
         """Record a replay of the captured step. Call ``TokenDispatcher.finish_step`` next."""
-        self._side.edge_rows.put_noted(self.needed)
-        self._side.activity.advance()
+        self._edge_rows.put_noted(self.needed)
+        self._dispatcher.record_replay(self._laps)
+        self._dispatcher.activity.advance()
 
 
 class RemoteDispatcher(TimedDispatcher):
@@ -172,6 +175,7 @@ class RemoteDispatcher(TimedDispatcher):
 
     def end_step(self) -> bool:
         """Return whether every expert rank got all rows it needed; else the step must run again."""
+        super().end_step()
         return self._edge_rows.end_step()
 
     @property
@@ -193,8 +197,9 @@ class RemoteDispatcher(TimedDispatcher):
     @property
     def captured_state(self) -> Hashable:
         """A value that changes when captured steps (CUDA graphs) become invalid, because the expert
-        ranks have changed or tables have moved."""
-        return self._maps.ranks, self._maps.combine_mode, self._maps.version
+        ranks or their connections have changed, or tables have moved."""
+        maps = self._maps
+        return maps.ranks, maps.combine_mode, maps.version, self._transport.captured_state
 
     def captured_shape(self, header: StepHeader) -> Hashable:
         """Return the dispatcher's part of the cache key of a captured step (CUDA graph)."""
@@ -231,9 +236,8 @@ class RemoteDispatcher(TimedDispatcher):
         """
         self._maps.begin_step(header, (), is_row.view(header.num_micro_batches, -1))
         self._edge_rows.begin_step()
-        self.timer.pause()
         self._exchange = CapturedExchange(self._side, transport)
         self._exchange.begin_step(header)
-        rows = CapturedRows(self._side)
+        rows = CapturedRows(self, self._edge_rows, len(self._banks))
         yield rows
         rows.needed = self._edge_rows.take_noted()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.dispatch.combine import OutputCombiner, RemoteHandle, SentRows
-from workers.dispatch.dispatcher import must_wait
+from workers.dispatch.dispatcher import picks_rows
 from workers.dispatch.edge_rows import EdgeRows
 from workers.dispatch.expert_maps import ExpertMaps
 from workers.metrics.activity import Activity
@@ -98,7 +98,7 @@ class SplitExchange(ABC):
     def begin_step(self, header: StepHeader) -> None:
         """Begin a step, after ``AttentionSide.maps`` has begun it."""
         self._header = header
-        self._must_wait = must_wait(header, self._side.banks, self._side.maps.combine_mode)
+        self._must_wait = picks_rows(header, self._side.banks, self._side.maps.combine_mode)
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
         """Send a micro-batch's rows to the expert ranks, without waiting for outputs."""
@@ -107,7 +107,7 @@ class SplitExchange(ABC):
         granted = self._header.rows(side.rank, micro_batch)
         assert num_rows <= granted, f"{num_rows} rows, {granted} granted"
         weights = sent.topk_weights
-        if not granted:
+        if not self._header.edge_rows(side.rank, micro_batch):
             return RemoteHandle(bank, sent.exchange, micro_batch, num_rows, None, weights)
         exchange = bank.exchanges[sent.exchange]
         by_pair, per_slot = exchange.returns_pairs(side.maps.combine_mode), exchange.per_slot_input

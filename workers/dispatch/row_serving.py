@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.config.cluster import CombineMode
 from workers.dispatch.dispatcher import SlotBank
-from workers.dispatch.expert_counters import ExpertCounters, UsedRows
+from workers.dispatch.expert_counters import ExpertCounters, ReceivedRows, UsedRows
 from workers.dispatch.slot_checker import FilledSlots, SlotChecker, UsedSlots, joined
 from workers.metrics.activity import Activity
 from workers.metrics.step_timer import StepTimer
@@ -64,6 +64,7 @@ class ServedStep:
     """Timer of the laps ``receive``, ``experts`` and ``send``."""
     must_wait: bool
     is_measured: bool
+    """Whether the host measures padding; on a GPU, the device does in every step."""
 
     def places(self, banks: Sequence[BankSpec]) -> list[ServedPlace]:
         """Return all exchanges of the step that have rows, in the global order (bank, exchange,
@@ -184,9 +185,10 @@ class StaticServing:
             self._transport.post(tag, replies, sized=False)
         step.num_bytes["combine"] += sum(part.nbytes for m in replies for part in m.parts)
         step.timer.lap("send", *place)
-        self._count(filled, batch)
+        rows = ReceivedRows(exchange, len(batch.inputs), len(batch.slots), by_pair)
+        self._count(filled, batch, rows)
         if step.is_measured:
-            self._measure_padding(exchange, batch, by_pair)
+            self._measure_padding(batch, rows)
 
     def _join(
         self,
@@ -199,7 +201,7 @@ class StaticServing:
         """Concatenate and validate the received rows of all attention ranks."""
         metas = [meta for meta, _ in received]
         rows = [inputs for _, inputs in received]
-        slots = [meta[:, :top_k].long() for meta in metas]
+        slots = [meta[:, :top_k] for meta in metas]
         weights = [meta[:, top_k:].view(torch.float32) for meta in metas]
         batch = _Batch(
             ranks=ranks,
@@ -214,8 +216,8 @@ class StaticServing:
     def _check_inputs(self, exchange: ExchangeSpec, batch: _Batch, rows: Sequence[Tensor]) -> None:
         """Do nothing: the transport has compared the number of inputs with the header."""
 
-    def _count(self, filled: FilledSlots, batch: _Batch) -> None:
-        self._side.checker.count(filled, batch.slots)
+    def _count(self, filled: FilledSlots, batch: _Batch, rows: ReceivedRows) -> None:
+        self._side.checker.count(filled, batch.slots, rows)
 
     def _pairs(self, slots: Tensor, all_here: bool) -> tuple[Tensor, Tensor]:
         """Return the indices of this rank's (row, slot) pairs, and the row of each pair.
@@ -260,13 +262,10 @@ class StaticServing:
             exchange.index, batch.inputs, batch.slots, batch.weights, self._sums_dtype
         )
 
-    def _measure_padding(self, exchange: ExchangeSpec, batch: _Batch, by_pair: bool) -> None:
-        num_rows = batch.slots.shape[0]
-        # device-to-host sync unless this rank needs all rows
-        num_here = num_rows if batch.used.all_here else int((batch.slots >= 0).any(1).sum())
-        num_pairs = sum(batch.pairs_by_rank())
-        used = UsedRows(batch.inputs.shape[0], num_rows, num_here, num_pairs)
-        self._side.counters.add_padding(exchange, used, by_pair)
+    def _measure_padding(self, batch: _Batch, rows: ReceivedRows) -> None:
+        is_all = batch.used.all_here
+        num_here = rows.num_rows if is_all else int((batch.slots >= 0).any(1).sum())
+        self._side.counters.add_padding(rows, UsedRows(num_here, sum(batch.pairs_by_rank())))
 
 
 class ExactServing(StaticServing):
@@ -283,6 +282,6 @@ class ExactServing(StaticServing):
     def _inputs_of(self, pairs: Tensor) -> Tensor:
         return torch.arange(pairs.shape[0], device=self._side.device)
 
-    def _count(self, filled: FilledSlots, batch: _Batch) -> None:
-        super()._count(filled, batch)
-        self._side.checker.flush(self._side.counters.token_counts)  # frees the slots of many rows
+    def _count(self, filled: FilledSlots, batch: _Batch, rows: ReceivedRows) -> None:
+        super()._count(filled, batch, rows)
+        self._side.checker.flush()  # frees the slots of many rows

@@ -53,7 +53,8 @@ class StepMetrics:
         if name in HISTOGRAMS:
             self._observe(HISTOGRAMS[name], end_ns - start_ns)
         if name == self._wait:
-            self._bubble_ns += end_ns - start_ns
+            # On a GPU, the laps of one bank stand for those of all.
+            self._bubble_ns += (end_ns - start_ns) * labels.get("num_banks", 1)
 
     def flush(self) -> None:
         if self._wait:

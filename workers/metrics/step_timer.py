@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from workers.metrics.captured_laps import CapturedLaps
 from workers.model.config import BankSpec
 from workers.requests.step_header import StepHeader
 
@@ -38,31 +39,42 @@ class StepTimer:
         self._clock_ns = clock_ns
         self._sinks: tuple[TimingSink, ...] = ()
         self._header: StepHeader | None = None
+        self._captured: CapturedLaps | None = None
         self._begin_ns = 0
         self._last_ns = 0
 
     def begin_step(self, header: StepHeader) -> None:
         """Start a step and its first lap."""
         self._header = header
+        self._captured = None
         self._sinks = tuple(sink for sink in self._all if sink.begin_step(header))
         self._begin_ns = self._last_ns = self._clock_ns()
 
-    def pause(self) -> None:
-        """Ignore laps until the next ``begin_step``."""
+    def capture(self, num_banks: int) -> CapturedLaps:
+        """Return the laps until the next ``begin_step``, which are those of a captured step."""
         self._sinks = ()
+        self._captured = CapturedLaps(num_banks)
+        return self._captured
 
     @property
     def is_recording(self) -> bool:
         """Whether a sink records this step."""
         return bool(self._sinks)
 
-    def mark(self, now_ns: int | None = None) -> None:
-        """Start a lap, now or at ``now_ns``, without recording the lap before it."""
+    def mark(self, bank: BankSpec, now_ns: int | None = None) -> None:
+        """Start a lap, now or at ``now_ns``, without recording the lap before it.
+
+        ``bank``: the bank of the new lap.
+        """
+        if self._captured is not None:
+            self._captured.mark(bank)
         if self._sinks:
             self._last_ns = self._clock_ns() if now_ns is None else now_ns
 
     def lap(self, name: str, bank: BankSpec, exchange: int, micro_batch: int) -> None:
         """End the current lap, which gets this name and exchange, and start the next one."""
+        if self._captured is not None:
+            self._captured.lap(name, bank, exchange, micro_batch)
         if self._sinks:
             self._end_lap(name, _place(bank, exchange, micro_batch), self._clock_ns())
 
@@ -72,6 +84,17 @@ class StepTimer:
         """End successive laps of one exchange. ``ends_ns``: end by name (``time.monotonic_ns``)."""
         for name, end_ns in ends_ns.items() if self._sinks else ():
             self._end_lap(name, _place(bank, exchange, micro_batch), end_ns)
+
+    def add_captured(self, laps: CapturedLaps) -> None:
+        """Add the laps of a replay, for which the host has waited.
+
+        The label ``num_banks`` tells sinks that the laps stand for those of as many banks.
+        """
+        for lap in laps.read() if self._sinks else ():
+            labels = _place(lap.bank, lap.exchange, lap.micro_batch)
+            self._last_ns = self._begin_ns + lap.begin_ns
+            more = {**labels, "num_banks": laps.num_banks}
+            self._end_lap(lap.name, more, self._begin_ns + lap.end_ns)
 
     def end_step(self, last: str = "") -> None:
         """End the step and its last lap, which gets the name ``last``; flush the sinks."""

@@ -145,6 +145,19 @@ def warm_experts(args: WorkerArgs, slots: ExpertSlots, sums_are_rounded: bool) -
             max_rows = args.config.engine.max_num_batched_tokens
             for rows in (*(1 << i for i in range((max_rows - 1).bit_length())), max_rows):
                 _compute(bank, rows, bank.dtype if sums_are_rounded else torch.float32)
+            _check(bank)
+
+
+def _check(bank: ExpertBank) -> None:
+    """Check the slots of a row as they are received, before its weights."""
+    from workers.cuda.slots import check_slots  # late: needs Triton
+
+    top_k, device = bank.spec.top_k, bank.device
+    received = torch.zeros((1, 2 * top_k), dtype=torch.int32, device=device)
+    filled = torch.ones(2, dtype=torch.bool, device=device)
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    checked = torch.empty((1, top_k), dtype=torch.int64, device=device)
+    check_slots(received[:, :top_k], filled, checked, counts, counts)
 
 
 def _compute(bank: ExpertBank, rows: int, sums_dtype: torch.dtype) -> None:

@@ -15,6 +15,8 @@ from workers.requests.traced import MAX_TRACED, Parents
 
 MAX_ROWS = 1 << 24
 """Maximum number of rows that a rank can propose or be granted."""
+MAX_MICRO_BATCHES = 2
+"""Maximum number of micro-batches of a step."""
 Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
 Step = Annotated[int, Meta(ge=0)]
 ALL_ROWS = 1000
@@ -82,7 +84,7 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
     overwritten."""
     grants: tuple[tuple[Count, Grant], ...]
     """Rows of each attention rank, as (rank, grant) in ascending order of all ranks."""
-    num_micro_batches: Annotated[int, Meta(ge=1, le=2)] = 1
+    num_micro_batches: Annotated[int, Meta(ge=1, le=MAX_MICRO_BATCHES)] = 1
     """Number of micro-batches. Of two, the first has ceil(n/2) of each rank's n rows."""
     exact: bool = False
     """Whether each expert rank receives exactly the rows with an expert on it. If not, it receives
@@ -91,8 +93,9 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
     """Maximum number of rows of a micro-batch that an attention rank sends to an expert rank,
     needed rows first; 0 for no limit, as always if ``exact``."""
     bucket: Rows = 0
-    """Number of rows to which each attention rank pads every non-empty micro-batch, as captured
-    steps (CUDA graphs) require; 0 for no padding, as always if ``exact``."""
+    """Number of rows to which each attention rank, also one without rows, pads every micro-batch,
+    so that captured steps (CUDA graphs) do not depend on which ranks have rows; 0 for no padding,
+    as always if ``exact``."""
     is_alone: bool = False
     """Whether only one request has rows in the step."""
     parents: tuple[tuple[Count, Parents], ...] = ()
@@ -153,9 +156,7 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
         """Return the number of rows that an attention rank sends to each expert rank, in one
         micro-batch, with padding. If ``exact``, it is the maximum number.
         """
-        rows = self.rows(rank, micro_batch)
-        if rows and self.bucket:
-            rows = self.bucket
+        rows = self.bucket or self.rows(rank, micro_batch)
         return min(rows, self.edge_limit) if self.edge_limit else rows
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import timedelta
 from typing import Final, NoReturn
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from torch import Tensor
 from cluster.core.addresses import split_address
 from cluster.core.errors import PeerLostError, TransportError, first_line
 from cluster.core.topology import Generation, runs_attention
+from workers.cuda.step_graph import StepGraph
 from workers.model.torch_private import Store, TCPStore
 from workers.requests.step_header import StepHeader
+from workers.transport.captured_transfers import CapturedTransfers
 from workers.transport.gloo_world import GlooWorld
 from workers.transport.nccl_world import NcclWorld
 from workers.transport.peer_connections import PeerConnections
@@ -40,11 +43,10 @@ from workers.transport.world import (
 _JOIN_S = 1.0
 _COUNTS = 2
 """Index, within a message, of the transfer with the row counts; the two parts have 0 and 1."""
-_MAX_AHEAD, _MAX_MESSAGES_AHEAD = 4, 64
-"""Limits of receives, and in captured steps of messages, that only the device waits for. At these
-limits the host has enqueued some hundred launches (two to four layers, or four copies and stream
-waits per message of a captured step). A CUDA stream accepts about a thousand. If the stream filled
-up while it waits for a lost peer, the host would block in a launch and could not abandon the
+_MAX_AHEAD = 4
+"""Maximum number of receives that only the device waits for. At this limit the host has enqueued
+some hundred launches (two to four layers). A CUDA stream accepts about a thousand. If the stream
+filled up while it waits for a lost peer, the host would block in a launch and could not abandon the
 process groups."""
 _WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": NcclWorld}
 
@@ -79,7 +81,11 @@ class CollectiveTransport:
         self._sends: deque[Transfers] = deque()
         self._ordered: deque[Transfers] = deque()
         """Receives that the CUDA stream waits for but the host has not waited for yet."""
-        self._may_be_captured = False
+        self._num_worlds = 0
+        self._graphs: WeakSet[StepGraph] = WeakSet()
+        """CUDA graphs that contain transfers of the world."""
+        self._is_replayed = False
+        """Whether a graph with transfers has been launched and not been waited for."""
         self._loss: PeerLostError | None = None
         self._store = (
             listen_store(host, store_port, connect_timeout_s)
@@ -101,6 +107,7 @@ class CollectiveTransport:
         facing = generation.peers_of(self._connections.me.role)
         self._names = {m.rank: m.name for m in facing}
         self._peers = {m.rank: names.index(m.name) for m in facing}
+        self._num_worlds += 1
         address = generation.leader.store_address
         if not address:
             raise PeerLostError(generation.leader.name, "it has no rendezvous store address")
@@ -177,7 +184,7 @@ class CollectiveTransport:
     def begin_step(self, header: StepHeader) -> None:
         """Start a step, after the sends of the previous step have completed."""
         self._ordered.clear()
-        self._may_be_captured = header.bucket > 0
+        self._is_replayed = False
         while self._sends:
             self._wait(self._sends.popleft())
 
@@ -204,13 +211,8 @@ class CollectiveTransport:
         counts = [item.counts for item in expected]
         if sized:
             counts = self._receive_counts(tag, expected)
-        received = [
-            tuple(
-                torch.empty(n, part.width, dtype=part.dtype, device=self._device)
-                for part, n in zip(item.parts, numbers, strict=True)
-            )
-            for item, numbers in zip(expected, counts, strict=True)
-        ]
+        pairs = zip(expected, counts, strict=True)
+        received = [item.empty(self._device, numbers) for item, numbers in pairs]
         items = [
             self._item(item.rank, tag, i, tensor)
             for item, tensors in zip(expected, received, strict=True)
@@ -222,12 +224,37 @@ class CollectiveTransport:
         return received
 
     def finish_step(self) -> None:
-        """Wait for all receives that only the CUDA stream has waited for."""
-        if not self._ordered:
+        """Wait for a replay, and for all receives that only the CUDA stream has waited for."""
+        if self._is_replayed:
+            self._is_replayed = False
+            self._watched(self._live_world().wait_for_stream, lambda: list(self._names.values()))
+        elif not self._ordered:
             return
         while self._ordered:
             self._wait(self._ordered.popleft())
         self._connections.poll()
+
+    @property
+    def captured_state(self) -> Hashable:
+        """The number of the world, to which captured transfers belong; None over gloo."""
+        return self._num_worlds if self._backend == "nccl" else None
+
+    def capture(self, graph: StepGraph) -> CapturedTransfers | None:
+        """Return messages that become part of ``graph``; None over gloo.
+
+        Before each replay, the errors of ``DataTransport`` are raised if the world is lost.
+        """
+        if self._backend != "nccl":
+            return None
+        world = self._live_world()
+
+        def begin_replay() -> None:
+            self._live_world()
+            self._is_replayed = True
+
+        graph.before(begin_replay)
+        self._graphs.add(graph)
+        return CapturedTransfers(world, graph, self._item, self._names, self._device)
 
     def direct(self, ranks: Sequence[int]) -> None:
         """Return None: native code cannot send or receive over torch.distributed."""
@@ -247,9 +274,12 @@ class CollectiveTransport:
     def _abandon(self) -> None:
         self._sends.clear()
         self._ordered.clear()
+        self._is_replayed = False
         if self._world is not None:
             self._world.abandon()
             self._world = None
+        while self._graphs:  # NCCL frees an aborted communicator once no graph holds it
+            self._graphs.pop().drop()
 
     def _receive_counts(
         self, tag: Tag, expected: Sequence[ExpectedMessage]
@@ -292,14 +322,8 @@ class CollectiveTransport:
                 continue
             self._check(transfers)
             self._ordered.append(transfers)
-            while self._is_far_ahead:
+            while len(self._ordered) > _MAX_AHEAD:
                 self._wait(self._ordered.popleft())
-
-    @property
-    def _is_far_ahead(self) -> bool:
-        if self._may_be_captured:  # count messages instead of receives
-            return sum(len(each.items) for each in self._ordered) > _MAX_MESSAGES_AHEAD
-        return len(self._ordered) > _MAX_AHEAD
 
     def _drop_sent(self) -> None:
         """Free the memory of completed sends, up to the first that is not complete."""
@@ -307,11 +331,23 @@ class CollectiveTransport:
             self._check(self._sends.popleft())
 
     def _wait(self, transfers: Transfers) -> None:
+        world = self._live_world()
+        self._watched(
+            lambda watch: world.wait(transfers, watch),
+            lambda: [self._names[item.rank] for item in transfers.items[transfers.num_done :]],
+        )
+        self._check(transfers)
+
+    def _watched(
+        self, wait: Callable[[Callable[[], None]], None], awaited: Callable[[], Sequence[str]]
+    ) -> None:
+        """Call ``wait`` with a function that raises to end the wait. ``awaited``: names of the
+        peers that are waited for, of which the first is blamed for a timeout."""
         limit = self._connections.step_timeout_s
         deadline = time.monotonic() + limit
 
         def watch() -> None:
-            names = [self._names[item.rank] for item in transfers.items[transfers.num_done :]]
+            names = awaited()
             self._connections.loop.awaited = tuple(names)
             self._connections.poll()
             if names and time.monotonic() > deadline:
@@ -319,7 +355,7 @@ class CollectiveTransport:
 
         try:
             with self._connections.awaiting():
-                self._live_world().wait(transfers, watch)
+                wait(watch)
         except PeerLostError as err:
             self._loss = err
             self._abandon()
@@ -327,7 +363,6 @@ class CollectiveTransport:
         except BaseException:
             self._abandon()
             raise
-        self._check(transfers)
 
     def _check(self, transfers: Transfers) -> None:
         """If a transfer has failed, abandon the process groups and raise ``PeerLostError``."""

@@ -50,6 +50,9 @@ class GlooWorld(World):
         while not transfers.finished.wait(WATCH_S):
             watch()
 
+    def wait_for_stream(self, watch: Callable[[], None]) -> None:
+        """Do nothing: without a GPU there is no stream."""
+
     def _drop(self, groups: list[Any]) -> None:
         groups.clear()
         for waiter in self._waiters.values():

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from cluster.core.errors import first_line
 from workers.model.torch_private import (
     PrefixStore,
@@ -90,12 +92,14 @@ class NcclWorld(World):
         return True
 
     def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:
-        next_watch = time.monotonic() + WATCH_S
-        while not self.is_over(transfers):
-            time.sleep(_POLL_S)
-            if time.monotonic() >= next_watch:
-                watch()
-                next_watch = time.monotonic() + WATCH_S
+        _poll(lambda: self.is_over(transfers), watch)
+
+    def wait_for_stream(self, watch: Callable[[], None]) -> None:
+        """Wait for all work that was enqueued on the current CUDA stream, without blocking in CUDA:
+        the stream may wait for a lost peer."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        _poll(event.query, watch)
 
     def _drop(self, groups: list[Any]) -> None:
         """Abort each group, in order, on a thread of its own that also runs the group's destructor.
@@ -118,6 +122,15 @@ class NcclWorld(World):
         deadline = time.monotonic() + timeout_s
         for reaper in self._reapers:
             reaper.join(max(0.0, deadline - time.monotonic()))
+
+
+def _poll(is_over: Callable[[], bool], watch: Callable[[], None]) -> None:
+    next_watch = time.monotonic() + WATCH_S
+    while not is_over():
+        time.sleep(_POLL_S)
+        if time.monotonic() >= next_watch:
+            watch()
+            next_watch = time.monotonic() + WATCH_S
 
 
 def _order_after(work: Work) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.config.cluster import CombineMode
 from cluster.core.topology import Generation
+from workers.cuda.step_graph import StepGraph
 from workers.requests.step_header import StepHeader
 from workers.transport.direct import DirectEdges
 from workers.transport.frames import EXACT, PER_SLOT, Frame, FrameHeader, FrameKind
@@ -103,6 +104,13 @@ class SocketTransport:
 
     def finish_step(self) -> None:
         """Do nothing, as ``receive`` has waited for all messages."""
+
+    @property
+    def captured_state(self) -> None:
+        """None, as the host sends and receives each message."""
+
+    def capture(self, graph: StepGraph) -> None:
+        """Return None, as the host sends and receives each message."""
 
     def reject(self, rank: int, reason: str) -> NoReturn:
         self._connections.reject(self._names[rank], reason)

@@ -8,7 +8,7 @@ pool: an expert rank on the attention side, an attention rank on the expert side
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, NoReturn, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cluster.core.topology import Generation
+from workers.cuda.step_graph import StepGraph
 from workers.requests.step_header import StepHeader
 from workers.transport.direct import DirectEdges
 
@@ -66,6 +67,25 @@ class ExpectedMessage:
     counts: tuple[int, ...]
     """Number of rows of each part; the maximum number if the message carries its own counts."""
 
+    def empty(
+        self, device: torch.device, counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return uninitialized tensors for the parts; ``counts`` overrides their rows."""
+        return tuple(
+            torch.empty(count, part.width, dtype=part.dtype, device=device)
+            for part, count in zip(self.parts, counts or self.counts, strict=True)
+        )
+
+
+class CapturedMessages(Protocol):
+    """Messages that are part of a CUDA graph: each replay sends and receives them again."""
+
+    def post(self, tag: Tag, messages: Sequence[RowMessage]) -> None:
+        """Capture the sends of ``messages``; see ``DataTransport.post``."""
+
+    def receive(self, tag: Tag, expected: Sequence[ExpectedMessage]) -> list[tuple[Tensor, ...]]:
+        """Capture the receives of the ``expected`` messages; return the tensors that they fill."""
+
 
 class DataTransport(Protocol):
     """Sends and receives messages between attention and expert ranks, on one worker.
@@ -96,7 +116,6 @@ class DataTransport(Protocol):
         ``sized``: the messages carry their row counts. ``must_wait``: return after the messages
         have arrived, as the host will read them before ``finish_step``. If it is False, the method
         may return earlier, with tensors that are filled before later work on the device reads them.
-        In a step with a bucket (a captured step), many receives may be pending at once.
         """
 
     def finish_step(self) -> None:
@@ -104,6 +123,17 @@ class DataTransport(Protocol):
 
         Raises ``PeerLostError`` and ``GenerationChangedError``; the results of the step are then
         invalid.
+        """
+
+    @property
+    def captured_state(self) -> Hashable:
+        """A value that changes when ``CapturedMessages`` become invalid; None if there are none."""
+
+    def capture(self, graph: StepGraph) -> CapturedMessages | None:
+        """Return messages that become part of ``graph``, whose capture is under way.
+
+        ``finish_step`` then waits for each replay. Returns None if the host takes part in every
+        message, so that they cannot be captured.
         """
 
     def direct(self, ranks: Sequence[int]) -> DirectEdges | None:

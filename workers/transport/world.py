@@ -213,6 +213,11 @@ class World(ABC):
         ``watch`` is called every 50 ms and may raise to end the wait.
         """
 
+    @abstractmethod
+    def wait_for_stream(self, watch: Callable[[], None]) -> None:
+        """Wait for all work that was enqueued on the current CUDA stream; ``watch`` as in
+        ``wait``."""
+
     # ---- any thread -------------------------------------------------------------------------
 
     def abandon(self) -> None:

@@ -1,13 +1,80 @@
-"""Which captured steps are kept, and in which memory."""
+"""Captured steps: their calls of the host, which are kept, and in which memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 
-from workers.cuda.step_graph import MAX_KEPT, StepGraphCache
+from workers.cuda.step_graph import MAX_KEPT, StepGraph, StepGraphCache, _capture_stream
+
+
+class Stream:
+    """A stream of a pretended driver."""
+
+    def __init__(self, device: object = None) -> None:
+        """Nothing runs on it."""
+
+    def wait_stream(self, other: object) -> None:
+        """There is nothing to wait for."""
+
+
+class Graph:
+    """A CUDA graph of a pretended driver, which logs what is done with it."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.capture_begin = lambda pool, capture_error_mode: log.append("begin")
+        self.capture_end = partial(log.append, "end")
+        self.replay = partial(log.append, "replay")
+        self.reset = partial(log.append, "reset")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the graphs of the test do."""
+    found: list[str] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", partial(Graph, found))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr("workers.cuda.step_graph._capture_stream", _capture_stream.__wrapped__)
+    return found
+
+
+def test_the_host_acts_before_a_replay_and_between_its_graphs(log: list[str]) -> None:
+    graph = StepGraph(torch.device("cuda"), None)
+    graph.before(partial(log.append, "before"))
+    graph.at_end(partial(log.append, "at end"))
+    with graph.capture():
+        log.append("first")
+        graph.between(partial(log.append, "between"))
+        log.append("second")
+    assert log == ["begin", "first", "end", "begin", "second", "at end", "end"]
+    log.clear()
+    graph.replay()
+    assert log == ["before", "replay", "between", "replay"]
+
+
+def test_dropped_graphs_are_not_replayed(log: list[str]) -> None:
+    graph = StepGraph(torch.device("cuda"), None)
+    with graph.capture():
+        pass
+    log.clear()
+    graph.drop()
+    graph.drop()
+    with pytest.raises(AssertionError, match="the graphs were dropped"):
+        graph.replay()
+    assert log == ["reset"]
+
+
+def test_a_capture_that_fails_is_ended(log: list[str]) -> None:
+    graph = StepGraph(torch.device("cuda"), None)
+    with pytest.raises(ValueError, match="no kernel"), graph.capture():
+        raise ValueError("no kernel")
+    assert log == ["begin", "end"]
 
 
 class Captures:

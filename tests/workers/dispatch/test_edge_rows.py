@@ -115,18 +115,22 @@ def test_colocated_workers() -> None:
             assert found[0][0] == (limit != 2)
 
 
+@pytest.mark.parametrize("rows", [ROWS, (12, 0)])
 @pytest.mark.parametrize("limit", [0, 9])
-def test_rows_are_filled_up_to_the_bucket(nccl: FakeNccl, limit: int) -> None:
+def test_rows_are_filled_up_to_the_bucket(
+    nccl: FakeNccl, limit: int, rows: tuple[int, int]
+) -> None:
+    """A rank without rows sends as many as one with some."""
     with Mesh(2, 5, BANKS, transport="nccl") as mesh:
         server = mesh["expert-3"].server
         assert server is not None
         for step, bucket in enumerate((12, 16), start=1):
             before = server.counters.num_bytes["combine"]
-            header = replace(make_header(ROWS, limit, step), bucket=bucket)
-            found = run(mesh, Work(BANKS, ROWS, header))
+            header = replace(make_header(rows, limit, step), bucket=bucket)
+            found = run(mesh, Work(BANKS, rows, header))
             assert all(is_complete == is_right for is_complete, is_right in found)
-            rows = 2 * min(bucket, limit or bucket)
-            assert server.counters.num_bytes["combine"] - before == rows * 4 * (16 + 24)
+            num_sent = 2 * min(bucket, limit or bucket)
+            assert server.counters.num_bytes["combine"] - before == num_sent * 4 * (16 + 24)
 
 
 def test_partial_sums_over_nccl_come_in_the_type_of_the_model(nccl: FakeNccl) -> None:

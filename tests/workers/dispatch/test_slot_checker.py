@@ -7,18 +7,16 @@ from typing import NoReturn
 import pytest
 import torch
 
+from benchmarks.harness.mesh import make_bank
 from cluster.core.placement import FREE_SLOT
 from tests.harness.pretend_gpu import DEVICE, pretend_gpu
-from workers.dispatch.slot_checker import (
-    DeviceSlotChecker,
-    FilledSlots,
-    HostSlotChecker,
-    SlotChecker,
-    make_slot_checker,
-)
+from workers.dispatch.device_slots import DeviceSlotChecker, make_slot_checker
+from workers.dispatch.expert_counters import ExpertCounters, ReceivedRows
+from workers.dispatch.slot_checker import FilledSlots, SlotChecker
 
 EXPERTS = [5, FREE_SLOT, 3, 0]
 RANKS = (4, 7)
+BANK = make_bank(0)
 
 
 class RejectedError(Exception):
@@ -29,61 +27,91 @@ def reject(rank: int, reason: str) -> NoReturn:
     raise RejectedError(f"{rank}: {reason}")
 
 
-def run(checker: SlotChecker, exchanges: list[list[list[list[int]]]]) -> list[list[int]]:
-    """The counts after a step of exchanges of one bank: [exchange][rank][row][k]."""
-    device = torch.device("cpu" if isinstance(checker, HostSlotChecker) else DEVICE)
-    filled, counts = FilledSlots.of(0, EXPERTS, device), [torch.zeros(4, dtype=torch.int64)]
-    checker.begin(counts)
-    for received in exchanges:
-        slots = [torch.tensor(rows, device=device) for rows in received]
-        used = checker.check(filled, RANKS, slots, reject)
-        checker.count(filled, used.slots)
-        checker.flush(counts)
-    checker.end(counts, reject)
-    return [own.tolist() for own in counts]
+class Served:
+    """Steps of exchanges of one bank: [exchange][rank][row][k]."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.counters = ExpertCounters()
+        self.counters.resize([4])
+        self.checker: SlotChecker = make_slot_checker(self.counters, [BANK], self.device)
+
+    def run(self, exchanges: list[list[list[list[int]]]]) -> list[list[int]]:
+        """The counts after a step."""
+        filled = FilledSlots.of(0, EXPERTS, self.device)
+        self.checker.begin()
+        for received in exchanges:
+            slots = [torch.tensor(rows, device=self.device, dtype=torch.int32) for rows in received]
+            used = self.checker.check(filled, RANKS, slots, reject)
+            num_rows = sum(map(len, slots))
+            rows = ReceivedRows(BANK.exchanges[0], num_rows, num_rows, by_pair=False)
+            self.checker.count(filled, used.slots, rows)
+            self.checker.flush()
+        self.checker.end(reject)
+        return [own.tolist() for own in self.counters.token_counts]
 
 
 STEP = [[[[0, 2], [3, -1]], [[-1, -1]]], [[[2, 2]], [[0, -1], [3, 0]]]]
 
 
 def test_a_gpu_counts_what_a_cpu_counts_and_waits_once() -> None:
-    expected = run(HostSlotChecker(), STEP)
+    expected = Served().run(STEP)
     assert expected == [[3, 0, 3, 2]]
     with pretend_gpu() as log:
-        checker = make_slot_checker(torch.device(DEVICE))
-        assert isinstance(checker, DeviceSlotChecker)
+        served = Served(DEVICE)
         before = sum(log.waits.values())
-        found = run(checker, STEP)
+        found = served.run(STEP)
         # Those of the test: tables and slots that it makes on the device.
         assert log.waits["copy from the device"] == 1, "counts and checks come together"
         assert set(log.waits) <= {"copy from the device", "copy to the device"}
         assert before == 0
+        assert served.run(STEP) == [[2 * n for n in expected[0]]]
     assert found == expected
+    padding = served.counters.padding
+    assert padding.ratio("dispatch") == padding.ratio("combine") == pytest.approx(1 / 6)
 
 
-@pytest.mark.parametrize("slot", [1, 4, -2, 2**40])
+@pytest.mark.parametrize("slot", [1, 4, -2, 2**31 - 1])
 def test_a_slot_without_an_expert_is_named(slot: int) -> None:
     step = [*STEP, [[[0, 2]], [[3, slot]]]]
     message = f"7: no expert in slot {slot} of bank 0"
     with pytest.raises(RejectedError) as on_cpu:
-        run(HostSlotChecker(), step)
+        Served().run(step)
     with pretend_gpu(), pytest.raises(RejectedError) as on_gpu:
-        run(DeviceSlotChecker(), step)
+        Served(DEVICE).run(step)
     assert str(on_cpu.value) == str(on_gpu.value) == message
 
 
 def test_rows_go_on_without_a_slot_that_has_no_expert() -> None:
     with pretend_gpu():
-        device = torch.device(DEVICE)
-        slots = torch.tensor([[0, 1], [9, 3]], device=device)
-        filled = FilledSlots.of(0, EXPERTS, device)
-        used = DeviceSlotChecker().check(filled, RANKS[:1], [slots], reject)
+        served = Served(DEVICE)
+        slots = torch.tensor([[0, 1], [9, 3]], device=DEVICE)
+        filled = FilledSlots.of(0, EXPERTS, served.device)
+        used = served.checker.check(filled, RANKS[:1], [slots], reject)
         assert used.slots.tolist() == [[0, -1], [-1, 3]]
 
 
 def test_what_a_broken_step_left_is_dropped() -> None:
     with pretend_gpu():
-        device, checker = torch.device(DEVICE), DeviceSlotChecker()
-        filled = FilledSlots.of(0, EXPERTS, device)
-        checker.check(filled, RANKS[:1], [torch.tensor([[1, 1]], device=device)], reject)
-        assert run(checker, STEP) == [[3, 0, 3, 2]], "it neither counts nor raises"
+        served = Served(DEVICE)
+        filled = FilledSlots.of(0, EXPERTS, served.device)
+        slots = torch.tensor([[1, 1]], device=DEVICE)
+        served.checker.check(filled, RANKS[:1], [slots], reject)
+        assert served.run(STEP) == [[3, 0, 3, 2]], "it neither counts nor raises"
+
+
+def test_a_step_that_was_captured_before_slots_were_added_counts_its_slots() -> None:
+    with pretend_gpu():
+        served = Served(DEVICE)
+        checker = served.checker
+        assert isinstance(checker, DeviceSlotChecker)
+        filled = FilledSlots.of(0, EXPERTS, served.device)
+        slots = torch.tensor([[0, 3]], device=DEVICE)
+        checker.count(
+            filled,
+            checker.check(filled, RANKS[:1], [slots], reject).slots,
+            ReceivedRows(BANK.exchanges[0], 1, 1, by_pair=False),
+        )
+        served.counters.resize([6])
+        checker.end(reject)
+    assert [own.tolist() for own in served.counters.token_counts] == [[1, 0, 0, 1, 0, 0]]

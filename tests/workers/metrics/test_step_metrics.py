@@ -59,3 +59,11 @@ def test_a_step_s_waits_are_its_bubble() -> None:
     assert stats['bubble_seconds_sum{phase="decode"}'] == 0.005
     assert stats['bubble_seconds_count{phase="decode"}'] == 1
     assert stats['expert_compute_seconds_count{phase="decode"}'] == 1
+
+
+def test_waits_of_one_bank_stand_for_those_of_all() -> None:
+    metrics = StepMetrics("receive")
+    metrics.begin_step(header_of(0))
+    metrics.add("receive", 0, 2 * MS, {"num_banks": 16})
+    metrics.flush()
+    assert metrics.stats()['bubble_seconds_sum{phase="decode"}'] == 0.032

@@ -34,7 +34,7 @@ def test_laps_follow_one_another_but_for_marks() -> None:
     bank = make_bank(3)
     timer.begin_step(header_of(4))
     timer.lap("attention", bank, 0, 1)
-    timer.mark()
+    timer.mark(bank)
     timer.lap("combine", bank, 0, 1)
     timer.end_step("sample")
     place = {"step": 4, "layer": bank.layer, "bank": bank.bank, "exchange": 0, "micro_batch": 1}
@@ -55,16 +55,16 @@ def test_a_step_that_no_sink_takes_reads_no_clock() -> None:
     timer.begin_step(header_of(5))
     begun = next(clock)
     timer.lap("attention", make_bank(0), 0, 0)
-    timer.mark()
+    timer.mark(make_bank(0))
     timer.end_step("sample")
     assert (next(clock) - 1, sink.timings, sink.num_flushed) == (begun, [], 0)
 
 
-def test_a_pause_lasts_until_the_next_step() -> None:
+def test_laps_of_a_capture_are_not_of_its_step() -> None:
     sink = Kept()
     timer = StepTimer(sink)
     timer.begin_step(header_of(4))
-    timer.pause()
+    timer.capture(num_banks=9)
     timer.lap("attention", make_bank(0), 0, 0)
     assert not timer.is_recording
     timer.begin_step(header_of(6))

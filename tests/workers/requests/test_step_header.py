@@ -56,10 +56,11 @@ def test_an_edge_limit_is_for_steps_whose_edges_carry_all_rows() -> None:
         structs.replace(limited, exact=True)
 
 
-def test_a_bucket_fills_up_the_rows_of_ranks_that_have_some() -> None:
+def test_a_bucket_fills_up_the_rows_of_all_ranks() -> None:
     filled = structs.replace(header(num_micro_batches=2), bucket=8)
-    assert [filled.edge_rows(0, mb) for mb in (0, 1)] == [8, 8]
-    assert [filled.edge_rows(2, mb) for mb in (0, 1)] == [8, 0]
+    assert [filled.rows(rank, 1) for rank in range(3)] == [3, 0, 0]
+    for rank in range(3):
+        assert [filled.edge_rows(rank, mb) for mb in (0, 1)] == [8, 8]
     assert filled.rows(0, 0) == 4
     assert structs.replace(filled, edge_limit=3).edge_rows(2, 0) == 3
     with pytest.raises(ValueError, match="and no bucket"):

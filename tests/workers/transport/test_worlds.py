@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,10 +23,12 @@ from benchmarks.harness.mesh import (
     prefill,
 )
 from cluster.config.cluster import CombineMode
-from cluster.core.errors import GenerationChangedError, PeerLostError
+from cluster.core.errors import GenerationChangedError, PeerLostError, TransportError
 from tests.workers.transport.nccl_over_gloo import FakeNccl, NcclOverGloo, nccl
+from workers.cuda.step_graph import StepGraph
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.model.layers import Dispatch
+from workers.transport.captured_transfers import CapturedTransfers
 from workers.transport.collective import _MAX_AHEAD, CollectiveTransport
 from workers.transport.transport import ExpectedMessage, PartShape, RowMessage, Tag
 
@@ -305,3 +307,108 @@ def test_memory_of_sends_is_kept_no_longer_than_they_take(
             del rows
             ((got,),) = receiver.receive(tag, expected, sized=False, must_wait=True)
             assert torch.equal(got, torch.ones(2, 4))
+
+
+class Graph:
+    """In place of a ``StepGraph``: its capture computes, and it is replayed by hand."""
+
+    def __init__(self) -> None:
+        self.acts: list[Callable[[], None]] = []
+        self.ends: list[Callable[[], None]] = []
+        self.is_dropped = False
+        self.before = self.acts.append
+        self.at_end = self.ends.append
+
+    def drop(self) -> None:
+        self.is_dropped = True
+
+
+def capturing(mesh: Mesh, name: str) -> tuple[Graph, CapturedTransfers]:
+    """A graph of a worker, and the messages that become part of it."""
+    graph = Graph()
+    captured = mesh[name].transport.capture(cast(StepGraph, graph))
+    assert isinstance(captured, CapturedTransfers)
+    return graph, captured
+
+
+ROWS_TAG, OUTPUTS_TAG = Tag(0, 0, 0, "rows"), Tag(0, 0, 0, "outputs")
+PART = PartShape(3, torch.float32)
+
+
+def test_captured_messages_arrive_and_all_streams_are_joined(nccl: FakeNccl) -> None:
+    rows, meta = torch.arange(6.0).view(2, 3), torch.ones(2, 3)
+    with Mesh(1, 2, BANKS, transport="nccl") as mesh:
+        while not nccl.works.empty():
+            nccl.works.get()
+        graph, home = capturing(mesh, "attention-0")
+        others = [capturing(mesh, f"expert-{rank}") for rank in (0, 1)]
+        home.post(ROWS_TAG, [RowMessage(rank, (meta, rows)) for rank in (0, 1)])
+        rows.zero_()  # the caller may
+        for _, expert in others:
+            expected = ExpectedMessage(0, (PART, PART), (2, 2))
+            ((first, second),) = expert.receive(ROWS_TAG, [expected])
+            assert [first.sum(), second.sum()] == [6, 15]
+            expert.post(OUTPUTS_TAG, [RowMessage(0, (2 * second,))])
+        found = home.receive(OUTPUTS_TAG, [ExpectedMessage(r, (PART,), (2,)) for r in (0, 1)])
+        assert [parts[0].sum() for parts in found] == [30, 30]
+        home.post(ROWS_TAG, [RowMessage(0, (meta,))])
+        others[0][1].receive(ROWS_TAG, [ExpectedMessage(0, (PART,), (2,))])
+        for own in (graph, *(own for own, _ in others)):
+            for act in own.ends:
+                act()
+        works = [nccl.works.get() for _ in range(nccl.works.qsize())]
+        assert len(works) == 8
+        assert {work.waited for work in works} == {1}
+
+
+def test_a_lost_world_drops_its_graphs_and_begins_no_replay(nccl: FakeNccl) -> None:
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        transport = mesh["attention-0"].transport
+        state = transport.captured_state
+        graph, _ = capturing(mesh, "attention-0")
+        (begin_replay,) = graph.acts
+        begin_replay()
+        with pytest.raises(PeerLostError, match="expert-0"):
+            transport.reject(0, "nonsense")
+        assert graph.is_dropped
+        with pytest.raises((PeerLostError, TransportError)):
+            begin_replay()
+        mesh.apply(structs.replace(mesh.generation, number=2))
+        assert transport.captured_state != state
+
+
+def test_the_end_of_a_replay_is_awaited_and_a_lost_peer_ends_the_wait(
+    nccl: FakeNccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Event:
+        is_over = False
+
+        def record(self) -> None:
+            """Nothing runs."""
+
+        def query(self) -> bool:
+            return self.is_over
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        transport = mesh["attention-0"].transport
+        graph, _ = capturing(mesh, "attention-0")
+        transport.begin_step(make_header((1,)))
+        graph.acts[0]()
+        monkeypatch.setattr(Event, "is_over", True)
+        transport.finish_step()
+        transport.finish_step()  # nothing has been replayed since
+        monkeypatch.setattr(Event, "is_over", False)
+        transport.begin_step(make_header((1,), step=2))
+        graph.acts[0]()
+        mesh["expert-0"].connections.close()
+        with pytest.raises(PeerLostError, match="expert-0"):
+            transport.finish_step()
+        assert graph.is_dropped
+
+
+def test_gloo_s_messages_are_not_captured() -> None:
+    with Mesh(1, 1, BANKS, transport="collective") as mesh:
+        transport = mesh["attention-0"].transport
+        assert transport.capture(cast(StepGraph, Graph())) is None
+        assert transport.captured_state is None
