@@ -11,6 +11,7 @@ Source: buckets as in vLLM and SGLang.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,30 +24,38 @@ from torch import Tensor
 from workers.cuda.step_graph import StepGraph, StepGraphCache
 from workers.dispatch.dispatcher import CapturableDispatcher, CapturedExchanges
 from workers.engine.batch import row_columns
+from workers.engine.expert_load import RoutedDecodes
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
 from workers.model.attention_batch import AttentionBatch, PagedRows
 from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
 from workers.requests.buckets import bucket_of, kept_rows
-from workers.requests.step_header import StepHeader
+from workers.requests.step_header import MAX_MICRO_BATCHES, StepHeader
+from workers.sampling.best_tokens import best_of_finite, finite_rows
 from workers.scheduling.step_plan import PlannedRows
 
 _TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _IS_ROW, _NUM_COLUMNS = range(8)
 
-Compute = Callable[[Sequence[ModelInputs]], tuple[Tensor, Sequence[Tensor]]]
-"""Function that runs all layers of a model for the rows of each micro-batch. It returns the hidden
-states [T, H] of all rows, and for each bank the chosen experts [T, k] int64."""
+Compute = Callable[[Sequence[ModelInputs]], tuple[Tensor, Sequence[Tensor], Tensor]]
+"""Function that runs a model for the rows of each micro-batch. It returns the hidden states [T, H]
+of all rows, for each bank the chosen experts [T, k] int64, and the logits [T, V]."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeOutput:
     """Outputs of the model's layers for the decode rows of a step."""
 
     hidden: Tensor
-    """Hidden states after the last layer, [T, H]; the next step overwrites them."""
-    topk_ids: Sequence[Tensor]
-    """For each bank, the logical experts that the router chose: [T, k] int64."""
+    """Hidden states after the last layer, [T, H]; the next step overwrites this and the following
+    tensors."""
+    logits: Tensor
+    """Logits [T, V]."""
+    best: Tensor
+    """The best token of each row, -1 for a row whose logits have NaN or infinity, and whether the
+    hidden states are finite (0 or 1): [T, 2] int64."""
+    routed: RoutedDecodes
+    """The logical experts that the routers chose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,8 @@ class _CapturedStep:
     """Integer inputs of the step, [columns, T] int64 on the device: the copy of ``staging``."""
     graph: StepGraph
     hidden: Tensor
+    best: Tensor
+    """See ``DecodeOutput.best``: [T, 2] int64."""
     topk_ids: Tensor
     """Experts that the routers chose, [sum of k over the banks, T] int64: transposed, one bank
     after another."""
@@ -73,7 +84,7 @@ class DecodeGraphs:
     """CUDA graphs of the decode steps of one model with its KV cache. Data thread only.
 
     Args:
-        compute: runs all layers, with exchanges through the dispatcher. Must not synchronize.
+        compute: runs the model, with exchanges through the dispatcher. Must not synchronize.
         model: returns a key of the model; if the key changes, graphs are captured again.
         dispatcher: the engine's dispatcher.
         cache: the KV cache, whose blocks the attention kernels must read in place.
@@ -100,20 +111,24 @@ class DecodeGraphs:
         self._dispatcher = dispatcher
         self._cache = cache
         self._tables = tables
-        self._top_k = list(top_k)
+        self._ends = tuple(itertools.accumulate(top_k))
         self._buckets = buckets
         self._rank = rank
         self._device = cache.layers[0].device
         self._kept = StepGraphCache[_CapturedStep](kept_rows(buckets))
         num_seats, max_blocks = tables.array.shape
         self._scratch_seat, self._max_blocks = num_seats, max_blocks
+        self._logits: Tensor | None = None
+        """Logits of the latest step, [rows, V], which all captured steps write; None before the
+        first capture."""
         self._blocks: Tensor | None = None
         """Block tables on the device, [num_seats + 1, max_blocks] int32, with a row for padding at
         the end; None before the first capture."""
 
-    def can_run(self, header: StepHeader, num_rows: int) -> bool:
-        """Whether a graph can run a step with ``num_rows`` decode rows on this rank."""
-        return num_rows > 0 and self._dispatcher.can_capture(header) and self._size(header) > 0
+    def can_run(self, header: StepHeader) -> bool:
+        """Whether a graph can run a step of decode rows on this rank."""
+        has_rows = header.edge_rows(self._rank, header.num_micro_batches - 1) > 0
+        return has_rows and self._dispatcher.can_capture(header) and self._size(header) > 0
 
     def capture(self) -> None:
         """Capture the steps of one micro-batch for all buckets, before the first step.
@@ -140,8 +155,13 @@ class DecodeGraphs:
         step.exchanges.replayed()
         # Cloned: the next step overwrites the ids before they are counted.
         ids = _without_padding(step.topk_ids, 1, size, parts).clone()
-        hidden = _without_padding(step.hidden, 0, size, parts)
-        return DecodeOutput(hidden, [own.t() for own in torch.split(ids, self._top_k)])
+        assert self._logits is not None, "a step was captured"
+        return DecodeOutput(
+            hidden=_without_padding(step.hidden, 0, size, parts),
+            logits=_without_padding(self._logits, 0, size, parts),
+            best=_without_padding(step.best, 0, size, parts),
+            routed=RoutedDecodes(ids, self._ends),
+        )
 
     def _size(self, header: StepHeader) -> int:
         """Return the bucket of a step; 0 if the step has more rows than the largest bucket."""
@@ -198,17 +218,33 @@ class DecodeGraphs:
         numbers = memory.to(self._device, non_blocking=True)
         blocks, is_row = self._refresh_tables(), numbers[_IS_ROW]
         with self._dispatcher.capture(is_row, None):
-            self._layers(numbers, blocks, num_parts)
+            *_, logits = self._run(numbers, blocks, num_parts)
+        kept = self._logits_of(logits)
         graph = StepGraph(self._device, pool)
         with self._dispatcher.capture(is_row, graph) as exchanges, graph.capture():
-            hidden, topk_ids = self._layers(numbers, blocks, num_parts)
-        return _CapturedStep(staging, numbers, graph, hidden, topk_ids, exchanges)
+            hidden, best, topk_ids, logits = self._run(numbers, blocks, num_parts)
+            kept.copy_(logits)
+        return _CapturedStep(staging, numbers, graph, hidden, best, topk_ids, exchanges)
 
-    def _layers(self, numbers: Tensor, blocks: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
-        """Run all layers; return ``hidden`` and ``topk_ids`` of ``_CapturedStep``."""
+    def _logits_of(self, logits: Tensor) -> Tensor:
+        """Return the part of ``_logits`` that a captured step with such logits writes.
+
+        Its memory never moves: room for all rows is allocated at the first capture.
+        """
+        if self._logits is None:
+            most = max(MAX_MICRO_BATCHES * self._buckets[-1], len(logits))
+            self._logits = logits.new_zeros(most, logits.shape[1])
+        return self._logits[: len(logits)]
+
+    def _run(
+        self, numbers: Tensor, blocks: Tensor, num_parts: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run the model; return ``hidden``, ``best`` and ``topk_ids`` of ``_CapturedStep``, and
+        the logits."""
         parts = torch.chunk(numbers, num_parts, dim=1)
-        hidden, ids = self._compute([self._inputs(part, blocks) for part in parts])
-        return hidden, torch.cat([own.t() for own in ids])
+        hidden, ids, logits = self._compute([self._inputs(part, blocks) for part in parts])
+        best = torch.stack([best_of_finite(logits), finite_rows(hidden).long()], dim=1)
+        return hidden, best, torch.cat([own.t() for own in ids]), logits
 
     def _inputs(self, numbers: Tensor, blocks: Tensor) -> ModelInputs:
         """Return the inputs of one micro-batch from its ``_CapturedStep.numbers``."""

@@ -24,8 +24,9 @@ from workers.engine.engine_requests import EngineRequests
 from workers.engine.engine_stats import EngineStats
 from workers.engine.expert_load import LoadCounter
 from workers.engine.kv_memory import KvMemory
-from workers.engine.model_runner import ModelRunner, StepResult
+from workers.engine.model_runner import ModelRunner
 from workers.engine.request_checks import RequestLimits
+from workers.engine.step_result import StepResult
 from workers.engine.step_sampler import StepSampler, StepTokens
 from workers.kv.contents import BlockContents
 from workers.kv.tiers.tiers import KvTiers
@@ -261,7 +262,7 @@ class Engine:
             self._step_sampler.prepare(plan)
             result = self.runner.run(header, plan)
             tokens = None if result is None else self._step_sampler.sample(plan, result)
-            if self._has_predictor and grant.num_rows:
+            if self._has_predictor and header.edge_rows(self._rank, 0):
                 result = self._predict(plan, result, tokens)
             is_complete = self.runner.dispatcher.end_step()
         except BaseException:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
+from typing import overload
 
 import numpy as np
 import torch
@@ -46,6 +47,39 @@ class RoutedRows:
     """The copy of each chosen expert that serves a prompt row; None: all prompt rows count for the
     first copy."""
     num_decodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedDecodes(Sequence[Sequence[RoutedRows]]):
+    """Experts chosen by the decode rows of a captured step, indexed [bank][0].
+
+    The tensor is split by bank only when it is counted, so that a step takes no longer with more
+    banks.
+    """
+
+    topk_ids: Tensor
+    """Chosen experts of all banks, [sum of top_k, rows] int64: transposed, one bank after another.
+    """
+    ends: Sequence[int]
+    """For each bank, the index in ``topk_ids`` after its last row."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[RoutedRows]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sequence[RoutedRows]]: ...
+
+    def __getitem__(
+        self, index: int | slice
+    ) -> Sequence[RoutedRows] | Sequence[Sequence[RoutedRows]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        first = self.ends[index - 1] if index else 0
+        own = self.topk_ids[first : self.ends[index]].t()
+        return (RoutedRows(own, None, len(own)),)
 
 
 @dataclass(frozen=True, slots=True)

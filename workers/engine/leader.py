@@ -76,7 +76,8 @@ def decide_header(
     max_rows = max(header.rows(rank, 0) for rank in ranks)
     bucket = bucket_of(max_rows, buckets) if max_rows else 0
     header = replace(header, bucket=bucket) if bucket else header
-    limit = limit_edges([(header.edge_rows(rank, 0), proposals[rank].edge_share) for rank in ranks])
+    with_rows = [rank for rank in ranks if header.rows(rank, 0)]
+    limit = limit_edges([(header.edge_rows(r, 0), proposals[r].edge_share) for r in with_rows])
     if bucket and limit:  # few sizes, because each is a separate capture
         limit = bucket_of(limit, buckets)
         limit = limit if limit < bucket else 0

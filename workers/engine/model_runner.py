@@ -33,6 +33,7 @@ from workers.engine.batch import (
 from workers.engine.decode_graphs import DecodeGraphs
 from workers.engine.expert_load import RoutedRows
 from workers.engine.native_step import NativeStep, native_step
+from workers.engine.step_result import PredictorOutput, StepResult
 from workers.inspection.recorder import Capture
 from workers.kv.block_tables import BlockTables
 from workers.kv.cache import KVCache
@@ -47,37 +48,6 @@ from workers.sampling.best_tokens import finite_rows
 from workers.scheduling.step_plan import PlannedRows, StepPlan, single_rows
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """The model's outputs for the rows of a plan."""
-
-    hidden: Tensor
-    """Hidden states after the final norm, [num_rows, hidden_size]."""
-    first_row: tuple[int, ...]
-    """Index of the row in ``hidden`` at which each entry of ``plan.rows`` begins."""
-    finite: Tensor
-    """Whether each row of ``hidden`` is free of NaN and infinity, [num_rows] bool."""
-    logits: Tensor | None
-    """Logits of all rows of ``hidden``, [num_rows, V]; None if the model's head has not run."""
-    finish: Callable[[], None]
-    """Function that waits for the step's messages. Call it before the host reads a tensor of this
-    result, or a tensor computed from one. Raises ``TransportError``."""
-    routed: tuple[tuple[RoutedRows, ...], ...]
-    """Experts that the routers chose, indexed [bank][micro-batch]."""
-    captures: Mapping[SequenceState, Sequence[Capture]]
-    """Internal tensors of the model, for sequences of requests that ask for them."""
-
-
-@dataclass(frozen=True, slots=True)
-class PredictorOutput:
-    """Outputs of the model's prediction layer (for draft tokens) for the rows of a plan."""
-
-    hidden: Tensor
-    """Inputs of the model's head, [num_rows, hidden_size], in the row order of ``StepResult``."""
-    routed: tuple[tuple[RoutedRows, ...], ...]
-    """Experts that all routers chose, also in the prediction layer: [bank][micro-batch]."""
-
-
 @dataclass(frozen=True, slots=True)
 class _LayerOutputs:
     """Outputs of the model's layers in a step."""
@@ -88,6 +58,8 @@ class _LayerOutputs:
     """Whether each row is free of NaN and infinity, [num_rows] bool; None if not computed."""
     logits: Tensor | None = None
     """Logits of all rows, [num_rows, V]; None if not computed."""
+    best: Tensor | None = None
+    """See ``StepResult.best``."""
 
 
 @dataclass(kw_only=True)
@@ -122,7 +94,8 @@ class ModelRunner:
         """Run the rows of a plan; return None if it has no rows. Raises ``TransportError``.
 
         Even if the plan has fewer rows than the header grants, or none, this rank takes part in
-        every exchange of each micro-batch, as the expert workers expect its message.
+        every exchange of each micro-batch, as the expert workers expect its message. With a bucket,
+        this also applies to a rank without a grant, which sends padding.
         """
         self.first_dispatch = None
         if self._fits_graph(header, plan):
@@ -131,10 +104,13 @@ class ModelRunner:
             self._begin_compute()
             halves = split_rows(single_rows(plan.rows), header.rows(self.rank, 0))
             output = self.graphs.run(header, halves[: header.num_micro_batches])
+            if not plan.rows:
+                self.dispatcher.finish_step()
+                return None
             order = list(range(len(plan.rows)))
-            ids = [[RoutedRows(own, None, plan.num_rows)] for own in output.topk_ids]
-            return self._result(_LayerOutputs([output.hidden]), plan, order, ids, {})
-        if not header.grant(self.rank).num_rows:
+            captured = _LayerOutputs([output.hidden], None, output.logits, output.best)
+            return self._result(captured, plan, order, output.routed, {})
+        if not header.edge_rows(self.rank, 0):
             assert not plan.rows, "rows without a grant"
             self.dispatcher.run_empty_step(header)
             return None
@@ -214,24 +190,20 @@ class ModelRunner:
         """Whether a CUDA graph can run a step: only decodes, without inspections and adapters."""
         return (
             self.graphs is not None
-            and self.graphs.can_run(header, plan.num_rows)
-            and header.rows(self.rank, header.num_micro_batches - 1) > 0
+            and self.graphs.can_run(header)
             and all(rows.is_decode for rows in plan.rows)
             and not any(rows.sequence.request.inspection for rows in plan.rows)
             and not has_adapters(plan.rows)
         )
 
-    def compute(self, inputs: Sequence[ModelInputs]) -> tuple[Tensor, list[Tensor]]:
-        """Run all layers for the decode rows of each micro-batch, for ``DecodeGraphs``.
-
-        Returns the hidden states [T, H] of all rows, and for each bank the chosen experts [T, k].
-        """
+    def compute(self, inputs: Sequence[ModelInputs]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Run the model for the decode rows of each micro-batch; see ``decode_graphs.Compute``."""
         routed: list[list[RoutedRows]] = [[] for _ in self.banks]
         flows = [self.model.forward(part, self.cache.by_layer) for part in inputs]
-        hidden = self._run_alternately([len(part.token_ids) for part in inputs], routed, flows)
-        return _concatenated(hidden), [
-            _concatenated([part.topk_ids for part in bank]) for bank in routed
-        ]
+        parts = self._run_alternately([len(part.token_ids) for part in inputs], routed, flows)
+        hidden = _concatenated(parts)
+        ids = [_concatenated([part.topk_ids for part in bank]) for bank in routed]
+        return hidden, ids, self.model.head(hidden)
 
     def _run_native_layers(
         self, parts: Sequence[Sequence[PlannedRows]], routed: list[list[RoutedRows]]
@@ -351,7 +323,7 @@ class ModelRunner:
         outputs: _LayerOutputs,
         plan: StepPlan,
         order: Sequence[int],
-        routed: list[list[RoutedRows]],
+        routed: Sequence[Sequence[RoutedRows]],
         captures: Mapping[SequenceState, Sequence[Capture]],
     ) -> StepResult:
         first_row = [0] * len(order)
@@ -360,13 +332,16 @@ class ModelRunner:
             first_row[i] = row
             row += plan.rows[i].count
         hidden, finite = _concatenated(outputs.hidden), outputs.finite
+        if outputs.best is not None:
+            finite = outputs.best[:, 1]
         return StepResult(
             hidden=hidden,
             first_row=tuple(first_row),
             finite=finite_rows(hidden) if finite is None else finite,
             logits=outputs.logits,
+            best=outputs.best,
             finish=self.dispatcher.finish_step,
-            routed=tuple(map(tuple, routed)),
+            routed=routed,
             captures=captures,
         )
 

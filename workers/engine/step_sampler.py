@@ -19,7 +19,7 @@ from workers.beams.candidates import (
     beam_candidates_by_row,
 )
 from workers.beams.group import ending_tokens
-from workers.engine.model_runner import StepResult
+from workers.engine.step_result import StepResult
 from workers.inspection.buffers import StepRows
 from workers.inspection.inspector import Inspector
 from workers.model.config import BankSpec, ModelConfig
@@ -244,10 +244,13 @@ class StepSampler:
         row_indices = [row_index for one in sampled for row_index in one.row_indices]
         logits = self._logits_of(row_indices, result) if sampled else None
         result.finish()  # sampling may read values from the device
-        fetched = [result.finite]
-        if logits is not None:
-            fetched.append(sample_tokens(logits, rows, self._team))
-        is_finite, *ids = to_host(fetched)
+        best = result.best
+        if best is not None and all(row.is_greedy and row.is_plain for row in rows):
+            found, is_finite = to_host([best])[0].T
+            ids = [found[row_indices]]
+        else:
+            tokens_of = () if logits is None else (sample_tokens(logits, rows, self._team),)
+            is_finite, *ids = to_host([result.finite, *tokens_of])
         for planned, first in zip(plan.rows, result.first_row, strict=True):
             last = first + planned.count - len(planned.drafts)
             if not is_finite[first:last].all():

@@ -29,7 +29,8 @@ def to_host(tensors: Sequence[Tensor]) -> list[NDArray[Any]]:
     if tensors[0].is_cpu:
         return [tensor.numpy() for tensor in tensors]
     parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    data = torch.cat(parts).cpu().numpy().tobytes()  # device-to-host sync
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    data = joined.cpu().numpy().tobytes()  # device-to-host sync
     found, first = [], 0
     for tensor, part in zip(tensors, parts, strict=True):
         kind = torch.empty(0, dtype=tensor.dtype).numpy().dtype

@@ -17,6 +17,7 @@ from workers.model.cuda.device import gpu_memory
 from workers.model.families.base import Family
 from workers.process.worker_args import WorkerArgs
 from workers.requests.buckets import buckets_up_to, kept_rows
+from workers.requests.step_header import MAX_MICRO_BATCHES
 from workers.transport.collective import CollectiveTransport
 from workers.transport.transport import DataTransport
 
@@ -68,11 +69,13 @@ def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
 def graph_bytes(
     config: ModelConfig, banks: Sequence[BankSpec], buckets: Sequence[int], num_peers: int
 ) -> int:
-    """Bytes of all captured steps, 0 without ``buckets``; each has exchange buffers per peer."""
+    """Bytes of all captured steps, 0 without ``buckets``; each has exchange buffers per peer, and
+    all have the same memory for logits."""
     if not buckets:
         return 0
     each = kept_rows(buckets) * config.hidden_size * 4 * 2
-    return MAX_KEPT * _GRAPH_BYTES + each * len(banks) * num_peers
+    logits = MAX_MICRO_BATCHES * buckets[-1] * config.vocab_size * 4
+    return MAX_KEPT * _GRAPH_BYTES + each * len(banks) * num_peers + logits
 
 
 def block_bytes(section: EngineSection, config: ModelConfig, dtype: torch.dtype) -> int:

@@ -14,7 +14,7 @@ from benchmarks.harness.mesh import make_bank
 from cluster.core.load_report import Counts
 from tests.harness.pretend_gpu import DEVICE, pretend_gpu
 from workers.dispatch.copies import ChosenCopies
-from workers.engine.expert_load import LoadCounter, RoutedRows
+from workers.engine.expert_load import LoadCounter, RoutedDecodes, RoutedRows
 from workers.model.side_stream import SideStream
 
 BANKS = (make_bank(0), make_bank(1))
@@ -146,6 +146,21 @@ def test_a_gpu_counts_without_a_wait_until_somebody_asks(monkeypatch: pytest.Mon
     for key, counts in expected.report().banks.items():
         for name in ("prefill", "decode", "epoch_prefill", "epoch_decode"):
             assert (getattr(found.banks[key], name) == getattr(counts, name)).all()
+
+
+def test_decodes_of_a_captured_step_count_by_bank() -> None:
+    rows = torch.tensor([[0, 1], [2, 3], [1, 3]])
+    banks = RoutedDecodes(torch.cat([rows.t(), 3 - rows.t()]), (2, 4))
+    assert [len(bank) for bank in banks] == [1, 1]
+    load, expected = (LoadCounter(BANKS, SideStream(torch.device("cpu"))) for _ in range(2))
+    load.add(1, 3, banks)
+    parts = [[RoutedRows(own, None, 3)] for own in (rows, 3 - rows)]
+    expected.add(1, 3, parts)
+    assert [bank[0].topk_ids.tolist() for bank in banks[:]] == [
+        bank[0].topk_ids.tolist() for bank in parts
+    ]
+    for key, counts in expected.report().banks.items():
+        assert (load.report().banks[key].decode == counts.decode).all()
 
 
 def on_device(part: RoutedRows) -> RoutedRows:

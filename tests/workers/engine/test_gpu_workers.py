@@ -1,4 +1,5 @@
-"""Steps with experts on other workers, all on a pretended GPU: graphs, with messages between."""
+"""Steps with experts on other workers, all on a pretended GPU: graphs, with messages between them
+or within."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from tests.harness.pretend_gpu import DEVICE, DeviceLog, pretend_gpu
 from tests.reference.apart import ExpertsApart
 from tests.reference.goldens import golden_path
 from tests.workers.engine.test_gpu_steps import OLMOE, on_cpu, requests, tokens
+from workers.metrics.step_metrics import SAMPLE_INTERVAL
 from workers.requests.buckets import bucket_of, buckets_up_to
 from workers.requests.request import TokenOutput
 from workers.requests.step_header import StepHeader
@@ -32,9 +34,11 @@ class Apart:
         buckets: Sequence[int] = buckets_up_to(64),
         parts: int = 1,
         limit: int = 0,
+        is_captured: bool = False,
         engine: LocalEngine | None = None,
     ) -> None:
-        """``limit``: rows on an edge, once it is known how many an expert rank needs."""
+        """``limit``: rows on an edge, once it is known how many an expert rank needs.
+        ``is_captured``: messages are part of the graphs."""
         self.log = log
         self.buckets = buckets
         self.limit = limit
@@ -44,7 +48,7 @@ class Apart:
             device=DEVICE,
             num_micro_batches=parts,
         )
-        self.apart = ExpertsApart(self.engine, num_ranks)
+        self.apart = ExpertsApart(self.engine, num_ranks, is_captured=is_captured)
         self.decodes: list[DeviceLog] = []
         self.headers: list[StepHeader] = []
         self.epoch = 1
@@ -53,7 +57,8 @@ class Apart:
 
     def _step(self, header: StepHeader) -> list[TokenOutput]:
         """What the leader makes of the header, and the experts' part."""
-        header = replace(header, epoch=self.epoch)
+        # Step 8, whose times are measured, is one of those that decode.
+        header = replace(header, epoch=self.epoch, step=header.step + SAMPLE_INTERVAL - 2)
         if not header.exact:
             bucket = bucket_of(header.rows(0, 0), self.buckets)
             limit = self.limit if self.apart.home.edge_share else 0
@@ -86,6 +91,17 @@ def test_steps_are_graphs_and_each_rank_waits_once(log: DeviceLog, parts: int) -
     pieces = 2 * num_layers * parts + 1
     for step in run.decodes:
         assert step.launches["graph"] == (1 + num_ranks) * pieces
+        assert sum(step.waits.values()) == 1 + num_ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_is_one_graph_if_the_transport_can_be_captured(log: DeviceLog, parts: int) -> None:
+    run = Apart(log, parts=parts, is_captured=True)
+    assert run.tokens() == on_cpu(OLMOE)
+    num_ranks = 2
+    for step in run.decodes:
+        assert step.launches["graph"] == 1 + num_ranks
         assert sum(step.waits.values()) == 1 + num_ranks
 
 

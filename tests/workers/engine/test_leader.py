@@ -328,7 +328,7 @@ def test_decodes_of_all_ranks_are_filled_up_to_one_bucket() -> None:
     header = decide(proposals((3, 0), (1, 0), (0, 0)), buckets=buckets)
     assert header is not None
     assert header.bucket == 4
-    assert [header.edge_rows(rank, 0) for rank in range(3)] == [4, 4, 0]
+    assert [header.edge_rows(rank, 0) for rank in range(3)] == [4, 4, 4]
     header = decide(proposals((22, 0), (1, 0)), buckets=buckets)
     assert header is not None
     assert (header.num_micro_batches, header.bucket) == (2, 16)
@@ -343,6 +343,10 @@ def test_edges_are_limited_as_rows_are_filled_up() -> None:
     header = decide(known, buckets=(48, 96))
     assert header is not None
     assert (header.bucket, header.edge_limit) == (96, 48)  # 24 rows, and 10, and a bucket
+    known[1] = proposals((0, 0), (0, 0))[1]  # has no rows, and never had
+    header = decide(known, buckets=(48, 96))
+    assert header is not None
+    assert (header.bucket, header.edge_limit) == (96, 48)
     header = decide(known, buckets=(96,))
     assert header is not None
     assert (header.bucket, header.edge_limit) == (96, 0)

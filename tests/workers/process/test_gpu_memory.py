@@ -161,6 +161,7 @@ def test_captured_steps_take_memory_by_peer_unless_there_are_none() -> None:
     config, banks = FAMILY.config, FAMILY.banks
     one, two = (graph_bytes(config, banks, (1, 2, 4), n) for n in (1, 2))
     assert two - one == 2 * (1 + 2 + 4) * config.hidden_size * 4 * 2 * len(banks)
+    assert 2 * one - two >= 2 * 4 * config.vocab_size * 4, "logits of two micro-batches"
     assert graph_bytes(config, banks, (), 2) == 0
 
 

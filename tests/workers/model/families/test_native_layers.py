@@ -19,7 +19,7 @@ from tests.harness.tiers import quick_rows
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from workers.dispatch.dispatcher import DispatchHandle
 from workers.dispatch.local import LocalDispatcher
-from workers.engine.model_runner import StepResult
+from workers.engine.step_result import StepResult
 from workers.metrics.step_timer import StepTimer
 from workers.model.attention_batch import RowChunks
 from workers.model.families.native_layers import NativeMicroBatch

@@ -1,0 +1,46 @@
+"""Outputs of the model for the rows of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from workers.engine.expert_load import RoutedRows
+from workers.inspection.recorder import Capture
+from workers.requests.sequence import SequenceState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """The model's outputs for the rows of a plan."""
+
+    hidden: Tensor
+    """Hidden states after the final norm, [num_rows, hidden_size]."""
+    first_row: tuple[int, ...]
+    """Index of the row in ``hidden`` at which each entry of ``plan.rows`` begins."""
+    finite: Tensor
+    """Whether each row of ``hidden`` is free of NaN and infinity, [num_rows]: bool, or 0 and 1."""
+    logits: Tensor | None
+    """Logits of all rows of ``hidden``, [num_rows, V]; None if the model's head has not run."""
+    best: Tensor | None
+    """The best token of each row, -1 for a row whose logits have NaN or infinity, and ``finite``:
+    [num_rows, 2] int64. None if not computed."""
+    finish: Callable[[], None]
+    """Function that waits for the step's messages. Call it before the host reads a tensor of this
+    result, or a tensor computed from one. Raises ``TransportError``."""
+    routed: Sequence[Sequence[RoutedRows]]
+    """Experts that the routers chose, indexed [bank][micro-batch]."""
+    captures: Mapping[SequenceState, Sequence[Capture]]
+    """Internal tensors of the model, for sequences of requests that ask for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorOutput:
+    """Outputs of the model's prediction layer (for draft tokens) for the rows of a plan."""
+
+    hidden: Tensor
+    """Inputs of the model's head, [num_rows, hidden_size], in the row order of ``StepResult``."""
+    routed: Sequence[Sequence[RoutedRows]]
+    """Experts that all routers chose, also in the prediction layer: [bank][micro-batch]."""
