@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only",
         type=_chosen,
-        default=SECTIONS,
+        default=tuple(s for s in SECTIONS if not s.only_by_name),
         metavar="NAME,NAME",
         help=f"sections, or beginnings of their names, of {','.join(s.name for s in SECTIONS)}",
     )

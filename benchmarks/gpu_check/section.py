@@ -33,6 +33,8 @@ class Section:
     """Whether the exit code depends on the section, even if it has no time."""
     needs_gpu: bool = True
     """Whether the section is skipped without a GPU."""
+    only_by_name: bool = False
+    """Whether the section runs only if ``--only`` names it, as it needs much of the budget."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -94,6 +94,16 @@ SECTIONS = (
         needs_gpu=False,
     ),
     Section(
+        name="kills",
+        what="1 + 1 workers over NCCL on one GPU: 20 times one is killed and replaced",
+        function=f"{_HERE}.kills:run",
+        seconds=400.0,
+        least_s=45.0,
+        is_correctness=True,
+        needs_gpu=False,
+        only_by_name=True,
+    ),
+    Section(
         name="speed",
         what="OLMoE-1B-7B with random weights, beside what the device allows and transformers",
         function=f"{_HERE}.speed:run",

@@ -52,6 +52,11 @@ NEEDS = (
     Need("cuda.CUDAGraph.capture_begin", 0, ("pool", "capture_error_mode")),
     Need("cuda.CUDAGraph.capture_end"),
     Need("cuda.CUDAGraph.replay"),
+    Need("cuda.CUDAGraph.reset"),
+    Need("cuda.Event", 0, ("enable_timing", "external")),
+    Need("cuda.Event.query"),
+    Need("cuda.Event.record"),
+    Need("cuda.Event.elapsed_time", 1),
     Need("nn.functional.scaled_dot_product_attention", 3, ("is_causal", "enable_gqa")),
 )
 CUDA_NEEDS = (

@@ -32,6 +32,7 @@ from benchmarks.harness.local_engine import Generated, LocalEngine, generated
 from cluster.core.errors import PeerLostError
 from cluster.core.placement import BankShape, ExpertPlacement, contiguous
 from cluster.core.topology import Generation, Member
+from workers.cuda.step_graph import StepGraph
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
@@ -42,17 +43,18 @@ from workers.experts.slots import ExpertSlots
 from workers.model.config import BankSpec
 from workers.requests.buckets import buckets_up_to
 from workers.requests.request import Request, TokenOutput
+from workers.requests.step_header import StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity
 from workers.transport.nccl_environment import set_nccl_environment
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.sockets import SocketTransport
-from workers.transport.transport import DataTransport, RowMessage, Tag
+from workers.transport.transport import CapturedMessages, DataTransport, RowMessage, Tag
 
 TransportName = Literal["sockets", "collective"]
 DTYPE = torch.float32
-_KILLED_IN_STEP = 6
+KILLED_IN_STEP = 6
 _STEP_LIMIT_S = 60.0
 _ALIVE_S = 90.0
 """Seconds; longer than any limit after which torch's NCCL watchdog ends a process."""
@@ -76,7 +78,7 @@ class Case:
 
 def sockets(place: Place, report: Report) -> None:
     """Run workers over sockets, without a kill and with one."""
-    for step in (0, _KILLED_IN_STEP):
+    for step in (0, KILLED_IN_STEP):
         with report.part(f"killed in step {step}" if step else "nobody is killed"):
             case = Case(place=place, transport="sockets", killed_in_step=step, alive_s=0.0)
             run(case, report)
@@ -90,7 +92,7 @@ def collective(place: Place, report: Report) -> None:
     case = Case(
         place=place,
         transport="collective",
-        killed_in_step=_KILLED_IN_STEP,
+        killed_in_step=KILLED_IN_STEP,
         alive_s=alive_s,
         is_short=alive_s < _ALIVE_S,
     )
@@ -274,15 +276,30 @@ class _Worker:
 
 
 class _Dying:
-    """A transport whose process is killed when it has outputs of a certain step."""
+    """A transport whose process is killed when it has outputs of a certain step.
+
+    In captured steps the host sends nothing, so the process is killed before the replay, for which
+    the other worker's graph waits.
+    """
 
     def __init__(self, inner: DataTransport, channel: StepChannel, step: int) -> None:
         self._inner = inner
         self._channel = channel
         self._step = step
+        self._is_captured = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+    def capture(self, graph: StepGraph) -> CapturedMessages | None:
+        captured = self._inner.capture(graph)
+        self._is_captured = captured is not None
+        return captured
+
+    def begin_step(self, header: StepHeader) -> None:
+        if self._is_captured and header.step == self._step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._inner.begin_step(header)
 
     def post(self, tag: Tag, messages: Sequence[RowMessage], *, sized: bool) -> None:
         if tag.bank and self._channel.highest_step == self._step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
 from collections import Counter
 from dataclasses import replace
@@ -42,6 +43,7 @@ from workers.requests.request import SamplingParams
 
 pytestmark = pytest.mark.heavy
 
+COUNTS = ("launches", "waits", "copies")
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
 
@@ -293,6 +295,24 @@ def test_a_step_is_measured_by_part() -> None:
     *parts, whole = (float(cell) for cell in row.strip("|").split("|")[1:])
     assert len(parts) == len(step_cost.PARTS)
     assert sum(parts) == pytest.approx(whole, abs=len(parts))
+
+
+def test_the_host_s_cost_of_a_gpu_step_does_not_grow_with_its_layers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    from benchmarks.engine import host_cost
+
+    assert host_cost.main(["--json", "--layers", "2", "9", "--batch", "3"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["side"], row["layers"]) for row in rows] == [
+        (side, layers) for side in host_cost.SIDES for layers in (2, 9)
+    ]
+    for few, many in zip(rows[::2], rows[1::2], strict=True):
+        assert few["host_us"] > 0 < many["host_us"]
+        assert [few[name] for name in COUNTS] == [many[name] for name in COUNTS]
+        assert few["waits"] == 1
+    assert [rows[2][name] for name in COUNTS] == [1, 1, 1], "the expert side is one graph"
 
 
 def test_caches_of_both_types_are_measured() -> None:
