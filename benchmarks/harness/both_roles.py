@@ -46,6 +46,12 @@ class Alone:
     def finish_step(self) -> None:
         """Return at once, as nothing is sent."""
 
+    def confirm_step(self) -> None:
+        """Do nothing."""
+
+    def await_confirmation(self) -> None:
+        """Do nothing."""
+
     def capture(self, graph: StepGraph) -> CapturedMessages | None:
         """Return None, as nothing is sent."""
         return None

@@ -118,6 +118,12 @@ class FailingTransport:
     def finish_step(self) -> None:
         self._inner.finish_step()
 
+    def confirm_step(self) -> None:
+        self._inner.confirm_step()
+
+    def await_confirmation(self) -> None:
+        self._inner.await_confirmation()
+
     @property
     def captured_state(self) -> Hashable:
         return self._inner.captured_state

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from cluster.core.errors import PeerLostError, first_line
 from workers.cuda.step_graph import StepGraph
-from workers.transport.transport import ExpectedMessage, RowMessage, Tag
+from workers.transport.transport import Direction, ExpectedMessage, RowMessage, Tag
 from workers.transport.world import Item, Transfers, World
 
 ItemOf = Callable[[int, Tag, int, Tensor], Item]
@@ -20,8 +19,10 @@ class CapturedTransfers:
     """``CapturedMessages`` over the process groups of a world.
 
     NCCL launches its kernels on streams of its own, which the capture must join. It joins a send at
-    the next receive of the same micro-batch, by when the send has ended: a rank replies only to
-    rows that it has received. Until then, the memory of the sent tensors is not reused.
+    the next receive of the same micro-batch in the other direction, by when the send has ended: a
+    rank returns outputs only of rows that it has received, and sends rows of a layer only after it
+    has received the outputs of the layer before. Until then, the memory of the sent tensors is not
+    reused.
     """
 
     def __init__(
@@ -29,21 +30,21 @@ class CapturedTransfers:
         world: World,
         graph: StepGraph,
         item_of: ItemOf,
-        names: Mapping[int, str],
+        check: Callable[[], None],
         device: torch.device,
     ) -> None:
-        """``names``: names of the peers by rank."""
+        """``check`` raises ``PeerLostError`` or ``GenerationChangedError`` if waits must end."""
         self._world = world
         self._item_of = item_of
-        self._names = names
+        self._check = check
         self._device = device
-        self._sent: dict[int, list[Transfers]] = {}
-        """Sends that are not joined yet, by micro-batch."""
+        self._sent: dict[tuple[Direction, int], list[Transfers]] = {}
+        """Sends that are not joined yet, by direction and micro-batch."""
         graph.at_end(self._join_all)
 
     def post(self, tag: Tag, messages: Sequence[RowMessage]) -> None:
         """Capture the sends of ``messages``. Rows, which the caller may overwrite, are copied once
-        for all ranks. Raises ``PeerLostError``."""
+        for all ranks. Raises ``PeerLostError`` and ``GenerationChangedError``."""
         copies: dict[int, Tensor] = {}
         items = []
         for message in messages:
@@ -56,12 +57,13 @@ class CapturedTransfers:
                         copies[id(part)] = part.clone()
                     data = copies[id(part)]
                 items.append(self._item_of(message.rank, tag, i, data.contiguous()))
-        self._sent.setdefault(tag.micro_batch, []).extend(self._start(tag, True, items))
+        sent = self._sent.setdefault((tag.direction, tag.micro_batch), [])
+        sent += self._start(tag, True, items)
 
     def receive(self, tag: Tag, expected: Sequence[ExpectedMessage]) -> list[tuple[Tensor, ...]]:
         """Capture the receives of the ``expected`` messages; return the tensors that they fill.
 
-        Raises ``PeerLostError``.
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
         received = [item.empty(self._device) for item in expected]
         items = [
@@ -71,7 +73,8 @@ class CapturedTransfers:
             if tensor.numel()
         ]
         self._join(self._start(tag, False, items))
-        self._join(self._sent.pop(tag.micro_batch, ()))
+        other: Direction = "outputs" if tag.direction == "rows" else "rows"
+        self._join(self._sent.pop((other, tag.micro_batch), ()))
         return received
 
     def _start(self, tag: Tag, is_send: bool, items: Sequence[Item]) -> list[Transfers]:
@@ -79,14 +82,14 @@ class CapturedTransfers:
             return []
         try:
             return self._world.start(tag.direction, is_send, items)
-        except RuntimeError as err:
-            raise PeerLostError(self._names[items[0].rank], first_line(err)) from err
+        except RuntimeError:
+            self._check()  # the cause is most likely a lost peer
+            raise
 
     def _join(self, started: Sequence[Transfers]) -> None:
         for transfers in started:
             self._world.order(transfers)
-            if transfers.error:
-                raise PeerLostError(self._names[transfers.items[0].rank], transfers.error)
+            assert not transfers.error, "NCCL reports no errors of captured transfers"
 
     def _join_all(self) -> None:
         for started in self._sent.values():

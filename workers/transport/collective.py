@@ -25,6 +25,7 @@ from workers.cuda.step_graph import StepGraph
 from workers.model.torch_private import Store, TCPStore
 from workers.requests.step_header import StepHeader
 from workers.transport.captured_transfers import CapturedTransfers
+from workers.transport.confirmations import StepConfirmations
 from workers.transport.gloo_world import GlooWorld
 from workers.transport.nccl_world import NcclWorld
 from workers.transport.peer_connections import PeerConnections
@@ -52,10 +53,7 @@ _WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": Nccl
 
 
 class CollectiveTransport:
-    """``DataTransport`` of one worker over torch.distributed.
-
-    Every generation has new process groups: a ``World``.
-    """
+    """``DataTransport`` of one worker over torch.distributed, with a ``World`` per generation."""
 
     def __init__(
         self,
@@ -71,6 +69,7 @@ class CollectiveTransport:
         self.sums_are_rounded = backend == "nccl"
         """Whether partial sums are sent in the model's dtype instead of float32."""
         self._connections = connections
+        self._confirmations = StepConfirmations(connections)
         self._backend: Backend = backend
         self._device = device
         self._host = host
@@ -81,6 +80,7 @@ class CollectiveTransport:
         self._sends: deque[Transfers] = deque()
         self._ordered: deque[Transfers] = deque()
         """Receives that the CUDA stream waits for but the host has not waited for yet."""
+        self._header: StepHeader | None = None
         self._num_worlds = 0
         self._graphs: WeakSet[StepGraph] = WeakSet()
         """CUDA graphs that contain transfers of the world."""
@@ -185,6 +185,8 @@ class CollectiveTransport:
         """Start a step, after the sends of the previous step have completed."""
         self._ordered.clear()
         self._is_replayed = False
+        self._header = header
+        self._connections.begin_step(header.step)
         while self._sends:
             self._wait(self._sends.popleft())
 
@@ -234,6 +236,17 @@ class CollectiveTransport:
             self._wait(self._ordered.popleft())
         self._connections.poll()
 
+    def confirm_step(self) -> None:
+        """Confirm the step; see ``StepConfirmations``. Over gloo, do nothing, as the host waits for
+        rows before it sends outputs."""
+        if self._backend == "nccl" and self._header is not None:
+            self._confirmations.send(self._header, self._names)
+
+    def await_confirmation(self) -> None:
+        """Wait until all expert ranks have confirmed the step. Over gloo, do nothing."""
+        if self._backend == "nccl" and self._header is not None:
+            self._confirmations.wait(self._header, self._names)
+
     @property
     def captured_state(self) -> Hashable:
         """The number of the world, to which captured transfers belong; None over gloo."""
@@ -254,7 +267,7 @@ class CollectiveTransport:
 
         graph.before(begin_replay)
         self._graphs.add(graph)
-        return CapturedTransfers(world, graph, self._item, self._names, self._device)
+        return CapturedTransfers(world, graph, self._item, self._connections.check, self._device)
 
     def direct(self, ranks: Sequence[int]) -> None:
         """Return None: native code cannot send or receive over torch.distributed."""

@@ -18,6 +18,7 @@ CONNECT_LIMIT_S: Final = 60
 be interrupted."""
 NCCL_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "NCCL_GRAPH_REGISTER": "0",  # else addresses of dropped CUDA graphs stay registered
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # errors end neither communicators nor the process
         "TORCH_NCCL_BLOCKING_WAIT": "0",  # ``wait`` only orders the stream
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",

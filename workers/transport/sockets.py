@@ -105,6 +105,12 @@ class SocketTransport:
     def finish_step(self) -> None:
         """Do nothing, as ``receive`` has waited for all messages."""
 
+    def confirm_step(self) -> None:
+        """Do nothing: outputs are only sent after the rows have arrived."""
+
+    def await_confirmation(self) -> None:
+        """Return at once: outputs are only sent after the rows have arrived."""
+
     @property
     def captured_state(self) -> None:
         """None, as the host sends and receives each message."""

@@ -125,6 +125,16 @@ class DataTransport(Protocol):
         invalid.
         """
 
+    def confirm_step(self) -> None:
+        """On an expert rank, after ``finish_step``: tell the attention ranks that all rows arrived.
+
+        Outputs that a rank has sent may be wrong if it aborts a receive on which they depend.
+        """
+
+    def await_confirmation(self) -> None:
+        """On an attention rank, after ``finish_step``: wait until all expert ranks have confirmed
+        the step. Raises ``PeerLostError`` and ``GenerationChangedError``."""
+
     @property
     def captured_state(self) -> Hashable:
         """A value that changes when ``CapturedMessages`` become invalid; None if there are none."""

@@ -412,3 +412,31 @@ def test_gloo_s_messages_are_not_captured() -> None:
         transport = mesh["attention-0"].transport
         assert transport.capture(cast(StepGraph, Graph())) is None
         assert transport.captured_state is None
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+def test_a_step_is_complete_once_all_expert_ranks_have_confirmed_it(
+    nccl: FakeNccl, colocated: bool
+) -> None:
+    """Outputs may have been computed from rows that never came."""
+    sizes = (0, 3) if colocated else (2, 2)
+    with Mesh(*sizes, BANKS, transport="nccl", colocated=colocated) as mesh:
+        homes = [mesh[m.name] for m in mesh.generation.attention]
+        experts = [mesh[m.name] for m in mesh.generation.experts]
+        for step in (1, 2):
+            header = make_header((4, 0) if step == 1 else (4, 4), step=step)
+            for worker in {id(w): w for w in (*homes, *experts)}.values():
+                worker.transport.begin_step(header)
+            waiting = [mesh.pool.submit(homes[0].transport.await_confirmation)]
+            if step == 2:
+                waiting.append(mesh.pool.submit(homes[1].transport.await_confirmation))
+            for expert in experts:
+                assert not waiting[0].done() or len(experts) == 1
+                expert.transport.confirm_step()
+            for future in waiting:
+                future.result(LIMIT_S)
+        homes[0].transport.begin_step(make_header((4, 4), step=3))
+        lost = mesh.pool.submit(homes[0].transport.await_confirmation)
+        experts[-1].connections.close()
+        with pytest.raises(PeerLostError, match=mesh.generation.experts[-1].name):
+            lost.result(LIMIT_S)
