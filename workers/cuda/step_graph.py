@@ -50,13 +50,11 @@ class StepGraph:
             self._begin()
             try:
                 yield
-                for act in self._at_end:
-                    act()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # the capture has most likely failed
-                    self._pieces[-1].capture_end()
+                with contextlib.suppress(Exception):  # the capture has most likely failed
+                    self._finish()
                 raise
-            self._end()
+            self._finish()
 
     def between(self, act: Callable[[], None]) -> None:
         """End a graph of the capture and begin the next one. Each replay calls ``act`` between the
@@ -66,7 +64,8 @@ class StepGraph:
         self._begin()
 
     def at_end(self, act: Callable[[], None]) -> None:
-        """Call ``act`` at the end of the capture, which captures what it launches."""
+        """Call ``act`` at the end of the capture, also of one that fails. A capture that fails
+        without having joined all streams would leave torch's allocator in a wrong state."""
         self._at_end.append(act)
 
     def before(self, act: Callable[[], None]) -> None:
@@ -94,6 +93,13 @@ class StepGraph:
         self._pieces.append(torch.cuda.CUDAGraph())
         # Other threads load experts and provide blocks during the capture.
         self._pieces[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def _finish(self) -> None:
+        try:
+            while self._at_end:
+                self._at_end.pop()()
+        finally:
+            self._end()
 
     def _end(self) -> None:
         self._pieces[-1].capture_end()

@@ -55,7 +55,6 @@ class CapturedServing:
         self._kept = StepGraphCache[_CapturedStep](max_kept_rows)
         self._step: ServedStep | None = None
         self._places: Sequence[ServedPlace] = ()
-        self._replayed_laps: CapturedLaps | None = None
 
     @property
     def state(self) -> Hashable:
@@ -92,7 +91,7 @@ class CapturedServing:
             self.shape(step.header), num_rows, lambda pool: self._capture(step, pool)
         )
         captured.graph.replay()
-        self.count(captured.served)
+        self.count(captured.served, step.timer)
         return len(self._places)
 
     def _capture(self, step: ServedStep, pool: Any) -> _CapturedStep:
@@ -128,21 +127,16 @@ class CapturedServing:
         yield served
         served.notes = checker.notes
 
-    def count(self, captured: CapturedServes) -> DeviceSlotChecker:
-        """Count a replayed step: its bytes at once, its expert slots at the end of the step.
+    def count(self, captured: CapturedServes, timer: StepTimer) -> DeviceSlotChecker:
+        """Count a replayed step: its bytes at once, its expert slots and laps at the end of the
+        step.
 
         ``captured``: result of ``capturing`` for this step. Returns the checker that counts slots.
         """
+        timer.replay(captured.laps)
         checker, counters = self._side.checker, self._side.counters
         assert isinstance(checker, DeviceSlotChecker)
         checker.notes = captured.notes
-        self._replayed_laps = captured.laps
         for name, count in captured.num_bytes.items():
             counters.num_bytes[name] += count
         return checker
-
-    def add_laps(self, timer: StepTimer) -> None:
-        """Add the laps of a replayed step, for which the host has waited, to its timer."""
-        if self._replayed_laps is not None:
-            timer.add_captured(self._replayed_laps)
-            self._replayed_laps = None

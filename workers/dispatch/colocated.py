@@ -7,7 +7,8 @@ Every rank runs the operations of a step in the same global order:
 Numbers are micro-batches. After the combine of a micro-batch, its dispatch of the next exchange
 follows directly. The expert part runs at the first combine of an exchange: by then, all ranks have
 sent their rows or will send them without waiting for this rank. A rank without rows runs only the
-expert part. Rows for a rank's own experts stay in the process.
+expert part, or sends padding if the header has a bucket. Rows for a rank's own experts stay in the
+process.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class LoopbackTransport:
         self.apply_generation = inner.apply_generation
         self.close = inner.close
         self.finish_step = inner.finish_step
+        self.confirm_step = inner.confirm_step
+        self.await_confirmation = inner.await_confirmation
         self.sums_are_rounded = inner.sums_are_rounded
 
     def begin_step(self, header: StepHeader) -> None:
@@ -224,7 +227,7 @@ class ColocatedDispatcher:
         ``served``: the counts that each replay of the step adds.
         """
         self._is_replayed = True
-        self._server.captured.count(served).copy()
+        self._server.captured.count(served, self._server.timer).copy()
 
 
 @dataclass(frozen=True, slots=True)

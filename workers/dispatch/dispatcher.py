@@ -24,7 +24,6 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.cuda.step_graph import StepGraph
 from workers.dispatch.copies import ChosenCopies
-from workers.metrics.captured_laps import CapturedLaps
 from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
@@ -78,7 +77,7 @@ class TokenDispatcher(Protocol):
         """Start a step. ``micro_batches``: this rank's rows, one entry for each micro-batch."""
 
     def run_empty_step(self, header: StepHeader) -> None:
-        """Run a step in which the header grants this rank no rows.
+        """Run a step in which the header grants this rank no rows and no padding.
 
         Call this method instead of all other methods of a step. Raises ``PeerLostError`` and
         ``GenerationChangedError``.
@@ -183,7 +182,6 @@ class TimedDispatcher(ABC):
         self.timer = timer or StepTimer()
         """Timer of the laps ``attention``, ``dispatch`` and ``combine``."""
         self._banks = tuple(banks)
-        self._replayed_laps: CapturedLaps | None = None
 
     def dispatch(self, sent: Dispatch, micro_batch: int = 0) -> DispatchHandle:
         """Send rows to their experts without waiting for outputs; pass the result to ``combine``.
@@ -203,15 +201,8 @@ class TimedDispatcher(ABC):
         self.timer.lap("combine", handle.bank, handle.exchange, handle.micro_batch)
         return outputs
 
-    def record_replay(self, laps: CapturedLaps) -> None:
-        """Record a replay of a captured step, whose ``laps`` are read at the end of the step."""
-        self._replayed_laps = laps
-
     def end_step(self) -> bool:
         """Return whether every expert rank got all rows it needed; always True by default."""
-        if self._replayed_laps is not None:
-            self.timer.add_captured(self._replayed_laps)
-            self._replayed_laps = None
         return True
 
     @property

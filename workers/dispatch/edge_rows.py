@@ -46,6 +46,7 @@ class EdgeRows:
         self.can_limit = False
         """Whether edges of the current generation may carry only a part of this rank's rows."""
         self._share = 0.0
+        self._has_rows = True
         self._noted: list[_Noted] = []
         self._found: Tensor | None = None
 
@@ -59,9 +60,12 @@ class EdgeRows:
         """Reset ``share`` to unknown, after experts have moved or needed rows did not fit."""
         self._share = 0.0
 
-    def begin_step(self) -> None:
-        """Begin a step: drop the noted row counts of a failed earlier step."""
-        self._noted, self._found = [], None
+    def begin_step(self, has_rows: bool = True) -> None:
+        """Begin a step: drop the noted row counts of a failed earlier step.
+
+        ``has_rows``: whether the rank has rows. If not, it sends only padding, which is not noted.
+        """
+        self._noted, self._found, self._has_rows = [], None, has_rows
 
     def note(self, is_needed: Tensor, num_rows: int, num_sent: int) -> None:
         """Note the row counts of a dispatch.
@@ -69,7 +73,7 @@ class EdgeRows:
         is_needed [ranks, T] bool: whether the expert rank has an expert of the row. num_rows: T, or
         the bucket (number of rows after padding). num_sent: number of rows sent to each rank.
         """
-        if num_rows >= _MIN_ROWS or num_sent < num_rows:
+        if self._has_rows and (num_rows >= _MIN_ROWS or num_sent < num_rows):
             self._noted.append(_Noted(is_needed.sum(1).max(), num_rows, num_sent))
 
     def take_noted(self) -> NeededRows:
@@ -80,7 +84,7 @@ class EdgeRows:
 
     def put_noted(self, needed: NeededRows) -> None:
         """Set the row counts of a replayed step, which ``take_noted`` returned at its capture."""
-        self._noted = list(needed)
+        self._noted = list(needed) if self._has_rows else []
 
     def finish_step(self) -> None:
         """Start to copy the noted row counts to the host for ``end_step``.

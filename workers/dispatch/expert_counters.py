@@ -42,7 +42,7 @@ class ExpertCounters:
         run asynchronously."""
         self.padding = PaddingRatio()
         """Share of padding in the rows from and to the attention ranks, measured in a sample of the
-        steps."""
+        steps, on a GPU in every step."""
         self.all_token_counts = torch.zeros(0, dtype=torch.int64)
         """``token_counts`` of all banks, one after another."""
         self.token_counts: Sequence[Tensor] = ()

@@ -169,7 +169,7 @@ class ExpertServer:
 
         ``transport`` records the step's messages. Yields the counts that each replay adds.
         """
-        self._step, self._is_captured = self._step_of(header, is_measured=False), True
+        self._step, self._is_captured = self._step_of(header, is_timed=False), True
         self._called = StaticServing(self._side, transport)
         try:
             with self.captured.capturing(self._step, self._called) as served:
@@ -183,18 +183,17 @@ class ExpertServer:
         Raises ``PeerLostError`` if it rejects a rank. Call it after the host has waited for the
         step.
         """
+        self._transport.confirm_step()
         self._slot_checker.end(self._transport.reject)
-        self.captured.add_laps(self.timer)
 
     def _begin(self, header: StepHeader) -> ServedStep:
         self.timer.begin_step(header)
         with self._activity:
             self._transport.begin_step(header)
-        measures = is_measured(header) and not self._has_graphs
-        self._step = step = self._step_of(header, is_measured=measures)
+        self._step = step = self._step_of(header, is_timed=is_measured(header))
         return step
 
-    def _step_of(self, header: StepHeader, *, is_measured: bool) -> ServedStep:
+    def _step_of(self, header: StepHeader, *, is_timed: bool) -> ServedStep:
         self._slot_checker.begin()
         filled: Sequence[FilledSlots] = self._epochs.begin_step(header)
         if self._has_graphs:
@@ -210,8 +209,8 @@ class ExpertServer:
             granted,
             self.counters.num_bytes,
             self.timer,
-            picks_rows(header, self._banks, self._combine_mode),
-            is_measured,
+            picks_rows(header, self._banks, self._combine_mode) or is_timed,
+            is_timed and not self._has_graphs,
         )
 
     def _at_fixed_addresses(self, filled: Sequence[FilledSlots]) -> Sequence[FilledSlots]:
@@ -228,5 +227,5 @@ class ExpertServer:
         slot. Raises ``PeerLostError`` and ``GenerationChangedError``."""
         with self._activity:
             self._transport.finish_step()
+            self._transport.confirm_step()
         self._slot_checker.end(self._transport.reject)
-        self.captured.add_laps(self.timer)

@@ -156,7 +156,7 @@ class _CapturedExperts:
     laps: CapturedLaps
 
     def replayed(self) -> None:
-        self.dispatcher.record_replay(self.laps)
+        self.dispatcher.timer.replay(self.laps)
         self.dispatcher.activity.advance()
 
 

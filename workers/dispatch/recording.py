@@ -88,6 +88,12 @@ class RecordingTransport:
     def finish_step(self) -> None:
         """Do nothing: while a step is recorded, no message is pending."""
 
+    def confirm_step(self) -> None:
+        """Do nothing: the live transport confirms each step."""
+
+    def await_confirmation(self) -> None:
+        """Do nothing: the live transport waits in each step."""
+
     def capture(self, graph: StepGraph) -> None:
         """Return None: this transport is being captured."""
 

@@ -55,7 +55,7 @@ class CapturedRows:
     def replayed(self) -> None:
         """Record a replay of the captured step. Call ``TokenDispatcher.finish_step`` next."""
         self._edge_rows.put_noted(self.needed)
-        self._dispatcher.record_replay(self._laps)
+        self._dispatcher.timer.replay(self._laps)
         self._dispatcher.activity.advance()
 
 
@@ -103,6 +103,8 @@ class RemoteDispatcher(TimedDispatcher):
         self._native = None if team is None else NativeExchange(side, transport, team)
         self._exchange: RowExchange = self._static
         self._header: StepHeader | None = None
+        self._has_begun = False
+        """Whether this rank takes part in the exchanges of the current step."""
         self._placement_seen = 0, 0
         """Generation and placement epoch of the latest step; (0, 0) before the first."""
 
@@ -129,12 +131,13 @@ class RemoteDispatcher(TimedDispatcher):
         self._maps.begin_step(header, micro_batches)
         self._header = header
         self.timer.begin_step(header)
-        self._edge_rows.begin_step()
+        self._edge_rows.begin_step(has_rows=header.rows(self.rank, 0) > 0)
         if (header.generation, header.epoch) != self._placement_seen:
             self._placement_seen = header.generation, header.epoch
             self._edge_rows.forget()
         with self.activity:
             self._transport.begin_step(header)
+        self._has_begun = True
         self._exchange = self._exchange_of(header)
         self._exchange.begin_step(header)
 
@@ -152,6 +155,7 @@ class RemoteDispatcher(TimedDispatcher):
         Maps of old epochs are dropped.
         """
         self.timer.begin_step(header)
+        self._has_begun = False
         self._edge_rows.begin_step()
         self._maps.forget(header.oldest_epoch)
 
@@ -174,8 +178,14 @@ class RemoteDispatcher(TimedDispatcher):
         self._edge_rows.finish_step()
 
     def end_step(self) -> bool:
-        """Return whether every expert rank got all rows it needed; else the step must run again."""
-        super().end_step()
+        """Return whether every expert rank got all rows it needed; else the step must run again.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError`` if an expert rank did not get them.
+        """
+        if self._has_begun:
+            self._has_begun = False
+            with self.activity:
+                self._transport.await_confirmation()
         return self._edge_rows.end_step()
 
     @property

@@ -28,6 +28,7 @@ from workers.dispatch.dispatcher import picks_rows
 from workers.dispatch.edge_rows import EdgeRows
 from workers.dispatch.expert_maps import ExpertMaps
 from workers.metrics.activity import Activity
+from workers.metrics.step_metrics import is_measured
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
 from workers.requests.step_header import StepHeader
@@ -98,7 +99,8 @@ class SplitExchange(ABC):
     def begin_step(self, header: StepHeader) -> None:
         """Begin a step, after ``AttentionSide.maps`` has begun it."""
         self._header = header
-        self._must_wait = picks_rows(header, self._side.banks, self._side.maps.combine_mode)
+        is_read = picks_rows(header, self._side.banks, self._side.maps.combine_mode)
+        self._must_wait = is_read or is_measured(header)  # else a lap would end too early
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
         """Send a micro-batch's rows to the expert ranks, without waiting for outputs."""

@@ -4,7 +4,8 @@ Launching the several hundred kernels of a step one by one takes longer on the h
 them takes on the GPU. A step is captured once per bucket (a number of rows) and replayed for every
 step that fits. Missing rows are padding, which writes to its own KV block. Inputs are at fixed
 addresses: all integers are copied in every step, block tables only where they changed. If other
-workers have the experts, a step has one graph for each part between two exchanges (``StepGraph``).
+workers have the experts, and the transport cannot be captured, a step has one graph for each part
+between two exchanges (``StepGraph``).
 
 Source: buckets as in vLLM and SGLang.
 """

@@ -105,7 +105,7 @@ class ModelRunner:
             halves = split_rows(single_rows(plan.rows), header.rows(self.rank, 0))
             output = self.graphs.run(header, halves[: header.num_micro_batches])
             if not plan.rows:
-                self.dispatcher.finish_step()
+                self._finish_without_rows()
                 return None
             order = list(range(len(plan.rows)))
             captured = _LayerOutputs([output.hidden], None, output.logits, output.best)
@@ -132,14 +132,22 @@ class ModelRunner:
                 for sequence, capture in batch.captures:
                     captures.setdefault(sequence, []).append(capture)
         if not plan.rows:
-            self.dispatcher.finish_step()
+            self._finish_without_rows()
             return None
         return self._result(outputs, plan, order, routed, captures)
+
+    def _finish_without_rows(self) -> None:
+        """Wait for the messages of a step, then for the device, from which the host reads nothing
+        else. ``TokenDispatcher.end_step`` reads what was copied asynchronously."""
+        self.dispatcher.finish_step()
+        if self.model.device.type == "cuda":
+            torch.cuda.current_stream(self.model.device).synchronize()
 
     def predict(
         self, result: StepResult | None, next_tokens: NDArray[np.int64]
     ) -> PredictorOutput | None:
-        """Run the prediction layer on the outputs of the latest step, which must have granted rows.
+        """Run the prediction layer on the outputs of the latest step, which must have granted rows
+        or padding.
 
         ``next_tokens``: token that follows the token of each row, [num_rows] int64. If ``result``
         is None, as the plan has no rows, this rank takes part in the exchanges and returns None.
@@ -190,6 +198,7 @@ class ModelRunner:
         """Whether a CUDA graph can run a step: only decodes, without inspections and adapters."""
         return (
             self.graphs is not None
+            and bool(plan.rows or header.bucket)
             and self.graphs.can_run(header)
             and all(rows.is_decode for rows in plan.rows)
             and not any(rows.sequence.request.inspection for rows in plan.rows)

@@ -40,9 +40,10 @@ class CapturedLaps:
         self.num_banks = num_banks
         self._timed = num_banks // 2
         """Index of the bank whose laps are timed."""
-        self._first: torch.cuda.Event | None = None
         self._last: torch.cuda.Event | None = None
         self._laps: list[_Lap] = []
+        self._events: list[torch.cuda.Event] = []
+        """All recorded events, which must exist as long as the graph that records them."""
 
     def mark(self, bank: BankSpec) -> None:
         """Start a lap of a bank, without recording the lap before it."""
@@ -51,6 +52,8 @@ class CapturedLaps:
     def lap(self, name: str, bank: BankSpec, exchange: int, micro_batch: int) -> None:
         """End the current lap; see ``StepTimer.lap``."""
         begin = self._last
+        if not self._events:
+            self._record()  # near the start of the graph
         may_precede = bank.index == self._timed - 1  # a lap of the timed bank
         self._last = self._record() if may_precede or bank.index == self._timed else None
         if bank.index == self._timed and begin is not None and self._last is not None:
@@ -58,19 +61,16 @@ class CapturedLaps:
 
     def read(self) -> list[TimedLap]:
         """Return the laps of the latest replay, for which the host has waited."""
-        first = self._first
         return [
-            TimedLap(*lap[:4], _ns_between(first, lap.begin), _ns_between(first, lap.end))
+            TimedLap(*lap[:4], self._ns_until(lap.begin), self._ns_until(lap.end))
             for lap in self._laps
-            if first is not None
         ]
+
+    def _ns_until(self, event: torch.cuda.Event) -> int:
+        return int(self._events[0].elapsed_time(event) * 1e6)
 
     def _record(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True, external=True)  # type: ignore[no-untyped-call]
         event.record()
-        self._first = self._first or event
+        self._events.append(event)
         return event
-
-
-def _ns_between(begin: torch.cuda.Event, end: torch.cuda.Event) -> int:
-    return int(begin.elapsed_time(end) * 1e6)

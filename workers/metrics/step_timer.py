@@ -40,13 +40,14 @@ class StepTimer:
         self._sinks: tuple[TimingSink, ...] = ()
         self._header: StepHeader | None = None
         self._captured: CapturedLaps | None = None
+        self._replayed: CapturedLaps | None = None
         self._begin_ns = 0
         self._last_ns = 0
 
     def begin_step(self, header: StepHeader) -> None:
         """Start a step and its first lap."""
         self._header = header
-        self._captured = None
+        self._captured = self._replayed = None
         self._sinks = tuple(sink for sink in self._all if sink.begin_step(header))
         self._begin_ns = self._last_ns = self._clock_ns()
 
@@ -85,23 +86,23 @@ class StepTimer:
         for name, end_ns in ends_ns.items() if self._sinks else ():
             self._end_lap(name, _place(bank, exchange, micro_batch), end_ns)
 
-    def add_captured(self, laps: CapturedLaps) -> None:
-        """Add the laps of a replay, for which the host has waited.
-
-        The label ``num_banks`` tells sinks that the laps stand for those of as many banks.
-        """
-        for lap in laps.read() if self._sinks else ():
-            labels = _place(lap.bank, lap.exchange, lap.micro_batch)
-            self._last_ns = self._begin_ns + lap.begin_ns
-            more = {**labels, "num_banks": laps.num_banks}
-            self._end_lap(lap.name, more, self._begin_ns + lap.end_ns)
+    def replay(self, laps: CapturedLaps) -> None:
+        """Set the laps of the current step, which is a replay. ``end_step`` reads them, after the
+        host has waited for the device."""
+        self._replayed = laps
 
     def end_step(self, last: str = "") -> None:
-        """End the step and its last lap, which gets the name ``last``; flush the sinks."""
+        """End the step and its last lap, which gets the name ``last``; flush the sinks.
+
+        A replay has no last lap, but the laps of one bank. Their label ``num_banks`` tells sinks
+        that they stand for those of as many banks.
+        """
         header, sinks = self._header, self._sinks
         if header is None or not sinks:
             return
-        if last:
+        if self._replayed is not None:
+            self._add_replayed(self._replayed)
+        elif last:
             self._end_lap(last, {}, self._clock_ns())
         labels = {
             "step": header.step,
@@ -113,6 +114,13 @@ class StepTimer:
             sink.add("step", self._begin_ns, self._clock_ns(), labels)
             sink.flush()
         self._sinks = ()
+
+    def _add_replayed(self, laps: CapturedLaps) -> None:
+        for lap in laps.read():
+            labels = _place(lap.bank, lap.exchange, lap.micro_batch)
+            self._last_ns = self._begin_ns + lap.begin_ns
+            more = {**labels, "num_banks": laps.num_banks}
+            self._end_lap(lap.name, more, self._begin_ns + lap.end_ns)
 
     def _end_lap(self, name: str, labels: dict[str, Any], now_ns: int) -> None:
         assert self._header is not None, "begin_step must be called first"

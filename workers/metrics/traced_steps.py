@@ -104,7 +104,8 @@ class StepSpans:
         if name == "step":
             self._step_ns = start_ns, end_ns
         else:
-            self._ns[name] += end_ns - start_ns
+            # On a GPU, the laps of one bank stand for those of all.
+            self._ns[name] += (end_ns - start_ns) * labels.get("num_banks", 1)
 
     def flush(self) -> None:
         header = self._header

@@ -69,13 +69,16 @@ def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
 def graph_bytes(
     config: ModelConfig, banks: Sequence[BankSpec], buckets: Sequence[int], num_peers: int
 ) -> int:
-    """Bytes of all captured steps, 0 without ``buckets``; each has exchange buffers per peer, and
-    all have the same memory for logits."""
+    """Bytes of all captured steps, 0 without ``buckets``; each has exchange buffers per peer."""
     if not buckets:
         return 0
     each = kept_rows(buckets) * config.hidden_size * 4 * 2
-    logits = MAX_MICRO_BATCHES * buckets[-1] * config.vocab_size * 4
-    return MAX_KEPT * _GRAPH_BYTES + each * len(banks) * num_peers + logits
+    return MAX_KEPT * _GRAPH_BYTES + each * len(banks) * num_peers
+
+
+def logits_bytes(config: ModelConfig, buckets: Sequence[int]) -> int:
+    """Bytes of the logits that all captured steps of an attention worker write."""
+    return MAX_MICRO_BATCHES * max(buckets, default=0) * config.vocab_size * 4
 
 
 def block_bytes(section: EngineSection, config: ModelConfig, dtype: torch.dtype) -> int:
@@ -98,6 +101,7 @@ def section_for_gpu(
     is_nccl = isinstance(transport, CollectiveTransport)
     num_peers = 0 if workers.mode == "local" else workers.num_expert_workers
     steps = step_bytes(config, family.banks, section, args.config.speculation.max_draft_rows)
+    steps += logits_bytes(config, captured_sizes(args, family))
     budget = kv_budget(
         gpu_memory(args.device, workers.gpus_per_worker or 1.0),
         _reserved_bytes(args, family, steps, num_peers, is_nccl),

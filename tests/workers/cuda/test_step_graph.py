@@ -70,11 +70,17 @@ def test_dropped_graphs_are_not_replayed(log: list[str]) -> None:
     assert log == ["reset"]
 
 
-def test_a_capture_that_fails_is_ended(log: list[str]) -> None:
+def test_a_capture_that_fails_is_ended_after_its_streams_were_joined(log: list[str]) -> None:
     graph = StepGraph(torch.device("cuda"), None)
+
+    def join() -> None:
+        log.append("join")
+        raise RuntimeError("lost")
+
+    graph.at_end(join)
     with pytest.raises(ValueError, match="no kernel"), graph.capture():
         raise ValueError("no kernel")
-    assert log == ["begin", "end"]
+    assert log == ["begin", "join", "end"]
 
 
 class Captures:

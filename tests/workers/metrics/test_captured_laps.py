@@ -55,15 +55,18 @@ def test_the_laps_of_the_bank_in_the_middle_are_timed() -> None:
     timer.begin_step(header_of(4))
     laps = timer.capture(NUM_BANKS)
     attention_laps(timer)
-    # Three laps of the bank before, then attention, dispatch, the mark and combine.
-    assert next(Event.numbers) == 3 + 4
+    # The start, three laps of the bank before, then attention, dispatch, the mark and combine.
+    assert next(Event.numbers) == 1 + 3 + 4
     timer.begin_step(header_of(8))
-    timer.add_captured(laps)
+    timer.replay(laps)
+    timer.end_step("sample")
     bank = make_bank(TIMED)
     labels = {"step": 8, "layer": bank.layer, "bank": bank.bank, "exchange": 0, "micro_batch": 0}
-    assert sink.timings == [
+    *timings, whole = sink.timings
+    assert whole[0] == "step"
+    assert timings == [
         (name, SECOND + begin * 10**6, SECOND + end * 10**6, {**labels, "num_banks": NUM_BANKS})
-        for name, begin, end in (("attention", 2, 3), ("dispatch", 3, 4), ("combine", 5, 6))
+        for name, begin, end in (("attention", 3, 4), ("dispatch", 4, 5), ("combine", 6, 7))
     ]
 
 
@@ -75,8 +78,22 @@ def test_events_are_read_only_if_a_sink_takes_the_step(monkeypatch: pytest.Monke
     attention_laps(timer)
     monkeypatch.delattr(Event, "elapsed_time")
     timer.begin_step(header_of(5))
-    timer.add_captured(laps)
+    timer.replay(laps)
+    timer.end_step("sample")
     assert sink.timings == []
+
+
+def test_laps_of_a_replay_that_failed_are_dropped() -> None:
+    sink = Kept()
+    timer = StepTimer(sink)
+    timer.begin_step(header_of(4))
+    laps = timer.capture(NUM_BANKS)
+    attention_laps(timer)
+    timer.begin_step(header_of(8))
+    timer.replay(laps)
+    timer.begin_step(header_of(8))
+    timer.end_step("sample")
+    assert [name for name, *_ in sink.timings] == ["sample", "step"]
 
 
 def test_one_bank_has_laps_from_its_first_mark_on() -> None:
@@ -88,3 +105,15 @@ def test_one_bank_has_laps_from_its_first_mark_on() -> None:
     timer.lap("attention", bank, 0, 0)
     timer.lap("dispatch", bank, 0, 0)
     assert [lap.name for lap in laps.read()] == ["dispatch"]
+
+
+def test_laps_of_a_capture_are_not_of_its_step() -> None:
+    sink = Kept()
+    timer = StepTimer(sink)
+    timer.begin_step(header_of(4))
+    timer.capture(num_banks=9)
+    timer.lap("attention", make_bank(0), 0, 0)
+    assert not timer.is_recording
+    timer.begin_step(header_of(6))
+    timer.lap("attention", make_bank(0), 0, 0)
+    assert [place["step"] for *_, place in sink.timings] == [6]

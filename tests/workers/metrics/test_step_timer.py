@@ -58,15 +58,3 @@ def test_a_step_that_no_sink_takes_reads_no_clock() -> None:
     timer.mark(make_bank(0))
     timer.end_step("sample")
     assert (next(clock) - 1, sink.timings, sink.num_flushed) == (begun, [], 0)
-
-
-def test_laps_of_a_capture_are_not_of_its_step() -> None:
-    sink = Kept()
-    timer = StepTimer(sink)
-    timer.begin_step(header_of(4))
-    timer.capture(num_banks=9)
-    timer.lap("attention", make_bank(0), 0, 0)
-    assert not timer.is_recording
-    timer.begin_step(header_of(6))
-    timer.lap("attention", make_bank(0), 0, 0)
-    assert [place["step"] for *_, place in sink.timings] == [6]

@@ -22,6 +22,7 @@ from workers.process.gpu_memory import (
     check_memory_for_states,
     expert_step_bytes,
     graph_bytes,
+    logits_bytes,
     section_for_gpu,
     step_bytes,
 )
@@ -84,6 +85,7 @@ def test_kv_of_a_gpu_is_what_steps_leave(gpu: FakeGpu) -> None:
     found = sized(args)
     kept = step_bytes(FAMILY.config, FAMILY.banks, args.config.engine)
     kept += graph_bytes(FAMILY.config, FAMILY.banks, buckets_up_to(64), num_peers=2)
+    kept += logits_bytes(FAMILY.config, buckets_up_to(64))
     assert found.kv_cache_bytes == int(0.9 * 24 * GIB) - 4 * GIB - kept
     assert gpu.calls == ["give back", "look"]
     assert replace(found, kv_cache_bytes=None) == args.config.engine
@@ -161,8 +163,9 @@ def test_captured_steps_take_memory_by_peer_unless_there_are_none() -> None:
     config, banks = FAMILY.config, FAMILY.banks
     one, two = (graph_bytes(config, banks, (1, 2, 4), n) for n in (1, 2))
     assert two - one == 2 * (1 + 2 + 4) * config.hidden_size * 4 * 2 * len(banks)
-    assert 2 * one - two >= 2 * 4 * config.vocab_size * 4, "logits of two micro-batches"
     assert graph_bytes(config, banks, (), 2) == 0
+    assert logits_bytes(config, (1, 4)) == 2 * 4 * config.vocab_size * 4, "of two micro-batches"
+    assert logits_bytes(config, ()) == 0
 
 
 def test_steps_have_buckets_where_they_can_be_captured() -> None:
