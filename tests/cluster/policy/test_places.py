@@ -288,3 +288,13 @@ def test_a_worker_that_was_in_no_generation_still_starts_for_the_next_controller
             places.lost(name, "killed", 0.0)
             places.take_due(100.0)
     assert list(places.closed) == ["expert-1"], "its first death is one while starting, too"
+
+
+def test_places_to_add_have_the_lowest_ranks_that_are_free() -> None:
+    places = Places(make_members(1, 3))
+    assert places.to_add("expert", 3) == places.to_add("expert", 2) == []
+    assert places.to_add("expert", 5) == ["expert-3", "expert-4"]
+    places.lost("expert-1", "killed", 0.0)
+    places.remove(["expert-1"])
+    assert places.to_add("expert", 4) == ["expert-1", "expert-3"]
+    assert places.to_add("attention", 2) == ["attention-1"]

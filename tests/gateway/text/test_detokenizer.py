@@ -223,3 +223,12 @@ def test_without_a_detokenizer_tokens_come_and_no_text() -> None:
     choice.finish()
     assert choice.take(always=True) == ("", ())
     assert choice.num_tokens == 1
+
+
+@pytest.mark.parametrize(("is_included", "text"), [(False, "a"), (True, "ab")])
+def test_the_text_of_a_stop_token_is_shown_only_if_asked_for(is_included: bool, text: str) -> None:
+    first, stop = _byte_ids("ab")
+    finder = StopStringFinder([], is_included)
+    choice = ChoiceText(make_detokenizer(TOKENIZER), finder, 0, None, [stop])
+    assert (choice.feed(first, None), choice.feed(stop, None)) == (None, stop)
+    assert choice.take()[0] == text

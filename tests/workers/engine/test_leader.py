@@ -295,6 +295,7 @@ def test_every_decided_header_survives_the_wire() -> None:
     ("ranks", "limit"),
     [
         ([(64, 320)], 32),  # 21 rows, and 10
+        ([(32, 430)], 24),  # 14 rows, and 8: just little enough
         ([(256, 320), (10, 1000), (0, 0)], 104),
         ([(256, 320), (104, 0)], 104),  # rank 1 does not know, but may send all that it has
         ([(256, 320), (105, 0)], 0),

@@ -648,3 +648,9 @@ def test_random_life_ends_with_everything_done_and_free(seed: int) -> None:
         assert desk.plan().num_rows
         desk.step()
     assert desk.pool.num_free == desk.pool.num_blocks
+
+
+def test_a_restriction_is_open_if_it_names_no_request() -> None:
+    assert Restriction().is_open
+    assert not Restriction(held_requests={"r1"}).is_open
+    assert not Restriction(solo_request="r1").is_open
