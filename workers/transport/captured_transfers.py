@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from workers.cuda.step_graph import StepGraph
+from workers.transport.transfer_items import ItemOf, items_to_receive, items_to_send
 from workers.transport.transport import Direction, ExpectedMessage, RowMessage, Tag
 from workers.transport.world import Item, Transfers, World
-
-ItemOf = Callable[[int, Tag, int, Tensor], Item]
-"""Function that describes the transfer of one part of a message: (rank, tag, part, tensor)."""
 
 
 class CapturedTransfers:
@@ -43,20 +41,11 @@ class CapturedTransfers:
         graph.at_end(self._join_all)
 
     def post(self, tag: Tag, messages: Sequence[RowMessage]) -> None:
-        """Capture the sends of ``messages``. Rows, which the caller may overwrite, are copied once
-        for all ranks. Raises ``PeerLostError`` and ``GenerationChangedError``."""
-        copies: dict[int, Tensor] = {}
-        items = []
-        for message in messages:
-            for i, part in enumerate(message.parts):
-                if not part.numel():
-                    continue
-                data = part
-                if tag.direction == "rows":
-                    if id(part) not in copies:
-                        copies[id(part)] = part.clone()
-                    data = copies[id(part)]
-                items.append(self._item_of(message.rank, tag, i, data.contiguous()))
+        """Capture the sends of ``messages``.
+
+        Raises ``PeerLostError`` and ``GenerationChangedError``.
+        """
+        items = items_to_send(self._item_of, tag, messages)
         sent = self._sent.setdefault((tag.direction, tag.micro_batch), [])
         sent += self._start(tag, True, items)
 
@@ -66,12 +55,7 @@ class CapturedTransfers:
         Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
         received = [item.empty(self._device) for item in expected]
-        items = [
-            self._item_of(item.rank, tag, i, tensor)
-            for item, tensors in zip(expected, received, strict=True)
-            for i, tensor in enumerate(tensors)
-            if tensor.numel()
-        ]
+        items = items_to_receive(self._item_of, tag, expected, received)
         self._join(self._start(tag, False, items))
         other: Direction = "outputs" if tag.direction == "rows" else "rows"
         self._join(self._sent.pop((other, tag.micro_batch), ()))

@@ -7,39 +7,26 @@ authentication, so they listen on the cluster interface only.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from datetime import timedelta
-from typing import Final, NoReturn
+from collections.abc import Callable, Hashable, Sequence
+from typing import NoReturn
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from cluster.core.addresses import split_address
 from cluster.core.errors import PeerLostError, TransportError, first_line
-from cluster.core.topology import Generation, runs_attention
+from cluster.core.topology import Generation
 from workers.cuda.step_graph import StepGraph
-from workers.model.torch_private import Store, TCPStore
 from workers.requests.step_header import StepHeader
 from workers.transport.captured_transfers import CapturedTransfers
 from workers.transport.confirmations import StepConfirmations
-from workers.transport.gloo_world import GlooWorld
-from workers.transport.nccl_world import NcclWorld
 from workers.transport.peer_connections import PeerConnections
-from workers.transport.transport import Direction, ExpectedMessage, RowMessage, Tag
-from workers.transport.world import (
-    BOTH_WAYS,
-    ONE_WAY,
-    Backend,
-    Item,
-    Transfers,
-    World,
-    WorldSetup,
-    listen_store,
-)
+from workers.transport.rendezvous import Rendezvous, world_names
+from workers.transport.transfer_items import items_to_receive, items_to_send
+from workers.transport.transport import ExpectedMessage, RowMessage, Tag
+from workers.transport.world import Backend, Item, Transfers, World
 
 _JOIN_S = 1.0
 _COUNTS = 2
@@ -49,7 +36,6 @@ _MAX_AHEAD = 4
 some hundred launches (two to four layers). A CUDA stream accepts about a thousand. If the stream
 filled up while it waits for a lost peer, the host would block in a launch and could not abandon the
 process groups."""
-_WORLDS: Final[Mapping[Backend, type[World]]] = {"gloo": GlooWorld, "nccl": NcclWorld}
 
 
 class CollectiveTransport:
@@ -72,8 +58,14 @@ class CollectiveTransport:
         self._confirmations = StepConfirmations(connections)
         self._backend: Backend = backend
         self._device = device
-        self._host = host
-        self._connect_timeout_s = connect_timeout_s
+        self._rendezvous = Rendezvous(
+            connections,
+            backend=backend,
+            device=device,
+            host=host,
+            store_port=store_port,
+            connect_timeout_s=connect_timeout_s,
+        )
         self._world: World | None = None
         self._peers: dict[int, int] = {}
         self._names: dict[int, str] = {}
@@ -87,23 +79,17 @@ class CollectiveTransport:
         self._is_replayed = False
         """Whether a graph with transfers has been launched and not been waited for."""
         self._loss: PeerLostError | None = None
-        self._store = (
-            listen_store(host, store_port, connect_timeout_s)
-            if runs_attention(connections.me.role)
-            else None
-        )
 
     @property
     def store_address(self) -> str:
         """``host:port`` of this worker's rendezvous store; empty on an expert worker."""
-        return f"{self._host}:{self._store.port}" if self._store is not None else ""
+        return self._rendezvous.store_address
 
     def apply_generation(self, generation: Generation) -> None:
         """Create the process groups of a generation. Collective: all members must call it."""
         self._abandon()
         self._loss = None
-        names = [m.name for m in generation.attention]
-        names += [m.name for m in generation.experts if m.name not in names]
+        names = world_names(generation)
         facing = generation.peers_of(self._connections.me.role)
         self._names = {m.rank: m.name for m in facing}
         self._peers = {m.rank: names.index(m.name) for m in facing}
@@ -111,75 +97,13 @@ class CollectiveTransport:
         address = generation.leader.store_address
         if not address:
             raise PeerLostError(generation.leader.name, "it has no rendezvous store address")
-        self._world = world = _WORLDS[self._backend](self._world_setup(generation.number, names))
+        peers, blamed = tuple(self._peers.values()), list(self._names.values())[:1]
+        self._world = world = self._rendezvous.new_world(generation.number, names, peers)
         try:
-            self._build(world, address)
+            self._rendezvous.connect(world, address, blamed)
         except BaseException:
             self._abandon()
             raise
-
-    def _world_setup(self, generation: int, names: Sequence[str]) -> WorldSetup:
-        """Return this worker's setup. ``names``: names of all members in order of world rank."""
-        role = self._connections.me.role
-        sends: tuple[Direction, ...] = ("rows",) if runs_attention(role) else ("outputs",)
-        receives: tuple[Direction, ...] = ("outputs",) if runs_attention(role) else ("rows",)
-        if role == "colocated":
-            sends = receives = ("rows", "outputs")
-        return WorldSetup(
-            prefix=f"generation-{generation}",
-            rank=names.index(self._connections.me.name),
-            size=len(names),
-            peers=tuple(self._peers.values()),
-            channels=BOTH_WAYS if role == "colocated" else ONE_WAY,
-            sends=sends,
-            receives=receives,
-            host=self._host,
-            device=self._device,
-            connect_timeout_s=self._connect_timeout_s,
-            step_timeout_s=self._connections.step_timeout_s,
-        )
-
-    def _build(self, world: World, address: str) -> None:
-        """Connect the process groups on another thread, so that an interrupt can end the wait."""
-        failures: list[Exception] = []
-        finished = threading.Event()
-
-        def build() -> None:
-            try:
-                world.connect(self._open_store(address))
-            except Exception as err:  # the data thread handles or raises it
-                failures.append(err)
-            finally:
-                finished.set()
-
-        threading.Thread(target=build, daemon=True, name="world-build").start()
-        while not finished.wait(0.02):
-            self._connections.poll()
-        for err in failures:
-            if not isinstance(err, RuntimeError | ValueError):  # torch's: DistError and others
-                raise err
-            self._await_cause(f"no process group {world.setup.prefix}: {first_line(err)}")
-
-    def _await_cause(self, reason: str) -> NoReturn:
-        """Wait until the edges or the controller report which member was lost, and raise the error.
-
-        After a timeout, raises ``PeerLostError`` for the first peer. ``reason``: observed error.
-        """
-        self._connections.wait(
-            lambda: False,
-            lambda: list(self._names.values())[:1],
-            timeout_s=self._connect_timeout_s,
-            what=reason + ": no cause",
-        )
-        raise AssertionError("the wait has ended by raising")
-
-    def _open_store(self, address: str) -> Store:
-        if self._store is not None and address == self.store_address:
-            return self._store
-        host, port = split_address(address)
-        return TCPStore(
-            host, port, is_master=False, timeout=timedelta(seconds=self._connect_timeout_s)
-        )
 
     def begin_step(self, header: StepHeader) -> None:
         """Start a step, after the sends of the previous step have completed."""
@@ -194,15 +118,10 @@ class CollectiveTransport:
         """Start to send messages. If ``sized``, counts are sent first. Empty parts are not sent."""
         self._drop_sent()
         items = []
-        for message in messages:
-            if sized:
-                counts = torch.tensor([len(p) for p in message.parts], device=self._device)
-                items.append(self._item(message.rank, tag, _COUNTS, counts))
-            for i, part in enumerate(message.parts):
-                if part.numel():
-                    # The caller may overwrite rows before they are sent, but not outputs.
-                    data = part.clone() if tag.direction == "rows" else part
-                    items.append(self._item(message.rank, tag, i, data.contiguous()))
+        for message in messages if sized else ():
+            counts = torch.tensor([len(p) for p in message.parts], device=self._device)
+            items.append(self._item(message.rank, tag, _COUNTS, counts))
+        items += items_to_send(self._item, tag, messages)
         if items:
             self._sends += self._start(tag, True, items)
 
@@ -215,12 +134,7 @@ class CollectiveTransport:
             counts = self._receive_counts(tag, expected)
         pairs = zip(expected, counts, strict=True)
         received = [item.empty(self._device, numbers) for item, numbers in pairs]
-        items = [
-            self._item(item.rank, tag, i, tensor)
-            for item, tensors in zip(expected, received, strict=True)
-            for i, tensor in enumerate(tensors)
-            if tensor.numel()
-        ]
+        items = items_to_receive(self._item, tag, expected, received)
         if items:
             self._receive(tag, items, must_wait)
         return received
