@@ -324,7 +324,7 @@ class Graph:
 
 
 def capturing(mesh: Mesh, name: str) -> tuple[Graph, CapturedTransfers]:
-    """A graph of a worker, and the messages that become part of it."""
+    """Begin to capture a graph of a worker; return it with its messages."""
     graph = Graph()
     captured = mesh[name].transport.capture(cast(StepGraph, graph))
     assert isinstance(captured, CapturedTransfers)
