@@ -11,7 +11,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import WorkerShare
 from cluster.sizing.gpus import UNKNOWN_GPU
 from cluster.sizing.replay import ExpertStepCost
-from cluster.sizing.roofline import DeviceSpec
+from cluster.sizing.roofline import DeviceSpec, HostTime
 
 CPU_CORE = DeviceSpec(
     name="CPU core",
@@ -20,12 +20,15 @@ CPU_CORE = DeviceSpec(
     link_bytes_s=6e9,
     latency_s=50e-6,
     message_s=50e-6,
+    host=HostTime(step_s=400e-6, row_s=23e-6),
 )
 """Characteristics of one core of a server. Measured on an AMD EPYC with torch 2.13, one thread:
 expert products with few rows read bfloat16 weights at 11 GB/s (29 GB/s is the maximum, with large
 matrices that oneDNN prepacked); a product of 256 x 2048 x 2048 runs at 98 GFLOPS in float32 and 155
 in bfloat16; loopback TCP transfers 6 GB/s in large frames, and a small frame from one Python
-process to another costs about 50 us at each end and as much between.
+process to another costs about 50 us at each end and as much between. A step outside the model takes
+0.59 ms of one thread with 8 greedy requests and 6.4 ms with 256, most of it for sampling from 50304
+logits (``python -m benchmarks.engine.step_cost``).
 """
 NETWORK_LATENCY_S = 100e-6
 """Latency between two hosts in seconds, through the kernel's TCP."""

@@ -10,8 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from cluster.sizing.roofline import DeviceSpec
+from cluster.sizing.roofline import DeviceSpec, HostTime
 
+GPU_HOST = HostTime(step_s=440e-6, row_s=14e-6, expert_s=60e-6)
+"""Host time of decode steps that are one CUDA graph for each worker, of greedy requests. Measured
+on an AMD EPYC by ``python -m benchmarks.engine.host_cost``: a step of an attention worker takes
+0.55 ms of CPU time with 8 rows and 4.0 ms with 256, of an expert worker 56 to 104 us, with 4 or 48
+MoE layers. On the host of an H100, a step of one worker with all experts took 0.6 ms longer than
+its kernels with 1 row, and 1.1 ms longer with 64 (docs/results/gpu.md).
+"""
 H100 = DeviceSpec(
     name="NVIDIA H100",
     bandwidth_bytes_s=3.35e12,
@@ -19,6 +26,7 @@ H100 = DeviceSpec(
     link_bytes_s=450e9,
     latency_s=10e-6,
     message_s=2e-6,
+    host=GPU_HOST,
 )
 """H100 SXM: 3.35 TB/s of HBM3, 989 TFLOPS, NVLink of 900 GB/s. Also used for unknown GPUs."""
 A100 = replace(

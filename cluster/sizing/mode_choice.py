@@ -136,5 +136,5 @@ def _text(step: StepTime) -> str:
     times = f" in each of {step.num_micro_batches} micro-batches" * (step.num_micro_batches > 1)
     return (
         f"{1000 * step.step_s:.3g} ms on {step.layout} (attention {ms[0]}, experts {ms[1]}, "
-        f"exchange {ms[2]}{times})"
+        f"exchange {ms[2]}{times}; host {1000 * step.host_s:.3g})"
     )

@@ -10,18 +10,39 @@ computes another: the time of the step is the largest of m x attention, m x expe
 one micro-batch from start to end. Full overlap needs m >= 2 (1 + Tcomm / Texpert), and each micro-
 batch reads its weights again. Colocated workers run attention, then experts, and overlap only the
 exchange.
+
+The host's time is added once to each step: the host of an attention worker waits for its device at
+the end of a step, then samples, commits the tokens and plans the next step while the device is
+idle. The host of an expert worker works meanwhile, in less time. Not included are the messages by
+which several attention workers agree on the next step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 MAX_MICRO_BATCHES = 2
 """Maximum number of micro-batches that the engine has in flight."""
 SUM_BYTES = 4
 """Bytes of an element of a partial sum (float32). NCCL sends the model's dtype; this is ignored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostTime:
+    """Time of the host in each step, while the device waits, for any number of layers."""
+
+    step_s: float = 0.0
+    """Seconds of a step of an attention worker, or of one worker with all experts."""
+    row_s: float = 0.0
+    """Further seconds for each row of such a worker."""
+    expert_s: float = 0.0
+    """Seconds of a step of an expert worker, for any number of rows."""
+
+    def attention_s(self, rows: float) -> float:
+        """Return the seconds of a step with ``rows`` rows on one attention worker."""
+        return self.step_s + rows * self.row_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +60,14 @@ class DeviceSpec:
     """Seconds from the send of a message on one worker to the wake-up of the receiving worker."""
     message_s: float
     """Seconds of work that one message costs the sender, and also the receiver."""
+    host: HostTime = field(default_factory=HostTime)
+    """Time of the worker's host in each step; by default none."""
 
     def share(self, part: float) -> DeviceSpec:
-        """Return a worker that owns ``part`` of the device; link and latency do not change."""
+        """Return a worker that owns ``part`` of the device.
+
+        The host's time, the link and the latency do not change.
+        """
         return replace(
             self,
             bandwidth_bytes_s=self.bandwidth_bytes_s * part,
@@ -108,8 +134,10 @@ class StepTime:
     """Seconds of the experts on the most loaded worker, for one micro-batch."""
     exchange_s: float
     """Seconds to transport rows and expert outputs, for one micro-batch."""
+    host_s: float
+    """Seconds of the host for the whole step, while the devices wait."""
     step_s: float
-    """Seconds of the whole step with all its micro-batches."""
+    """Seconds of the whole step with all its micro-batches and the host's time."""
 
 
 def activated_experts(probabilities: Iterable[float], batch: float) -> float:
@@ -175,6 +203,7 @@ def disaggregated_step(
 
     The step has the number of micro-batches with which it is faster.
     """
+    host_s = max(device.host.attention_s(batch / num_attention), device.host.expert_s)
 
     def micro_batches(m: int) -> StepTime:
         rows = batch / m
@@ -185,13 +214,15 @@ def disaggregated_step(
         # the smaller pool has the busiest link: all rows pass through each pool
         narrow = min(num_attention, num_experts)
         exchange_s = _exchange(model, rows / narrow, num_experts, 1.0, device)
+        device_s = max(m * attention_s, m * experts_s, attention_s + experts_s + exchange_s)
         return StepTime(
             layout=f"{num_attention} attention + {num_experts} expert workers",
             num_micro_batches=m,
             attention_s=attention_s,
             experts_s=experts_s,
             exchange_s=exchange_s,
-            step_s=max(m * attention_s, m * experts_s, attention_s + experts_s + exchange_s),
+            host_s=host_s,
+            step_s=device_s + host_s,
         )
 
     return _fastest(micro_batches)
@@ -209,9 +240,10 @@ def colocated_step(
     """Return a predicted decode step of ``batch`` rows on colocated workers.
 
     A worker's own rows need no link. The step has the number of micro-batches with which it is
-    faster.
+    faster. A single worker is one with all experts, as with ``--mode local``.
     """
     others = num_workers - 1
+    host_s = device.host.attention_s(batch / num_workers) + bool(others) * device.host.expert_s
 
     def micro_batches(m: int) -> StepTime:
         rows = batch / m
@@ -228,7 +260,8 @@ def colocated_step(
             attention_s=attention_s,
             experts_s=experts_s,
             exchange_s=exchange_s,
-            step_s=max(m * work_s, work_s + exchange_s),
+            host_s=host_s,
+            step_s=max(m * work_s, work_s + exchange_s) + host_s,
         )
 
     return _fastest(micro_batches)

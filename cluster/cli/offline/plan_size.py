@@ -28,8 +28,11 @@ activated        u(B) = sum over experts of 1 - (1 - p)^B
 experts          max(u(B) x bytes / bandwidth, 2 x B x k x params / flops) / workers / balancedness
 attention        (weights + B x context x KV bytes) / bandwidth
 exchange         rows x distinct workers a row x bytes / link + latencies, there and back
-two pools        with m micro-batches: max(m x attention, m x experts, one micro-batch's total time)
-one pool         m x (attention + experts), or one with its exchange, whichever is longer"""
+host             time of a step + rows of an attention worker x time of a row
+two pools        with m micro-batches: host + max(m x attention, m x experts, one micro-batch's
+                 total time)
+one pool         host + m x (attention + experts), or host + one with its exchange, whichever is
+                 longer"""
 
 
 def add_size(kinds: CommandParsers) -> None:
@@ -158,7 +161,7 @@ def _text(found: Sequence[PoolChoice]) -> str:
         )
         for c in found
     ]
-    lines = [table(header, rows), "", "In brackets: attention + experts + exchange, in ms."]
+    lines = [table(header, rows), "", "In brackets: attention + experts + exchange; host, in ms."]
     if any(c.colocated_wins for c in found):
         lines.append(
             "Where one pool is faster, two pools still give elasticity and failure isolation."
@@ -173,11 +176,12 @@ def _step(step: StepTime | None) -> str:
         f"{1e3 * s:.3g}" for s in (step.attention_s, step.experts_s, step.exchange_s)
     )
     times = f"{step.num_micro_batches} x " * (step.num_micro_batches > 1)
-    return f"{1e3 * step.step_s:.3g} ({times}{parts})"
+    return f"{1e3 * step.step_s:.3g} ({times}{parts}; {1e3 * step.host_s:.3g})"
 
 
 def _device_text(device: DeviceSpec) -> str:
     return (
         f"{device.bandwidth_bytes_s / 1e9:.0f} GB/s memory, {device.flops_s / 1e12:.3g} TFLOPS, "
-        f"{device.link_bytes_s / 1e9:.3g} GB/s link, {device.latency_s * 1e6:.0f} us latency"
+        f"{device.link_bytes_s / 1e9:.3g} GB/s link, {device.latency_s * 1e6:.0f} us latency, "
+        f"host {device.host.step_s * 1e3:.2g} ms a step and {device.host.row_s * 1e6:.2g} us a row"
     )

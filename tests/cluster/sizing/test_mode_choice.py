@@ -11,8 +11,16 @@ from cluster.config.model import ModelSection
 from cluster.config.resources import NodeResources
 from cluster.config.workers import WorkersSection
 from cluster.sizing.devices import CPU_CORE
+from cluster.sizing.gpus import H100
 from cluster.sizing.mode_choice import choose_mode, resolve_mode
-from cluster.sizing.roofline import BankSize, ModelSize, colocated_step, disaggregated_step
+from cluster.sizing.roofline import (
+    BankSize,
+    DeviceSpec,
+    HostTime,
+    ModelSize,
+    colocated_step,
+    disaggregated_step,
+)
 
 OLMOE = ModelSize(
     banks=(
@@ -51,11 +59,26 @@ def test_two_pools_win_where_messages_are_dear() -> None:
     assert choice.mode_reason.index("2 attention") < choice.mode_reason.index("8 c")
 
 
+def test_many_rows_on_one_host_are_colocated() -> None:
+    """Slow messages make two pools faster, until one host commits the rows of all three workers."""
+    asked = WorkersSection(mode="auto")
+    slow = replace(H100, message_s=40e-6)
+    unhosted = replace(slow, host=HostTime())
+
+    def mode(device: DeviceSpec) -> str:
+        return choose_mode(asked, OLMOE, batch=256, context_tokens=64, device=device).mode
+
+    assert mode(unhosted) == "disaggregated"
+    assert mode(slow) == "colocated"
+
+
 def test_the_reason_has_both_predictions() -> None:
     choice = choose_mode(WORKERS, OLMOE, batch=64, context_tokens=512, device=CPU_CORE)
     reason = choice.mode_reason
     assert reason.startswith("a decode step of 64 rows with 512 tokens of context each")
     assert "8 colocated workers (attention " in reason
+    together = colocated_step(OLMOE, 64, 512, num_workers=8, device=CPU_CORE)
+    assert f"; host {1000 * together.host_s:.3g})" in reason
     assert "2 attention + 6 expert workers (attention " in reason
     assert reason.endswith("two pools would give elasticity and failure isolation, not speed")
     assert "\n" not in reason

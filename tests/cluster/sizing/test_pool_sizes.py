@@ -107,8 +107,10 @@ def test_the_command_reads_a_bare_config(
     assert [b["batch"] for b in found["batches"]] == [2, 64]
     assert found["device"]["link_bytes_s"] == 2e9
     assert found["device"]["name"] == "GPU (numbers of an H100)"
+    assert found["device"]["host"]["step_s"] == H100.host.step_s
     assert found["batches"][0]["touched_experts"] == pytest.approx(8 * (1 - 0.75**2))
     for entry in found["batches"]:
+        assert entry[entry["mode"]]["step_s"] > entry[entry["mode"]]["host_s"] > H100.host.step_s
         assert entry["num_attention_workers"] + entry["num_expert_workers"] == 4
         assert entry["tokens_per_s"] == pytest.approx(
             entry["batch"] / entry[entry["mode"]]["step_s"]

@@ -13,6 +13,7 @@ from cluster.sizing.gpus import H100
 from cluster.sizing.roofline import (
     BankSize,
     DeviceSpec,
+    HostTime,
     ModelSize,
     activated_experts,
     activation_shares,
@@ -166,6 +167,50 @@ def test_latencies_count_for_every_exchange() -> None:
     assert apart.experts_s == pytest.approx(8e-3 / 6 + 8e-3)
     assert together.attention_s == pytest.approx(6e-3 + 28e-3)
     assert together.experts_s == pytest.approx(1e-3 + 28e-3)
+
+
+HOST = HostTime(step_s=1e-3, row_s=1e-4, expert_s=5e-4)
+
+
+def test_the_host_of_an_attention_worker_is_added_once_to_a_step() -> None:
+    """64 rows on 2 attention workers: 1 ms and 32 x 0.1 ms, for one or two micro-batches."""
+    busy = replace(DEVICE, link_bytes_s=1e15, host=HOST)
+    for context in (0, 1000):
+        with_host, without = (
+            disaggregated_step(MODEL, 64, context, num_attention=2, num_experts=2, device=device)
+            for device in (busy, replace(busy, host=HostTime()))
+        )
+        assert with_host.num_micro_batches == without.num_micro_batches
+        assert with_host.host_s == pytest.approx(4.2e-3)
+        assert with_host.step_s == pytest.approx(without.step_s + 4.2e-3)
+
+
+def test_the_host_of_an_expert_worker_works_meanwhile() -> None:
+    device = replace(DEVICE, host=replace(HOST, expert_s=2e-3))
+    step = disaggregated_step(MODEL, 1, 0, num_attention=1, num_experts=2, device=device)
+    assert step.host_s == pytest.approx(2e-3)  # longer than 1 ms and 0.1 ms
+    step = disaggregated_step(MODEL, 20, 0, num_attention=1, num_experts=2, device=device)
+    assert step.host_s == pytest.approx(3e-3)
+
+
+def test_the_host_of_a_colocated_worker_does_both() -> None:
+    device = replace(DEVICE, host=HOST)
+    assert colocated_step(MODEL, 20, 0, num_workers=2, device=device).host_s == pytest.approx(
+        1e-3 + 10 * 1e-4 + 5e-4
+    )
+    alone = colocated_step(MODEL, 20, 0, num_workers=1, device=device)
+    assert alone.host_s == pytest.approx(1e-3 + 20 * 1e-4)
+    assert alone.step_s == pytest.approx(alone.attention_s + alone.experts_s + alone.host_s)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64, 256])
+@pytest.mark.parametrize("device", [CPU_CORE, H100], ids=lambda device: device.name)
+def test_no_step_is_shorter_than_the_host_needs(device: DeviceSpec, batch: int) -> None:
+    tiny = replace(MODEL, banks=(replace(BANK, expert_values=1),), attention_values=1)
+    apart = disaggregated_step(tiny, batch, 0, num_attention=1, num_experts=2, device=device)
+    together = colocated_step(tiny, batch, 0, num_workers=3, device=device)
+    assert apart.step_s > apart.host_s == device.host.attention_s(batch) > 0.4e-3
+    assert together.step_s > together.host_s >= device.host.attention_s(batch / 3) > 0.4e-3
 
 
 def test_expert_load_becomes_probabilities() -> None:
