@@ -2,7 +2,14 @@
 
 Sources are NVIDIA's data sheets of the products. Rates of bfloat16 products are without sparsity,
 half of what most sheets print. A link is one direction: half of NVLink's rate, or of PCIe's if a
-GPU has no NVLink. Latencies are typical of grouped NCCL sends on one host.
+GPU has no NVLink.
+
+Costs of messages have not been measured with expertmesh, which needs several GPUs. A message is an
+NCCL kernel within a CUDA graph: ``message_s`` is the time of nccl-tests' ``sendrecv_perf`` in a
+graph, 3.7 us for 1 KiB over the NVLink of four H800 (github.com/NVIDIA/nccl/issues/1984; about 3 us
+between two H100 without a graph, issues/1487). It is likely too high with many peers, as NCCL runs
+all messages of a call in one kernel. ``latency_s`` is an assumption for the waits between
+NCCL's streams and the others, and for a network between hosts.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ H100 = DeviceSpec(
     flops_s=989e12,
     link_bytes_s=450e9,
     latency_s=10e-6,
-    message_s=2e-6,
+    message_s=3.7e-6,
     host=GPU_HOST,
 )
 """H100 SXM: 3.35 TB/s of HBM3, 989 TFLOPS, NVLink of 900 GB/s. Also used for unknown GPUs."""

@@ -47,6 +47,14 @@ def test_unknown_gpus_have_the_numbers_of_an_h100_and_say_so(name: str) -> None:
     assert gpu_spec(name, 1e12).bandwidth_bytes_s == 1e12
 
 
+def test_all_gpus_have_the_costs_of_messages_and_of_the_host() -> None:
+    for name in ("A100", "H200 NVL", "L4", "unknown"):
+        found = gpu_spec(name)
+        assert (found.message_s, found.latency_s) == (3.7e-6, 10e-6)
+        assert found.host == H100.host
+        assert found.host.attention_s(256) == pytest.approx(4.0e-3, rel=0.01)
+
+
 def test_no_gpu_is_an_unknown_one() -> None:
     assert gpu_spec("").name == "GPU (numbers of an H100)"
     assert gpu_spec("").bandwidth_bytes_s == H100.bandwidth_bytes_s < H200.bandwidth_bytes_s
