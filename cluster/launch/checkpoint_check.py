@@ -59,6 +59,8 @@ class CheckpointFacts:
     """Expert banks (sets of routed experts of a layer) in the order of their use, as dicts of
     ``bank``, ``layer`` and the fields of ``cluster.sizing.roofline.BankSize``.
     """
+    is_captured: bool = True
+    """Whether decode steps on GPUs are CUDA graphs, in clusters with several workers."""
     torch_has_cuda: bool
     """Whether the installed torch supports CUDA."""
     gpu: str = ""
@@ -98,6 +100,7 @@ class CheckpointFacts:
             kv_bytes_per_token=self.kv_bytes_per_token(dtype, kv_cache_dtype),
             state_bytes=self.state_bytes,
             itemsize=self.itemsize(dtype),
+            is_captured=self.is_captured and kv_cache_dtype != "fp8",
         )
 
 
@@ -179,6 +182,7 @@ def check(
     from gateway.text.tokenizer import load_tokenizer
     from workers.lora.catalog import targets_without_weights
     from workers.lora.folder import read_folder
+    from workers.model.config import returns_pairs
     from workers.model.cuda.device import gpu_facts
     from workers.model.loading.checkpoint_summary import check_checkpoint, plan_checkpoint
     from workers.model.loading.config_file import auto_dtype
@@ -227,6 +231,12 @@ def check(
                 ),
             }
             for bank, values in zip(family.banks, summary.expert_values, strict=True)
+        ),
+        is_captured=(
+            family.config.delta_net is None
+            and family.config.latent_rank is None
+            and not family.config.has_predictor
+            and not returns_pairs(family.banks, "sum")
         ),
         torch_has_cuda=torch.version.cuda is not None,
         gpu=gpu,

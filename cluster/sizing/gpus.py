@@ -2,12 +2,13 @@
 
 Sources are NVIDIA's data sheets of the products. Rates of bfloat16 products are without sparsity,
 half of what most sheets print. A link is one direction: half of NVLink's rate, or of PCIe's if a
-GPU has no NVLink.
+GPU has no NVLink. How much of the bandwidth kernels use, and what their start costs, is measured on
+an H100 only.
 
 Costs of messages have not been measured with expertmesh, which needs several GPUs. A message is an
 NCCL kernel within a CUDA graph: ``message_s`` is the time of nccl-tests' ``sendrecv_perf`` in a
 graph, 3.7 us for 1 KiB over the NVLink of four H800 (github.com/NVIDIA/nccl/issues/1984; about 3 us
-between two H100 without a graph, issues/1487). It is likely too high with many peers, as NCCL runs
+between two H100, issues/1487). It is likely too high with many peers, as NCCL runs
 all messages of a call in one kernel. ``latency_s`` is an assumption for the waits between
 NCCL's streams and the others, and for a network between hosts.
 """
@@ -34,8 +35,15 @@ H100 = DeviceSpec(
     latency_s=10e-6,
     message_s=3.7e-6,
     host=GPU_HOST,
+    read_share=0.8,
+    kernel_s=1.0e-6,
+    launch_s=6.3e-6,
 )
-"""H100 SXM: 3.35 TB/s of HBM3, 989 TFLOPS, NVLink of 900 GB/s. Also used for unknown GPUs."""
+"""H100 SXM: 3.35 TB/s of HBM3, 989 TFLOPS, NVLink of 900 GB/s. Also used for unknown GPUs.
+
+Measured (docs/results/gpu.md): the kernels of experts read 2.7 TB/s with 64 rows; a small kernel
+takes 1.0 us in a CUDA graph, and 6.3 us if the host launches it.
+"""
 A100 = replace(
     H100, name="NVIDIA A100", bandwidth_bytes_s=2.039e12, flops_s=312e12, link_bytes_s=300e9
 )

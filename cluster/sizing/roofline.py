@@ -3,6 +3,7 @@
     experts activated by B rows   u(B) = sum over experts of 1 - (1 - p)^B
     expert step     max(u(B) x bytes / bandwidth, 2 x B x k x params / flops) / devices / balance
     attention step  (weights + B x context x KV bytes) / bandwidth
+    kernels         layers x kernels of a layer x time to start one, on GPUs, in both of these steps
     exchange        rows x distinct devices per row x bytes / link, there and back, and latencies
 
 With two pools and m micro-batches of B / m rows, experts compute one micro-batch while attention
@@ -27,6 +28,12 @@ MAX_MICRO_BATCHES = 2
 """Maximum number of micro-batches that the engine has in flight."""
 SUM_BYTES = 4
 """Bytes of an element of a partial sum (float32). NCCL sends the model's dtype; this is ignored."""
+ATTENTION_KERNELS = 12
+"""Kernels of a layer on a GPU without its experts. A step of the 16 layers of OLMoE-1B-7B has 251
+(docs/results/gpu.md). Models with torch's attention have more of them.
+"""
+EXPERT_KERNELS = 4
+"""Kernels of a layer's experts on a GPU (docs/explanation/gpu.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +58,7 @@ class DeviceSpec:
 
     name: str
     bandwidth_bytes_s: float
-    """Rate at which weights and KV are read from memory, in bytes per second."""
+    """Rate of the memory, in bytes per second; kernels read at ``read_share`` of it."""
     flops_s: float
     """Rate of dense products in the model's dtype, in operations per second."""
     link_bytes_s: float
@@ -62,6 +69,16 @@ class DeviceSpec:
     """Seconds of work that one message costs the sender, and also the receiver."""
     host: HostTime = field(default_factory=HostTime)
     """Time of the worker's host in each step; by default none."""
+    read_share: float = 1.0
+    """Fraction of ``bandwidth_bytes_s`` at which kernels read weights and KV."""
+    kernel_s: float = 0.0
+    """Seconds to start a kernel of a CUDA graph."""
+    launch_s: float = 0.0
+    """Seconds to start a kernel, or an NCCL message, that the host launches without a graph."""
+
+    def read_s(self, num_bytes: float) -> float:
+        """Return the seconds in which kernels read ``num_bytes`` from memory."""
+        return num_bytes / (self.bandwidth_bytes_s * self.read_share)
 
     def share(self, part: float) -> DeviceSpec:
         """Return a worker that owns ``part`` of the device.
@@ -118,6 +135,17 @@ class ModelSize:
     """Bytes of a sequence's recurrent state, which each step reads and writes."""
     itemsize: int
     """Bytes of a weight and of an element of a dispatched row."""
+    is_captured: bool = True
+    """Whether decode steps on GPUs are CUDA graphs; otherwise the host launches each kernel."""
+
+    @property
+    def num_exchanges(self) -> int:
+        """Number of exchanges of a row with the experts, over all banks."""
+        return sum(bank.num_exchanges for bank in self.banks)
+
+    def start_s(self, device: DeviceSpec) -> float:
+        """Return the seconds to start a kernel of a decode step on ``device``."""
+        return device.kernel_s if self.is_captured else device.launch_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +200,7 @@ def expert_step(
 ) -> float:
     """Return the seconds of one bank on the most loaded device, for ``batch`` rows of all ranks."""
     activated = activated_experts(bank.probabilities, batch)
-    read_s = activated * bank.memory_bytes(itemsize) / device.bandwidth_bytes_s
+    read_s = device.read_s(activated * bank.memory_bytes(itemsize))
     compute_s = 2.0 * batch * bank.top_k * bank.expert_values / device.flops_s
     return max(read_s, compute_s) / num_devices / balancedness
 
@@ -186,7 +214,8 @@ def attention_step(
     """
     kv_bytes = batch * context_tokens * model.kv_bytes_per_token
     read_bytes = model.attention_values * model.itemsize + kv_bytes + 2 * batch * model.state_bytes
-    return read_bytes / device.bandwidth_bytes_s
+    start_s = model.num_exchanges * ATTENTION_KERNELS * model.start_s(device)
+    return device.read_s(read_bytes) + start_s
 
 
 def disaggregated_step(
@@ -275,14 +304,16 @@ def _fastest(micro_batches: Callable[[int], StepTime]) -> StepTime:
 
 def _message_s(model: ModelSize, num_peers: int, device: DeviceSpec) -> float:
     """Return the seconds of work for a micro-batch's messages to and from all peers."""
-    return 2 * num_peers * sum(b.num_exchanges for b in model.banks) * device.message_s
+    launch_s = 0.0 if model.is_captured else device.launch_s
+    return 2 * num_peers * model.num_exchanges * (device.message_s + launch_s)
 
 
 def _experts(
     model: ModelSize, batch: float, num_devices: int, device: DeviceSpec, balancedness: float
 ) -> float:
     """Return the seconds of all banks in sequence."""
-    return sum(
+    start_s = model.num_exchanges * EXPERT_KERNELS * model.start_s(device)
+    return start_s + sum(
         expert_step(
             bank,
             batch,

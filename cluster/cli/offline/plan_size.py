@@ -27,6 +27,7 @@ FORMULA = """\
 activated        u(B) = sum over experts of 1 - (1 - p)^B
 experts          max(u(B) x bytes / bandwidth, 2 x B x k x params / flops) / workers / balancedness
 attention        (weights + B x context x KV bytes) / bandwidth
+kernels          on GPUs, in experts and attention: layers x kernels x time to start a kernel
 exchange         rows x distinct workers a row x bytes / link + latencies, there and back
 host             time of a step + rows of an attention worker x time of a row
 two pools        with m micro-batches: host + max(m x attention, m x experts, one micro-batch's
@@ -182,6 +183,7 @@ def _step(step: StepTime | None) -> str:
 def _device_text(device: DeviceSpec) -> str:
     return (
         f"{device.bandwidth_bytes_s / 1e9:.0f} GB/s memory, {device.flops_s / 1e12:.3g} TFLOPS, "
+        f"kernels read at {device.read_share:.0%} of the memory's rate, "
         f"{device.link_bytes_s / 1e9:.3g} GB/s link, {device.latency_s * 1e6:.0f} us latency, "
         f"host {device.host.step_s * 1e3:.2g} ms a step and {device.host.row_s * 1e6:.2g} us a row"
     )

@@ -13,30 +13,9 @@ from cluster.config.workers import WorkersSection
 from cluster.sizing.devices import CPU_CORE
 from cluster.sizing.gpus import H100
 from cluster.sizing.mode_choice import choose_mode, resolve_mode
-from cluster.sizing.roofline import (
-    BankSize,
-    DeviceSpec,
-    HostTime,
-    ModelSize,
-    colocated_step,
-    disaggregated_step,
-)
+from cluster.sizing.roofline import DeviceSpec, HostTime, colocated_step, disaggregated_step
+from tests.cluster.sizing.models import OLMOE
 
-OLMOE = ModelSize(
-    banks=(
-        BankSize(
-            num_experts=64,
-            top_k=8,
-            expert_values=3 * 2048 * 1024,
-            in_values=2048,
-            out_values=2048,
-        ),
-    )
-    * 16,
-    attention_values=16 * 4 * 2048 * 2048 + 50304 * 2048,
-    kv_bytes_per_token=2 * 2 * 16 * 2048,
-    itemsize=2,
-)
 WORKERS = WorkersSection(mode="auto", num_attention_workers=2, num_expert_workers=6)
 SLOW_MESSAGES = replace(CPU_CORE, message_s=5e-3)
 

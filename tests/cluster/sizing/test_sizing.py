@@ -23,6 +23,7 @@ from cluster.sizing.roofline import (
     distinct_devices,
     expert_step,
 )
+from tests.cluster.sizing.models import OLMOE
 
 DEVICE = DeviceSpec(
     name="round numbers",
@@ -211,6 +212,34 @@ def test_no_step_is_shorter_than_the_host_needs(device: DeviceSpec, batch: int) 
     together = colocated_step(tiny, batch, 0, num_workers=3, device=device)
     assert apart.step_s > apart.host_s == device.host.attention_s(batch) > 0.4e-3
     assert together.step_s > together.host_s >= device.host.attention_s(batch / 3) > 0.4e-3
+
+
+def test_kernels_read_at_a_share_of_the_bandwidth() -> None:
+    slow = replace(DEVICE, read_share=0.5)
+    assert attention_step(MODEL, 4, 500, slow) == pytest.approx(20e-3)
+    step = disaggregated_step(MODEL, 1, 0, num_attention=1, num_experts=2, device=slow)
+    assert step.attention_s == pytest.approx(12e-3)
+    assert step.experts_s == pytest.approx(8e-3)
+
+
+def test_each_kernel_of_a_layer_takes_time_to_start() -> None:
+    """2 banks with 12 and 4 kernels: in a graph 1 us each, else 10 us, as for each message."""
+    device = replace(DEVICE, kernel_s=1e-6, launch_s=10e-6, link_bytes_s=1e15)
+    for model, start_s, message_s in (
+        (MODEL, 1e-6, 0.0),
+        (replace(MODEL, is_captured=False), 10e-6, 10e-6),
+    ):
+        step = disaggregated_step(model, 1, 0, num_attention=1, num_experts=2, device=device)
+        # 2 exchanges, to and from 2 expert workers, or 1 attention worker
+        assert step.attention_s == pytest.approx(6e-3 + 24 * start_s + 8 * message_s)
+        assert step.experts_s == pytest.approx(4e-3 + 8 * start_s + 4 * message_s)
+
+
+def test_an_h100_is_predicted_as_it_was_measured() -> None:
+    """OLMoE-1B-7B in one process with context 1,024 (docs/results/gpu.md): within 15%."""
+    for batch, tokens_per_s in ((1, 528), (64, 6602), (256, 12833)):
+        step = colocated_step(OLMOE, batch, 1024, num_workers=1, device=H100)
+        assert step.step_s == pytest.approx(batch / tokens_per_s, rel=0.15)
 
 
 def test_expert_load_becomes_probabilities() -> None:
