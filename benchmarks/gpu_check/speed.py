@@ -2,7 +2,8 @@
 
 Weights are random, and drawn on the device. The bound of a decode step is reading each weight that
 it needs, and the keys and values of its rows, once at the rate of a copy within the device, which
-is measured beside it; the bound of prefill is its products at the rate of a large one.
+is measured beside it; the bound of prefill is its products at the rate of a large one. Steps are
+also compared with the roofline's predictions, on which ``plan size`` and ``--mode auto`` rely.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from benchmarks.checkpoints.random_checkpoint import TINY, RandomModel
 from benchmarks.gpu_check.ceilings import copy_bandwidth, matrix_rate
 from benchmarks.gpu_check.device import synchronize
+from benchmarks.gpu_check.predicted import compare, device_spec, model_size, summary
 from benchmarks.gpu_check.section import Place, Report
 from benchmarks.gpu_check.step_costs import cost_of_steps, median_step_s, steps
 from benchmarks.gpu_check.transformers_peer import TransformersPeer
@@ -88,7 +90,7 @@ def run(place: Place, report: Report) -> None:
     )
     report.value("copy_bytes_per_s", copy_rate)
     report.value("bf16_flops", rate)
-    shares, steps_s = {}, {}
+    shares, steps_s, words = {}, {}, ""
     for batch in batches:
         with report.part(f"decode {batch}"):
             if not given.fits(batch):
@@ -99,6 +101,10 @@ def run(place: Place, report: Report) -> None:
             shares[batch], steps_s[batch] = found["share_of_bound"], found["step_s"]
             words = ", ".join(f"{share:.2f} (batch {b})" for b, share in shares.items())
             report.say(f"decode {words} of the copy bound")
+    with report.part("roofline"):
+        predicted = compare(model_size(model, _DTYPE), device_spec(place), context, steps_s)
+        report.value("roofline", predicted)
+        report.say(f"decode {words} of the copy bound; {summary(predicted)}")
     with report.part("prefill"):
         report.value("prefill", prefill(given))
     batch = place.size(_BOTH_ROLES_BATCH, 1)
