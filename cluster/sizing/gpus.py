@@ -8,9 +8,9 @@ an H100 only.
 Costs of messages have not been measured with expertmesh, which needs several GPUs. A message is an
 NCCL kernel within a CUDA graph: ``message_s`` is the time of nccl-tests' ``sendrecv_perf`` in a
 graph, 3.7 us for 1 KiB over the NVLink of four H800 (github.com/NVIDIA/nccl/issues/1984; about 3 us
-between two H100, issues/1487). It is likely too high with many peers, as NCCL runs
-all messages of a call in one kernel. ``latency_s`` is an assumption for the waits between
-NCCL's streams and the others, and for a network between hosts.
+between two H100, issues/1487). It is likely too high with many peers, as NCCL runs all messages of
+a call in one kernel. ``latency_s`` is an assumption for the waits between NCCL's streams and the
+others, and for a network between hosts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from cluster.sizing.roofline import DeviceSpec, HostTime
 
 GPU_HOST = HostTime(step_s=440e-6, row_s=14e-6, expert_s=60e-6)
 """Host time of decode steps that are one CUDA graph for each worker, of greedy requests. Measured
-on an AMD EPYC by ``python -m benchmarks.engine.host_cost``: a step of an attention worker takes
-0.55 ms of CPU time with 8 rows and 4.0 ms with 256, of an expert worker 56 to 104 us, with 4 or 48
-MoE layers. On the host of an H100, a step of one worker with all experts took 0.6 ms longer than
-its kernels with 1 row, and 1.1 ms longer with 64 (docs/results/gpu.md).
+on an AMD EPYC by ``python -m benchmarks.engine.host_cost``, also with ``--batch 256``: a step of an
+attention worker takes 0.55 ms of CPU time with 8 rows and 4.0 ms with 256, a step of an expert
+worker 0.06 to 0.12 ms, both with 4 and with 48 MoE layers. On the host of an H100, a step of one
+worker with all experts took 0.6 ms longer than its kernels with 1 row, and 1.1 ms longer with 64
+(docs/results/gpu.md).
 """
 H100 = DeviceSpec(
     name="NVIDIA H100",
