@@ -21,6 +21,7 @@ from benchmarks.sizing.layouts import (
     best_layout,
 )
 from cluster.launch.checkpoint_check import CheckpointCheck
+from cluster.sizing.gpus import H100
 from cluster.sizing.mode_choice import bank_sizes
 from cluster.sizing.roofline import ModelSize
 
@@ -155,11 +156,18 @@ The columns mean:
 - Sequences: the number of sequences of {CONTEXT_TOKENS} tokens whose KV cache fits, at most
   {MAX_SEQS} times the number of all GPUs.
 - Step: the predicted duration of a decode step with this number of sequences, by the roofline
-  (`cluster/sizing/roofline.py`) with the values of the data sheets (`cluster/sizing/gpus.py`) and
+  (`cluster/sizing/roofline.py`) with the characteristics of the GPUs (`cluster/sizing/gpus.py`) and
   a balancedness (mean load of the expert workers divided by the highest load) of
-  {BALANCEDNESS:g}.
-- Tokens/s: sequences divided by the duration of the step. This is a limit of the hardware, not a
-  measurement: the actual speed is lower, and prompts take part of the time.
+  {BALANCEDNESS:g}. It includes the time of an attention worker's host, while the GPUs wait:
+  {1e3 * H100.host.step_s:.2g} ms for the step and {1e6 * H100.host.row_s:.2g} us for each row.
+- Tokens/s: sequences divided by the duration of the step. This is a prediction, not a measurement,
+  and prompts take part of the time.
+
+How fast kernels read memory was measured on one H100, and the host's time on an AMD EPYC. Messages
+between GPUs have not been measured: the predictions assume {1e6 * H100.message_s:.2g} us for each
+message at both ends, and {1e6 * H100.latency_s:.2g} us between. Decode steps of JetMoE, Qwen3-Next,
+GLM-4.7-Flash and DeepSeek-V3 are not [CUDA graphs](../explanation/gpu.md#a-decode-step): the host
+launches each of their kernels, which takes {1e6 * H100.launch_s:.2g} us.
 
 For another model or other hardware run
 `expertmesh plan size MODEL --workers 16 --device cuda --bandwidth-gb-s 2000`, which also shows
