@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from benchmarks.checkpoints.random_checkpoint import TINY, RandomModel
 from benchmarks.gpu_check.ceilings import copy_bandwidth, matrix_rate
@@ -43,6 +44,8 @@ _DTYPE = torch.bfloat16
 _MORE_TOKENS = 192
 """Tokens of a sequence after its prompt: tokens decoded while others prefill, and measured
 steps."""
+_GREEDY = SamplingParams(max_tokens=_MORE_TOKENS, temperature=0.0, ignore_eos=True)
+_SAMPLED = replace(_GREEDY, temperature=0.7, top_p=0.9, seed=1)
 _SPARE_BYTES = 12 << 30
 """Bytes of the device's memory for the activations of a step."""
 
@@ -173,7 +176,7 @@ def make_engine(
 
 
 def decode(given: Run, batch: int) -> dict[str, Any]:
-    """Measure steps in which all sequences of a batch decode."""
+    """Measure steps in which all sequences of a batch decode, with greedy and random sampling."""
     place, engine = given.place, given.engine
     if place.is_gpu:
         torch.cuda.reset_peak_memory_stats(place.device)
@@ -183,12 +186,18 @@ def decode(given: Run, batch: int) -> dict[str, Any]:
     cost = cost_of_steps(engine, place.device, place.size(4, 1))
     for name in names:
         engine.engine.abort(name)
+    names, _ = fill(given, batch, given.context, _SAMPLED)
+    steps(engine, place.size(4, 1))
+    sampled_s = median_step_s(engine, place.size(24, 2))
+    for name in names:
+        engine.engine.abort(name)
     read = step_weight_bytes(given.model, batch, _DTYPE.itemsize)
     read += given.kv_bytes(batch, given.context)
     found = {
         "gpu_busy": cost["busy_s"] / step_s,
         "tokens_per_s": batch / step_s,
         "step_s": step_s,
+        "sampled_times_greedy": sampled_s / step_s,
         "bound_tokens_per_s": batch * given.copy_rate / read,
         "share_of_bound": read / given.copy_rate / step_s,
         "prefill_s": prefill_s,
@@ -220,11 +229,12 @@ def both_roles(given: Run, batch: int, local_s: float) -> dict[str, Any]:
     return {**found, "share_of_local": local_s / found["step_s"]}
 
 
-def fill(given: Run, batch: int, tokens: int) -> tuple[list[str], float]:
+def fill(
+    given: Run, batch: int, tokens: int, params: SamplingParams = _GREEDY
+) -> tuple[list[str], float]:
     """Add a batch and run steps until each sequence has a token; returns names and seconds."""
     engine = given.engine
     names = [f"{batch} x {tokens}, {i}" for i in range(batch)]
-    params = SamplingParams(max_tokens=_MORE_TOKENS, temperature=0.0, ignore_eos=True)
     for name, prompt in zip(names, random_prompts("speed", batch, tokens), strict=True):
         engine.add_request(Request(request_id=name, prompt=tuple(prompt), params=params))
     synchronize(given.place.device)

@@ -33,10 +33,16 @@ from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
 from workers.requests.buckets import bucket_of, kept_rows
 from workers.requests.step_header import MAX_MICRO_BATCHES, StepHeader
-from workers.sampling.best_tokens import best_of_finite, finite_rows
+from workers.sampling.best_tokens import finite_rows
+from workers.sampling.draws import as_integers, draw_params
+from workers.sampling.logits_processors import SamplingRow
 from workers.scheduling.step_plan import PlannedRows
 
-_TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _IS_ROW, _NUM_COLUMNS = range(8)
+_TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _IS_ROW, _DRAW = range(8)
+_NUM_DRAW_PARAMS, _INDEX = 6, 2
+"""Number of integers of ``DRAW_ROW``, which begin at column ``_DRAW``, and the place of ``index``
+among them."""
+_NUM_COLUMNS = _DRAW + _NUM_DRAW_PARAMS
 
 Compute = Callable[[Sequence[ModelInputs]], tuple[Tensor, Sequence[Tensor], Tensor]]
 """Function that runs a model for the rows of each micro-batch. It returns the hidden states [T, H]
@@ -52,9 +58,9 @@ class DecodeOutput:
     tensors."""
     logits: Tensor
     """Logits [T, V]."""
-    best: Tensor
-    """The best token of each row, -1 for a row whose logits have NaN or infinity, and whether the
-    hidden states are finite (0 or 1): [T, 2] int64."""
+    drawn: Tensor
+    """The token sampled from each row's unprocessed logits, -1 for a row whose logits have NaN or
+    infinity, and whether the hidden states are finite (0 or 1): [T, 2] int64."""
     routed: RoutedDecodes
     """The logical experts that the routers chose."""
 
@@ -73,8 +79,8 @@ class _CapturedStep:
     """Integer inputs of the step, [columns, T] int64 on the device: the copy of ``staging``."""
     graph: StepGraph
     hidden: Tensor
-    best: Tensor
-    """See ``DecodeOutput.best``: [T, 2] int64."""
+    drawn: Tensor
+    """See ``DecodeOutput.drawn``: [T, 2] int64."""
     topk_ids: Tensor
     """Experts that the routers chose, [sum of k over the banks, T] int64: transposed, one bank
     after another."""
@@ -119,6 +125,7 @@ class DecodeGraphs:
         self._kept = StepGraphCache[_CapturedStep](kept_rows(buckets))
         num_seats, max_blocks = tables.array.shape
         self._scratch_seat, self._max_blocks = num_seats, max_blocks
+        self._draw_params = SeatDrawParams(num_seats)
         self._logits: Tensor | None = None
         """Logits of the latest step, [rows, V], which all captured steps write; None before the
         first capture."""
@@ -160,7 +167,7 @@ class DecodeGraphs:
         return DecodeOutput(
             hidden=_without_padding(step.hidden, 0, size, parts),
             logits=_without_padding(self._logits, 0, size, parts),
-            best=_without_padding(step.best, 0, size, parts),
+            drawn=_without_padding(step.drawn, 0, size, parts),
             routed=RoutedDecodes(ids, self._ends),
         )
 
@@ -199,10 +206,11 @@ class DecodeGraphs:
         if count:
             columns = row_columns(planned, self._tables, self._cache.block_size)
             staging[[_TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS], :count] = columns
-            staging[_SEATS, :count] = np.array(
-                [rows.sequence.seat for rows in planned], dtype=np.int64
-            )
+            seats = np.array([rows.sequence.seat for rows in planned], dtype=np.int64)
+            staging[_SEATS, :count] = seats
             staging[_LENGTHS, :count] = columns[1] + 1
+            staging[_DRAW:, :count] = self._draw_params.of(planned, seats).T
+            staging[_DRAW + _INDEX, :count] = columns[1] + 1 - columns[2]
         staging[:, count:] = 0
         staging[_SLOTS, count:] = self._cache.scratch_block * self._cache.block_size
         staging[_SEATS, count:] = self._scratch_seat
@@ -223,9 +231,9 @@ class DecodeGraphs:
         kept = self._logits_of(logits)
         graph = StepGraph(self._device, pool)
         with self._dispatcher.capture(is_row, graph) as exchanges, graph.capture():
-            hidden, best, topk_ids, logits = self._run(numbers, blocks, num_parts)
+            hidden, drawn, topk_ids, logits = self._run(numbers, blocks, num_parts)
             kept.copy_(logits)
-        return _CapturedStep(staging, numbers, graph, hidden, best, topk_ids, exchanges)
+        return _CapturedStep(staging, numbers, graph, hidden, drawn, topk_ids, exchanges)
 
     def _logits_of(self, logits: Tensor) -> Tensor:
         """Return the part of ``_logits`` that a captured step with such logits writes.
@@ -240,17 +248,20 @@ class DecodeGraphs:
     def _run(
         self, numbers: Tensor, blocks: Tensor, num_parts: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Run the model; return ``hidden``, ``best`` and ``topk_ids`` of ``_CapturedStep``, and
+        """Run the model; return ``hidden``, ``drawn`` and ``topk_ids`` of ``_CapturedStep``, and
         the logits."""
+        from workers.cuda.draw import draw_rows  # late: needs Triton
+
         parts = torch.chunk(numbers, num_parts, dim=1)
         hidden, ids, logits = self._compute([self._inputs(part, blocks) for part in parts])
-        best = torch.stack([best_of_finite(logits), finite_rows(hidden).long()], dim=1)
-        return hidden, best, torch.cat([own.t() for own in ids]), logits
+        tokens = draw_rows(logits, numbers[_DRAW:].t(), is_masked=False)
+        drawn = torch.stack([tokens, finite_rows(hidden).long()], dim=1)
+        return hidden, drawn, torch.cat([own.t() for own in ids]), logits
 
     def _inputs(self, numbers: Tensor, blocks: Tensor) -> ModelInputs:
         """Return the inputs of one micro-batch from its ``_CapturedStep.numbers``."""
         size, device = numbers.shape[1], self._device
-        tokens, positions, prompt_lengths, slots, seats, lengths, _ = numbers
+        tokens, positions, prompt_lengths, slots, seats, lengths = numbers[:_IS_ROW]
         paged = PagedRows(
             tables=blocks.index_select(0, seats),
             lengths=lengths.int(),
@@ -263,6 +274,26 @@ class DecodeGraphs:
             slots, (), (), cache.workspaces, cache.compute_threads, paged=paged
         )
         return ModelInputs(tokens, positions, prompt_lengths, attention)
+
+
+class SeatDrawParams:
+    """Sampling parameters of the sequences that run, which stay the same in every step."""
+
+    def __init__(self, num_seats: int) -> None:
+        self._params = np.zeros((num_seats, _NUM_DRAW_PARAMS), dtype=np.int64)
+        self._owners: list[tuple[int, int]] = [(-1, -1)] * num_seats
+        """For each seat, arrival number and choice of the sequence whose parameters are known."""
+
+    def of(self, planned: Sequence[PlannedRows], seats: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the parameters of planned rows in ``seats``, [T, 6]; ``index`` is arbitrary."""
+        for seat, rows in zip(seats.tolist(), planned, strict=True):
+            sequence = rows.sequence
+            owner = sequence.arrival, sequence.choice
+            if self._owners[seat] != owner:
+                row = SamplingRow(sequence.params, sequence.choice, 0)
+                self._params[seat] = as_integers(draw_params([row]))
+                self._owners[seat] = owner
+        return self._params[seats]
 
 
 def _without_padding(

@@ -58,8 +58,8 @@ class _LayerOutputs:
     """Whether each row is free of NaN and infinity, [num_rows] bool; None if not computed."""
     logits: Tensor | None = None
     """Logits of all rows, [num_rows, V]; None if not computed."""
-    best: Tensor | None = None
-    """See ``StepResult.best``."""
+    drawn: Tensor | None = None
+    """See ``StepResult.drawn``."""
 
 
 @dataclass(kw_only=True)
@@ -108,7 +108,7 @@ class ModelRunner:
                 self._finish_without_rows()
                 return None
             order = list(range(len(plan.rows)))
-            captured = _LayerOutputs([output.hidden], None, output.logits, output.best)
+            captured = _LayerOutputs([output.hidden], None, output.logits, output.drawn)
             return self._result(captured, plan, order, output.routed, {})
         if not header.edge_rows(self.rank, 0):
             assert not plan.rows, "rows without a grant"
@@ -341,14 +341,14 @@ class ModelRunner:
             first_row[i] = row
             row += plan.rows[i].count
         hidden, finite = _concatenated(outputs.hidden), outputs.finite
-        if outputs.best is not None:
-            finite = outputs.best[:, 1]
+        if outputs.drawn is not None:
+            finite = outputs.drawn[:, 1]
         return StepResult(
             hidden=hidden,
             first_row=tuple(first_row),
             finite=finite_rows(hidden) if finite is None else finite,
             logits=outputs.logits,
-            best=outputs.best,
+            drawn=outputs.drawn,
             finish=self.dispatcher.finish_step,
             routed=routed,
             captures=captures,

@@ -24,9 +24,9 @@ class StepResult:
     """Whether each row of ``hidden`` is free of NaN and infinity, [num_rows]: bool, or 0 and 1."""
     logits: Tensor | None
     """Logits of all rows of ``hidden``, [num_rows, V]; None if the model's head has not run."""
-    best: Tensor | None
-    """The best token of each row, -1 for a row whose logits have NaN or infinity, and ``finite``:
-    [num_rows, 2] int64. None if not computed."""
+    drawn: Tensor | None
+    """The token sampled from each row's unprocessed logits, -1 for a row whose logits have NaN or
+    infinity, and ``finite``: [num_rows, 2] int64. None if not computed."""
     finish: Callable[[], None]
     """Function that waits for the step's messages. Call it before the host reads a tensor of this
     result, or a tensor computed from one. Raises ``TransportError``."""

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.beams.candidates import (
@@ -244,13 +246,7 @@ class StepSampler:
         row_indices = [row_index for one in sampled for row_index in one.row_indices]
         logits = self._logits_of(row_indices, result) if sampled else None
         result.finish()  # sampling may read values from the device
-        best = result.best
-        if best is not None and all(row.is_greedy and row.is_plain for row in rows):
-            found, is_finite = to_host([best])[0].T
-            ids = [found[row_indices]]
-        else:
-            tokens_of = () if logits is None else (sample_tokens(logits, rows, self._team),)
-            is_finite, *ids = to_host([result.finite, *tokens_of])
+        ids, is_finite = self._drawn(logits, rows, row_indices, result)
         for planned, first in zip(plan.rows, result.first_row, strict=True):
             last = first + planned.count - len(planned.drafts)
             if not is_finite[first:last].all():
@@ -260,7 +256,7 @@ class StepSampler:
                 tokens.broken.append(planned)
         if logits is None:
             return
-        drawn, kept = ids[0].tolist(), []
+        drawn, kept = ids.tolist(), []
         begin = 0
         for one in sampled:
             end = begin + len(one.row_indices)
@@ -270,6 +266,34 @@ class StepSampler:
             kept.append(range(begin, begin + 1 + accepted))
             begin = end
         self._report(tokens, sampled, kept, _SampledLogits(logits, rows, drawn))
+
+    def _drawn(
+        self,
+        logits: Tensor | None,
+        rows: Sequence[SamplingRow],
+        row_indices: Sequence[int],
+        result: StepResult,
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the tokens sampled from logits [rows, V], [rows], and whether each row of
+        ``result.hidden`` is finite, [num_rows].
+
+        ``row_indices``: rows of ``result.hidden`` whose logits these are; without any, ``logits``
+        is None. Rows whose logits are not processed may have their token from the model's step.
+        """
+        if result.drawn is None:
+            tokens = () if logits is None else (sample_tokens(logits, rows, self._team),)
+            is_finite, *sampled = to_host([result.finite, *tokens])
+            return sampled[0] if sampled else np.empty(0, dtype=np.int64), is_finite
+        changed = [i for i, row in enumerate(rows) if not row.is_plain]
+        if logits is None or not changed:
+            (drawn,) = to_host([result.drawn])
+            return drawn[row_indices, 0], drawn[:, 1] != 0
+        part = [rows[i] for i in changed]
+        tokens_of = sample_tokens(_select_rows(logits, changed), part, self._team)
+        drawn, processed = to_host([result.drawn, tokens_of])
+        ids = drawn[row_indices, 0]
+        ids[changed] = processed
+        return ids, drawn[:, 1] != 0
 
     def _rows_to_sample(
         self, complete: Mapping[SequenceState, int], plan: StepPlan

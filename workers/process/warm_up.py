@@ -106,9 +106,14 @@ def _warm_attention(engine: Engine, family: Family, block_size: int) -> None:
 
 
 def _request(number: int, length: int) -> Request:
-    """A request with random sampling if ``number`` is odd, else with greedy sampling."""
+    """A request with random sampling if ``number`` is odd, else with greedy sampling and a penalty,
+    after which a GPU samples from float32 logits."""
     params = SamplingParams(
-        max_tokens=_NUM_TOKENS, temperature=float(number % 2), top_p=0.9, seed=number
+        max_tokens=_NUM_TOKENS,
+        temperature=float(number % 2),
+        top_p=0.9,
+        frequency_penalty=0.0 if number % 2 else 0.1,
+        seed=number,
     )
     return Request(request_id=str(number), prompt=(0,) * length, params=params)
 

@@ -1,11 +1,11 @@
-"""Samples a token from each row of logits, by a native kernel or by torch, its reference.
+"""Samples a token from each row of logits, by a kernel or by torch, the reference of the kernels.
 
 The weight of a token is 2 ** t for t = (logit - best logit) * log2(e) / temperature, as an integer
 in units of 2 ** -40. Integers have the same sum in any order, and all other operations are
 elementwise and defined by IEEE 754 to the last bit. So a row's token depends neither on its batch
-nor on the number of threads, nor on whether the kernel (``workers/native/c/draw.c``) or torch on
-any device samples it. Tokens with less than 2 ** -41 (5e-13) of the best token's weight are never
-sampled.
+nor on the number of threads, nor on whether a kernel (``workers/native/c/draw.c``,
+``workers/cuda/draw.py``) or torch on any device samples it. Tokens with less than 2 ** -41 (5e-13)
+of the best token's weight are never sampled.
 
 top_k, top_p and min_p drop the tokens whose t is below a floor, so ties with the last one are kept.
 
@@ -71,9 +71,14 @@ def draw(
     The result is ``NOT_FINITE`` for a row with NaN or infinity, and ``NONE_ALLOWED`` if all tokens
     of a row are masked. ``is_masked``: tokens with a logit of minus infinity must not be
     sampled; all other logits are finite. The native kernel is used if there is a ``team`` and the
-    kernel supports the dtype.
+    kernel supports the dtype; a GPU always has a kernel.
     """
-    how = _draw_rows(rows)
+    how = draw_params(rows)
+    if logits.device.type == "cuda":
+        from workers.cuda import draw as cuda_draw  # late: needs Triton
+
+        params = to_device(as_integers(how), logits.device)
+        return cuda_draw.draw_rows(logits, params, is_masked)
     if team is not None and can_draw(logits):
         return draw_rows(team, logits, how, is_masked)
     best = _best_allowed(logits) if is_masked else best_of_finite(logits)
@@ -91,10 +96,15 @@ def draw(
     return torch.where(best < 0, best, tokens)
 
 
-def _draw_rows(rows: Sequence[SamplingRow]) -> NDArray[Any]:
-    """Return the sampling parameters of rows in the native kernel's layout: [rows] ``DRAW_ROW``."""
+def draw_params(rows: Sequence[SamplingRow]) -> NDArray[Any]:
+    """Return the sampling parameters of rows in the kernels' layout: [rows] ``DRAW_ROW``."""
     values = [(r.params.seed & _MASK64, r.choice, r.index, *_limits(r)) for r in rows]
     return np.array(values, dtype=DRAW_ROW)
+
+
+def as_integers(params: NDArray[Any]) -> NDArray[np.int64]:
+    """View parameters of dtype ``DRAW_ROW`` [rows] as integers, [rows, 6] int64."""
+    return params.view(np.int64).reshape(len(params), -1)
 
 
 def _limits(row: SamplingRow) -> tuple[float, float, float, int]:

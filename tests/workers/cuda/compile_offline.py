@@ -18,6 +18,7 @@ from tests.workers.cuda.device import SHARED_BYTES
 from tests.workers.quantization.random import FORMATS
 from workers.cuda import expert_tiles, experts
 from workers.cuda.decode_attention import decode
+from workers.cuda.draw import NUM_PARAMS, draw_rows
 from workers.cuda.experts import GateActivation, Matrices, gate_up, make_pairs, multiply
 from workers.cuda.heads import prepare_heads
 from workers.cuda.norms import norm, sum_and_norm
@@ -126,6 +127,12 @@ def compile_half(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     check_slots(received, filled, torch.zeros(num_rows, TOP_K, dtype=torch.int64), counts, counts)
 
 
+def compile_draws(dtype: torch.dtype, vocab_size: int) -> None:
+    params = torch.zeros(NUM_PARAMS, 3, dtype=torch.int64).t()
+    for is_masked in (False, True):
+        draw_rows(torch.empty(3, vocab_size, dtype=dtype), params, is_masked)
+
+
 def main() -> None:
     capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     is_whole = "all" in sys.argv
@@ -142,6 +149,8 @@ def main() -> None:
         compile_experts(dtype, 1100 if is_whole else 1, "silu", form=form)
     compile_attention(dtype, (128, 16, 16), None)
     compile_half(dtype, (128, 16, 16))
+    for vocab_size in (300, 50_304, 151_936) if is_whole else (50_304,):
+        compile_draws(dtype, vocab_size)
     for shape in ((64, 32, 8), (256, 8, 4), (24, 4, 2)) if is_whole else ():
         compile_attention(dtype, shape, None)
         compile_attention(dtype, shape, 77)

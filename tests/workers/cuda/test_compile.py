@@ -15,7 +15,7 @@ from tests.workers.cuda.device import SHARED_BYTES
 
 KERNELS = {
     *("_align", "_count", "_sum_tiles", "_multiply", "_sum_rows"),
-    *("_decode", "_combine", "_prefill", "_prepare", "_norm", "_choose", "_check"),
+    *("_decode", "_combine", "_prefill", "_prepare", "_norm", "_choose", "_check", "_draw"),
 }
 PRODUCTS = {"_multiply", "_decode", "_prefill"}
 
