@@ -311,7 +311,7 @@ class Engine:
         broken = [s for s, failure in tokens.failed.items() if failure is NOT_FINITE]
         dirty = self._memory.forget(broken)
         new = {
-            sequence: tuple(one.token for one in drawn)
+            sequence: tuple([one.token for one in drawn])  # faster than a generator
             for sequence, drawn in tokens.drawn.items()
             if sequence not in tokens.candidates
         }

@@ -249,8 +249,8 @@ class EngineRequests:
         drawn: Sequence[SampledToken] = (),
         classes: tuple[float, ...] = (),
     ) -> None:
-        new = tuple(one.token for one in drawn)
-        logprobs = tuple(one.logprob for one in drawn if one.logprob is not None)
+        new = tuple([one.token for one in drawn])  # faster than a generator
+        logprobs = tuple([one.logprob for one in drawn if one.logprob is not None])
         arrays = self._sampler.inspector.arrays(sequence) if ending else ()
         self._outputs.append(sequence.make_output(now, ending, new, logprobs, classes, arrays))
         if ending is not None:

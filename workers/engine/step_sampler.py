@@ -82,9 +82,9 @@ class _SampledRows:
     drafts: tuple[int, ...]
 
     @property
-    def row_indices(self) -> list[int]:
+    def row_indices(self) -> range:
         """Row indices of the sequence's newest token and of its drafts."""
-        return list(range(self.first, self.first + 1 + len(self.drafts)))
+        return range(self.first, self.first + 1 + len(self.drafts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +247,26 @@ class StepSampler:
         logits = self._logits_of(row_indices, result) if sampled else None
         result.finish()  # sampling may read values from the device
         ids, is_finite = self._drawn(logits, rows, row_indices, result)
+        if not is_finite.all():
+            self._fail_broken(tokens, plan, result, is_finite)
+        if logits is None:
+            return
+        drawn, kept = ids.tolist(), []
+        begin = 0
+        for one in sampled:
+            accepted, end = 0, begin + 1 + len(one.drafts)
+            if one.drafts:
+                finite = is_finite[one.first : one.first + end - begin].tolist()
+                accepted = num_accepted(one.drafts, drawn[begin:end], finite)
+            kept.append(range(begin, begin + 1 + accepted))
+            begin = end
+        self._report(tokens, sampled, kept, _SampledLogits(logits, rows, drawn))
+
+    def _fail_broken(
+        self, tokens: StepTokens, plan: StepPlan, result: StepResult, is_finite: NDArray[np.bool_]
+    ) -> None:
+        """Fail sequences with a row of NaN or infinity, unless it is a draft's; such drafts are
+        noted. ``is_finite``: [num_rows], for the rows of ``result.hidden``."""
         for planned, first in zip(plan.rows, result.first_row, strict=True):
             last = first + planned.count - len(planned.drafts)
             if not is_finite[first:last].all():
@@ -254,18 +274,6 @@ class StepSampler:
                 tokens.failed[planned.sequence] = NOT_FINITE
             if planned.drafts and not is_finite[first : first + planned.count].all():
                 tokens.broken.append(planned)
-        if logits is None:
-            return
-        drawn, kept = ids.tolist(), []
-        begin = 0
-        for one in sampled:
-            end = begin + len(one.row_indices)
-            accepted = num_accepted(
-                one.drafts, drawn[begin:end], is_finite[one.row_indices].tolist()
-            )
-            kept.append(range(begin, begin + 1 + accepted))
-            begin = end
-        self._report(tokens, sampled, kept, _SampledLogits(logits, rows, drawn))
 
     def _drawn(
         self,
@@ -318,13 +326,10 @@ class StepSampler:
         ``kept``: for each entry of ``sampled``, the indices into ``drawn`` of its accepted tokens.
         """
         row_indices = [row_index for own in kept for row_index in own]
-        rows, ids = (
-            [drawn.rows[row_index] for row_index in row_indices],
-            [drawn.tokens[p] for p in row_indices],
-        )
-        results = iter(
-            sampled_tokens(_select_rows(drawn.logits, row_indices), rows, ids, self._score)
-        )
+        rows = [drawn.rows[row_index] for row_index in row_indices]
+        ids = [drawn.tokens[row_index] for row_index in row_indices]
+        logits = _select_rows(drawn.logits, row_indices)
+        results = iter(sampled_tokens(logits, rows, ids, self._score))
         for one, own in zip(sampled, kept, strict=True):
             tokens_of = [next(results) for _ in own]
             sequence, failure = one.sequence, tokens_of[0].failure

@@ -154,7 +154,7 @@ class SequenceState:
     @property
     def num_missing(self) -> int:
         """Number of rows that must run before the next token can be sampled."""
-        return self.num_tokens - self.num_computed
+        return self.prompt_length + len(self.output) - self.num_computed
 
     @property
     def is_decoding(self) -> bool:
