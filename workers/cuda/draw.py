@@ -5,7 +5,7 @@ A token's weight is an integer, so that the order of additions does not matter.
 
 The limits of top_k and top_p are found by a radix search: the bits of the last logit that is kept
 are determined two by two, the highest first. It reads only the largest logits of a row, unless
-these are too few. A lower bound for them is found in the same way, from the largest logit of each
+these are too few. Their lower bound is computed in the same way, from the largest logit of each
 column of a tile (``_TILE`` columns).
 """
 
@@ -20,20 +20,19 @@ from torch import Tensor
 
 from workers.cuda.triton_common import jit
 
-NUM_PARAMS = 6
-"""Integers with the sampling parameters of one row; see ``draw_rows``."""
 MAX_VOCAB_SIZE = 1 << 20
 """Maximum number of logits in a row."""
-_TILE, _SPAN = 4096, 256
-"""Logits that a program processes at a time, and consecutive logits of which it stores the sum of
-weights."""
+_TILE = 4096
+"""Number of logits that a program processes at a time."""
+_SPAN = 256
+"""Number of consecutive logits with one stored sum of weights."""
 _WARPS = 16
 _BRANCHES = tl.constexpr(16)
-"""See ``_BRANCHES`` of ``workers.sampling.draws``, and for the next ones ``c/weights.h``."""
-_LEAST = tl.constexpr(-42.0)
-"""Exponent whose weight is rounded to 0; lower ones are raised to it."""
+"""See ``_BRANCHES`` of ``workers.sampling.draws``."""
+_MIN_EXPONENT = tl.constexpr(-42.0)
+"""Exponent with a weight that is rounded to 0; lower ones are raised to it."""
 _ROUNDER = tl.constexpr(1.5 * 2**23)
-"""Float32 whose sum with a number below 2**22 is rounded to an integer."""
+"""Float32 that rounds a number below 2**22 to an integer when it is added."""
 _FIRST_CANDIDATES = tl.constexpr(256)
 """Number of largest logits that are read first for top_p without top_k."""
 
@@ -43,7 +42,7 @@ def draw_rows(logits: Tensor, params: Tensor, is_masked: bool) -> Tensor:
 
     params [T, 6] int64 of any strides: sampling parameters in the memory layout of
     ``workers.native.draws.DRAW_ROW``. ``is_masked``: logits of minus infinity forbid their tokens.
-    The result is -1 for a row whose logits are not finite, and -2 if all its tokens are forbidden.
+    The result is -1 for a row with NaN or infinity, and -2 if all its tokens are forbidden.
     """
     num_rows, vocab_size = logits.shape
     assert vocab_size <= MAX_VOCAB_SIZE, f"{vocab_size} logits"
@@ -76,17 +75,17 @@ def draw_rows(logits: Tensor, params: Tensor, is_masked: bool) -> Tensor:
     return tokens
 
 
-@partial(jit, any_alignment=["logits", "numbers", "largest", "sums", "tokens"])
+@partial(jit, any_alignment=["logits", "row_params", "largest", "sums", "tokens"])
 def _draw(
     logits: tl.pointer_type,
-    numbers: tl.pointer_type,
+    row_params: tl.pointer_type,
     largest: tl.pointer_type,
     sums: tl.pointer_type,
     tokens: tl.pointer_type,
     vocab_size: tl.tensor,
     logits_stride: tl.tensor,
-    numbers_stride: tl.tensor,
-    number_stride: tl.tensor,
+    row_stride: tl.tensor,
+    param_stride: tl.tensor,
     is_masked: tl.tensor,
     NUM_BITS: tl.constexpr,
     NUM_LEVELS: tl.constexpr,
@@ -98,28 +97,30 @@ def _draw(
     own = logits + row * logits_stride
     kept = largest + row * tl.maximum(vocab_size, TILE)
     spans = sums + row * tl.cdiv(vocab_size, SPAN)
-    numbers += row * numbers_stride
-    factors = tl.load(numbers + 4 * number_stride)
+    row_params += row * row_stride
+    factors = tl.load(row_params + 4 * param_stride)
     scale = factors.to(tl.int32).to(tl.float32, bitcast=True)
 
     columns = tl.arange(0, TILE)
-    most = tl.full([TILE], float("-inf"), dtype=tl.float32)
+    column_max = tl.full([TILE], float("-inf"), dtype=tl.float32)
     places = tl.zeros([TILE], dtype=tl.int32)
     invalid = tl.zeros([TILE], dtype=tl.int32)
     for start in range(0, vocab_size, TILE):
         is_token = start + columns < vocab_size
         x = tl.load(own + start + columns, mask=is_token, other=float("-inf")).to(tl.float32)
         invalid += (is_token & ((tl.abs(x) < float("inf")) == 0)).to(tl.int32)  # also NaN
-        places = tl.where(x > most, start + columns, places)
-        most = tl.maximum(x, most)
-    best = tl.max(most, 0)
-    token = tl.min(tl.where(most == best, places, vocab_size), 0).to(tl.int64)
+        places = tl.where(x > column_max, start + columns, places)
+        column_max = tl.maximum(x, column_max)
+    best = tl.max(column_max, 0)
+    token = tl.min(tl.where(column_max == best, places, vocab_size), 0).to(tl.int64)
     if is_masked:
         token = tl.where(tl.abs(best) < float("inf"), token, -2)
     else:
         token = tl.where(tl.sum(invalid, 0) > 0, -1, token)
     if (token >= 0) & (scale > 0):
-        floor = _floor(own, numbers, number_stride, kept, most, best, vocab_size, NUM_BITS, TILE)
+        floor = _floor(
+            own, row_params, param_stride, kept, column_max, best, vocab_size, NUM_BITS, TILE
+        )
         floor = tl.maximum(floor, (factors >> 32).to(tl.int32).to(tl.float32, bitcast=True))
         first = tl.arange(0, TILE // SPAN)
         for start in range(0, vocab_size, TILE):
@@ -129,7 +130,7 @@ def _draw(
             tl.store(spans + start // SPAN + first, weight, mask=is_span)
         tl.debug_barrier()  # all threads of the program read the sums
         token = _descend(
-            own, numbers, number_stride, spans, vocab_size, best, scale, floor, NUM_LEVELS, SPAN
+            own, row_params, param_stride, spans, vocab_size, best, scale, floor, NUM_LEVELS, SPAN
         )
     tl.store(tokens + row, token)
 
@@ -137,10 +138,10 @@ def _draw(
 @jit
 def _floor(
     logits: tl.tensor,
-    numbers: tl.tensor,
-    number_stride: tl.tensor,
+    row_params: tl.tensor,
+    param_stride: tl.tensor,
     kept: tl.tensor,
-    most: tl.tensor,
+    column_max: tl.tensor,
     best: tl.tensor,
     vocab_size: tl.tensor,
     NUM_BITS: tl.constexpr,
@@ -148,22 +149,25 @@ def _floor(
 ) -> tl.tensor:
     """Return the lowest t = (logit - best) * scale that remains after top_k and then top_p.
 
-    most [TILE]: the largest logit of each column of tiles. ``kept``: memory for the largest logits.
+    column_max [TILE]: the largest logit of each column of tiles. ``kept``: memory for the largest
+    logits.
     """
-    scale = tl.load(numbers + 4 * number_stride).to(tl.int32).to(tl.float32, bitcast=True)
-    top_p = tl.load(numbers + 3 * number_stride).to(tl.float64, bitcast=True)
-    top_k = tl.load(numbers + 5 * number_stride)
+    scale = tl.load(row_params + 4 * param_stride).to(tl.int32).to(tl.float32, bitcast=True)
+    top_p = tl.load(row_params + 3 * param_stride).to(tl.float64, bitcast=True)
+    top_k = tl.load(row_params + 5 * param_stride)
     top_k = tl.where(top_k < vocab_size, top_k, 0)
     floor = tl.full([], float("-inf"), tl.float32)
     if (top_k > 0) | (top_p < 1.0):
-        least = tl.full([], float("-inf"), tl.float32)
-        wanted = tl.where(top_k > 0, top_k, _FIRST_CANDIDATES)
-        if wanted <= TILE // 2:
-            tl.store(kept + tl.arange(0, TILE), most.to(kept.dtype.element_ty))
+        lower_bound = tl.full([], float("-inf"), tl.float32)
+        num_wanted = tl.where(top_k > 0, top_k, _FIRST_CANDIDATES)
+        if num_wanted <= TILE // 2:
+            tl.store(kept + tl.arange(0, TILE), column_max.to(kept.dtype.element_ty))
             tl.debug_barrier()
-            least = _last(kept, TILE, wanted.to(tl.float64), best, scale, False, NUM_BITS, TILE)
+            lower_bound = _last(
+                kept, TILE, num_wanted.to(tl.float64), best, scale, False, NUM_BITS, TILE
+            )
             tl.debug_barrier()
-        count, mass = _gather(logits, kept, vocab_size, least, best, scale, TILE)
+        count, mass = _gather(logits, kept, vocab_size, lower_bound, best, scale, TILE)
         if top_k > 0:
             last = _last(kept, count, top_k.to(tl.float64), best, scale, False, NUM_BITS, TILE)
             floor = (last - best) * scale
@@ -171,9 +175,9 @@ def _floor(
         if top_p < 1.0:
             target = top_p * mass.to(tl.float64)
             if _mass(kept, count, best, scale, float("-inf"), TILE).to(tl.float64) < target:
-                tl.debug_barrier()
-                count, mass = _gather(logits, kept, vocab_size, float("-inf"), best, scale, TILE)
-            last = _last(kept, count, target, best, scale, True, NUM_BITS, TILE)
+                last = _last(logits, vocab_size, target, best, scale, True, NUM_BITS, TILE)
+            else:
+                last = _last(kept, count, target, best, scale, True, NUM_BITS, TILE)
             floor = (last - best) * scale
     return floor
 
@@ -183,12 +187,12 @@ def _gather(
     logits: tl.tensor,
     kept: tl.tensor,
     vocab_size: tl.tensor,
-    least: tl.tensor,
+    lower_bound: tl.tensor,
     best: tl.tensor,
     scale: tl.tensor,
     TILE: tl.constexpr,
 ) -> tl.tensor:
-    """Write the logits of at least ``least`` to ``kept``; return their number, and the weight of
+    """Write the logits from ``lower_bound`` on to ``kept``; return their number, and the weight of
     all tokens."""
     columns = tl.arange(0, TILE)
     count = tl.full([], 0, tl.int32)
@@ -197,7 +201,7 @@ def _gather(
         is_token = start + columns < vocab_size
         x = tl.load(logits + start + columns, mask=is_token, other=float("-inf"))
         mass += _weights(x.to(tl.float32), best, scale, float("-inf"))
-        is_kept = is_token & (x.to(tl.float32) >= least)
+        is_kept = is_token & (x.to(tl.float32) >= lower_bound)
         more = tl.sum(is_kept.to(tl.int32), 0)
         if more > 0:
             places = count + tl.cumsum(is_kept.to(tl.int32), 0) - 1
@@ -238,7 +242,7 @@ def _last(
     """Return the largest of ``count`` logits with which the number, or the weight, of all logits
     that are not lower reaches ``target``."""
     one = tl.full([], 1, tl.uint32)
-    found = one - one
+    prefix = one - one
     for digit in range(NUM_BITS // 2):
         shift = 30 - 2 * digit
         low = tl.zeros([TILE], dtype=tl.int64)
@@ -252,24 +256,24 @@ def _last(
                 amount *= _weights(x, best, scale, float("-inf"))
             bits = x.to(tl.uint32, bitcast=True)
             key = bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000)  # ordered as the logits
-            low += tl.where(key >= (found | (one << shift)), amount, 0)
-            middle += tl.where(key >= (found | (2 * one << shift)), amount, 0)
-            high += tl.where(key >= (found | (3 * one << shift)), amount, 0)
+            low += tl.where(key >= (prefix | (one << shift)), amount, 0)
+            middle += tl.where(key >= (prefix | (2 * one << shift)), amount, 0)
+            high += tl.where(key >= (prefix | (3 * one << shift)), amount, 0)
         chosen = (tl.sum(low, 0).to(tl.float64) >= target).to(tl.uint32)
         chosen += (tl.sum(middle, 0).to(tl.float64) >= target).to(tl.uint32)
         chosen += (tl.sum(high, 0).to(tl.float64) >= target).to(tl.uint32)
-        found |= chosen << shift
+        prefix |= chosen << shift
     if NUM_BITS == 16:  # the key of a negative bfloat16 ends with ones
-        found = tl.where(found >> 31 != 0, found, found | 0xFFFF)
-    bits = found ^ tl.where(found >> 31 != 0, 0x80000000, 0xFFFFFFFF)
+        prefix = tl.where(prefix >> 31 != 0, prefix, prefix | 0xFFFF)
+    bits = prefix ^ tl.where(prefix >> 31 != 0, 0x80000000, 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
 @jit
 def _descend(
     logits: tl.tensor,
-    numbers: tl.tensor,
-    number_stride: tl.tensor,
+    row_params: tl.tensor,
+    param_stride: tl.tensor,
     spans: tl.tensor,
     vocab_size: tl.tensor,
     best: tl.tensor,
@@ -282,9 +286,9 @@ def _descend(
 
     ``spans``: sum of weights of each span of consecutive tokens.
     """
-    seed = tl.load(numbers).to(tl.uint64, bitcast=True)
-    choice = tl.load(numbers + number_stride).to(tl.uint64, bitcast=True)
-    index = tl.load(numbers + 2 * number_stride).to(tl.uint64, bitcast=True)
+    seed = tl.load(row_params).to(tl.uint64, bitcast=True)
+    choice = tl.load(row_params + param_stride).to(tl.uint64, bitcast=True)
+    index = tl.load(row_params + 2 * param_stride).to(tl.uint64, bitcast=True)
     state = _splitmix64(_splitmix64(_splitmix64(seed) ^ choice) ^ index)
     first = tl.full([], 0, tl.int64)
     for level in tl.static_range(NUM_LEVELS):
@@ -361,7 +365,7 @@ def _load_weights(
 def _weights(x: tl.tensor, best: tl.tensor, scale: tl.tensor, floor: tl.tensor) -> tl.tensor:
     """Return the weights of logits, int64: see ``token_weights`` of ``workers.sampling.draws``."""
     exponent = (x - best) * scale
-    t = tl.maximum(exponent, _LEAST)
+    t = tl.maximum(exponent, _MIN_EXPONENT)
     shifted = t + _ROUNDER
     rest = t - (shifted - _ROUNDER)
     power = rest * (0.0013264723820611835 * 2.0**40)

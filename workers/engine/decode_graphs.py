@@ -31,6 +31,7 @@ from workers.kv.cache import KVCache
 from workers.model.attention_batch import AttentionBatch, PagedRows
 from workers.model.host_copies import to_device
 from workers.model.layers import ModelInputs
+from workers.native.draws import NUM_DRAW_INTEGERS
 from workers.requests.buckets import bucket_of, kept_rows
 from workers.requests.step_header import MAX_MICRO_BATCHES, StepHeader
 from workers.sampling.best_tokens import finite_rows
@@ -39,10 +40,9 @@ from workers.sampling.logits_processors import SamplingRow
 from workers.scheduling.step_plan import PlannedRows
 
 _TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS, _SEATS, _LENGTHS, _IS_ROW, _DRAW = range(8)
-_NUM_DRAW_PARAMS, _INDEX = 6, 2
-"""Number of integers of ``DRAW_ROW``, which begin at column ``_DRAW``, and the place of ``index``
-among them."""
-_NUM_COLUMNS = _DRAW + _NUM_DRAW_PARAMS
+_DRAW_INDEX = _DRAW + 2
+"""Column of ``index`` of ``DRAW_ROW``; the integers of ``DRAW_ROW`` begin at column ``_DRAW``."""
+_NUM_COLUMNS = _DRAW + NUM_DRAW_INTEGERS
 
 Compute = Callable[[Sequence[ModelInputs]], tuple[Tensor, Sequence[Tensor], Tensor]]
 """Function that runs a model for the rows of each micro-batch. It returns the hidden states [T, H]
@@ -210,7 +210,7 @@ class DecodeGraphs:
             staging[_SEATS, :count] = seats
             staging[_LENGTHS, :count] = columns[1] + 1
             staging[_DRAW:, :count] = self._draw_params.of(planned, seats).T
-            staging[_DRAW + _INDEX, :count] = columns[1] + 1 - columns[2]
+            staging[_DRAW_INDEX, :count] = columns[1] + 1 - columns[2]
         staging[:, count:] = 0
         staging[_SLOTS, count:] = self._cache.scratch_block * self._cache.block_size
         staging[_SEATS, count:] = self._scratch_seat
@@ -277,12 +277,12 @@ class DecodeGraphs:
 
 
 class SeatDrawParams:
-    """Sampling parameters of the sequences that run, which stay the same in every step."""
+    """Sampling parameters of running sequences, except ``index``, which changes in every step."""
 
     def __init__(self, num_seats: int) -> None:
-        self._params = np.zeros((num_seats, _NUM_DRAW_PARAMS), dtype=np.int64)
+        self._params = np.zeros((num_seats, NUM_DRAW_INTEGERS), dtype=np.int64)
         self._owners: list[tuple[int, int]] = [(-1, -1)] * num_seats
-        """For each seat, arrival number and choice of the sequence whose parameters are known."""
+        """For each seat, arrival number and choice of the sequence with the known parameters."""
 
     def of(self, planned: Sequence[PlannedRows], seats: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the parameters of planned rows in ``seats``, [T, 6]; ``index`` is arbitrary."""

@@ -286,7 +286,7 @@ class StepSampler:
         ``result.hidden`` is finite, [num_rows].
 
         ``row_indices``: rows of ``result.hidden`` whose logits these are; without any, ``logits``
-        is None. Rows whose logits are not processed may have their token from the model's step.
+        is None. The model's step may already have sampled the rows without logits processors.
         """
         if result.drawn is None:
             tokens = () if logits is None else (sample_tokens(logits, rows, self._team),)

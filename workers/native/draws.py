@@ -24,6 +24,8 @@ DRAW_ROW = np.dtype(
     ]
 )
 """Numpy dtype of C ``struct draw_row``: the sampling parameters of one row."""
+NUM_DRAW_INTEGERS = DRAW_ROW.itemsize // 8
+"""Number of 64-bit integers in the memory of a ``DRAW_ROW``."""
 
 
 def can_draw(logits: Tensor) -> bool:

@@ -26,7 +26,7 @@ _HIDDEN_ROWS = 16
 _PAIR_ROWS = 6
 """As ``_HIDDEN_ROWS``, for each (row, expert) pair: input, inner products, output, sum."""
 _LOGIT_BYTES = 32
-"""Bytes per logit: float32 copies of the sampler's stages, and sorted indices."""
+"""Bytes per logit: float32 copies of the sampler's stages, and its largest logits."""
 _ATTENTION_BYTES = 1 << 30
 """Bytes of blocks that attention gathers, and of their float32 copies."""
 _GRAPH_BYTES = 16 << 20

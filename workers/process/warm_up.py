@@ -85,7 +85,7 @@ def warm_attention(
     )
     engine = make_engine(section=own, dispatcher=experts)
     _run(engine, [_request(i, length) for i in range(num_seqs)])
-    _run(engine, [_request(0, 1)])
+    _run(engine, [_request(1, 1)])
     if family.config.latent_rank is not None:  # long chunks use another attention variant
         _run(engine, [_request(0, max(1, min(section.max_num_batched_tokens, longest)))])
     runner = engine.runner

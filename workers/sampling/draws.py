@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.model.host_copies import to_device
-from workers.native.draws import DRAW_ROW, can_draw, draw_rows
+from workers.native.draws import DRAW_ROW, NUM_DRAW_INTEGERS, can_draw, draw_rows
 from workers.native.thread_team import ThreadTeam
 from workers.sampling.best_tokens import best_of_finite, best_tokens
 from workers.sampling.logits_processors import SamplingRow
@@ -104,7 +104,7 @@ def draw_params(rows: Sequence[SamplingRow]) -> NDArray[Any]:
 
 def as_integers(params: NDArray[Any]) -> NDArray[np.int64]:
     """View parameters of dtype ``DRAW_ROW`` [rows] as integers, [rows, 6] int64."""
-    return params.view(np.int64).reshape(len(params), -1)
+    return params.view(np.int64).reshape(len(params), NUM_DRAW_INTEGERS)
 
 
 def _limits(row: SamplingRow) -> tuple[float, float, float, int]:

@@ -18,7 +18,7 @@ from tests.workers.cuda.device import SHARED_BYTES
 from tests.workers.quantization.random import FORMATS
 from workers.cuda import expert_tiles, experts
 from workers.cuda.decode_attention import decode
-from workers.cuda.draw import NUM_PARAMS, draw_rows
+from workers.cuda.draw import draw_rows
 from workers.cuda.experts import GateActivation, Matrices, gate_up, make_pairs, multiply
 from workers.cuda.heads import prepare_heads
 from workers.cuda.norms import norm, sum_and_norm
@@ -26,6 +26,7 @@ from workers.cuda.prefill_attention import prefill
 from workers.cuda.routing import RoutingParams, Scoring, choose
 from workers.cuda.row_sums import sum_rows
 from workers.cuda.slots import check_slots
+from workers.native.draws import NUM_DRAW_INTEGERS
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import empty_weight, parts_of
 
@@ -128,7 +129,7 @@ def compile_half(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
 
 
 def compile_draws(dtype: torch.dtype, vocab_size: int) -> None:
-    params = torch.zeros(NUM_PARAMS, 3, dtype=torch.int64).t()
+    params = torch.zeros(NUM_DRAW_INTEGERS, 3, dtype=torch.int64).t()
     for is_masked in (False, True):
         draw_rows(torch.empty(3, vocab_size, dtype=dtype), params, is_masked)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.workers.cuda.device import DEVICE
 from workers.cuda import draw as cuda_draw
+from workers.native.draws import NUM_DRAW_INTEGERS
 from workers.requests.request import SamplingParams
 from workers.sampling.draws import NONE_ALLOWED, NOT_FINITE, as_integers, draw, draw_params
 from workers.sampling.logits_processors import SamplingRow
@@ -114,5 +115,5 @@ def test_forbidden_tokens_are_not_sampled() -> None:
 
 
 def test_no_rows_need_no_kernel() -> None:
-    params = torch.empty(0, cuda_draw.NUM_PARAMS, dtype=torch.int64, device=DEVICE)
+    params = torch.empty(0, NUM_DRAW_INTEGERS, dtype=torch.int64, device=DEVICE)
     assert cuda_draw.draw_rows(torch.empty(0, 50, device=DEVICE), params, False).tolist() == []
