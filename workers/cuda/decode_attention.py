@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.cuda.cache_rows import load_rows
 from workers.cuda.triton_common import LOG2_E, MIN_DOT, cast, dot, jit, power_of_two
 
 _ENOUGH_PROGRAMS = 528
@@ -44,7 +45,8 @@ def decode(
     """Compute attention of one row per sequence over the blocks of the KV cache; write it to
     ``out``.
 
-    queries, out [rows, A, D]; cache [2 * K, num_blocks, block_size, D], keys before values; tables
+    queries, out [rows, A, D]; cache [2 * K, num_blocks, block_size, D], keys before values, or with
+    rows of ``workers.model.fp8``; tables
     [rows, max_blocks] int32: blocks of each row's sequence; lengths [rows] int32: number of keys of
     each row, including the row's own key. The output of a row without keys is zeros. ``window``:
     number of last keys that a row attends to; None: all. ``splits`` None: see ``num_splits``. sinks
@@ -82,9 +84,10 @@ def decode(
         DIM=dim,
         DIM_TILE=padded,
         SPLITS=splits,
-        KEYS=64 if cache.itemsize < 4 else 32,
+        KEYS=64 if queries.itemsize < 4 else 32,
+        ROW=cache.shape[3],
         num_warps=4,
-        num_stages=3 if cache.itemsize < 4 else 2,
+        num_stages=3 if queries.itemsize < 4 else 2,
     )
     if splits > 1:
         _combine[(num_rows, num_heads)](
@@ -115,12 +118,14 @@ def _decode(
     DIM_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     KEYS: tl.constexpr,
+    ROW: tl.constexpr,
 ) -> None:
     """Attend with the query heads of one key head and row over a share of the keys, in one program.
 
     The program writes the heads' output; if keys are split, also the logarithm (base 2) of the sum
     of attention weights, with which ``_combine`` combines the shares.
     """
+    tl.static_assert(ROW == DIM or BLOCK_SIZE % 4 == 0)
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     begin = 0
@@ -136,8 +141,8 @@ def _decode(
     first = (row.to(tl.int64) * NUM_KV_HEADS + head) * GROUP
     q_address = queries + (first + members)[:, None] * DIM + place[None, :]
     q = tl.load(q_address, mask=is_member[:, None] & is_place[None, :], other=0.0)
-    keys = cache + head.to(tl.int64) * num_slots * DIM
-    values = keys + NUM_KV_HEADS * num_slots.to(tl.int64) * DIM
+    keys = cache + head.to(tl.int64) * num_slots * ROW
+    values = keys + NUM_KV_HEADS * num_slots.to(tl.int64) * ROW
     table = tables + row.to(tl.int64) * table_stride
 
     highest = tl.full([GROUP_TILE], float("-inf"), dtype=tl.float32)
@@ -153,15 +158,13 @@ def _decode(
         has_key = own < end
         block = tl.load(table + own // BLOCK_SIZE, mask=has_key, other=0).to(tl.int64)
         slot = block * BLOCK_SIZE + own % BLOCK_SIZE
-        k_address = keys + slot[None, :] * DIM + place[:, None]
-        k = tl.load(k_address, mask=has_key[None, :] & is_place[:, None], other=0.0)
+        k = load_rows(keys, slot, own, has_key, q.dtype, True, DIM, DIM_TILE, ROW)
         scores = dot(q, k, tl.zeros([GROUP_TILE, KEYS], dtype=tl.float32)) * scale
         scores = tl.where(has_key[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         kept = tl.exp2(highest - higher)
-        v_address = values + slot[:, None] * DIM + place[None, :]
-        v = tl.load(v_address, mask=has_key[:, None] & is_place[None, :], other=0.0)
+        v = load_rows(values, slot, own, has_key, q.dtype, False, DIM, DIM_TILE, ROW)
         total = dot(cast(weights, v.dtype), v, total * kept[:, None])
         weight = weight * kept + tl.sum(weights, 1)
         highest = higher

@@ -15,6 +15,7 @@ from typing import Literal
 import triton.language as tl
 from torch import Tensor
 
+from workers.cuda.cache_rows import store_rows
 from workers.cuda.triton_common import jit, power_of_two, rounded
 
 HeadNorm = Literal["none", "head", "width"]
@@ -39,7 +40,7 @@ def prepare_heads(
     eps: float,
     clip: float | None,
     waves: tuple[Tensor, Tensor],
-    cache: Tensor | None,
+    cache: Tensor,
     slot_mapping: Tensor,
 ) -> Heads:
     """Norm, clip and rotate projected rows, and write keys and values to the cache.
@@ -47,8 +48,8 @@ def prepare_heads(
     rows [T, (A + 2K) * D]: queries, keys, values. ``num_heads``: A. ``weight`` of the norm of
     queries and keys: [A + K, D] for one norm per head, [(A + K) * D] for one over all heads, or
     None. ``clip``: limit of absolute values after the norms. ``waves``: cosines and signed sines
-    [T, 1, D], see ``Rope.rows``. cache [2 * K, num_blocks, block_size, D], or None to write
-    nothing. slot_mapping [T] int64: cache slot of each row.
+    [T, 1, D], see ``Rope.rows``. cache [2 * K, num_blocks, block_size, D], or with rows of
+    ``workers.model.fp8``. slot_mapping [T] int64: cache slot of each row.
     """
     cos, sin = waves
     num_rows, dim = len(rows), cos.shape[-1]
@@ -65,10 +66,10 @@ def prepare_heads(
             slot_mapping,
             queries,
             keys_values,
-            keys_values if cache is None else cache,
+            cache,
             rows.stride(0),
             cos.stride(0),
-            0 if cache is None else cache.shape[1] * cache.shape[2],
+            cache.shape[1] * cache.shape[2],
             eps,
             0.0 if clip is None else clip,
             NUM_HEADS=num_heads,
@@ -78,7 +79,7 @@ def prepare_heads(
             DIM_TILE=power_of_two(dim),
             NORM=norm,
             HAS_CLIP=clip is not None,
-            IS_WRITTEN=cache is not None,
+            ROW=cache.shape[3],
             num_warps=_WARPS,
             enable_fp_fusion=False,  # products are rounded, as in torch
         )
@@ -107,7 +108,7 @@ def _prepare(
     DIM_TILE: tl.constexpr,
     NORM: tl.constexpr,
     HAS_CLIP: tl.constexpr,
-    IS_WRITTEN: tl.constexpr,
+    ROW: tl.constexpr,
 ) -> None:
     """Norm, clip, rotate and store the queries, the keys or the values of one row in each
     program."""
@@ -146,17 +147,17 @@ def _prepare(
         x += rounded(swapped * sines.to(tl.float32), dtype)
     elif HAS_CLIP:
         x = _clipped(x, limit, dtype)
-    x = rounded(x, dtype).to(dtype)
+    x = rounded(x, dtype)
     if part == 0:
-        tl.store(queries + row * (NUM_HEADS * DIM) + heads * DIM + columns, x, mask=is_there)
+        target = queries + row * (NUM_HEADS * DIM) + heads * DIM + columns
+        tl.store(target, x.to(dtype), mask=is_there)
     else:
         own_heads = (part - 1) * NUM_KV_HEADS + heads
         target = keys_values + row * (2 * NUM_KV_HEADS * DIM) + own_heads * DIM + columns
-        tl.store(target, x, mask=is_there)
-        if IS_WRITTEN:
-            slot = tl.load(slots + row)
-            target = cache + (own_heads.to(tl.int64) * cache_rows + slot) * DIM + columns
-            tl.store(target, x, mask=is_there)
+        tl.store(target, x.to(dtype), mask=is_there)
+        slot = tl.load(slots + row)
+        cache_row = cache + (own_heads.to(tl.int64) * cache_rows + slot) * ROW
+        store_rows(cache_row, x, columns, heads < count, DIM, ROW)
 
 
 @jit

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.cuda.cache_rows import load_rows
 from workers.cuda.triton_common import LOG2_E, MIN_DOT, cast, dot, jit, power_of_two
 
 
@@ -41,7 +42,7 @@ def prefill(
     """
     num_heads, dim = queries.shape[1:]
     num_kv_heads, block_size = cache.shape[0] // 2, cache.shape[2]
-    is_half = cache.itemsize < 4
+    is_half = queries.itemsize < 4
     rows = 64 if is_half else 32
     _prefill[(triton.cdiv(max_rows, rows), num_heads, lengths.shape[0])](
         queries,
@@ -65,6 +66,7 @@ def prefill(
         DIM_TILE=max(power_of_two(dim), MIN_DOT),
         ROWS=rows,
         KEYS=64 if is_half else 32,
+        ROW=cache.shape[3],
         num_warps=4,
         num_stages=2,
     )
@@ -93,9 +95,11 @@ def _prefill(
     DIM_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    ROW: tl.constexpr,
 ) -> None:
     """Compute ``ROWS`` rows of a sequence and one query head in each program. Programs of the last
     rows, which attend to the most keys, run first."""
+    tl.static_assert(ROW == DIM or BLOCK_SIZE % 4 == 0)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, entry = tl.program_id(1), tl.program_id(2)
     first_row = tl.load(first_rows + entry)
@@ -113,8 +117,8 @@ def _prefill(
     is_inside = is_row[:, None] & is_place[None, :]
     q = tl.load(queries + target, mask=is_inside, other=0.0)
     kv_head = (head // (NUM_HEADS // NUM_KV_HEADS)).to(tl.int64)
-    keys = cache + kv_head * num_slots * DIM
-    values = keys + NUM_KV_HEADS * num_slots.to(tl.int64) * DIM
+    keys = cache + kv_head * num_slots * ROW
+    values = keys + NUM_KV_HEADS * num_slots.to(tl.int64) * ROW
     table = tables + entry.to(tl.int64) * table_stride
 
     positions = length - count + rows
@@ -133,8 +137,7 @@ def _prefill(
         has_key = own < end
         block = tl.load(table + own // BLOCK_SIZE, mask=has_key, other=0).to(tl.int64)
         slot = block * BLOCK_SIZE + own % BLOCK_SIZE
-        k_address = keys + slot[None, :] * DIM + place[:, None]
-        k = tl.load(k_address, mask=has_key[None, :] & is_place[:, None], other=0.0)
+        k = load_rows(keys, slot, own, has_key, q.dtype, True, DIM, DIM_TILE, ROW)
         scores = dot(q, k, tl.zeros([ROWS, KEYS], dtype=tl.float32)) * scale
         is_seen = own[None, :] <= positions[:, None]
         if HAS_WINDOW:
@@ -144,8 +147,7 @@ def _prefill(
         known = tl.where(higher == float("-inf"), 0.0, higher)  # no key of the row's window yet
         weights = tl.exp2(scores - known[:, None])
         kept = tl.exp2(highest - known)
-        v_address = values + slot[:, None] * DIM + place[None, :]
-        v = tl.load(v_address, mask=has_key[:, None] & is_place[None, :], other=0.0)
+        v = load_rows(values, slot, own, has_key, q.dtype, False, DIM, DIM_TILE, ROW)
         total = dot(cast(weights, v.dtype), v, total * kept[:, None])
         weight = weight * kept + tl.sum(weights, 1)
         highest = higher

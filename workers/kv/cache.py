@@ -76,9 +76,9 @@ class KVCache:
         self.predictor = self.layers[-1] if config.has_predictor else None
         """Cache tensor of the model's predictor (multi-token prediction), or None without one."""
         self._dtype = dtype
-        self.has_plain_heads = not is_fp8 and config.latent_rank is None
-        """Whether blocks hold unquantized keys and values by head, as the GPU kernels need."""
-        self.is_read_in_place = device.type == "cuda" and self.has_plain_heads
+        self.has_heads = config.latent_rank is None
+        """Whether blocks hold keys and values by head, as the GPU kernels need."""
+        self.is_read_in_place = device.type == "cuda" and self.has_heads
         """Whether GPU kernels read blocks in place; see ``AttentionBatch.paged``."""
         self.compute_threads = compute_threads
         self.workspaces = tuple(Workspace(dtype, device) for _ in range(compute_threads.count))

@@ -59,8 +59,8 @@ def captured_sizes(args: WorkerArgs, family: Family) -> tuple[int, ...]:
     section, config = args.config.engine, family.config
     is_local = args.config.workers.mode == "local"
     is_read = not is_local and returns_pairs(family.banks, section.combine_mode)
-    is_kv_plain = section.kv_cache_dtype != "fp8" and config.latent_rank is None
-    is_capturable = is_kv_plain and config.delta_net is None and not config.has_predictor
+    has_heads = config.latent_rank is None
+    is_capturable = has_heads and config.delta_net is None and not config.has_predictor
     if args.device.type != "cuda" or section.enforce_eager or is_read or not is_capturable:
         return ()
     return buckets_up_to(args.config.max_decode_rows)

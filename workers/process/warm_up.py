@@ -91,18 +91,19 @@ def warm_attention(
     runner = engine.runner
     if isinstance(experts, ZeroDispatcher):  # else the serving engine captures its steps itself
         runner.capture_graphs()
-    _warm_attention(engine, family, section.block_size_tokens)
+    _warm_attention(engine, family)
     runner.graphs = None  # breaks a reference cycle with the engine
 
 
-def _warm_attention(engine: Engine, family: Family, block_size: int) -> None:
+def _warm_attention(engine: Engine, family: Family) -> None:
     """Run every variant of the attention kernels; none if the KV cache is latent."""
     config, model = family.config, engine.runner.model
     if config.latent_rank is not None:
         return
-    shape = (config.kv_vectors_per_layer, 1, block_size, config.head_dim)
-    cache = torch.zeros(shape, dtype=model.dtype, device=model.device)
-    warm_kernels(cache, config.num_heads, model.windows, engine.max_model_len, family.has_sinks)
+    shape = (1, config.num_heads, config.head_dim)
+    queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
+    cache = engine.cache.layers[0]
+    warm_kernels(queries, cache, model.windows, engine.max_model_len, family.has_sinks)
 
 
 def _request(number: int, length: int) -> Request:

@@ -26,6 +26,7 @@ from workers.cuda.prefill_attention import prefill
 from workers.cuda.routing import RoutingParams, Scoring, choose
 from workers.cuda.row_sums import sum_rows
 from workers.cuda.slots import check_slots
+from workers.model import fp8
 from workers.native.draws import NUM_DRAW_INTEGERS
 from workers.quantization.formats import WeightFormat
 from workers.quantization.matrix import empty_weight, parts_of
@@ -91,17 +92,26 @@ def compile_experts(
     sum_rows(outputs, slots, factors, True, dtype)
 
 
+def caches_of(dtype: torch.dtype, num_kv_heads: int, dim: int) -> list[torch.Tensor]:
+    """One in the type of the model and one in fp8."""
+    shape = (2 * num_kv_heads, 16, 16)
+    return [
+        torch.empty(*shape, dim, dtype=dtype),
+        torch.empty(*shape, fp8.row_bytes(dim), dtype=fp8.ROW_DTYPE),
+    ]
+
+
 def compile_attention(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None) -> None:
     dim, num_heads, num_kv_heads = shape
-    cache = torch.empty(2 * num_kv_heads, 16, 16, dim, dtype=dtype)
     queries = torch.empty(4, num_heads, dim, dtype=dtype)
     tables, lengths = torch.zeros(4, 64, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     out, first_rows = torch.empty_like(queries), torch.zeros(5, dtype=torch.int32)
-    decode(queries, cache, tables, lengths, window, out)
-    prefill(queries, cache, tables, lengths, first_rows, 512, window, out, True)
-    sinks = torch.zeros(num_heads)
-    decode(queries, cache, tables, lengths, window, out, sinks=sinks)
-    prefill(queries, cache, tables, lengths, first_rows, 512, window, out, sinks=sinks)
+    for cache in caches_of(dtype, num_kv_heads, dim):
+        decode(queries, cache, tables, lengths, window, out)
+        prefill(queries, cache, tables, lengths, first_rows, 512, window, out, True)
+        sinks = torch.zeros(num_heads)
+        decode(queries, cache, tables, lengths, window, out, sinks=sinks)
+        prefill(queries, cache, tables, lengths, first_rows, 512, window, out, sinks=sinks)
 
 
 def compile_half(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
@@ -109,11 +119,11 @@ def compile_half(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     num_rows, width = 3, (num_heads + num_kv_heads) * dim
     rows = torch.empty(num_rows, width + num_kv_heads * dim, dtype=dtype)
     waves = torch.empty(num_rows, 1, dim, dtype=dtype), torch.empty(num_rows, 1, dim, dtype=dtype)
-    cache = torch.empty(2 * num_kv_heads, 16, 16, dim, dtype=dtype)
     slots = torch.zeros(num_rows, dtype=torch.int64)
     for weight in (None, torch.empty(width, dtype=dtype), torch.empty(width // dim, dim)):
         own = None if weight is None else weight.to(dtype)
-        prepare_heads(rows, num_heads, own, 1e-5, None, waves, cache, slots)
+        for cache in caches_of(dtype, num_kv_heads, dim):
+            prepare_heads(rows, num_heads, own, 1e-5, None, waves, cache, slots)
     hidden, scale = torch.empty(num_rows, HIDDEN, dtype=dtype), torch.empty(HIDDEN, dtype=dtype)
     norm(hidden, scale, 1e-5)
     sum_and_norm(hidden, hidden, scale, 1e-5)

@@ -64,6 +64,7 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "and.b32": lambda a, b: a & b,
     "shl.b32": lambda a, b: a << b,
     "shr.b32": lambda a, b: a >> b,
+    "shf.r.wrap.b32": lambda low, high, count: (high << 32 | low) >> (count & 31),
     "fma.rn.bf16x2": fused,
 }
 

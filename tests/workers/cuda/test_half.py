@@ -13,6 +13,7 @@ from tests.harness.tiers import quick_rows
 from tests.workers.cuda.device import DEVICE
 from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.routing import RoutingParams, choose
+from workers.model import fp8
 from workers.model.attention_sublayer import (
     AttentionShape,
     DenseProjections,
@@ -95,8 +96,14 @@ def test_heads_are_those_of_torch_and_in_the_cache(
         assert (got.float() - want.float()).abs().max() <= LIMITS[dtype]
     written = cache.view(2 * num_kv_heads, -1, dim)
     _, keys, values = seen[1]
-    assert torch.equal(written[:, slots].transpose(0, 1), torch.cat((keys, values), 1))
+    keys_values = torch.cat((keys, values), 1)
+    assert torch.equal(written[:, slots].transpose(0, 1), keys_values)
     assert written.isnan().all(2).sum() == 2 * num_kv_heads * (BLOCKS * BLOCK - 7)
+    codes = torch.full((*cache.shape[:3], dim + 1), 7, dtype=fp8.ROW_DTYPE, device=DEVICE)
+    CudaAttentionSublayer(described).attend_rows(rows, codes, context)
+    written = codes.view(2 * num_kv_heads, -1, dim + 1)
+    assert torch.equal(written[:, slots].transpose(0, 1), fp8.encode(keys_values))
+    assert (written == 7).all(2).sum() == 2 * num_kv_heads * (BLOCKS * BLOCK - 7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -182,7 +182,7 @@ def test_a_batch_that_is_read_in_place_has_the_tables_of_all_sequences(
 
 
 def test_what_a_gpu_gathers_at_a_time_is_bounded() -> None:
-    """An fp8 cache cannot be read in place: 256 MiB of decoded keys and values, and no more."""
+    """256 MiB of dequantized keys and values, and no more, where no kernel reads them in place."""
     config = Checkpoint(DEMO).config
     cache = KVCache(
         config=config,

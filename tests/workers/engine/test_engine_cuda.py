@@ -50,7 +50,7 @@ def gpu_engine(path: Path, section: EngineSection) -> LocalEngine:
     )
     runner = local.engine.runner
     runner.model = family.attention_model(checkpoint, dtype, DEVICE, MAX_MODEL_LEN, CudaBlocks())
-    runner.cache.is_read_in_place = runner.cache.has_plain_heads  # as on a GPU
+    runner.cache.is_read_in_place = runner.cache.has_heads  # as on a GPU
     return local
 
 

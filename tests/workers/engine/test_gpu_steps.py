@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.harness.both_roles import take_both_roles
 from benchmarks.harness.local_engine import LocalEngine
+from cluster.config.cluster import EngineSection
 from tests.harness.pretend_gpu import DEVICE, DeviceLog, pretend_gpu
 from tests.reference.goldens import golden_path
 from workers.engine import engine
@@ -22,6 +23,8 @@ OTHERS = ["dots1-groups", "jetmoe-tied"]
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13], [3] * 7]
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=4, temperature=0.9, top_k=20, seed=3, ignore_eos=True)
+
+PLAIN, FP8 = EngineSection(), EngineSection(kv_cache_dtype="fp8")
 
 Outputs = Mapping[tuple[str, int], Sequence[TokenOutput]]
 
@@ -38,10 +41,11 @@ def tokens(outputs: Outputs) -> dict[str, list[int]]:
     return {name: [t for o in own for t in o.token_ids] for (name, _), own in outputs.items()}
 
 
-def on_cpu(variant: str, other: SamplingParams = DRAWN) -> dict[str, list[int]]:
-    engine = LocalEngine(
-        golden_path(variant, variant.split("-")[0]), dtype="float32", kernels="torch"
-    )
+def on_cpu(
+    variant: str, other: SamplingParams = DRAWN, section: EngineSection = PLAIN
+) -> dict[str, list[int]]:
+    path = golden_path(variant, variant.split("-")[0])
+    engine = LocalEngine(path, dtype="float32", kernels="torch", section=section)
     return tokens(engine.run(requests(other)))
 
 
@@ -54,10 +58,10 @@ class GpuRun:
         log: DeviceLog,
         prepare: Callable[[LocalEngine], object] = lambda _: None,
         other: SamplingParams = DRAWN,
+        section: EngineSection = PLAIN,
     ) -> None:
-        self.engine = LocalEngine(
-            golden_path(variant, variant.split("-")[0]), dtype="float32", device=DEVICE
-        )
+        path = golden_path(variant, variant.split("-")[0])
+        self.engine = LocalEngine(path, dtype="float32", device=DEVICE, section=section)
         prepare(self.engine)
         self.decodes: list[DeviceLog] = []
         found: dict[tuple[str, int], list[TokenOutput]] = {}
@@ -88,6 +92,16 @@ def test_tokens_are_those_of_a_cpu_and_a_decode_step_waits_once(variant: str) ->
         copies = {name: step.launches.pop(name, 0) for name in ("copy_", "_to_copy", "clone")}
         assert step.launches == {"graph": 1}
         assert sum(copies.values()) <= 3  # numbers in, the choices, tokens out
+
+
+def test_decode_steps_with_an_fp8_cache_are_graphs() -> None:
+    """The tokens are those of a CPU, which dequantizes blocks before it attends to them."""
+    expected = on_cpu(OLMOE, section=FP8)
+    with pretend_gpu() as log:
+        run = GpuRun(OLMOE, log, section=FP8)
+    assert run.tokens == expected
+    assert {sum(step.waits.values()) for step in run.decodes} == {1}
+    assert {step.launches["graph"] for step in run.decodes} == {1}
 
 
 def test_a_penalty_of_one_request_leaves_the_others_to_the_graph() -> None:

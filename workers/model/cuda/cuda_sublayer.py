@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workers.model import fp8
-from workers.model.attention import write_rows
 from workers.model.attention_sublayer import (
     DenseProjections,
     HeadAttention,
@@ -40,7 +38,6 @@ class CudaAttention:
         shape, batch = self._attention.shape, self._attention.batch(context)
         if shape.latent_rank is not None:
             return self._attention.attend_rows(rows, cache, context)
-        is_fp8 = cache.dtype == fp8.ROW_DTYPE
         heads = prepare_heads(
             rows,
             shape.num_heads,
@@ -48,12 +45,10 @@ class CudaAttention:
             shape.eps,
             shape.clip,
             (context.cos, context.sin),
-            None if is_fp8 else cache,
+            cache,
             batch.slot_mapping,
         )
         keys, values = torch.split(heads.keys_values, shape.num_kv_heads, 1)
-        if is_fp8:
-            write_rows(keys, values, cache, batch.slot_mapping)
         return attend_written(heads.queries, keys, values, cache, batch)
 
 
