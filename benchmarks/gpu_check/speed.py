@@ -31,6 +31,7 @@ from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from benchmarks.harness.prompts import random_prompts
 from benchmarks.memory_wall.bounds import prefill_flops, step_weight_bytes
 from cluster.config.cluster import EngineSection
+from cluster.config.kv_cache import KvCacheDType
 from workers.quantization.formats import WeightFormat
 from workers.requests.request import Request, SamplingParams
 
@@ -63,7 +64,8 @@ class Run:
 
     def kv_bytes(self, batch: int, tokens: int) -> int:
         """Bytes of keys and values of a batch."""
-        return batch * tokens * block_bytes(self.engine.config, 1, _DTYPE)
+        cache = self.engine.engine.cache
+        return batch * tokens * cache.block_bytes // cache.block_size
 
     def fits(self, batch: int) -> bool:
         """Whether the keys and values of a batch fit."""
@@ -116,6 +118,19 @@ def run(place: Place, report: Report) -> None:
             report.value("both roles", both_roles(given, batch, steps_s[batch]))
     del given, engine
     gc.collect()  # an engine and its graphs refer to each other
+    with report.part("fp8 cache"):
+        engine = make_engine(place, model, context, max(batches), kind="fp8")
+        given = Run(
+            place=place,
+            model=model,
+            engine=engine,
+            context=context,
+            copy_rate=copy_rate,
+            matrix_rate=rate,
+        )
+        report.value("fp8 cache", fp8_cache(given, steps_s))
+        del given, engine
+        gc.collect()
     with report.part("transformers"):
         beside_transformers(place, report, model, context, steps_s)
 
@@ -147,9 +162,10 @@ def make_engine(
     context: int,
     batch: int,
     form: WeightFormat | None = None,
+    kind: KvCacheDType = "auto",
 ) -> LocalEngine:
-    """Open an engine whose cache holds a batch, or as much as fits; ``form`` is the format of the
-    experts."""
+    """Open an engine whose cache of a ``kind`` holds a batch, or as much as fits; ``form`` is the
+    format of the experts."""
     checkpoint = RandomCheckpoint(model, place.device, form=form)
     each = block_bytes(checkpoint.config, 16, _DTYPE)
     wanted = batch * -(-(context + _MORE_TOKENS) // 16) * each
@@ -164,6 +180,7 @@ def make_engine(
         max_num_seqs=batch,
         max_num_batched_tokens=rows,
         enable_prefix_caching=False,
+        kv_cache_dtype=kind,
     )
     return LocalEngine(
         checkpoint,
@@ -227,6 +244,16 @@ def both_roles(given: Run, batch: int, local_s: float) -> dict[str, Any]:
     take_both_roles(given.engine)
     found = decode(given, batch)
     return {**found, "share_of_local": local_s / found["step_s"]}
+
+
+def fp8_cache(given: Run, plain_s: Mapping[int, float]) -> dict[int, dict[str, Any]]:
+    """Measure decode steps with keys and values in fp8, compared with ``plain_s`` of a step with a
+    bfloat16 cache, by batch size."""
+    found = {}
+    for batch, step_s in plain_s.items():
+        own = decode(given, batch)
+        found[batch] = {**own, "times_as_fast": step_s / own["step_s"]}
+    return found
 
 
 def fill(
