@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import ClusterConfig, EngineSection
+from cluster.config.kv_cache import KvCacheDType
 from cluster.config.model import ModelSection
 from cluster.config.workers import Device, Mode, WorkersSection
 from cluster.core.topology import Member
@@ -151,11 +152,17 @@ def test_cpus_are_warm(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [OLMOE, "dots1-groups"])
-def test_serving_needs_no_kernel_that_the_warm_up_did_not_compile(variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "kind"), [(OLMOE, "auto"), ("dots1-groups", "auto"), (OLMOE, "fp8")]
+)
+def test_serving_needs_no_kernel_that_the_warm_up_did_not_compile(
+    variant: str, kind: KvCacheDType
+) -> None:
     """Decodes of all sizes, chunks of prompts and prefixes from the cache, experts elsewhere."""
     path = golden_path(variant, variant.split("-")[0])
-    section = EngineSection(max_num_seqs=4, max_num_batched_tokens=16, block_size_tokens=4)
+    section = EngineSection(
+        max_num_seqs=4, max_num_batched_tokens=16, block_size_tokens=4, kv_cache_dtype=kind
+    )
     config = replace(args_of("cuda").config, engine=section)
     args = replace(args_of("cuda"), config=config)
     checkpoint = Checkpoint(path)
