@@ -100,7 +100,7 @@ class CheckpointFacts:
             kv_bytes_per_token=self.kv_bytes_per_token(dtype, kv_cache_dtype),
             state_bytes=self.state_bytes,
             itemsize=self.itemsize(dtype),
-            is_captured=self.is_captured and kv_cache_dtype != "fp8",
+            is_captured=self.is_captured,
         )
 
 
