@@ -52,7 +52,7 @@ def test_all_gpus_have_the_costs_of_messages_and_of_the_host() -> None:
         found = gpu_spec(name)
         assert (found.message_s, found.latency_s) == (3.7e-6, 10e-6)
         assert found.host == H100.host
-        assert found.host.attention_s(256) == pytest.approx(4.0e-3, rel=0.01)
+        assert found.host.attention_s(256) == pytest.approx(2.74e-3, rel=0.01)
 
 
 def test_no_gpu_is_an_unknown_one() -> None:
