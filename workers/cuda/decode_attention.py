@@ -46,12 +46,11 @@ def decode(
     ``out``.
 
     queries, out [rows, A, D]; cache [2 * K, num_blocks, block_size, D], keys before values, or with
-    rows of ``workers.model.fp8``; tables
-    [rows, max_blocks] int32: blocks of each row's sequence; lengths [rows] int32: number of keys of
-    each row, including the row's own key. The output of a row without keys is zeros. ``window``:
-    number of last keys that a row attends to; None: all. ``splits`` None: see ``num_splits``. sinks
-    [A] float32: score of the attention sink of each head. All contiguous, except that a row of
-    ``tables`` may be part of a longer one.
+    rows of ``workers.model.fp8``; tables [rows, max_blocks] int32: blocks of each row's sequence;
+    lengths [rows] int32: number of keys of each row, including the row's own key. The output of a
+    row without keys is zeros. ``window``: number of last keys that a row attends to; None: all.
+    ``splits`` None: see ``num_splits``. sinks [A] float32: score of the attention sink of each
+    head. All contiguous, except that a row of ``tables`` may be part of a longer one.
     """
     num_rows, num_heads, dim = queries.shape
     num_kv_heads, block_size = cache.shape[0] // 2, cache.shape[2]
