@@ -12,6 +12,7 @@ import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -85,14 +86,10 @@ def run(place: Place, report: Report) -> None:
     engine = make_engine(place, model, context, max(batches))
     synchronize(device)
     report.value("load_s", time.perf_counter() - start)
-    given = Run(
-        place=place,
-        model=model,
-        engine=engine,
-        context=context,
-        copy_rate=copy_rate,
-        matrix_rate=rate,
+    make_run = partial(
+        Run, place=place, model=model, context=context, copy_rate=copy_rate, matrix_rate=rate
     )
+    given = make_run(engine=engine)
     report.value("copy_bytes_per_s", copy_rate)
     report.value("bf16_flops", rate)
     shares, steps_s, words = {}, {}, ""
@@ -120,14 +117,7 @@ def run(place: Place, report: Report) -> None:
     gc.collect()  # an engine and its graphs refer to each other
     with report.part("fp8 cache"):
         engine = make_engine(place, model, context, max(batches), kind="fp8")
-        given = Run(
-            place=place,
-            model=model,
-            engine=engine,
-            context=context,
-            copy_rate=copy_rate,
-            matrix_rate=rate,
-        )
+        given = make_run(engine=engine)
         report.value("fp8 cache", fp8_cache(given, steps_s))
         del given, engine
         gc.collect()

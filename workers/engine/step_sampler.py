@@ -25,7 +25,7 @@ from workers.engine.step_result import StepResult
 from workers.inspection.buffers import StepRows
 from workers.inspection.inspector import Inspector
 from workers.model.config import BankSpec, ModelConfig
-from workers.model.host_copies import to_device, to_host
+from workers.model.host_copies import to_host
 from workers.native.thread_team import ThreadTeam
 from workers.requests.request import TokenLogprob
 from workers.requests.sequence import NOT_FINITE, Failure, SequenceState
@@ -40,6 +40,7 @@ from workers.sampling.sampler import (
     logprob_entries_by_row,
     sample_tokens,
     sampled_tokens,
+    select_rows,
 )
 from workers.scheduling.step_plan import PlannedRows, StepPlan
 
@@ -184,7 +185,7 @@ class StepSampler:
             return {}
         ordered = sorted(row_of, key=row_of.__getitem__)
         rows = [row_of[sequence] for sequence in ordered]
-        (ids,) = to_host([best_tokens(self._logits(_select_rows(predicted, rows)))])
+        (ids,) = to_host([best_tokens(self._logits(select_rows(predicted, rows)))])
         return dict(zip(ordered, ids.tolist(), strict=True))
 
     def _read_prompt_rows(
@@ -246,21 +247,27 @@ class StepSampler:
         row_indices = [row_index for one in sampled for row_index in one.row_indices]
         logits = self._logits_of(row_indices, result) if sampled else None
         result.finish()  # sampling may read values from the device
-        ids, is_finite = self._drawn(logits, rows, row_indices, result)
+        drawn = result.drawn
+        if drawn is not None and all(row.is_plain for row in rows):
+            (both,) = to_host([drawn])
+            ids, is_finite = [both[row_indices, 0]], both[:, 1] != 0
+        else:
+            own = None if drawn is None else select_rows(drawn[:, 0], row_indices)
+            tokens_of = () if logits is None else (sample_tokens(logits, rows, self._team, own),)
+            is_finite, *ids = to_host([result.finite, *tokens_of])
         if not is_finite.all():
             self._fail_broken(tokens, plan, result, is_finite)
         if logits is None:
             return
-        drawn, kept = ids.tolist(), []
-        begin = 0
+        new, kept, begin = ids[0].tolist(), [], 0
         for one in sampled:
             accepted, end = 0, begin + 1 + len(one.drafts)
             if one.drafts:
                 finite = is_finite[one.first : one.first + end - begin].tolist()
-                accepted = num_accepted(one.drafts, drawn[begin:end], finite)
+                accepted = num_accepted(one.drafts, new[begin:end], finite)
             kept.append(range(begin, begin + 1 + accepted))
             begin = end
-        self._report(tokens, sampled, kept, _SampledLogits(logits, rows, drawn))
+        self._report(tokens, sampled, kept, _SampledLogits(logits, rows, new))
 
     def _fail_broken(
         self, tokens: StepTokens, plan: StepPlan, result: StepResult, is_finite: NDArray[np.bool_]
@@ -274,34 +281,6 @@ class StepSampler:
                 tokens.failed[planned.sequence] = NOT_FINITE
             if planned.drafts and not is_finite[first : first + planned.count].all():
                 tokens.broken.append(planned)
-
-    def _drawn(
-        self,
-        logits: Tensor | None,
-        rows: Sequence[SamplingRow],
-        row_indices: Sequence[int],
-        result: StepResult,
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return the tokens sampled from logits [rows, V], [rows], and whether each row of
-        ``result.hidden`` is finite, [num_rows].
-
-        ``row_indices``: rows of ``result.hidden`` whose logits these are; without any, ``logits``
-        is None. The model's step may already have sampled the rows without logits processors.
-        """
-        if result.drawn is None:
-            tokens = () if logits is None else (sample_tokens(logits, rows, self._team),)
-            is_finite, *sampled = to_host([result.finite, *tokens])
-            return sampled[0] if sampled else np.empty(0, dtype=np.int64), is_finite
-        changed = [i for i, row in enumerate(rows) if not row.is_plain]
-        if logits is None or not changed:
-            (drawn,) = to_host([result.drawn])
-            return drawn[row_indices, 0], drawn[:, 1] != 0
-        part = [rows[i] for i in changed]
-        tokens_of = sample_tokens(_select_rows(logits, changed), part, self._team)
-        drawn, processed = to_host([result.drawn, tokens_of])
-        ids = drawn[row_indices, 0]
-        ids[changed] = processed
-        return ids, drawn[:, 1] != 0
 
     def _rows_to_sample(
         self, complete: Mapping[SequenceState, int], plan: StepPlan
@@ -328,7 +307,7 @@ class StepSampler:
         row_indices = [row_index for own in kept for row_index in own]
         rows = [drawn.rows[row_index] for row_index in row_indices]
         ids = [drawn.tokens[row_index] for row_index in row_indices]
-        logits = _select_rows(drawn.logits, row_indices)
+        logits = select_rows(drawn.logits, row_indices)
         results = iter(sampled_tokens(logits, rows, ids, self._score))
         for one, own in zip(sampled, kept, strict=True):
             tokens_of = [next(results) for _ in own]
@@ -366,21 +345,21 @@ class StepSampler:
                 may_end=len(sequences[0].output) >= params.min_tokens,
                 num_top=params.logprobs,
             )
-            candidates = self._candidates(_select_rows(logits, rows), candidate_params)
+            candidates = self._candidates(select_rows(logits, rows), candidate_params)
             tokens.candidates.update(zip(sequences, candidates, strict=True))
 
     def _logits_of(self, rows: Sequence[int], result: StepResult) -> Tensor:
         """Return the logits [len(rows), V] of the given rows, which must be ascending."""
         if result.logits is not None:
-            return _select_rows(result.logits, rows)
-        return self._logits(_select_rows(result.hidden, rows))
+            return select_rows(result.logits, rows)
+        return self._logits(select_rows(result.hidden, rows))
 
     def _classify(self, tokens: StepTokens, hidden: Tensor) -> None:
         """Compute the class logits of complete prompts, if the model is a classifier."""
         if not self._is_classifier or not tokens.complete:
             return
         ends = list(tokens.complete.values())
-        rows: Sequence[list[float]] = self._logits(_select_rows(hidden, ends)).float().tolist()
+        rows: Sequence[list[float]] = self._logits(select_rows(hidden, ends)).float().tolist()
         for sequence, row in zip(tuple(tokens.complete), rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self._fail(tokens, sequence, NOT_FINITE)
@@ -419,10 +398,3 @@ def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequenc
             break
         count += 1
     return count
-
-
-def _select_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """Return the given rows of x [T, ..]; x itself if these are all rows in order."""
-    if rows == list(range(len(x))):
-        return x
-    return x[to_device(rows, x.device)]

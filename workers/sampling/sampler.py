@@ -54,25 +54,32 @@ class SampledToken(Struct, frozen=True):
 
 
 def sample_tokens(
-    logits: Tensor, rows: Sequence[SamplingRow], team: ThreadTeam | None = None
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    team: ThreadTeam | None = None,
+    drawn: Tensor | None = None,
 ) -> Tensor:
     """Sample one token for each row of logits [rows, V]; returns [rows] int64.
 
     The result is ``NOT_FINITE`` for a row with NaN or infinity, and ``NONE_ALLOWED`` if all tokens
-    of a row are masked. ``team``: threads for the native kernel; None: torch.
+    of a row are masked. ``team``: threads for the native kernel; None: torch. drawn [rows] int64:
+    tokens that were already sampled from the unprocessed logits; None: none were.
     """
     changed = [i for i, row in enumerate(rows) if not row.is_plain]
     if not changed:
-        return draw(logits, rows, team=team)
-    part, part_rows = _select_rows(logits, changed), [rows[i] for i in changed]
-    drawn = draw(apply_processors(part, part_rows), part_rows, is_masked=True, team=team)
-    drawn = torch.where(finite_rows(part), drawn, NOT_FINITE)
+        return draw(logits, rows, team=team) if drawn is None else drawn
+    part, part_rows = select_rows(logits, changed), [rows[i] for i in changed]
+    processed = draw(apply_processors(part, part_rows), part_rows, is_masked=True, team=team)
+    processed = torch.where(finite_rows(part), processed, NOT_FINITE)
     plain = [i for i, row in enumerate(rows) if row.is_plain]
     if not plain:
-        return drawn
-    others = draw(_select_rows(logits, plain), [rows[i] for i in plain], team=team)
+        return processed
+    if drawn is None:
+        others = draw(select_rows(logits, plain), [rows[i] for i in plain], team=team)
+    else:
+        others = select_rows(drawn, plain)
     order = np.argsort([*changed, *plain])
-    return torch.cat([drawn, others])[to_device(order, logits.device)]
+    return torch.cat([processed, others])[to_device(order, logits.device)]
 
 
 def sampled_tokens(
@@ -92,9 +99,9 @@ def sampled_tokens(
     ]
 
 
-def _select_rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """Return the given rows of logits [rows, V]; if these are all rows, without a copy."""
-    return logits if len(rows) == len(logits) else logits[to_device(rows, logits.device)]
+def select_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return the given rows of x [T, ..]; x itself if these are all rows in order."""
+    return x if rows == list(range(len(x))) else x[to_device(rows, x.device)]
 
 
 def all_finite(logits: Tensor) -> bool:
@@ -116,7 +123,7 @@ def _entries(
         return {}
     params = [rows[i].params for i in requested]
     entries = score(
-        _select_rows(logits, requested),
+        select_rows(logits, requested),
         [tokens[i] for i in requested],
         [p.logprobs or 0 for p in params],
         [p.logprob_token_ids for p in params],
