@@ -230,6 +230,11 @@ def test_a_constructor_that_hangs_is_ended_at_the_start_limit() -> None:
     wait_until(_nothing_is_left, "the end of all actors")
 
 
+def _snapshot(controller: Any) -> dict[str, Any]:
+    found: dict[str, Any] = ray.get(controller.snapshot.remote(), timeout=LIMIT_S)
+    return found
+
+
 def _restarted(controller: Any, pid: int) -> dict[str, Any]:
     """The state as another process of the controller reports it."""
     limit = Limit(LIMIT_S)
@@ -316,7 +321,8 @@ def test_a_worker_that_is_frozen_while_the_controller_restarts_is_ended() -> Non
 def test_a_controller_that_dies_before_the_cluster_serves_ends_the_start() -> None:
     with _controller(attention_class=ray_workers.SilentWorker) as controller:
         ray.get(controller.start.remote(_config(1), BANKS), timeout=LIMIT_S)
-        pid = ray.get(controller.snapshot.remote(), timeout=LIMIT_S)["controller_pid"]
+        pid = _snapshot(controller)["controller_pid"]
+        wait_until(lambda: _pids(_snapshot(controller))["expert-0"], "a worker that called")
         os.kill(pid, signal.SIGKILL)
         snapshot = _restarted(controller, pid)
         assert snapshot["state"] == "STOPPED"
