@@ -432,14 +432,14 @@ CHANGES: list[Row] = [
         "versions",
         MULTI,
         "two images",
-        lambda m: box(m, "gateway").update(image="expertmesh:0.1.0-ray2.60.0-x"),
+        lambda m: box(m, "gateway").update(image="expertmesh:0.2.0-ray2.60.0-x"),
     ),
     ("versions", MULTI, "latest", lambda m: set_images(m, "r/expertmesh:latest")),
     (
         "versions",
         MULTI,
         "an image of another Ray",
-        lambda m: set_images(m, "r/expertmesh:0.1.0-ray2.59.0-cuda"),
+        lambda m: set_images(m, "r/expertmesh:0.2.0-ray2.59.0-cuda"),
     ),
     # secrets
     ("secrets", MULTI, "a key in engine.yaml", lambda m: set_engine(m, api_key="k")),
