@@ -253,11 +253,22 @@ class PretendStream:
 class PretendEvent:
     """In place of ``torch.cuda.Event``: it has happened when it is recorded."""
 
-    def __init__(self, enable_timing: bool = False, external: bool = False) -> None:
-        """Ignore the options."""
+    def __init__(
+        self,
+        enable_timing: bool = False,
+        external: bool = False,
+        note_wait: Callable[[str], None] | None = None,
+    ) -> None:
+        """``note_wait`` gets the reason of each wait. Other options are ignored."""
+        self._note_wait = note_wait
 
     def record(self) -> None:
         """Do nothing."""
+
+    def synchronize(self) -> None:
+        """Note that the host waits."""
+        if self._note_wait is not None:
+            self._note_wait("event")
 
     def elapsed_time(self, end: PretendEvent) -> float:
         """Milliseconds until another event: the device needs no time."""
@@ -344,7 +355,7 @@ def pretend_gpu() -> Iterator[DeviceLog]:
         Stream=PretendStream,
         current_stream=PretendStream,
         stream=nullcontext,
-        Event=PretendEvent,
+        Event=partial(PretendEvent, note_wait=mode.note_wait),
     )
     with properties, no_grad, cuda, _triton(mode), _device_guard(), FakeTensorMode(), mode:
         yield log

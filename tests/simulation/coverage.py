@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.simulation.features import USES
 
@@ -25,6 +25,8 @@ OCCURRENCES = (
     "stored objects",
     "objects read",
     _FAILED,
+    "steps ahead",
+    "lost steps ahead",
 )
 """What a few seeds together must have, by its name in the summary."""
 
@@ -51,6 +53,9 @@ def occurrences(world: World) -> Counter[str]:
         found["wrong bytes of workers' disks"] += world.kv_disk.num_rotten
     for worker in world.ray.actors.workers.values():
         if (role := worker.worker.roles.attention) is not None:
+            runner: Any = role.engine.runner
+            found["steps ahead"] += runner.num_ahead
+            found["lost steps ahead"] += runner.num_lost
             for name, value in role.stats().items():
                 for what, begin in _METRICS.items():
                     found[what] += int(value) if name.startswith(begin) else 0

@@ -9,8 +9,8 @@ be.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -326,11 +326,29 @@ class ToyResult:
     states: tuple[Sequence[int], ...]
     """After each row of each entry of the plan."""
     routed: Sequence[Sequence[Any]]
+    drawn: Mapping[Any, int] | None
+    """The new token of each sequence, if the step may be read late."""
+
+    def to_host_later(self) -> Callable[[], ToyResult]:
+        """See ``StepResult``."""
+        return lambda: self
+
+    def select(self, entries: Sequence[int]) -> ToyResult:
+        """See ``StepResult``. A step that may be read late has a row for each entry."""
+        kept, count = list(entries), len(entries)
+        routed = [
+            [replace(own, topk_ids=own.topk_ids[kept], num_decodes=count) for own in bank]
+            for bank in self.routed
+        ]
+        return ToyResult(tuple(self.states[entry] for entry in kept), routed, self.drawn)
 
 
-def rows_of(plan_rows: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
-    """(entry, token, position) of every row."""
+def rows_of(plan_rows: Sequence[Any], newest: Mapping[Any, int]) -> Iterator[tuple[Any, int, int]]:
+    """(entry, token, position) of every row. ``newest``: tokens that are not committed yet."""
     for planned in plan_rows:
+        if planned.first == planned.sequence.num_tokens:
+            yield planned, newest[planned.sequence], planned.first
+            continue
         last = planned.first + planned.count - len(planned.drafts)
         tokens = (*planned.sequence.tokens(planned.first, last), *planned.drafts)
         for position, token in enumerate(tokens, planned.first):

@@ -33,7 +33,6 @@ from tests.simulation.toy_model import (
 from workers.dispatch.copies import EpochTables
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.row_serving import ExpertSide, ServedPlace, ServedStep, StaticServing
-from workers.engine import step_sampler
 from workers.engine.engine import Engine
 from workers.engine.expert_load import RoutedRows
 from workers.engine.step_sampler import StepTokens
@@ -42,6 +41,7 @@ from workers.requests.sequence import SequenceState
 from workers.requests.step_header import StepHeader
 from workers.sampling.sampler import SampledToken
 from workers.scheduling.step_plan import PlannedRows, StepPlan
+from workers.speculation.acceptance import num_accepted
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.sockets import SocketTransport
 from workers.transport.transport import Tag
@@ -50,6 +50,8 @@ Places = Mapping[int, Sequence[tuple[int, int]]]
 """Expert -> (rank, slot) of its copies; the first serves decodes."""
 _LEFT_OUT = 0.02
 """Share of the steps in which an expert rank needed more rows than were sent to it."""
+_READ_AT_ONCE = 0.2
+"""Share of the steps before whose reading no other step may begin."""
 
 
 def work(mean_s: float) -> None:
@@ -84,6 +86,7 @@ class ToyDispatcher:
     """In place of ``RemoteDispatcher``. Some steps have left rows out, and must run again."""
 
     edge_share = 0
+    allows_ahead = False
 
     def __init__(
         self, transport: ToyTransport, specs: Any, *, rank: int, activity: Any, timer: Any, **_: Any
@@ -107,6 +110,12 @@ class ToyDispatcher:
         self._timer.begin_step(header)
         self._header = header
         self._transport.begin_step(header)
+        kernel = Kernel.current
+        assert kernel is not None
+        self.allows_ahead = kernel.rng.random() >= _READ_AT_ONCE
+
+    def follow_step(self) -> None:
+        self._timer.restart()
 
     def run_empty_step(self, header: StepHeader) -> None:
         self._timer.begin_step(header)
@@ -162,15 +171,30 @@ class ToyRunner:
     ) -> None:
         self._cache, self.dispatcher, self._rank = cache, dispatcher, rank
         self._adapters = adapters
+        self.graphs: Any = self
+        """Says which steps may run ahead, as ``DecodeGraphs`` does."""
+        self._newest: Mapping[SequenceState, int] = {}
+        """The tokens that the latest step has drawn."""
+        self.num_ahead = 0
+        """Steps that began before the step before was read."""
+        self.num_lost = 0
+        """Those of them that were lost with the step before."""
 
-    def run(self, header: StepHeader, plan: StepPlan) -> ToyResult | None:
+    def can_run(self, header: StepHeader) -> bool:
+        return not header.exact
+
+    def run(
+        self, header: StepHeader, plan: StepPlan, *, is_ahead: bool = False
+    ) -> ToyResult | None:
         self.first_dispatch = None
+        self.num_ahead += is_ahead
+        self.num_lost += is_ahead
         if not header.grant(self._rank).num_rows:
             assert not plan.rows, "rows without a grant"
             self.dispatcher.run_empty_step(header)
             return None
         self.dispatcher.begin_step(header)
-        rows = list(rows_of(plan.rows))
+        rows = list(rows_of(plan.rows, self._newest if is_ahead else {}))
         contents: list[list[int]] = [[] for _ in rows]
         routed = []
         for bank in range(len(banks())):
@@ -187,7 +211,11 @@ class ToyRunner:
             routed.append([RoutedRows(ids, None, num_decodes)])
         if not plan.rows:
             return None
-        return ToyResult(self._advance(rows, contents), routed)
+        self.num_lost -= is_ahead
+        states = self._advance(rows, contents)
+        drawn = None if header.exact else _late_tokens(plan, states)
+        self._newest = drawn or {}
+        return ToyResult(states, routed, drawn)
 
     def _advance(
         self, rows: Sequence[tuple[Any, int, int]], contents: Sequence[Sequence[int]]
@@ -226,6 +254,9 @@ class ToySampler:
     def prepare(self, plan: StepPlan) -> None:
         pass
 
+    def is_drawn_only(self, sequence: SequenceState) -> bool:
+        return sequence.grammar is None and sequence.params.beams is None
+
     def sample(self, plan: StepPlan, result: ToyResult) -> StepTokens:
         tokens = StepTokens()
         for planned, states in zip(plan.rows, result.states, strict=True):
@@ -233,7 +264,7 @@ class ToySampler:
             if planned.samples_token:
                 tokens.complete[sequence] = 0
                 drawn = _draw(planned, states)
-                accepted = step_sampler.num_accepted(planned.drafts, drawn, [True] * len(drawn))
+                accepted = num_accepted(planned.drafts, drawn, [True] * len(drawn))
                 tokens.drawn[sequence] = [SampledToken(token) for token in drawn[: accepted + 1]]
                 if sequence.params.beams is not None:
                     tokens.candidates[sequence] = _candidates(sequence, states[-1])
@@ -246,7 +277,20 @@ def _draw(planned: PlannedRows, states: Sequence[int]) -> list[int]:
     drawing = Drawing(seed=params.seed, choice=sequence.choice, top_k=params.top_k)
     behind = states[-1 - len(planned.drafts) :]
     grammar: Any = sequence.grammar
-    return [drawing.next_token(s, n, grammar) for n, s in enumerate(behind, len(sequence.output))]
+    last = planned.first + planned.count - sequence.prompt_length
+    return [
+        drawing.next_token(s, n, grammar) for n, s in enumerate(behind, last - len(planned.drafts))
+    ]
+
+
+def _late_tokens(
+    plan: StepPlan, states: Sequence[Sequence[int]]
+) -> Mapping[SequenceState, int] | None:
+    """The token of each row, if none is a draft or needs a grammar."""
+    if any(rows.drafts or rows.sequence.grammar is not None for rows in plan.rows):
+        return None
+    pairs = zip(plan.rows, states, strict=True)
+    return {rows.sequence: _draw(rows, own)[0] for rows, own in pairs}
 
 
 def _candidates(sequence: SequenceState, state: int) -> list[TokenLogprob]:
@@ -265,7 +309,8 @@ class ToyEngine(Engine):
         adapters: Any = self.adapters
         self.runner = ToyRunner(cache, dispatcher, rank, adapters)  # type: ignore[assignment]
         sampler: Any = ToySampler(self._step_sampler.inspector)
-        self._step_sampler = self.requests._sampler = sampler
+        self._step_sampler = self.requests._sampler = self.steps.sampler = sampler
+        self.steps.model = self.runner
 
 
 class ToyServing(StaticServing):

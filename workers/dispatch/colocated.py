@@ -119,6 +119,8 @@ class ColocatedDispatcher:
         self._attention = attention
         self._server = server
         self.dispatch = attention.dispatch  # same as on an attention worker
+        self.allows_ahead = attention.allows_ahead
+        self.follow_step = attention.follow_step
         self._served = (-1, -1)
         self._header: StepHeader | None = None
         self._is_only_member = False

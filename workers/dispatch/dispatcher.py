@@ -144,6 +144,14 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
         Steps with equal keys and equal numbers of padded rows on this rank share a captured step.
         """
 
+    @property
+    def allows_ahead(self) -> bool:
+        """Whether the next step may begin before the host reads the outputs of this step, which is
+        captured. ``end_step`` is then not called for this step."""
+
+    def follow_step(self) -> None:
+        """Record that the step before has ended on the device, so that this one begins there."""
+
     def capture(
         self, is_row: Tensor, graph: StepGraph | None
     ) -> AbstractContextManager[CapturedExchanges]:
@@ -230,6 +238,15 @@ class TimedDispatcher(ABC):
                 self.timer.mark(bank, end_ns)
             else:
                 self.timer.add_laps({name: end_ns}, bank, 0, micro_batch)
+
+    @property
+    def allows_ahead(self) -> bool:
+        """False: the host reads each step before the next one begins."""
+        return False
+
+    def follow_step(self) -> None:
+        """Restart the timer of the step, as the device has ended the step before."""
+        self.timer.restart()
 
     @abstractmethod
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> DispatchHandle:

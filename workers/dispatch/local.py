@@ -80,6 +80,12 @@ class LocalDispatcher(TimedDispatcher):
         """Return None: the cache key of a captured step needs only the number of rows."""
         return None
 
+    @property
+    def allows_ahead(self) -> bool:
+        """Whether the next step may begin before the host reads the outputs of this step: always,
+        but for a step whose times are measured."""
+        return not self.timer.is_recording
+
     @contextmanager
     def capture(self, is_row: Tensor, graph: StepGraph | None) -> Iterator[CapturedExchanges]:
         """Context in which the caller captures a decode step as a CUDA graph, without messages."""

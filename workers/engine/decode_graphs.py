@@ -3,7 +3,8 @@
 Launching the several hundred kernels of a step one by one takes longer on the host than running
 them takes on the GPU. A step is captured once per bucket (a number of rows) and replayed for every
 step that fits. Missing rows are padding, which writes to its own KV block. Inputs are at fixed
-addresses: all integers are copied in every step, block tables only where they changed. If other
+addresses: all integers are copied in every step, block tables only where they changed. Each step
+keeps the tokens that it draws, so that the next step can run before the host knows them. If other
 workers have the experts, and the transport cannot be captured, a step has one graph for each part
 between two exchanges (``StepGraph``).
 
@@ -73,10 +74,10 @@ class _CapturedStep:
     """
 
     staging: NDArray[np.int64]
-    """Integer inputs of the step, [columns, T] in host memory; an asynchronous copy may still read
-    them."""
+    """Integer inputs of two steps, [2, columns, T] in host memory. Steps use them in turn, as the
+    copy of the step before may still read the other."""
     numbers: Tensor
-    """Integer inputs of the step, [columns, T] int64 on the device: the copy of ``staging``."""
+    """Integer inputs of the step, [columns, T] int64 on the device: a copy from ``staging``."""
     graph: StepGraph
     hidden: Tensor
     drawn: Tensor
@@ -115,7 +116,7 @@ class DecodeGraphs:
         assert cache.is_read_in_place, "block tables are read on the device"
         self._compute = compute
         self._model = model
-        self._dispatcher = dispatcher
+        self.dispatcher = dispatcher
         self._cache = cache
         self._tables = tables
         self._ends = tuple(itertools.accumulate(top_k))
@@ -126,6 +127,9 @@ class DecodeGraphs:
         num_seats, max_blocks = tables.array.shape
         self._scratch_seat, self._max_blocks = num_seats, max_blocks
         self._draw_params = SeatDrawParams(num_seats)
+        self._newest = torch.zeros(num_seats + 1, dtype=torch.int64, device=self._device)
+        """The token that the latest step drew for each seat, which all captured steps write."""
+        self._turn = 0
         self._logits: Tensor | None = None
         """Logits of the latest step, [rows, V], which all captured steps write; None before the
         first capture."""
@@ -136,7 +140,7 @@ class DecodeGraphs:
     def can_run(self, header: StepHeader) -> bool:
         """Whether a graph can run a step of decode rows on this rank."""
         has_rows = header.edge_rows(self._rank, header.num_micro_batches - 1) > 0
-        return has_rows and self._dispatcher.can_capture(header) and self._size(header) > 0
+        return has_rows and self.dispatcher.can_capture(header) and self._size(header) > 0
 
     def capture(self) -> None:
         """Capture the steps of one micro-batch for all buckets, before the first step.
@@ -147,18 +151,24 @@ class DecodeGraphs:
         for size in reversed(self._buckets):
             self._step(size, 1, None)
 
-    def run(self, header: StepHeader, parts: Sequence[Sequence[PlannedRows]]) -> DecodeOutput:
+    def run(
+        self, header: StepHeader, parts: Sequence[Sequence[PlannedRows]], *, is_ahead: bool = False
+    ) -> DecodeOutput:
         """Run a step, which the dispatcher has begun, by one replay of a graph.
 
         ``parts``: the decode rows of each micro-batch. A step of new size is captured first.
+        ``is_ahead``: the step before, which was captured too, may still run. Each row reads the
+        token that it drew for the sequence. The host must have waited for all earlier steps.
         """
         self._refresh_tables()
         size = self._size(header)
-        step = self._step(size, len(parts), self._dispatcher.captured_shape(header))
-        columns = np.split(step.staging, len(parts), axis=1)  # which share the memory
+        step = self._step(size, len(parts), self.dispatcher.captured_shape(header))
+        self._turn = 1 - self._turn
+        whole = step.staging[self._turn]
+        columns = np.split(whole, len(parts), axis=1)  # which share the memory
         for staging, part in zip(columns, parts, strict=True):
-            self._fill(staging, part)
-        step.numbers.copy_(torch.from_numpy(step.staging), non_blocking=True)
+            self._fill(staging, part, is_ahead)
+        step.numbers.copy_(torch.from_numpy(whole), non_blocking=True)
         step.graph.replay()
         step.exchanges.replayed()
         # Cloned: the next step overwrites the ids before they are counted.
@@ -176,7 +186,7 @@ class DecodeGraphs:
         return header.bucket or bucket_of(header.rows(self._rank, 0), self._buckets)
 
     def _step(self, size: int, num_parts: int, shape: Hashable) -> _CapturedStep:
-        self._kept.keep_only((self._model(), self._dispatcher.captured_state))
+        self._kept.keep_only((self._model(), self.dispatcher.captured_state))
         return self._kept.get(
             (size, num_parts, shape),
             size * num_parts,
@@ -197,15 +207,20 @@ class DecodeGraphs:
             self._blocks.view(-1).index_copy_(0, columns[0], columns[1].int())
         return self._blocks
 
-    def _fill(self, staging: NDArray[np.int64], planned: Sequence[PlannedRows]) -> None:
+    def _fill(
+        self, staging: NDArray[np.int64], planned: Sequence[PlannedRows], is_ahead: bool
+    ) -> None:
         """Write the inputs of one micro-batch to ``staging``, then padding rows.
 
-        A padding row has token 0, and writes its KV to a block that no request uses.
+        A padding row has token 0, and writes its KV to a block that no request uses. If
+        ``is_ahead``, the token of a planned row is -1: unknown to the host.
         """
         count = len(planned)
         if count:
             columns = row_columns(planned, self._tables, self._cache.block_size)
             staging[[_TOKENS, _POSITIONS, _PROMPT_LENGTHS, _SLOTS], :count] = columns
+            if is_ahead:
+                staging[_TOKENS, :count] = -1
             seats = np.array([rows.sequence.seat for rows in planned], dtype=np.int64)
             staging[_SEATS, :count] = seats
             staging[_LENGTHS, :count] = columns[1] + 1
@@ -219,18 +234,18 @@ class DecodeGraphs:
 
     def _capture(self, size: int, num_parts: int, pool: Any) -> _CapturedStep:
         """Capture a step after one normal run, which compiles kernels and allocates memory."""
-        memory = torch.empty(_NUM_COLUMNS, num_parts * size, dtype=torch.int64)
+        memory = torch.empty(2, _NUM_COLUMNS, num_parts * size, dtype=torch.int64)
         if torch.cuda.is_available():
             memory = memory.pin_memory()
         staging: NDArray[np.int64] = memory.numpy()
-        self._fill(staging, ())
-        numbers = memory.to(self._device, non_blocking=True)
+        self._fill(staging[0], (), is_ahead=False)
+        numbers = memory[0].to(self._device, non_blocking=True)
         blocks, is_row = self._refresh_tables(), numbers[_IS_ROW]
-        with self._dispatcher.capture(is_row, None):
+        with self.dispatcher.capture(is_row, None):
             *_, logits = self._run(numbers, blocks, num_parts)
         kept = self._logits_of(logits)
         graph = StepGraph(self._device, pool)
-        with self._dispatcher.capture(is_row, graph) as exchanges, graph.capture():
+        with self.dispatcher.capture(is_row, graph) as exchanges, graph.capture():
             hidden, drawn, topk_ids, logits = self._run(numbers, blocks, num_parts)
             kept.copy_(logits)
         return _CapturedStep(staging, numbers, graph, hidden, drawn, topk_ids, exchanges)
@@ -255,6 +270,7 @@ class DecodeGraphs:
         parts = torch.chunk(numbers, num_parts, dim=1)
         hidden, ids, logits = self._compute([self._inputs(part, blocks) for part in parts])
         tokens = draw_rows(logits, numbers[_DRAW:].t(), is_masked=False)
+        self._newest.index_copy_(0, numbers[_SEATS], tokens.clamp(min=0))
         drawn = torch.stack([tokens, finite_rows(hidden).long()], dim=1)
         return hidden, drawn, torch.cat([own.t() for own in ids]), logits
 
@@ -262,6 +278,7 @@ class DecodeGraphs:
         """Return the inputs of one micro-batch from its ``_CapturedStep.numbers``."""
         size, device = numbers.shape[1], self._device
         tokens, positions, prompt_lengths, slots, seats, lengths = numbers[:_IS_ROW]
+        tokens = torch.where(tokens < 0, self._newest[seats], tokens)
         paged = PagedRows(
             tables=blocks.index_select(0, seats),
             lengths=lengths.int(),

@@ -1,7 +1,5 @@
-"""The engine of one attention worker: schedules, runs, samples and commits steps, queues outputs.
+"""The engine of one attention worker: its requests, their KV blocks, and steps with their rows.
 
-A step changes sequences only after the model has run to its last layer and the tokens are sampled.
-If a peer is lost earlier, no sequence has changed and the step can run again with the same result.
 Only one thread may use the engine; other threads may read ``stats`` and the number of blocks.
 """
 
@@ -9,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -18,7 +15,6 @@ from cluster.config.lora import LoraSection
 from cluster.config.speculation import SpeculationSection
 from cluster.core.checks import check
 from workers.dispatch.dispatcher import CapturableDispatcher, TokenDispatcher
-from workers.engine.batch import next_tokens
 from workers.engine.decode_graphs import DecodeGraphs
 from workers.engine.engine_requests import EngineRequests
 from workers.engine.engine_stats import EngineStats
@@ -26,8 +22,8 @@ from workers.engine.expert_load import LoadCounter
 from workers.engine.kv_memory import KvMemory
 from workers.engine.model_runner import ModelRunner
 from workers.engine.request_checks import RequestLimits
-from workers.engine.step_result import StepResult
-from workers.engine.step_sampler import StepSampler, StepTokens
+from workers.engine.step_runner import StepRunner
+from workers.engine.step_sampler import StepSampler
 from workers.kv.contents import BlockContents
 from workers.kv.tiers.tiers import KvTiers
 from workers.kv.transfer.store import Fetch
@@ -43,12 +39,10 @@ from workers.requests.request import (
     Request,
     TokenOutput,
 )
-from workers.requests.sequence import NOT_FINITE
 from workers.requests.step_header import StepHeader
 from workers.sampling.grammar import CompiledGrammar
 from workers.scheduling.scheduler import Scheduler
-from workers.scheduling.step_intent import StepIntent
-from workers.scheduling.step_plan import RowsWanted, StepPlan
+from workers.scheduling.step_plan import RowsWanted
 from workers.speculation.speculator import Speculator
 
 
@@ -120,15 +114,28 @@ class Engine:
             pad_token_id=config.pad_token_id,
             clock=clock,
         )
-        self._intent = StepIntent()
-        """Rows that this rank wanted to run when it last made a proposal to the leader."""
         self.load = LoadCounter(banks, self.cache.side)
         """Counter of the rows of committed steps by chosen expert and expert copy."""
+        self.steps = StepRunner(
+            scheduler=self._scheduler,
+            model=self.runner,
+            sampler=self._step_sampler,
+            requests=self.requests,
+            memory=memory,
+            load=self.load,
+            stats=self._stats,
+            speculator=self._speculator,
+            has_predictor=config.has_predictor,
+            rank=rank,
+            clock=clock,
+        )
+        """Runs the steps."""
         self.set_dispatcher(dispatcher)
 
     def set_dispatcher(self, dispatcher: TokenDispatcher) -> None:
         """Send rows to the experts through ``dispatcher``. The engine must have no requests."""
         assert not self.has_work
+        self.settle()
         tables, runner = self._scheduler.tables, self.runner
         tables.forget_changes()
         runner.dispatcher, runner.graphs = dispatcher, None
@@ -204,7 +211,7 @@ class Engine:
 
     def preemption_candidate(self) -> Request | None:
         """Return the request to preempt next, if a preemption is likely soon; else None."""
-        if self._intent.restriction.solo_request is not None:
+        if self.steps.intent.restriction.solo_request is not None:
             return None
         sequence = self._scheduler.preemption.candidate()
         return None if sequence is None else sequence.request
@@ -228,17 +235,12 @@ class Engine:
 
     def rows_wanted(self) -> RowsWanted:
         """Return the rows that this worker could run in the next step, to propose to the leader."""
-        requests, isolation = self.requests, self.requests.isolation
-        if isolation.is_waiting:
-            return RowsWanted()
-        self._intent = intent = self._scheduler.intent(requests.restriction(isolation.alone))
-        rows = replace(intent.wanted, edge_share=self.runner.dispatcher.edge_share)
-        if not requests.traced:
-            return rows
-        return replace(rows, parents=requests.traced.parents(intent.sequences))
+        return self.steps.rows_wanted()
 
     def poll(self) -> list[TokenOutput]:
         """Return outputs queued since the last call, among them errors of expired choices."""
+        if not self.requests.may_all_run:
+            self.settle()  # a paused request has no output after it is reported as paused
         now = self._clock()
         self.pool.advance(now)
         self.requests.fail_late(now)
@@ -248,99 +250,16 @@ class Engine:
     def step(self, header: StepHeader) -> list[TokenOutput]:
         """Run the rows that the header grants this rank; return all outputs queued until the end.
 
-        A rank with fewer rows than granted, or none, still takes part in all exchanges with the
-        experts. Raises ``TransportError`` if the step fails; then no sequence has a new token.
+        The outputs may be those of the step before; see ``StepRunner``. A rank with fewer rows than
+        granted, or none, still takes part in all exchanges with the experts. Raises
+        ``TransportError`` if the step fails; then no sequence has a new token.
         """
-        grant = header.grant(self._rank)
-        begin = 0.0 if self._speculator is None else self._clock()
-        requests, isolation = self.requests, self.requests.isolation
-        # Since the proposal, requests may have been paused or become suspects.
-        restriction = requests.restriction(isolation.alone if header.is_alone else None)
-        self._intent = self._intent.with_restriction(restriction)
-        plan = self._scheduler.plan(self._intent, grant)
-        try:
-            self._step_sampler.prepare(plan)
-            result = self.runner.run(header, plan)
-            tokens = None if result is None else self._step_sampler.sample(plan, result)
-            if self._has_predictor and header.edge_rows(self._rank, 0):
-                result = self._predict(plan, result, tokens)
-            is_complete = self.runner.dispatcher.end_step()
-        except BaseException:
-            self._abandon(plan)
-            isolation.record_abandoned(plan.request_ids)
-            self._stats.count("steps_abandoned_total")
-            raise
-        finally:
-            self._note_dispatch(plan)
-            if header.parents:
-                requests.traced.count_step(header, self._rank, (r.sequence for r in plan.rows))
-        if not is_complete:
-            self._abandon(plan)
-            self._stats.count("steps_repeated_total")
-        elif result is not None and tokens is not None:
-            self._commit(header.epoch, plan, result, tokens)
-            if self._speculator is not None and not header.prefill_rows:
-                elsewhere = header.num_decodes - grant.num_decodes
-                took_s = self._clock() - begin
-                self._speculator.observe_step(header.decode_rows, elsewhere, took_s)
+        self.steps.run(header)
         return self.poll()
 
-    def _predict(
-        self, plan: StepPlan, result: StepResult | None, tokens: StepTokens | None
-    ) -> StepResult | None:
-        """Run the prediction layer on all rows of a step; return ``result`` with its experts."""
-        drawn = {} if tokens is None else tokens.drawn
-        ids = {s: [one.token for one in tokens_of] for s, tokens_of in drawn.items()}
-        first_row = () if result is None else result.first_row
-        predicted = self.runner.predict(result, next_tokens(plan, first_row, ids))
-        if predicted is None or result is None or tokens is None:
-            return result
-        speculator = self._speculator
-        newest = {s: new for s, new in ids.items() if speculator and speculator.wants_prediction(s)}
-        tokens.predicted.update(self._step_sampler.predict(plan, result, predicted.hidden, newest))
-        return replace(result, routed=predicted.routed)
-
-    def _abandon(self, plan: StepPlan) -> None:
-        """Undo a plan whose step failed: all sequences are as before the step."""
-        self._memory.clear_planned(plan)
-        self._scheduler.abandon(plan)
-
-    def _commit(self, epoch: int, plan: StepPlan, result: StepResult, tokens: StepTokens) -> None:
-        """Add a step's tokens to the sequences, end complete sequences, and queue the outputs."""
-        now = self._clock()
-        broken = [s for s, failure in tokens.failed.items() if failure is NOT_FINITE]
-        dirty = self._memory.forget(broken)
-        new = {
-            sequence: tuple([one.token for one in drawn])  # faster than a generator
-            for sequence, drawn in tokens.drawn.items()
-            if sequence not in tokens.candidates
-        }
-        self._memory.clear_rejected(tokens.broken, new)
-        endings = self._scheduler.commit(plan, new, tokens.failed.keys())
-        self._memory.clear_free(dirty)
-        self.load.add(epoch, plan.num_rows, result.routed)
-        self.requests.isolation.commit(plan.request_ids)
-        self._stats.count_step(plan.num_rows)
-        self._stats.count("generation_tokens_total", sum(map(len, new.values())))
-        if self._speculator is not None:
-            for planned in plan.rows:
-                if (own := new.get(planned.sequence)) is not None:
-                    self._speculator.commit(planned.sequence, planned.drafts, own)
-            for sequence, token in tokens.predicted.items():
-                self._speculator.note_prediction(sequence, token)
-        for sequence, entries in tokens.scored.items():
-            sequence.prompt_logprobs += entries
-        for sequence, rows_found in tokens.inspected.items():
-            self._step_sampler.inspector.add(sequence, rows_found)
-        self.requests.emit_step(tokens, endings, now)
-
-    def _note_dispatch(self, plan: StepPlan) -> None:
-        for sequence in self._scheduler.preemption.take_preempted():
-            sequence.note_preemption(self._clock())
-        when = self.runner.first_dispatch
-        if when is not None:
-            for planned in plan.rows:
-                planned.sequence.note_dispatch(when)
+    def settle(self) -> None:
+        """Commit a step that was launched but not read; ``poll`` returns its outputs."""
+        self.steps.settle()
 
     # Statistics
 

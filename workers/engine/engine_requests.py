@@ -108,6 +108,11 @@ class EngineRequests:
         """
         return Restriction(self.isolation.suspects | self._paused.request_ids, alone)
 
+    @property
+    def may_all_run(self) -> bool:
+        """Whether no request is paused, to be paused, or a suspect of crashes."""
+        return not self._paused and not self.isolation.suspects
+
     # Arrival
 
     def add(

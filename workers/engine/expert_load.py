@@ -27,7 +27,7 @@ from torch import Tensor
 from cluster.core.load_report import BankCounts, LoadReport, sum_by_copy
 from workers.dispatch.copies import ChosenCopies
 from workers.model.config import BankSpec
-from workers.model.host_copies import to_host
+from workers.model.host_copies import to_device, to_host
 from workers.model.side_stream import SideStream
 
 _MAX_STEPS = 256
@@ -62,6 +62,10 @@ class RoutedDecodes(Sequence[Sequence[RoutedRows]]):
     """
     ends: Sequence[int]
     """For each bank, the index in ``topk_ids`` after its last row."""
+
+    def select(self, rows: Sequence[int]) -> RoutedDecodes:
+        """Return the choices of the given rows only."""
+        return RoutedDecodes(self.topk_ids[:, to_device(rows, self.topk_ids.device)], self.ends)
 
     def __len__(self) -> int:
         return len(self.ends)

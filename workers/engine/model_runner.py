@@ -90,20 +90,26 @@ class ModelRunner:
     _native_step: NativeStep | None = None
     """Native code for the model in ``_known``; None if a layer of it has no native code."""
 
-    def run(self, header: StepHeader, plan: StepPlan) -> StepResult | None:
+    def run(
+        self, header: StepHeader, plan: StepPlan, *, is_ahead: bool = False
+    ) -> StepResult | None:
         """Run the rows of a plan; return None if it has no rows. Raises ``TransportError``.
+
+        ``is_ahead``: the step before may still run, and a graph can run this step; see
+        ``DecodeGraphs.run``.
 
         Even if the plan has fewer rows than the header grants, or none, this rank takes part in
         every exchange of each micro-batch, as the expert workers expect its message. With a bucket,
         this also applies to a rank without a grant, which sends padding.
         """
         self.first_dispatch = None
-        if self._fits_graph(header, plan):
+        if is_ahead or self._fits_graph(header, plan):
             assert self.graphs is not None
             self.dispatcher.begin_step(header, ())
             self._begin_compute()
             halves = split_rows(single_rows(plan.rows), header.rows(self.rank, 0))
-            output = self.graphs.run(header, halves[: header.num_micro_batches])
+            parts = halves[: header.num_micro_batches]
+            output = self.graphs.run(header, parts, is_ahead=is_ahead)
             if not plan.rows:
                 self._finish_without_rows()
                 return None

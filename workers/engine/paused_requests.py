@@ -13,6 +13,10 @@ class PausedRequests:
         """For each request that is to be paused, the tokens that each choice must reach first."""
         self._request_ids: set[str] = set()
 
+    def __bool__(self) -> bool:
+        """Whether a request is paused or to be paused."""
+        return bool(self._token_limits or self._request_ids)
+
     @property
     def request_ids(self) -> Set[str]:
         """Ids of paused requests."""

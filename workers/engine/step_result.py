@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from workers.engine.expert_load import RoutedRows
+from workers.engine.expert_load import RoutedDecodes, RoutedRows
 from workers.inspection.recorder import Capture
+from workers.model.host_copies import to_host_later
 from workers.requests.sequence import SequenceState
 
 
@@ -34,6 +36,29 @@ class StepResult:
     """Experts that the routers chose, indexed [bank][micro-batch]."""
     captures: Mapping[SequenceState, Sequence[Capture]]
     """Internal tensors of the model, for sequences of requests that ask for them."""
+
+    def to_host_later(self) -> Callable[[], StepResult]:
+        """Start to copy ``drawn`` to the host, before the next step overwrites the tensors.
+
+        Returns a function that waits for the end of this step on the device, and returns the result
+        with ``drawn`` and ``finite`` in host memory. It raises ``TransportError``.
+        """
+        assert self.drawn is not None, "the step is captured"
+        drawn, end = to_host_later(self.drawn), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        end.record()
+
+        def read() -> StepResult:
+            self.finish()
+            end.synchronize()
+            return replace(self, drawn=drawn, finite=drawn[:, 1])
+
+        return read
+
+    def select(self, entries: Sequence[int]) -> StepResult:
+        """Return the result for some entries of the plan of a captured step."""
+        assert isinstance(self.routed, RoutedDecodes), "the step is captured"
+        first_row = tuple(self.first_row[entry] for entry in entries)
+        return replace(self, first_row=first_row, routed=self.routed.select(first_row))
 
 
 @dataclass(frozen=True, slots=True)

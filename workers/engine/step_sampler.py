@@ -43,6 +43,7 @@ from workers.sampling.sampler import (
     select_rows,
 )
 from workers.scheduling.step_plan import PlannedRows, StepPlan
+from workers.speculation.acceptance import num_accepted
 
 _SCORED_ROWS = 64
 """Maximum prompt rows whose logits are computed at a time: 64 x 50304 float32 are 13 MB."""
@@ -144,6 +145,14 @@ class StepSampler:
             grammar = self._processors[sequence].grammar
             if grammar is not None and is_last and sequence.params.max_tokens:
                 grammar.prepare(self._mask_thread)
+
+    def is_drawn_only(self, sequence: SequenceState) -> bool:
+        """Whether steps compute nothing for a sequence but tokens drawn from plain logits, until it
+        ends."""
+        request, params = sequence.request, sequence.params
+        is_read = request.inspection is not None or self._is_classifier
+        is_scored = params.logprobs is not None or params.beams is not None
+        return not (is_read or is_scored) and self._processors[sequence].stays_plain
 
     def sample(self, plan: StepPlan, result: StepResult) -> StepTokens:
         """Sample the tokens of a plan that ran to the model's last layer.
@@ -380,21 +389,3 @@ class StepSampler:
     def _fail(self, tokens: StepTokens, sequence: SequenceState, failure: Failure) -> None:
         del tokens.complete[sequence]
         tokens.failed[sequence] = failure
-
-
-def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequence[bool]) -> int:
-    """Return the number of leading drafts that equal the token sampled from the row before.
-
-    ``drawn`` and ``is_finite`` have an entry for the row of the newest token and of each draft; a
-    negative ``drawn`` entry is a failure. A draft whose row yields no token is not accepted and
-    runs again as the newest token, so tokens and errors are as in steps with one row per sequence.
-
-        drafts 5 6 7, drawn 5 6 9 4: two are accepted, and the step gives 5 6 9
-    """
-    count = 0
-    for index, draft in enumerate(drafts):
-        has_token = drawn[index + 1] >= 0 and is_finite[index + 1]
-        if drawn[index] != draft or not has_token:
-            break
-        count += 1
-    return count

@@ -51,6 +51,10 @@ class StepTimer:
         self._sinks = tuple(sink for sink in self._all if sink.begin_step(header))
         self._begin_ns = self._last_ns = self._clock_ns()
 
+    def restart(self) -> None:
+        """Start the step and its first lap only now."""
+        self._begin_ns = self._last_ns = self._clock_ns()
+
     def capture(self, num_banks: int) -> CapturedLaps:
         """Return the laps until the next ``begin_step``, which are those of a captured step."""
         self._sinks = ()

@@ -183,6 +183,11 @@ class LogitsProcessors:
             sequence.params, sequence.choice, index, self._counts, banned, self.grammar, drafted
         )
 
+    @property
+    def stays_plain(self) -> bool:
+        """Whether the row of the next token and all later rows are plain (``is_plain``)."""
+        return self._bad_words is None and self.row().is_plain
+
     def _banned(self, index: int, drafted: tuple[int, ...]) -> tuple[int, ...]:
         params = self._sequence.params
         banned: tuple[int, ...] = ()

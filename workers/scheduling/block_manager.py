@@ -163,12 +163,13 @@ class BlockManager:
             self._states.fork(parent, child)
         return (parent.blocks[num_full], copied[0]) if copied else None
 
-    def grow(self, sequence: SequenceState, num_drafts: int = 0) -> int:
-        """Allocate the KV blocks that a running sequence lacks for its tokens and drafts.
+    def grow(self, sequence: SequenceState, num_ahead: int = 0) -> int:
+        """Allocate the KV blocks that a running sequence lacks for its tokens and ``num_ahead``
+        more: drafts, or a token that is not known yet.
 
         Returns the number of allocated blocks. Enough blocks must be free.
         """
-        missing = self._num_blocks_for(sequence.num_tokens + num_drafts) - len(sequence.blocks)
+        missing = self._num_blocks_for(sequence.num_tokens + num_ahead) - len(sequence.blocks)
         if missing <= 0:  # most decodes continue in their last block
             return 0
         self._extend(sequence, self._pool.allocate(missing))

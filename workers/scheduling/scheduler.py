@@ -30,6 +30,7 @@ from workers.scheduling.seat_reserve import SeatReserve
 from workers.scheduling.short_steps import ShortSteps
 from workers.scheduling.step_intent import Restriction, StepIntent
 from workers.scheduling.step_plan import PlannedRows, RowsWanted, StepBudget, StepPlan
+from workers.scheduling.steps_ahead import StepsAhead
 from workers.scheduling.stop_conditions import StopConditions
 from workers.speculation.speculator import Speculator
 
@@ -98,6 +99,8 @@ class Scheduler:
         self._short_steps = ShortSteps(self._seats)
         self._drafts = None if speculator is None else DraftBudget(speculator, *own[1:])
         self._stop_conditions = StopConditions(eos_token_ids, max_model_len)
+        self.ahead = StepsAhead(self._blocks, self._stop_conditions)
+        """Planner of steps whose predecessor is not committed yet."""
 
     # Sequences
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from workers.kv.state_slots import StateMove
-from workers.requests.sequence import SequenceState
+from workers.requests.sequence import SequenceState, SequenceStatus
 from workers.requests.traced import Parents
 
 
@@ -65,6 +65,12 @@ class StepPlan:
     def request_ids(self) -> dict[str, None]:
         """Ids of the requests that have rows, without duplicates, in the order of the rows."""
         return dict.fromkeys(r.sequence.request.request_id for r in self.rows)
+
+    @property
+    def running(self) -> StepPlan:
+        """The rows of sequences that run; others have ended, or were preempted, since the plan."""
+        rows = tuple(r for r in self.rows if r.sequence.status is SequenceStatus.RUNNING)
+        return self if len(rows) == len(self.rows) else StepPlan(rows)
 
     def cache_slots(self, block_size: int) -> list[int]:
         """Return the KV cache slot (block * block_size + offset) of each row."""

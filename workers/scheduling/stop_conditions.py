@@ -15,6 +15,12 @@ class StopConditions:
         self._eos = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
 
+    def ends_with_next(self, sequence: SequenceState) -> bool:
+        """Whether the next token, whichever it is, completes the output by its length."""
+        num_more = 1 + len(sequence.output)
+        is_last = num_more >= sequence.params.max_tokens
+        return is_last or sequence.prompt_length + num_more >= self._max_model_len
+
     def ending(self, sequence: SequenceState) -> Ending | None:
         """Return why the output so far ends the sequence; None if the sequence continues."""
         params, output = sequence.params, sequence.output

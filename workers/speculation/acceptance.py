@@ -1,7 +1,8 @@
-"""Acceptance rate of recent guesses: how often the guess of the next token was right. Pure."""
+"""Acceptance of guesses of the next tokens, and the rate of recent right guesses. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _DECAY = 0.95
@@ -45,3 +46,21 @@ class Acceptance:
             count += 1
             chance *= self.share
         return count
+
+
+def num_accepted(drafts: Sequence[int], drawn: Sequence[int], is_finite: Sequence[bool]) -> int:
+    """Return the number of leading drafts that equal the token sampled from the row before.
+
+    ``drawn`` and ``is_finite`` have an entry for the row of the newest token and of each draft; a
+    negative ``drawn`` entry is a failure. A draft whose row yields no token is not accepted and
+    runs again as the newest token, so tokens and errors are as in steps with one row per sequence.
+
+        drafts 5 6 7, drawn 5 6 9 4: two are accepted, and the step gives 5 6 9
+    """
+    count = 0
+    for index, draft in enumerate(drafts):
+        has_token = drawn[index + 1] >= 0 and is_finite[index + 1]
+        if drawn[index] != draft or not has_token:
+            break
+        count += 1
+    return count

@@ -88,6 +88,7 @@ class AttentionRole:
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         """Apply the placement of a new generation with open connections, or of a new epoch."""
         context = self._context
+        self.engine.settle()
         context.model.exactness.apply_agreement(generation.agreement)
         self._dispatcher.set_placement(placement, generation)
         if self.tiers is not None:
