@@ -20,7 +20,7 @@ def steps(engine: LocalEngine, number: int) -> None:
 
 
 def median_step_s(engine: LocalEngine, number: int) -> float:
-    """Median seconds of a step, which waits for the device at its end."""
+    """Median seconds of a step, which waits for the end of the step before it or of its own."""
     times = []
     for _ in range(number):
         start = time.perf_counter()

@@ -238,7 +238,7 @@ class _Worker:
                 device=device,
                 connect_timeout_s=_STEP_LIMIT_S,
             )
-            store_address = self.transport.store_address
+            store_address = self.transport.rendezvous.store_address
         self.member = Member(
             name=name,
             role=role,

@@ -7,7 +7,7 @@ transport is the difference to ``LocalDispatcher``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NoReturn
 
 from torch import Tensor
@@ -45,6 +45,10 @@ class Alone:
 
     def finish_step(self) -> None:
         """Return at once, as nothing is sent."""
+
+    def finish_later(self) -> Callable[[], None]:
+        """Return a function that does nothing, as nothing is sent."""
+        return lambda: None
 
     def confirm_step(self) -> None:
         """Do nothing."""

@@ -270,7 +270,7 @@ class Mesh:
             data_address=connections.address,
         )
         if isinstance(transport, CollectiveTransport):
-            member = replace(member, store_address=transport.store_address)
+            member = replace(member, store_address=transport.rendezvous.store_address)
         return member
 
     def _home_side(self, transport: DataTransport, rank: int) -> RemoteDispatcher:

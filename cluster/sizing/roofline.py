@@ -14,9 +14,10 @@ exchange.
 
 The host's time is added once to each step: the host of an attention worker waits for its device at
 the end of a step, then samples, commits the tokens and plans the next step while the device is
-idle. The host of an expert worker works meanwhile, in less time. One worker with all experts on a
-GPU launches a step before it reads the step before: its step takes as long as the slower of host
-and device. Not included are the messages by which several attention workers agree on the next step.
+idle. The host of an expert worker works meanwhile, in less time. Attention workers on GPUs, and
+one worker with all experts, launch a step before they read the step before: it takes as long as the
+slower of host and device. Not included are the messages by which several attention workers agree on
+the next step.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class HostTime:
     expert_s: float = 0.0
     """Seconds of a step of an expert worker, for any number of rows."""
     works_ahead: bool = False
-    """Whether one worker with all experts launches captured steps before it reads the step
-    before, so that host and device work at the same time."""
+    """Whether an attention worker, or one worker with all experts, launches captured steps before
+    it reads the step before, so that host and device work at the same time."""
 
     def attention_s(self, rows: float) -> float:
         """Return the seconds of a step with ``rows`` rows on one attention worker."""
@@ -238,6 +239,7 @@ def disaggregated_step(
     The step has the number of micro-batches with which it is faster.
     """
     host_s = max(device.host.attention_s(batch / num_attention), device.host.expert_s)
+    works_ahead = device.host.works_ahead and model.is_captured
 
     def micro_batches(m: int) -> StepTime:
         rows = batch / m
@@ -256,7 +258,7 @@ def disaggregated_step(
             experts_s=experts_s,
             exchange_s=exchange_s,
             host_s=host_s,
-            step_s=device_s + host_s,
+            step_s=max(device_s, host_s) if works_ahead else device_s + host_s,
         )
 
     return _fastest(micro_batches)

@@ -118,6 +118,9 @@ class FailingTransport:
     def finish_step(self) -> None:
         self._inner.finish_step()
 
+    def finish_later(self) -> Callable[[], None]:
+        return self._inner.finish_later()
+
     def confirm_step(self) -> None:
         self._inner.confirm_step()
 

@@ -45,10 +45,12 @@ class PoisonedAttention(Worker):
         runner = self.roles.attention.engine.runner
         run = runner.run
 
-        def run_poisoned(header: StepHeader, plan: StepPlan) -> StepResult | None:
+        def run_poisoned(
+            header: StepHeader, plan: StepPlan, *, is_ahead: bool = False
+        ) -> StepResult | None:
             if any(POISON in planned.sequence.request.prompt for planned in plan.rows):
                 self.kill()
-            return run(header, plan)
+            return run(header, plan, is_ahead=is_ahead)
 
         runner.run = run_poisoned  # type: ignore[method-assign]
         return info

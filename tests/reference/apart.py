@@ -67,6 +67,7 @@ class TurnTransport(Alone):
         self._turns = turns
         self._own = own
         self._is_captured = is_captured
+        self.captured_state = 1 if is_captured else None
 
     def capture(self, graph: StepGraph) -> CapturedTurns | None:
         """See ``DataTransport``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,8 +114,9 @@ class ToyDispatcher:
         assert kernel is not None
         self.allows_ahead = kernel.rng.random() >= _READ_AT_ONCE
 
-    def follow_step(self) -> None:
-        self._timer.restart()
+    def finish_later(self) -> Callable[[], bool]:
+        is_complete = self.end_step()
+        return lambda: is_complete
 
     def run_empty_step(self, header: StepHeader) -> None:
         self._timer.begin_step(header)

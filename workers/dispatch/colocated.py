@@ -47,6 +47,7 @@ class LoopbackTransport:
         self.apply_generation = inner.apply_generation
         self.close = inner.close
         self.finish_step = inner.finish_step
+        self.finish_later = inner.finish_later
         self.confirm_step = inner.confirm_step
         self.await_confirmation = inner.await_confirmation
         self.sums_are_rounded = inner.sums_are_rounded
@@ -119,8 +120,8 @@ class ColocatedDispatcher:
         self._attention = attention
         self._server = server
         self.dispatch = attention.dispatch  # same as on an attention worker
-        self.allows_ahead = attention.allows_ahead
-        self.follow_step = attention.follow_step
+        self.allows_ahead = False  # the counts of the experts are of the latest step
+        self.finish_later = attention.finish_later
         self._served = (-1, -1)
         self._header: StepHeader | None = None
         self._is_only_member = False

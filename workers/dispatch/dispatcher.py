@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import itemgetter
@@ -147,10 +147,14 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
     @property
     def allows_ahead(self) -> bool:
         """Whether the next step may begin before the host reads the outputs of this step, which is
-        captured. ``end_step`` is then not called for this step."""
+        captured."""
 
-    def follow_step(self) -> None:
-        """Record that the step before has ended on the device, so that this one begins there."""
+    def finish_later(self) -> Callable[[], bool]:
+        """Return a function that does the work of ``finish_step`` and ``end_step`` for this step,
+        which is captured. The next step may have begun before the function is called.
+
+        Call it after everything that the host will read is enqueued on the device.
+        """
 
     def capture(
         self, is_row: Tensor, graph: StepGraph | None
@@ -238,15 +242,6 @@ class TimedDispatcher(ABC):
                 self.timer.mark(bank, end_ns)
             else:
                 self.timer.add_laps({name: end_ns}, bank, 0, micro_batch)
-
-    @property
-    def allows_ahead(self) -> bool:
-        """False: the host reads each step before the next one begins."""
-        return False
-
-    def follow_step(self) -> None:
-        """Restart the timer of the step, as the device has ended the step before."""
-        self.timer.restart()
 
     @abstractmethod
     def _dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> DispatchHandle:

@@ -10,7 +10,8 @@ not fit, the step is discarded before its commit and runs again with all rows of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -99,15 +100,24 @@ class EdgeRows:
 
         Call it after ``finish_step``, once the host has waited for the device.
         """
-        if self._found is None:
+        return self.end_later()()
+
+    def end_later(self) -> Callable[[], bool]:
+        """Return a function that does the work of ``end_step`` for this step. The next step may
+        have begun before the function is called."""
+        found, all_noted = self._found, self._noted
+        self._noted, self._found = [], None
+        return partial(self._end, found, all_noted)
+
+    def _end(self, found: Tensor | None, all_noted: NeededRows) -> bool:
+        if found is None:
             return True
         is_complete, share = True, self._share * (1 - _DECAY)
-        for most, noted in zip(self._found.tolist(), self._noted, strict=True):
+        for most, noted in zip(found.tolist(), all_noted, strict=True):
             is_complete &= most <= noted.num_sent
             if noted.num_rows >= _MIN_ROWS:
                 share = max(share, most / noted.num_rows)
         self._share = share
-        self.begin_step()
         if not is_complete:
             self.forget()
         return is_complete

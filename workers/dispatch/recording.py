@@ -88,6 +88,9 @@ class RecordingTransport:
     def finish_step(self) -> None:
         """Do nothing: while a step is recorded, no message is pending."""
 
+    def finish_later(self) -> NoReturn:
+        raise AssertionError("a step that is recorded does not run")
+
     def confirm_step(self) -> None:
         """Do nothing: the live transport confirms each step."""
 

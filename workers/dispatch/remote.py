@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -187,6 +187,26 @@ class RemoteDispatcher(TimedDispatcher):
             with self.activity:
                 self._transport.await_confirmation()
         return self._edge_rows.end_step()
+
+    @property
+    def allows_ahead(self) -> bool:
+        """Whether the next step may begin before the host reads this one: only if the messages are
+        part of the graph, and the times of this step are not measured."""
+        return self._transport.captured_state is not None and not self.timer.is_recording
+
+    def finish_later(self) -> Callable[[], bool]:
+        """Return a function that finishes and ends this step; see ``CapturableDispatcher``."""
+        self._edge_rows.finish_step()
+        finish, end = self._transport.finish_later(), self._edge_rows.end_later()
+        self._has_begun = False
+
+        def finish_and_end() -> bool:
+            with self.activity:
+                finish()
+            self.timer.restart()  # the device begins the latest step only now
+            return end()
+
+        return finish_and_end
 
     @property
     def edge_share(self) -> int:

@@ -73,11 +73,13 @@ class _CapturedStep:
     T is the number of rows of all micro-batches, each padded to the bucket.
     """
 
+    memory: Tensor
+    """Integer inputs of two steps, [2, columns, T] int64 in pinned host memory. Steps use them in
+    turn, as the copy of the step before may still read the other."""
     staging: NDArray[np.int64]
-    """Integer inputs of two steps, [2, columns, T] in host memory. Steps use them in turn, as the
-    copy of the step before may still read the other."""
+    """The same memory as an array."""
     numbers: Tensor
-    """Integer inputs of the step, [columns, T] int64 on the device: a copy from ``staging``."""
+    """Integer inputs of the step, [columns, T] int64 on the device: a copy from ``memory``."""
     graph: StepGraph
     hidden: Tensor
     drawn: Tensor
@@ -164,11 +166,10 @@ class DecodeGraphs:
         size = self._size(header)
         step = self._step(size, len(parts), self.dispatcher.captured_shape(header))
         self._turn = 1 - self._turn
-        whole = step.staging[self._turn]
-        columns = np.split(whole, len(parts), axis=1)  # which share the memory
+        columns = np.split(step.staging[self._turn], len(parts), axis=1)  # which share the memory
         for staging, part in zip(columns, parts, strict=True):
             self._fill(staging, part, is_ahead)
-        step.numbers.copy_(torch.from_numpy(whole), non_blocking=True)
+        step.numbers.copy_(step.memory[self._turn], non_blocking=True)
         step.graph.replay()
         step.exchanges.replayed()
         # Cloned: the next step overwrites the ids before they are counted.
@@ -248,7 +249,7 @@ class DecodeGraphs:
         with self.dispatcher.capture(is_row, graph) as exchanges, graph.capture():
             hidden, drawn, topk_ids, logits = self._run(numbers, blocks, num_parts)
             kept.copy_(logits)
-        return _CapturedStep(staging, numbers, graph, hidden, drawn, topk_ids, exchanges)
+        return _CapturedStep(memory, staging, numbers, graph, hidden, drawn, topk_ids, exchanges)
 
     def _logits_of(self, logits: Tensor) -> Tensor:
         """Return the part of ``_logits`` that a captured step with such logits writes.

@@ -180,7 +180,9 @@ class EmbeddedEngine:
             exact=grant.prefill_rows > 0,
         )
         self._next_step += 1
-        start = self._clock()
+        was_unread, start = self.engine.steps.is_unread, self._clock()
         outputs = self.engine.step(header)
-        self.prefill_cap.observe(grant.decode_rows, grant.prefill_rows, self._clock() - start)
+        if was_unread == self.engine.steps.is_unread:  # otherwise it is not the time of one step
+            took_s = self._clock() - start
+            self.prefill_cap.observe(grant.decode_rows, grant.prefill_rows, took_s)
         return outputs

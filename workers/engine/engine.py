@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -14,6 +15,7 @@ from cluster.config.cluster import EngineSection
 from cluster.config.lora import LoraSection
 from cluster.config.speculation import SpeculationSection
 from cluster.core.checks import check
+from cluster.core.errors import TransportError
 from workers.dispatch.dispatcher import CapturableDispatcher, TokenDispatcher
 from workers.engine.decode_graphs import DecodeGraphs
 from workers.engine.engine_requests import EngineRequests
@@ -258,8 +260,10 @@ class Engine:
         return self.poll()
 
     def settle(self) -> None:
-        """Commit a step that was launched but not read; ``poll`` returns its outputs."""
-        self.steps.settle()
+        """Commit a step that was launched but not read; ``poll`` returns its outputs. If messages
+        of the step are lost, undo it."""
+        with suppress(TransportError):
+            self.steps.settle()
 
     # Statistics
 

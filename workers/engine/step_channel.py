@@ -82,6 +82,7 @@ class StepChannel:
         self._proposals: dict[int, StepProposal] = {}
         self._headers: deque[StepHeader] = deque()
         self._running_step: tuple[StepHeader, float] | None = None  # with its start time
+        self._is_timed = True
 
     @property
     def has_header(self) -> bool:
@@ -133,14 +134,16 @@ class StepChannel:
         self._epoch = epoch
         self._oldest_epoch = oldest_epoch
 
-    def propose(self, rows: RowsWanted, *, even_empty: bool = False) -> None:
+    def propose(self, rows: RowsWanted, *, even_empty: bool = False, is_timed: bool = True) -> None:
         """Propose this attention rank's rows for the next step, replacing its earlier proposal.
 
         ``even_empty``, on the leader: start a step once all ranks have proposed, even if no rank
-        has rows. No effect if the header of the next step has arrived. Raises the errors of
+        has rows. ``is_timed``, on the leader: whether the time since the last header is that of one
+        step. No effect if the header of the next step has arrived. Raises the errors of
         ``PeerConnections.send``.
         """
         connections = self._connections
+        self._is_timed = is_timed
         self._take_step_frames()
         if self._headers:
             return  # the step is already decided; the rank proposes again after it
@@ -266,7 +269,8 @@ class StepChannel:
             return
         (header, start), self._running_step = self._running_step, None
         seconds = time.monotonic() - start
-        self._prefill_cap.observe(header.decode_rows, header.prefill_rows, seconds)
+        if self._is_timed:
+            self._prefill_cap.observe(header.decode_rows, header.prefill_rows, seconds)
 
     def _send(
         self, name: str, kind: FrameKind, message: StepProposal | StepHeader, data: bytes

@@ -41,16 +41,16 @@ class StepResult:
         """Start to copy ``drawn`` to the host, before the next step overwrites the tensors.
 
         Returns a function that waits for the end of this step on the device, and returns the result
-        with ``drawn`` and ``finite`` in host memory. It raises ``TransportError``.
+        with ``drawn`` and ``finite`` in host memory. If the step has messages, call it after the
+        function of ``CapturableDispatcher.finish_later``.
         """
         assert self.drawn is not None, "the step is captured"
         drawn, end = to_host_later(self.drawn), torch.cuda.Event()  # type: ignore[no-untyped-call]
         end.record()
 
         def read() -> StepResult:
-            self.finish()
             end.synchronize()
-            return replace(self, drawn=drawn, finite=drawn[:, 1])
+            return replace(self, drawn=drawn, finite=drawn[:, 1], finish=_do_nothing)
 
         return read
 
@@ -59,6 +59,10 @@ class StepResult:
         assert isinstance(self.routed, RoutedDecodes), "the step is captured"
         first_row = tuple(self.first_row[entry] for entry in entries)
         return replace(self, first_row=first_row, routed=self.routed.select(first_row))
+
+
+def _do_nothing() -> None:
+    """In place of ``StepResult.finish`` of a step that has been waited for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,10 @@ class _UnreadStep:
     """Placement epoch of the step."""
     plan: StepPlan
     read: Callable[[], StepResult]
-    """Function that waits for the end of the step; see ``StepResult.to_host_later``."""
+    """Function that returns the results; see ``StepResult.to_host_later``."""
+    finish: Callable[[], bool]
+    """Function that finishes the step; call it before ``read``. It returns whether the step is
+    complete; see ``CapturableDispatcher.finish_later``."""
 
 
 class StepRunner:
@@ -83,8 +86,15 @@ class StepRunner:
         self._clock = clock
         self._unread: _UnreadStep | None = None
         """The latest step, if the host has not read its tokens."""
+        self.has_ended = True
+        """Whether a step has ended in the latest ``run``: its own step, or the step before."""
         self.intent = StepIntent()
         """Rows that this rank wanted to run when it last made a proposal to the leader."""
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether the host has not read the latest step yet."""
+        return self._unread is not None
 
     def rows_wanted(self) -> RowsWanted:
         """Return the rows that this rank could run in the next step, to propose to the leader."""
@@ -127,34 +137,25 @@ class StepRunner:
         """
         begin = 0.0 if self._speculator is None else self._clock()
         plan = self._plan_ahead(header)
-        is_ahead = plan is not None
+        self.has_ended = is_ahead = plan is not None
         if plan is None:
             self.settle()
             plan = self._plan(header)
         try:
-            self.sampler.prepare(plan)
-            result = self.model.run(header, plan, is_ahead=is_ahead)
-            if self._unread is not None:
-                self._commit_unread(self._unread)
-                self._graphs.dispatcher.follow_step()
+            result = self._launch(header, plan, is_ahead)
             if result is not None and (is_ahead or self._may_be_late(header, plan, result)):
-                self._unread = late = _UnreadStep(header.epoch, plan, result.to_host_later())
-                if not self._may_stay_unread(plan):
-                    self._commit_unread(late)
+                self._run_late(header, plan, result)
                 return
+            self.has_ended = True
             tokens = None if result is None else self.sampler.sample(plan, result)
             if self._has_predictor and header.edge_rows(self._rank, 0):
                 result = self._predict(plan, result, tokens)
             is_complete = self.model.dispatcher.end_step()
         except BaseException:
-            self._abandon(plan)
-            self._abandon_unread()
+            if self._unread is None or self._unread.plan is not plan:
+                self._abandon(plan)
+            self._abandon_unread()  # last, as its blocks come before those of ``plan``
             raise
-        finally:
-            self._note_dispatch(plan)
-            if header.parents:
-                sequences = (rows.sequence for rows in plan.rows)
-                self._requests.traced.count_step(header, self._rank, sequences)
         if not is_complete:
             self._undo(plan)
             self._stats.count("steps_repeated_total")
@@ -165,6 +166,35 @@ class StepRunner:
                 took_s = self._clock() - begin
                 self._speculator.observe_step(header.decode_rows, elsewhere, took_s)
 
+    def _launch(self, header: StepHeader, plan: StepPlan, is_ahead: bool) -> StepResult | None:
+        try:
+            self.sampler.prepare(plan)
+            return self.model.run(header, plan, is_ahead=is_ahead)
+        finally:  # before a commit, with which requests end
+            self._note_dispatch(plan)
+            if header.parents:
+                sequences = (rows.sequence for rows in plan.rows)
+                self._requests.traced.count_step(header, self._rank, sequences)
+
+    def _run_late(self, header: StepHeader, plan: StepPlan, result: StepResult) -> None:
+        """Commit the step before a step that was launched, and leave this one unread if possible.
+
+        Raises ``TransportError``.
+        """
+        read, finish = result.to_host_later(), self._graphs.dispatcher.finish_later()
+        launched = _UnreadStep(header.epoch, plan, read, finish)
+        if self._unread is not None and not self._commit_unread(self._unread):
+            launched.finish()  # in vain: it has read a token of the incomplete step
+            self._undo(plan)
+            self._undo_unread()
+            return
+        self._unread = launched
+        if self._may_stay_unread(plan):
+            return
+        if not self._commit_unread(launched):
+            self._undo_unread()
+        self.has_ended = True
+
     @torch.inference_mode()
     def settle(self) -> None:
         """Commit the step whose tokens the host has not read, after a wait for its end.
@@ -174,7 +204,8 @@ class StepRunner:
         """
         if self._unread is not None:
             try:
-                self._commit_unread(self._unread)
+                if not self._commit_unread(self._unread):
+                    self._undo_unread()
             except BaseException:
                 self._abandon_unread()
                 raise
@@ -221,11 +252,15 @@ class StepRunner:
 
     # Ends of a step
 
-    def _commit_unread(self, unread: _UnreadStep) -> None:
+    def _commit_unread(self, unread: _UnreadStep) -> bool:
+        """Commit a step after a wait for its end; without effect, return False if the step is not
+        complete."""
+        if not unread.finish():
+            return False
         result, plan = unread.read(), unread.plan.running
         if not plan.rows:
             self._unread = None
-            return
+            return True
         if len(plan.rows) < len(unread.plan.rows):
             known = {rows.sequence for rows in plan.rows}
             every = enumerate(unread.plan.rows)
@@ -233,6 +268,14 @@ class StepRunner:
         tokens = self.sampler.sample(plan, result)
         self._unread = None
         self._commit(unread.epoch, plan, result, tokens)
+        return True
+
+    def _undo_unread(self) -> None:
+        """Undo the unread step, which must run again."""
+        unread, self._unread = self._unread, None
+        assert unread is not None, "a step is unread"
+        self._undo(unread.plan)
+        self._stats.count("steps_repeated_total")
 
     def _abandon_unread(self) -> None:
         unread, self._unread = self._unread, None
@@ -242,7 +285,7 @@ class StepRunner:
     def _abandon(self, plan: StepPlan) -> None:
         """Undo a plan whose step failed."""
         self._undo(plan)
-        self._requests.isolation.record_abandoned(plan.request_ids)
+        self._requests.isolation.record_abandoned(plan.running.request_ids)
         self._stats.count("steps_abandoned_total")
 
     def _undo(self, plan: StepPlan) -> None:

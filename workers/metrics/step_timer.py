@@ -53,7 +53,8 @@ class StepTimer:
 
     def restart(self) -> None:
         """Start the step and its first lap only now."""
-        self._begin_ns = self._last_ns = self._clock_ns()
+        if self._sinks:
+            self._begin_ns = self._last_ns = self._clock_ns()
 
     def capture(self, num_banks: int) -> CapturedLaps:
         """Return the laps until the next ``begin_step``, which are those of a captured step."""

@@ -58,7 +58,7 @@ class CollectiveTransport:
         self._confirmations = StepConfirmations(connections)
         self._backend: Backend = backend
         self._device = device
-        self._rendezvous = Rendezvous(
+        self.rendezvous = Rendezvous(
             connections,
             backend=backend,
             device=device,
@@ -78,12 +78,9 @@ class CollectiveTransport:
         """CUDA graphs that contain transfers of the world."""
         self._is_replayed = False
         """Whether a graph with transfers has been launched and not been waited for."""
+        self._late: StepHeader | None = None
+        """The latest step of ``finish_later``, until its function is called."""
         self._loss: PeerLostError | None = None
-
-    @property
-    def store_address(self) -> str:
-        """``host:port`` of this worker's rendezvous store; empty on an expert worker."""
-        return self._rendezvous.store_address
 
     def apply_generation(self, generation: Generation) -> None:
         """Create the process groups of a generation. Collective: all members must call it."""
@@ -98,9 +95,9 @@ class CollectiveTransport:
         if not address:
             raise PeerLostError(generation.leader.name, "it has no rendezvous store address")
         peers, blamed = tuple(self._peers.values()), list(self._names.values())[:1]
-        self._world = world = self._rendezvous.new_world(generation.number, names, peers)
+        self._world = world = self.rendezvous.new_world(generation.number, names, peers)
         try:
-            self._rendezvous.connect(world, address, blamed)
+            self.rendezvous.connect(world, address, blamed)
         except BaseException:
             self._abandon()
             raise
@@ -110,7 +107,8 @@ class CollectiveTransport:
         self._ordered.clear()
         self._is_replayed = False
         self._header = header
-        self._connections.begin_step(header.step)
+        oldest = header if self._late is None else self._late
+        self._connections.begin_step(oldest.step)  # the late step is confirmed on the edges
         while self._sends:
             self._wait(self._sends.popleft())
 
@@ -143,12 +141,33 @@ class CollectiveTransport:
         """Wait for a replay, and for all receives that only the CUDA stream has waited for."""
         if self._is_replayed:
             self._is_replayed = False
-            self._watched(self._live_world().wait_for_stream, lambda: list(self._names.values()))
+            self._watched(self._live_world().stream_end(), lambda: list(self._names.values()))
         elif not self._ordered:
             return
         while self._ordered:
             self._wait(self._ordered.popleft())
         self._connections.poll()
+
+    def finish_later(self) -> Callable[[], None]:
+        """Return a function that finishes the current step, a replay, and waits until all expert
+        ranks have confirmed it; see ``DataTransport.finish_later``."""
+        world, header = self._live_world(), self._header
+        assert self._is_replayed, "a graph has been launched"
+        assert header is not None, "a step has begun"
+        self._is_replayed, self._late = False, header
+        wait, names = world.stream_end(), list(self._names.values())
+
+        def finish() -> None:
+            if self._late is header:
+                self._late = None
+            if self._world is not world:
+                self._live_world()  # raises the error for which the world was abandoned
+                raise TransportError("the step belongs to an earlier generation")
+            self._watched(wait, lambda: names)
+            self._connections.poll()
+            self._confirmations.wait(header, self._names)
+
+        return finish
 
     def confirm_step(self) -> None:
         """Confirm the step; see ``StepConfirmations``. Over gloo, do nothing, as the host waits for
@@ -201,7 +220,7 @@ class CollectiveTransport:
     def _abandon(self) -> None:
         self._sends.clear()
         self._ordered.clear()
-        self._is_replayed = False
+        self._is_replayed, self._late = False, None
         if self._world is not None:
             self._world.abandon()
             self._world = None

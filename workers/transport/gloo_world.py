@@ -50,8 +50,9 @@ class GlooWorld(World):
         while not transfers.finished.wait(WATCH_S):
             watch()
 
-    def wait_for_stream(self, watch: Callable[[], None]) -> None:
-        """Do nothing: without a GPU there is no stream."""
+    def stream_end(self) -> Callable[[Callable[[], None]], None]:
+        """Return a function that does nothing: without a GPU there is no stream."""
+        return lambda watch: None
 
     def _drop(self, groups: list[Any]) -> None:
         groups.clear()

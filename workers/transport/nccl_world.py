@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,12 +95,12 @@ class NcclWorld(World):
     def wait(self, transfers: Transfers, watch: Callable[[], None]) -> None:
         _poll(lambda: self.is_over(transfers), watch)
 
-    def wait_for_stream(self, watch: Callable[[], None]) -> None:
-        """Wait for all work that was enqueued on the current CUDA stream, without blocking in CUDA:
-        the stream may wait for a lost peer."""
+    def stream_end(self) -> Callable[[Callable[[], None]], None]:
+        """Return a function that waits for all work that is enqueued so far on the current CUDA
+        stream, without blocking in CUDA: the stream may wait for a lost peer."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        _poll(event.query, watch)
+        return partial(_poll, event.query)
 
     def _drop(self, groups: list[Any]) -> None:
         """Abort each group, in order, on a thread of its own that also runs the group's destructor.

@@ -105,6 +105,9 @@ class SocketTransport:
     def finish_step(self) -> None:
         """Do nothing, as ``receive`` has waited for all messages."""
 
+    def finish_later(self) -> NoReturn:
+        raise AssertionError("messages over sockets are not captured")
+
     def confirm_step(self) -> None:
         """Do nothing: outputs are only sent after the rows have arrived."""
 

@@ -8,7 +8,7 @@ pool: an expert rank on the attention side, an attention rank on the expert side
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, NoReturn, Protocol
 
@@ -123,6 +123,14 @@ class DataTransport(Protocol):
 
         Raises ``PeerLostError`` and ``GenerationChangedError``; the results of the step are then
         invalid.
+        """
+
+    def finish_later(self) -> Callable[[], None]:
+        """On an attention rank, after a replay of captured messages: return a function that does
+        the work of ``finish_step`` and ``await_confirmation`` for this step.
+
+        The function may be called after the next step has begun; if it is not called, all messages
+        of this step are dropped. Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
 
     def confirm_step(self) -> None:

@@ -214,9 +214,9 @@ class World(ABC):
         """
 
     @abstractmethod
-    def wait_for_stream(self, watch: Callable[[], None]) -> None:
-        """Wait for all work that was enqueued on the current CUDA stream; ``watch`` as in
-        ``wait``."""
+    def stream_end(self) -> Callable[[Callable[[], None]], None]:
+        """Return a function that waits for all work that is enqueued so far on the current CUDA
+        stream. It takes ``watch``, as in ``wait``."""
 
     # ---- any thread -------------------------------------------------------------------------
 

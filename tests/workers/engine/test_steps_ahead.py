@@ -29,6 +29,7 @@ from workers.model.config import BankSpec, ExchangeSpec, ModelConfig
 from workers.model.layers import Dispatch, LayerSteps, ModelInputs
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
 from workers.requests.step_header import Grant, StepHeader
+from workers.requests.traced import StepParents
 
 WIDTH, VOCABULARY, EXPERTS, TOP_K = 16, 200, 4, 2
 EXCHANGE = ExchangeSpec(index=0, name="mlp", in_width=WIDTH, out_width=WIDTH, expert_width=WIDTH)
@@ -161,6 +162,7 @@ class Ahead:
             oldest_epoch=1,
             grants=((0, grant),),
             exact=wanted.prefill_rows > 0,
+            parents=((0, wanted.parents),) if wanted.parents else (),
         )
         self.next_step += 1
         self.num_ahead += self.engine.steps._unread is not None and not header.exact
@@ -318,6 +320,21 @@ def test_a_lost_step_takes_the_step_before_with_it(
 
 def _lose() -> None:
     raise PeerLostError("expert-0", "gone")
+
+
+@pytest.mark.parametrize("max_tokens", range(2, 12))
+def test_a_traced_request_may_end_with_the_step_before(log: DeviceLog, max_tokens: int) -> None:
+    """Its header was decided before, and names its spans."""
+    run = Ahead()
+    request = Request(
+        request_id="a", prompt=(9,), params=params(max_tokens, SECOND if max_tokens % 2 else 0)
+    )
+    parents = StepParents(prefill=b"p" * 24, decode=b"d" * 24)
+    run.engine.add_request(replace(request, step_parents=parents))
+    run.tokens["a"] = []
+    run.finish()
+    assert tuple(run.tokens["a"]) == continued(request)
+    run.check_is_free()
 
 
 def test_measured_steps_are_read_at_once(log: DeviceLog) -> None:

@@ -377,18 +377,21 @@ def test_a_lost_world_drops_its_graphs_and_begins_no_replay(nccl: FakeNccl) -> N
         assert transport.captured_state != state
 
 
+class Event:
+    """In place of ``torch.cuda.Event``: nothing runs."""
+
+    is_over = False
+
+    def record(self) -> None:
+        """Do nothing."""
+
+    def query(self) -> bool:
+        return self.is_over
+
+
 def test_the_end_of_a_replay_is_awaited_and_a_lost_peer_ends_the_wait(
     nccl: FakeNccl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Event:
-        is_over = False
-
-        def record(self) -> None:
-            """Nothing runs."""
-
-        def query(self) -> bool:
-            return self.is_over
-
     monkeypatch.setattr(torch.cuda, "Event", Event)
     with Mesh(1, 1, BANKS, transport="nccl") as mesh:
         transport = mesh["attention-0"].transport
@@ -405,6 +408,54 @@ def test_the_end_of_a_replay_is_awaited_and_a_lost_peer_ends_the_wait(
         with pytest.raises(PeerLostError, match="expert-0"):
             transport.finish_step()
         assert graph.is_dropped
+
+
+def test_a_step_is_finished_after_the_next_one_has_begun(
+    nccl: FakeNccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The confirmations of both arrive before the first is read, or after it."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "is_over", True)
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        home, expert = mesh["attention-0"].transport, mesh["expert-0"].transport
+        graph, _ = capturing(mesh, "attention-0")
+        late: list[Callable[[], None]] = []
+        for step in range(1, 5):
+            header = make_header((1,), step=step)
+            home.begin_step(header)
+            graph.acts[0]()
+            late.append(home.finish_later())
+            if step == 1:
+                continue
+            before = mesh.pool.submit(late[step - 2])
+            for confirmed in (1, 2) if step == 2 else (step,):
+                expert.begin_step(make_header((1,), step=confirmed))
+                expert.confirm_step()
+            before.result(LIMIT_S)
+        late[-1]()
+        home.begin_step(make_header((1,), step=5))
+        graph.acts[0]()
+        lost = home.finish_later()
+        mesh["expert-0"].connections.close()
+        with pytest.raises(PeerLostError, match="expert-0"):
+            lost()
+        with pytest.raises(PeerLostError, match="expert-0"):
+            lost()
+
+
+def test_a_step_of_an_earlier_generation_cannot_be_finished(
+    nccl: FakeNccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    with Mesh(1, 1, BANKS, transport="nccl") as mesh:
+        home = mesh["attention-0"].transport
+        graph, _ = capturing(mesh, "attention-0")
+        home.begin_step(make_header((1,)))
+        graph.acts[0]()
+        finish = home.finish_later()
+        mesh.apply(structs.replace(mesh.generation, number=2))
+        with pytest.raises(TransportError, match="an earlier generation"):
+            finish()
 
 
 def test_gloo_s_messages_are_not_captured() -> None:

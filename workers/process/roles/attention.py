@@ -88,12 +88,17 @@ class AttentionRole:
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         """Apply the placement of a new generation with open connections, or of a new epoch."""
         context = self._context
-        self.engine.settle()
+        self.engine.settle()  # a step of the last generation has lost its messages
         context.model.exactness.apply_agreement(generation.agreement)
         self._dispatcher.set_placement(placement, generation)
         if self.tiers is not None:
             how = (context.model.quantize, context.model.dtype), self.engine.cache
             self.tiers.tiers.use(kv_identity(context.me, context.config, generation, *how))
+
+    def lose_members(self) -> None:
+        """Handle the death of members of the last generation, whose steps have stopped."""
+        self.engine.settle()  # an undone step counts against its requests
+        self.engine.requests.record_worker_death()
 
     def begin_steps(self, generation: int) -> None:
         """Accept the streams of gateways: the steps of this generation start."""

@@ -48,6 +48,8 @@ class EngineSteps:
         self._watchdog = StepWatchdog(context.config.transport.detection_limit_s)
         self._has_more = False
         """Whether the engine still had work after the last step."""
+        self._was_unread = False
+        """Whether the last step began before the step before it was read."""
 
     def begin(self) -> None:
         """Reset the watchdog at the start of a generation."""
@@ -63,6 +65,7 @@ class EngineSteps:
             self._run_next(emit)
         except TransportError:
             self._stream.release()
+            self._engine.settle()
             raise
         if not self._has_more:
             self._stream.release()
@@ -71,9 +74,12 @@ class EngineSteps:
         engine, channel, activity = self._engine, self._context.channel, self._context.activity
         membership = self._context.membership
         rows = engine.rows_wanted()
+        if outputs := engine.requests.take_outputs():  # of a step that was read only now
+            emit(outputs)
         activity.is_idle = not engine.has_work
         activity.wants_rows = rows.decode_rows + rows.prefill_rows > 0
-        channel.propose(rows, even_empty=self._needs_commit())
+        is_timed = self._was_unread == engine.steps.is_unread
+        channel.propose(rows, even_empty=self._needs_commit(), is_timed=is_timed)
         if not channel.has_header:
             self._stream.release()
         header = channel.wait(self._wait_s(self._idle_s()))
@@ -86,9 +92,10 @@ class EngineSteps:
         activity.rows = header.decode_rows + header.prefill_rows
         stall_s = time.monotonic() - membership.last_commit if self._has_more else 0.0
         membership.follow_epoch(header, stall_s)
-        self._has_more = False
+        self._has_more, self._was_unread = False, engine.steps.is_unread
         outputs = self._step(header)
-        membership.record_commit(is_shared=bool(activity.rows) or not channel.is_leader)
+        is_shared = bool(activity.rows) or not channel.is_leader
+        membership.record_commit(is_shared=is_shared and engine.steps.has_ended)
         activity.advance()
         self._has_more = engine.has_work
         self._stream.release()  # a step without rows has not computed

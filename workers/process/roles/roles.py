@@ -36,7 +36,7 @@ class Roles:
     def lose_members(self) -> None:
         """Handle the death of members of the last generation; the last step was abandoned."""
         if self.attention is not None:
-            self.attention.engine.requests.record_worker_death()
+            self.attention.lose_members()
 
     def keep_adapters(self, command: KeepAdapters) -> None:
         """Load missing adapters of the command and free all others, if attention runs here."""

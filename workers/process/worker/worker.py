@@ -171,7 +171,7 @@ class Worker:
         """Open the transport; a collective one adds its store's address to this worker's record."""
         transport = open_transport(self.args, connections)
         if isinstance(transport, CollectiveTransport):
-            self.member = replace(self.member, store_address=transport.store_address)
+            self.member = replace(self.member, store_address=transport.rendezvous.store_address)
         return transport
 
     def announce(self, context: WorkerContext, member: Member) -> Member:
