@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.core.errors import TransportError
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from tests.simulation.kernel import Kernel
@@ -66,6 +67,12 @@ def work(mean_s: float) -> None:
 class ToyTransport(SocketTransport):
     """Frames of plain bytes."""
 
+    def check(self, generation: int) -> None:
+        """Raise the error of a step of this generation whose messages are lost."""
+        self._connections.check()
+        if self._connections.generation.number != generation:
+            raise TransportError("the step belongs to an earlier generation")
+
     def post_bytes(self, tag: Tag, rank: int, count: int, data: bytes) -> None:
         header = self._header(tag, (count, 0), len(data))
         self._connections.send(self._names[rank], header, [data])
@@ -115,8 +122,19 @@ class ToyDispatcher:
         self.allows_ahead = kernel.rng.random() >= _READ_AT_ONCE
 
     def finish_later(self) -> Callable[[], bool]:
-        is_complete = self.end_step()
-        return lambda: is_complete
+        """The step is lost, as with messages of a device, if its peers are lost before it is read,
+        or its generation has ended."""
+        is_complete, transport, header = self.end_step(), self._transport, self._header
+        assert header is not None
+
+        def finish() -> bool:
+            transport.check(header.generation)
+            return is_complete
+
+        return finish
+
+    def follow_step(self) -> None:
+        self._timer.restart()
 
     def run_empty_step(self, header: StepHeader) -> None:
         self._timer.begin_step(header)
@@ -181,7 +199,7 @@ class ToyRunner:
         self.num_lost = 0
         """Those of them that were lost with the step before."""
 
-    def can_run(self, header: StepHeader) -> bool:
+    def is_captured(self, header: StepHeader) -> bool:
         return not header.exact
 
     def run(

@@ -131,6 +131,10 @@ class StepGraphCache(Generic[Captured]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def has(self, state: Hashable, key: Hashable) -> bool:
+        """Whether a step of a key is kept that uses the tensors which ``state`` identifies."""
+        return state == self._state and key in self._kept
+
     def keep_only(self, state: Hashable) -> None:
         """Drop all captured steps if ``state``, which identifies the tensors that they use, has
         changed."""

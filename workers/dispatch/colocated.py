@@ -122,6 +122,7 @@ class ColocatedDispatcher:
         self.dispatch = attention.dispatch  # same as on an attention worker
         self.allows_ahead = False  # the counts of the experts are of the latest step
         self.finish_later = attention.finish_later
+        self.follow_step = attention.follow_step
         self._served = (-1, -1)
         self._header: StepHeader | None = None
         self._is_only_member = False

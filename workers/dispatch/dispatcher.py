@@ -156,6 +156,9 @@ class CapturableDispatcher(TokenDispatcher, Protocol):
         Call it after everything that the host will read is enqueued on the device.
         """
 
+    def follow_step(self) -> None:
+        """Record that the step before has ended, so that this step begins on the device."""
+
     def capture(
         self, is_row: Tensor, graph: StepGraph | None
     ) -> AbstractContextManager[CapturedExchanges]:
@@ -216,6 +219,10 @@ class TimedDispatcher(ABC):
     def end_step(self) -> bool:
         """Return whether every expert rank got all rows it needed; always True by default."""
         return True
+
+    def follow_step(self) -> None:
+        """Restart the timer, as the device begins the step only now."""
+        self.timer.restart()
 
     @property
     def edge_share(self) -> int:

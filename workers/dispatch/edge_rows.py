@@ -47,6 +47,8 @@ class EdgeRows:
         self.can_limit = False
         """Whether edges of the current generation may carry only a part of this rank's rows."""
         self._share = 0.0
+        self._num_forgotten = 0
+        """Number of calls of ``forget``: steps that began before the last one are not measured."""
         self._has_rows = True
         self._noted: list[_Noted] = []
         self._found: Tensor | None = None
@@ -60,6 +62,7 @@ class EdgeRows:
     def forget(self) -> None:
         """Reset ``share`` to unknown, after experts have moved or needed rows did not fit."""
         self._share = 0.0
+        self._num_forgotten += 1
 
     def begin_step(self, has_rows: bool = True) -> None:
         """Begin a step: drop the noted row counts of a failed earlier step.
@@ -107,9 +110,9 @@ class EdgeRows:
         have begun before the function is called."""
         found, all_noted = self._found, self._noted
         self._noted, self._found = [], None
-        return partial(self._end, found, all_noted)
+        return partial(self._end, found, all_noted, self._num_forgotten)
 
-    def _end(self, found: Tensor | None, all_noted: NeededRows) -> bool:
+    def _end(self, found: Tensor | None, all_noted: NeededRows, num_forgotten: int) -> bool:
         if found is None:
             return True
         is_complete, share = True, self._share * (1 - _DECAY)
@@ -117,7 +120,8 @@ class EdgeRows:
             is_complete &= most <= noted.num_sent
             if noted.num_rows >= _MIN_ROWS:
                 share = max(share, most / noted.num_rows)
-        self._share = share
+        if num_forgotten == self._num_forgotten:
+            self._share = share
         if not is_complete:
             self.forget()
         return is_complete

@@ -203,7 +203,6 @@ class RemoteDispatcher(TimedDispatcher):
         def finish_and_end() -> bool:
             with self.activity:
                 finish()
-            self.timer.restart()  # the device begins the latest step only now
             return end()
 
         return finish_and_end

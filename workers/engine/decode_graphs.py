@@ -144,6 +144,16 @@ class DecodeGraphs:
         has_rows = header.edge_rows(self._rank, header.num_micro_batches - 1) > 0
         return has_rows and self.dispatcher.can_capture(header) and self._size(header) > 0
 
+    def is_captured(self, header: StepHeader) -> bool:
+        """Whether a graph can run a step, and is captured already.
+
+        During a capture the host could not be interrupted, if the step before never ends.
+        """
+        if not self.can_run(header):
+            return False
+        shape = self.dispatcher.captured_shape(header)
+        return self._kept.has(self._state, (self._size(header), header.num_micro_batches, shape))
+
     def capture(self) -> None:
         """Capture the steps of one micro-batch for all buckets, before the first step.
 
@@ -186,8 +196,13 @@ class DecodeGraphs:
         """Return the bucket of a step; 0 if the step has more rows than the largest bucket."""
         return header.bucket or bucket_of(header.rows(self._rank, 0), self._buckets)
 
+    @property
+    def _state(self) -> Hashable:
+        """A value that changes when captured steps become invalid."""
+        return self._model(), self.dispatcher.captured_state
+
     def _step(self, size: int, num_parts: int, shape: Hashable) -> _CapturedStep:
-        self._kept.keep_only((self._model(), self.dispatcher.captured_state))
+        self._kept.keep_only(self._state)
         return self._kept.get(
             (size, num_parts, shape),
             size * num_parts,

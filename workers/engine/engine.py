@@ -34,6 +34,7 @@ from workers.lora.loaded import LoadedAdapters
 from workers.model.compute_threads import ComputeThreads
 from workers.model.config import BankSpec, ModelConfig
 from workers.model.layers import AttentionModel
+from workers.model.side_stream import SideStream
 from workers.native.thread_team import ThreadTeam
 from workers.requests.block_hash import BlockHash
 from workers.requests.buckets import buckets_up_to
@@ -116,7 +117,7 @@ class Engine:
             pad_token_id=config.pad_token_id,
             clock=clock,
         )
-        self.load = LoadCounter(banks, self.cache.side)
+        self.load = LoadCounter(banks, SideStream(model.device))
         """Counter of the rows of committed steps by chosen expert and expert copy."""
         self.steps = StepRunner(
             scheduler=self._scheduler,

@@ -1,9 +1,9 @@
 """Expert load of an attention rank: the experts that its routers chose in committed steps.
 
 A step only queues its tensors. Later, usually on the thread that reports the counts, one operation
-for each bank counts many steps, so a step spends almost no time on counting. On a GPU the counts
-stay on the device until the report, and no step waits for them. Padding rows and failed steps are
-not counted.
+for each bank counts many steps, so a step spends almost no time on counting. On a GPU this work has
+a stream of its own, which never waits for a step that may still run: the thread that reports also
+follows the controller. Padding rows and failed steps are not counted.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import reduce
 from itertools import groupby
 from typing import overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from torch import Tensor
@@ -62,10 +60,8 @@ class RoutedDecodes(Sequence[Sequence[RoutedRows]]):
     """
     ends: Sequence[int]
     """For each bank, the index in ``topk_ids`` after its last row."""
-
-    def select(self, rows: Sequence[int]) -> RoutedDecodes:
-        """Return the choices of the given rows only."""
-        return RoutedDecodes(self.topk_ids[:, to_device(rows, self.topk_ids.device)], self.ends)
+    kept: Sequence[int] | None = None
+    """The rows that count; None: all rows."""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -83,6 +79,8 @@ class RoutedDecodes(Sequence[Sequence[RoutedRows]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         first = self.ends[index - 1] if index else 0
         own = self.topk_ids[first : self.ends[index]].t()
+        if self.kept is not None:
+            own = own[to_device(self.kept, own.device)]
         return (RoutedRows(own, None, len(own)),)
 
 
@@ -117,24 +115,34 @@ class LoadCounter:
     def __init__(self, banks: Sequence[BankSpec], side: SideStream) -> None:
         self._banks = tuple(banks)
         self._side = side
-        self._pending: deque[_PendingStep | _Counts] = deque()
+        self._pending: deque[_PendingStep] = deque()
         self._num_steps = self._num_rows = 0
         self._lock = threading.Lock()
         self._counts = [BankCounts.zeros(b.num_experts) for b in banks]
         self._epoch = 0
         self._rows = 0
 
-    def add(self, epoch: int, num_rows: int, routed: Sequence[Sequence[RoutedRows]]) -> None:
-        """Queue a committed step. ``routed``: its chosen experts, indexed [bank][micro-batch]."""
-        self._side.note_steps()
+    def add(
+        self,
+        epoch: int,
+        num_rows: int,
+        routed: Sequence[Sequence[RoutedRows]],
+        *,
+        is_late: bool = False,
+    ) -> None:
+        """Queue a committed step. ``routed``: its chosen experts, indexed [bank][micro-batch].
+
+        ``is_late``: the host has waited for the step, and the device may run the next one, for
+        which the counts must not wait.
+        """
+        if not is_late:
+            self._side.note_steps()
         self._pending.append(_PendingStep(epoch, num_rows, routed))
         self._num_steps += 1
         self._num_rows += num_rows
         if self._num_steps >= _MAX_STEPS or self._num_rows >= _MAX_ROWS:
             self._num_steps = self._num_rows = 0
-            counts = self._sum_by_epoch(self._take_pending())
-            self._side.note_steps()
-            self._pending += counts
+            self.flush()
 
     def flush(self) -> None:
         """Count all queued steps, and copy the counts to the host."""
@@ -158,37 +166,31 @@ class LoadCounter:
                 banks={(spec.bank, spec.layer): counts for spec, counts in banks},
             )
 
-    def _take_pending(self) -> list[_PendingStep | _Counts]:
-        """Remove and return all queued entries. Threads may call this method concurrently."""
+    def _take_pending(self) -> list[_PendingStep]:
+        """Remove and return all queued entries."""
         entries = []
         with suppress(IndexError):
             while True:
                 entries.append(self._pending.popleft())
         return entries
 
-    def _sum_by_epoch(self, entries: Sequence[_PendingStep | _Counts]) -> list[_Counts]:
+    def _sum_by_epoch(self, entries: Sequence[_PendingStep]) -> list[_Counts]:
         """Sum consecutive entries of equal placement epoch, without a device synchronization."""
         return [self._sum(tuple(group)) for _, group in groupby(entries, lambda each: each.epoch)]
 
-    def _sum(self, members: Sequence[_PendingStep | _Counts]) -> _Counts:
-        """Sum entries of one placement epoch; rows of uncounted steps are counted."""
-        counts = [member for member in members if isinstance(member, _Counts)]
-        steps = [member for member in members if isinstance(member, _PendingStep)]
-        if steps:
-            sizes = [spec.num_experts for spec in self._banks]
-            routed = [
-                [part for step in steps for part in step.routed[bank]]
-                for bank in range(len(self._banks))
-            ]
-            counts.append(
-                _Counts(
-                    steps[0].epoch,
-                    sum(step.num_rows for step in steps),
-                    [_tally_decodes(*own) for own in zip(routed, sizes, strict=True)],
-                    [_tally_copies(*own) for own in zip(routed, sizes, strict=True)],
-                )
-            )
-        return reduce(_add_counts, counts)
+    def _sum(self, steps: Sequence[_PendingStep]) -> _Counts:
+        """Count the rows of steps of one placement epoch."""
+        sizes = [spec.num_experts for spec in self._banks]
+        routed = [
+            [part for step in steps for part in step.routed[bank]]
+            for bank in range(len(self._banks))
+        ]
+        return _Counts(
+            steps[0].epoch,
+            sum(step.num_rows for step in steps),
+            [_tally_decodes(*own) for own in zip(routed, sizes, strict=True)],
+            [_tally_copies(*own) for own in zip(routed, sizes, strict=True)],
+        )
 
     def _add_to_totals(self, counts: _Counts, arrays: Iterator[NDArray[np.int64]]) -> None:
         """Add ``counts`` to the totals; ``arrays`` yields the tensors of ``counts`` on the host."""
@@ -213,21 +215,6 @@ class LoadCounter:
                     epoch_decode=old.epoch_decode + decode,
                 )
             self._counts[bank] = new
-
-
-def _add_counts(one: _Counts, other: _Counts) -> _Counts:
-    return _Counts(
-        one.epoch,
-        one.num_rows + other.num_rows,
-        [a + b for a, b in zip(one.decode, other.decode, strict=True)],
-        [_padded_sum(a, b) for a, b in zip(one.prefill, other.prefill, strict=True)],
-    )
-
-
-def _padded_sum(one: Tensor, other: Tensor) -> Tensor:
-    """Return the sum of two counts [experts, copies], padded to the larger number of copies."""
-    width = max(one.shape[1], other.shape[1])
-    return F.pad(one, (0, width - one.shape[1])) + F.pad(other, (0, width - other.shape[1]))
 
 
 def _tally_decodes(routed: Sequence[RoutedRows], num_experts: int) -> Tensor:

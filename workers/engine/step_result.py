@@ -58,7 +58,7 @@ class StepResult:
         """Return the result for some entries of the plan of a captured step."""
         assert isinstance(self.routed, RoutedDecodes), "the step is captured"
         first_row = tuple(self.first_row[entry] for entry in entries)
-        return replace(self, first_row=first_row, routed=self.routed.select(first_row))
+        return replace(self, first_row=first_row, routed=replace(self.routed, kept=first_row))
 
 
 def _do_nothing() -> None:

@@ -183,11 +183,13 @@ class StepRunner:
         """
         read, finish = result.to_host_later(), self._graphs.dispatcher.finish_later()
         launched = _UnreadStep(header.epoch, plan, read, finish)
-        if self._unread is not None and not self._commit_unread(self._unread):
-            launched.finish()  # in vain: it has read a token of the incomplete step
-            self._undo(plan)
-            self._undo_unread()
-            return
+        if self._unread is not None:
+            if not self._commit_unread(self._unread):
+                launched.finish()  # in vain: it has read a token of the incomplete step
+                self._undo(plan)
+                self._undo_unread()
+                return
+            self._graphs.dispatcher.follow_step()
         self._unread = launched
         if self._may_stay_unread(plan):
             return
@@ -197,7 +199,7 @@ class StepRunner:
 
     @torch.inference_mode()
     def settle(self) -> None:
-        """Commit the step whose tokens the host has not read, after a wait for its end.
+        """Commit the step that the host has not read, after a wait for its end.
 
         No effect without such a step. Raises ``TransportError`` if its messages are lost; then no
         sequence has a new token.
@@ -224,7 +226,7 @@ class StepRunner:
         unread, grant = self._unread, header.grant(self._rank)
         if unread is None or header.exact or header.is_alone:
             return None
-        if not self._requests.may_all_run or not self._graphs.can_run(header):
+        if not self._requests.may_all_run or not self._graphs.is_captured(header):
             return None
         ahead = self._scheduler.ahead
         fits = len(ahead.continuing(unread.plan)) <= grant.decode_rows
@@ -267,7 +269,7 @@ class StepRunner:
             result = result.select([i for i, rows in every if rows.sequence in known])
         tokens = self.sampler.sample(plan, result)
         self._unread = None
-        self._commit(unread.epoch, plan, result, tokens)
+        self._commit(unread.epoch, plan, result, tokens, is_late=True)
         return True
 
     def _undo_unread(self) -> None:
@@ -294,7 +296,15 @@ class StepRunner:
         self._memory.clear_planned(plan)
         self._scheduler.abandon(plan)
 
-    def _commit(self, epoch: int, plan: StepPlan, result: StepResult, tokens: StepTokens) -> None:
+    def _commit(
+        self,
+        epoch: int,
+        plan: StepPlan,
+        result: StepResult,
+        tokens: StepTokens,
+        *,
+        is_late: bool = False,
+    ) -> None:
         """Add a step's tokens to the sequences, end complete sequences, and queue the outputs."""
         now = self._clock()
         broken = [s for s, failure in tokens.failed.items() if failure is NOT_FINITE]
@@ -307,7 +317,7 @@ class StepRunner:
         self._memory.clear_rejected(tokens.broken, new)
         endings = self._scheduler.commit(plan, new, tokens.failed.keys())
         self._memory.clear_free(dirty)
-        self._load.add(epoch, plan.num_rows, result.routed)
+        self._load.add(epoch, plan.num_rows, result.routed, is_late=is_late)
         self._requests.isolation.commit(plan.request_ids)
         self._stats.count_step(plan.num_rows)
         self._stats.count("generation_tokens_total", sum(map(len, new.values())))

@@ -100,7 +100,7 @@ class Scheduler:
         self._drafts = None if speculator is None else DraftBudget(speculator, *own[1:])
         self._stop_conditions = StopConditions(eos_token_ids, max_model_len)
         self.ahead = StepsAhead(self._blocks, self._stop_conditions)
-        """Planner of steps whose predecessor is not committed yet."""
+        """Planner of steps that begin before the step before is committed."""
 
     # Sequences
 

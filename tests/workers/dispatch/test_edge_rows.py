@@ -276,3 +276,16 @@ def test_a_step_that_broke_leaves_nothing_behind() -> None:
     rows.begin_step()
     assert rows.end_step()
     assert rows.share == 0
+
+
+def test_a_step_launched_before_an_incomplete_one_was_read_says_nothing_of_the_share() -> None:
+    """The step that did not fit must run again with all rows, whatever the next one needed."""
+    rows = EdgeRows()
+    ends = []
+    for needed in (25, 16):
+        rows.begin_step()
+        rows.note(torch.arange(64).expand(2, 64) < needed, 64, 24)
+        rows.finish_step()
+        ends.append(rows.end_later())
+    assert [end() for end in ends] == [False, True]
+    assert rows.share == 0

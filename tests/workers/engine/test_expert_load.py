@@ -129,8 +129,8 @@ def test_reports_beside_a_running_engine_lose_nothing() -> None:
     assert counted(report.banks[KEY].decode) == {0: 3000, 1: 3000}
 
 
-def test_a_gpu_counts_without_a_wait_until_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.engine.expert_load._MAX_ROWS", 4)
+def test_a_gpu_counts_many_steps_with_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.engine.expert_load._MAX_ROWS", 20)
     expected = LoadCounter(BANKS, SideStream(torch.device("cpu")))
     parts = [prompts([[0, 1], [2, 3]], [[1, 0], [0, 2]]), decodes([3, 0]), prompts([[1, 2]], None)]
     with pretend_gpu() as log:
@@ -140,9 +140,9 @@ def test_a_gpu_counts_without_a_wait_until_somebody_asks(monkeypatch: pytest.Mon
         for _ in range(9):
             load.add(1, 4, step(*there))
             expected.add(1, 4, step(*parts))
-        assert not log.waits
+        assert sum(log.waits.values()) == 1  # of five steps
         found = load.report()
-        assert sum(log.waits.values()) == 1
+        assert sum(log.waits.values()) == 2
     for key, counts in expected.report().banks.items():
         for name in ("prefill", "decode", "epoch_prefill", "epoch_decode"):
             assert (getattr(found.banks[key], name) == getattr(counts, name)).all()
@@ -161,6 +161,14 @@ def test_decodes_of_a_captured_step_count_by_bank() -> None:
     ]
     for key, counts in expected.report().banks.items():
         assert (load.report().banks[key].decode == counts.decode).all()
+
+
+def test_rows_of_sequences_that_have_ended_do_not_count() -> None:
+    rows = torch.tensor([[0, 1], [2, 3], [1, 3]])
+    load = LoadCounter(BANKS, SideStream(torch.device("cpu")))
+    load.add(1, 2, RoutedDecodes(torch.cat([rows.t(), 3 - rows.t()]), (2, 4), (0, 2)))
+    banks = list(load.report().banks.values())
+    assert [counted(bank.decode) for bank in banks] == [{0: 1, 1: 2, 3: 1}, {0: 1, 2: 2, 3: 1}]
 
 
 def on_device(part: RoutedRows) -> RoutedRows:

@@ -139,6 +139,7 @@ class Ahead:
         self.engine = Engine(
             model=model, config=config, banks=[BANK], dispatcher=self.dispatcher, section=section
         )
+        self.engine.runner.capture_graphs()
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, FinishReason] = {}
         self.next_step = 1

@@ -213,3 +213,12 @@ def test_load_is_counted_behind_the_steps_and_beside_them(cuda: FakeCuda) -> Non
     assert cuda.take() == ["steps records an event"]
     load.flush()  # a step under way may wait for a peer that is lost
     assert cuda.take() == ["side waits for the event of steps", "host waits for side"]
+
+
+def test_the_load_of_a_late_step_does_not_wait_for_the_next_one(cuda: FakeCuda) -> None:
+    load = LoadCounter([BANK], SideStream(GPU))
+    cuda.take()
+    routed = [[RoutedRows(torch.empty((0, 2), dtype=torch.int64, device=GPU), None, 0)]]
+    load.add(1, 0, routed, is_late=True)
+    load.flush()
+    assert cuda.take() == ["host waits for side"]

@@ -96,7 +96,7 @@ class AttentionRole:
             self.tiers.tiers.use(kv_identity(context.me, context.config, generation, *how))
 
     def lose_members(self) -> None:
-        """Handle the death of members of the last generation, whose steps have stopped."""
+        """Handle the death of members of the last generation; its steps have stopped."""
         self.engine.settle()  # an undone step counts against its requests
         self.engine.requests.record_worker_death()
 
