@@ -191,8 +191,8 @@ def test_decodes_have_their_logits_from_the_same_call(golden: Callable[[str], Go
     runner = engine.engine.runner
     run, results = runner.run, []
 
-    def kept(header: StepHeader, plan: StepPlan) -> StepResult | None:
-        result = run(header, plan)
+    def kept(header: StepHeader, plan: StepPlan, *, is_ahead: bool = False) -> StepResult | None:
+        result = run(header, plan, is_ahead=is_ahead)
         assert result is not None
         results.append((plan, result))
         return result
