@@ -20,13 +20,13 @@ from dataclasses import replace
 
 from cluster.sizing.roofline import DeviceSpec, HostTime
 
-GPU_HOST = HostTime(step_s=440e-6, row_s=9e-6, expert_s=60e-6, works_ahead=True)
+GPU_HOST = HostTime(step_s=440e-6, row_s=9e-6, expert_s=60e-6)
 """Host time of decode steps that are one CUDA graph for each worker, of greedy requests. Measured
 on an AMD EPYC by ``python -m benchmarks.engine.host_cost``, also with ``--batch 256``: a step of an
 attention worker takes 0.46 ms of CPU time with 8 rows and 2.6 ms with 256, a step of an expert
 worker 0.06 to 0.12 ms, both with 4 and with 48 MoE layers. On the host of an H100, a step of one
 worker with all experts took 0.6 ms longer than its kernels with 1 row, and 1.1 ms longer with 64
-(docs/results/gpu.md); this was before the host worked ahead.
+(docs/results/gpu.md).
 """
 H100 = DeviceSpec(
     name="NVIDIA H100",

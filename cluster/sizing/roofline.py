@@ -14,10 +14,8 @@ exchange.
 
 The host's time is added once to each step: the host of an attention worker waits for its device at
 the end of a step, then samples, commits the tokens and plans the next step while the device is
-idle. The host of an expert worker works meanwhile, in less time. Attention workers on GPUs, and
-one worker with all experts, launch a step before they read the step before: it takes as long as the
-slower of host and device. Not included are the messages by which several attention workers agree on
-the next step.
+idle. The host of an expert worker works meanwhile, in less time. Not included are the messages by
+which several attention workers agree on the next step.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ EXPERT_KERNELS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostTime:
-    """Time of the host in each step, for any number of layers."""
+    """Time of the host in each step, while the device waits, for any number of layers."""
 
     step_s: float = 0.0
     """Seconds of a step of an attention worker, or of one worker with all experts."""
@@ -48,9 +46,6 @@ class HostTime:
     """Further seconds for each row of such a worker."""
     expert_s: float = 0.0
     """Seconds of a step of an expert worker, for any number of rows."""
-    works_ahead: bool = False
-    """Whether an attention worker, or one worker with all experts, launches captured steps before
-    it reads the step before, so that host and device work at the same time."""
 
     def attention_s(self, rows: float) -> float:
         """Return the seconds of a step with ``rows`` rows on one attention worker."""
@@ -168,8 +163,7 @@ class StepTime:
     exchange_s: float
     """Seconds to transport rows and expert outputs, for one micro-batch."""
     host_s: float
-    """Seconds of the host for the whole step. The devices wait meanwhile, unless the host works
-    ahead (``HostTime.works_ahead``)."""
+    """Seconds of the host for the whole step, while the devices wait."""
     step_s: float
     """Seconds of the whole step with all its micro-batches and the host's time."""
 
@@ -239,7 +233,6 @@ def disaggregated_step(
     The step has the number of micro-batches with which it is faster.
     """
     host_s = max(device.host.attention_s(batch / num_attention), device.host.expert_s)
-    works_ahead = device.host.works_ahead and model.is_captured
 
     def micro_batches(m: int) -> StepTime:
         rows = batch / m
@@ -258,7 +251,7 @@ def disaggregated_step(
             experts_s=experts_s,
             exchange_s=exchange_s,
             host_s=host_s,
-            step_s=max(device_s, host_s) if works_ahead else device_s + host_s,
+            step_s=device_s + host_s,
         )
 
     return _fastest(micro_batches)
@@ -280,7 +273,6 @@ def colocated_step(
     """
     others = num_workers - 1
     host_s = device.host.attention_s(batch / num_workers) + bool(others) * device.host.expert_s
-    works_ahead = device.host.works_ahead and model.is_captured and not others
 
     def micro_batches(m: int) -> StepTime:
         rows = batch / m
@@ -291,7 +283,6 @@ def colocated_step(
         away = others / num_workers
         exchange_s = _exchange(model, rows / num_workers, num_workers, away, device)
         work_s = attention_s + experts_s
-        device_s = max(m * work_s, work_s + exchange_s)
         return StepTime(
             layout=f"{num_workers} colocated workers",
             num_micro_batches=m,
@@ -299,7 +290,7 @@ def colocated_step(
             experts_s=experts_s,
             exchange_s=exchange_s,
             host_s=host_s,
-            step_s=max(device_s, host_s) if works_ahead else device_s + host_s,
+            step_s=max(m * work_s, work_s + exchange_s) + host_s,
         )
 
     return _fastest(micro_batches)

@@ -233,8 +233,7 @@ class StepRunner:
         return ahead.plan(unread.plan) if fits else None
 
     def _may_be_late(self, header: StepHeader, plan: StepPlan, result: StepResult) -> bool:
-        """Whether the host may read a step's tokens after the launch of another step: the steps of
-        its sequences compute nothing else."""
+        """Whether the host may read a step's tokens after the launch of another step."""
         if result.drawn is None or self._speculator is not None or header.is_alone:
             return False
         is_allowed = self._graphs.dispatcher.allows_ahead and self._requests.may_all_run
@@ -286,8 +285,9 @@ class StepRunner:
 
     def _abandon(self, plan: StepPlan) -> None:
         """Undo a plan whose step failed."""
+        request_ids = plan.running.request_ids  # before admitted sequences wait again
         self._undo(plan)
-        self._requests.isolation.record_abandoned(plan.running.request_ids)
+        self._requests.isolation.record_abandoned(request_ids)
         self._stats.count("steps_abandoned_total")
 
     def _undo(self, plan: StepPlan) -> None:
