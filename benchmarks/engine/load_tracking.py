@@ -97,11 +97,11 @@ class _Clock:
 
     def timed(self, call: Callable[..., None]) -> Callable[..., None]:
         @wraps(call)
-        def run(*arguments: Any) -> None:
+        def run(*arguments: Any, **named: Any) -> None:
             began = time.thread_time()
             self._depth += 1
             try:
-                call(*arguments)
+                call(*arguments, **named)
             finally:
                 self._depth -= 1
                 if not self._depth:

@@ -112,11 +112,11 @@ class _Clock:
         call: Callable[..., Any] = getattr(owner, method)
 
         @wraps(call)
-        def run(*arguments: Any) -> Any:
+        def run(*arguments: Any, **named: Any) -> Any:
             began = time.thread_time_ns()
             self._inner.append(0)
             try:
-                return call(*arguments)
+                return call(*arguments, **named)
             finally:
                 took = time.thread_time_ns() - began
                 self.ns[part] += took - self._inner.pop()
@@ -165,7 +165,7 @@ class _Loop:
         clock.follow(engine._scheduler, "plan", "schedule")
         clock.follow(engine.runner, "run", "batch")
         clock.follow(engine._step_sampler, "sample", "sampling")
-        clock.follow(engine, "_commit", "commit")
+        clock.follow(engine.steps, "_commit", "commit")
         clock.follow(engine, "poll", "poll")
         clock.follow(self, "_send", "encode")
         clock.follow(self, "step", "rest")

@@ -10,9 +10,9 @@ before, which the device still computes.
     device              step 1                       step 2                       step 3
 
 The unknown tokens stay on the device, where the next step reads them (``decode_graphs``). A row for
-a sequence that the unknown token ends is computed in vain, and dropped. So the host never knows
-less than the tokens of one step. It works ahead only from one captured step of decodes to the next,
-if the steps compute nothing but tokens from unprocessed logits; else it first commits the step.
+a sequence that the unknown token ends is computed in vain, and dropped. At most the tokens of one
+step are unknown. The host works ahead only from one captured step of decodes to the next, if the
+steps compute nothing except tokens from unprocessed logits; else it first commits the step.
 
 Source: overlapped scheduling of SGLang 0.4, asynchronous scheduling of vLLM 0.11.
 """

@@ -164,6 +164,13 @@ class LogitsProcessors:
         self._bad_words = BadWords(params.bad_words) if params.bad_words else None
         self.grammar = grammar
         """State of the sequence's grammar after the output; None without a grammar."""
+        self._may_be_plain = (
+            self._counts is None
+            and grammar is None
+            and not params.bad_words
+            and not params.logit_bias
+            and not params.allowed_token_ids
+        )
 
     def rows(self, drafts: tuple[int, ...]) -> list[SamplingRow]:
         """Return the sampling rows for the next token and for the token after each draft token.
@@ -185,8 +192,10 @@ class LogitsProcessors:
 
     @property
     def stays_plain(self) -> bool:
-        """Whether the row of the next token and all later rows are plain (``is_plain``)."""
-        return self._bad_words is None and self.row().is_plain
+        """Whether the row of the next token and all later rows are certainly plain
+        (``SamplingRow.is_plain``)."""
+        sequence = self._sequence
+        return self._may_be_plain and len(sequence.output) >= sequence.params.min_tokens
 
     def _banned(self, index: int, drafted: tuple[int, ...]) -> tuple[int, ...]:
         params = self._sequence.params
