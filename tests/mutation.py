@@ -117,7 +117,11 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "workers/scheduling/test_step_plan.py",
         "workers/scheduling/test_scheduler.py",
     ),
-    "workers/scheduling/stop_conditions.py": ("workers/scheduling/test_scheduler.py",),
+    "workers/scheduling/steps_ahead.py": ("workers/scheduling/test_steps_ahead.py",),
+    "workers/scheduling/stop_conditions.py": (
+        "workers/scheduling/test_scheduler.py",
+        "workers/scheduling/test_steps_ahead.py",
+    ),
     "workers/speculation/acceptance.py": ("workers/speculation/test_acceptance.py",),
     "workers/speculation/ngram.py": ("workers/speculation/test_ngram.py",),
     "workers/speculation/speculator.py": ("workers/speculation/test_speculator.py",),

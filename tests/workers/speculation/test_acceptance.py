@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.speculation.acceptance import Acceptance
+from workers.speculation.acceptance import Acceptance, num_accepted
 
 
 def test_worth_is_the_number_of_guesses_with_a_chance_above_the_price() -> None:
@@ -48,3 +48,19 @@ def test_each_guess_makes_earlier_ones_weigh_a_twentieth_less() -> None:
 def test_a_guess_must_be_worth_more_than_its_row() -> None:
     assert Acceptance().num_worthwhile(0.5, 8) == 0
     assert Acceptance().num_worthwhile(0.02, 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("drawn", "is_finite", "expected"),
+    [
+        ([5, 6, 9, 4], [True] * 4, 2),
+        ([5, 6, 7, 4], [True] * 4, 3),
+        ([4, 6, 7, 4], [True] * 4, 0),
+        ([5, 6, 7, -2], [True] * 4, 2),
+        ([5, 6, 7, 4], [True, True, False, True], 1),
+    ],
+)
+def test_drafts_are_accepted_up_to_the_first_that_is_not_drawn_or_has_no_token(
+    drawn: list[int], is_finite: list[bool], expected: int
+) -> None:
+    assert num_accepted((5, 6, 7), drawn, is_finite) == expected
