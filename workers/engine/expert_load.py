@@ -61,7 +61,14 @@ class RoutedDecodes(Sequence[Sequence[RoutedRows]]):
     ends: Sequence[int]
     """For each bank, the index in ``topk_ids`` after its last row."""
     kept: Sequence[int] | None = None
-    """The rows that count; None: all rows."""
+    """The rows that count; None: all rows. See ``selected``."""
+
+    def selected(self) -> RoutedDecodes:
+        """Return the rows that count."""
+        if self.kept is None:
+            return self
+        rows = to_device(self.kept, self.topk_ids.device)
+        return RoutedDecodes(self.topk_ids.index_select(1, rows), self.ends)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -79,8 +86,6 @@ class RoutedDecodes(Sequence[Sequence[RoutedRows]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         first = self.ends[index - 1] if index else 0
         own = self.topk_ids[first : self.ends[index]].t()
-        if self.kept is not None:
-            own = own[to_device(self.kept, own.device)]
         return (RoutedRows(own, None, len(own)),)
 
 
@@ -181,8 +186,12 @@ class LoadCounter:
     def _sum(self, steps: Sequence[_PendingStep]) -> _Counts:
         """Count the rows of steps of one placement epoch."""
         sizes = [spec.num_experts for spec in self._banks]
+        all_routed = [
+            step.routed.selected() if isinstance(step.routed, RoutedDecodes) else step.routed
+            for step in steps
+        ]
         routed = [
-            [part for step in steps for part in step.routed[bank]]
+            [part for of_step in all_routed for part in of_step[bank]]
             for bank in range(len(self._banks))
         ]
         return _Counts(

@@ -177,19 +177,15 @@ class StepRunner:
                 self._requests.traced.count_step(header, self._rank, sequences)
 
     def _run_late(self, header: StepHeader, plan: StepPlan, result: StepResult) -> None:
-        """Commit the step before a step that was launched, and leave this one unread if possible.
-
-        Raises ``TransportError``.
-        """
+        """Commit the step before a launched step, and leave this one unread if possible."""
         read, finish = result.to_host_later(), self._graphs.dispatcher.finish_later()
         launched = _UnreadStep(header.epoch, plan, read, finish)
-        if self._unread is not None:
-            if not self._commit_unread(self._unread):
-                launched.finish()  # in vain: it has read a token of the incomplete step
-                self._undo(plan)
-                self._undo_unread()
-                return
-            self._graphs.dispatcher.follow_step()
+        before = self._unread
+        if before is not None and not self._commit_unread(before, is_followed=True):
+            launched.finish()  # in vain: it has read a token of the incomplete step
+            self._undo(plan)
+            self._undo_unread()
+            return
         self._unread = launched
         if self._may_stay_unread(plan):
             return
@@ -253,12 +249,14 @@ class StepRunner:
 
     # Ends of a step
 
-    def _commit_unread(self, unread: _UnreadStep) -> bool:
+    def _commit_unread(self, unread: _UnreadStep, *, is_followed: bool = False) -> bool:
         """Commit a step after a wait for its end; without effect, return False if the step is not
-        complete."""
+        complete. ``is_followed``: another step was launched."""
         if not unread.finish():
             return False
         result, plan = unread.read(), unread.plan.running
+        if is_followed:
+            self._graphs.dispatcher.follow_step()
         if not plan.rows:
             self._unread = None
             return True

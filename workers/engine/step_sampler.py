@@ -93,7 +93,8 @@ class _SampledRows:
 class _SampledLogits:
     """Rows of logits, with the sampling parameters and the sampled token of each row."""
 
-    logits: Tensor
+    logits: Tensor | None
+    """None if nothing is read except the tokens."""
     rows: Sequence[SamplingRow]
     tokens: Sequence[int]
 
@@ -254,10 +255,13 @@ class StepSampler:
         sampled = self._rows_to_sample(tokens.complete, plan)
         rows = [row for one in sampled for row in self._processors[one.sequence].rows(one.drafts)]
         row_indices = [row_index for one in sampled for row_index in one.row_indices]
-        logits = self._logits_of(row_indices, result) if sampled else None
-        result.finish()  # sampling may read values from the device
         drawn = result.drawn
-        if drawn is not None and all(row.is_plain for row in rows):
+        is_drawn = drawn is not None and all(row.is_plain for row in rows)
+        is_scored = any(r.params.logprobs is not None or r.params.beams is not None for r in rows)
+        has_logits = bool(sampled) and (is_scored or not is_drawn)
+        logits = self._logits_of(row_indices, result) if has_logits else None
+        result.finish()  # sampling may read values from the device
+        if drawn is not None and is_drawn:
             (both,) = to_host([drawn])
             ids, is_finite = [both[row_indices, 0]], both[:, 1] != 0
         else:
@@ -266,7 +270,7 @@ class StepSampler:
             is_finite, *ids = to_host([result.finite, *tokens_of])
         if not is_finite.all():
             self._fail_broken(tokens, plan, result, is_finite)
-        if logits is None:
+        if not sampled:
             return
         new, kept, begin = ids[0].tolist(), [], 0
         for one in sampled:
@@ -316,7 +320,7 @@ class StepSampler:
         row_indices = [row_index for own in kept for row_index in own]
         rows = [drawn.rows[row_index] for row_index in row_indices]
         ids = [drawn.tokens[row_index] for row_index in row_indices]
-        logits = select_rows(drawn.logits, row_indices)
+        logits = None if drawn.logits is None else select_rows(drawn.logits, row_indices)
         results = iter(sampled_tokens(logits, rows, ids, self._score))
         for one, own in zip(sampled, kept, strict=True):
             tokens_of = [next(results) for _ in own]
@@ -332,7 +336,7 @@ class StepSampler:
             for one, own in zip(sampled, kept, strict=True)
             if one.sequence.params.beams is not None and one.sequence in tokens.drawn
         }
-        if beams:
+        if beams and drawn.logits is not None:
             self._find_candidates(tokens, beams, drawn.logits)
 
     def _find_candidates(

@@ -194,8 +194,10 @@ class LogitsProcessors:
     def stays_plain(self) -> bool:
         """Whether the row of the next token and all later rows are certainly plain
         (``SamplingRow.is_plain``)."""
-        sequence = self._sequence
-        return self._may_be_plain and len(sequence.output) >= sequence.params.min_tokens
+        params = self._sequence.params
+        bans_no_end = params.ignore_eos and not params.stop_token_ids
+        has_enough = len(self._sequence.output) >= params.min_tokens
+        return self._may_be_plain and (bans_no_end or has_enough)
 
     def _banned(self, index: int, drafted: tuple[int, ...]) -> tuple[int, ...]:
         params = self._sequence.params

@@ -83,12 +83,12 @@ def sample_tokens(
 
 
 def sampled_tokens(
-    logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
+    logits: Tensor | None, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> list[SampledToken]:
     """Convert the values that ``sample_tokens`` returned to results, with log-probabilities if
     requested.
 
-    ``score`` computes the log-probabilities.
+    ``logits``: None if no row requests log-probabilities. ``score`` computes them.
     """
     entries = _entries(logits, rows, tokens, score)
     return [
@@ -110,7 +110,7 @@ def all_finite(logits: Tensor) -> bool:
 
 
 def _entries(
-    logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
+    logits: Tensor | None, rows: Sequence[SamplingRow], tokens: Sequence[int], score: Score
 ) -> dict[int, TokenLogprob]:
     """Return the log-probabilities of sampled tokens, by row index, for rows that request them, are
     not of a beam search, and have a token."""
@@ -121,6 +121,7 @@ def _entries(
     ]
     if not requested:
         return {}
+    assert logits is not None, "rows request log-probabilities"
     params = [rows[i].params for i in requested]
     entries = score(
         select_rows(logits, requested),

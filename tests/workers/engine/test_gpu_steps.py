@@ -246,7 +246,8 @@ def test_processors_need_no_wait_of_their_own() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READ)
 def test_what_else_the_host_reads_comes_in_one_copy(name: str) -> None:
-    assert waits_of({name: READ[name]}) <= {0, 1, 2}
+    expected = {0, 1, 2} if name == "top_p" else {1, 2}  # the host works ahead
+    assert waits_of({name: READ[name]}) <= expected
 
 
 @pytest.mark.slow
