@@ -209,7 +209,7 @@ class LoadCounter:
                 replace(BankCounts.zeros(old.num_experts), prefill=old.prefill, decode=old.decode)
                 for old in self._counts
             ]
-        is_late = counts.epoch < self._epoch  # two threads took steps concurrently
+        is_late = counts.epoch < self._epoch  # counted for an earlier placement
         self._rows += counts.num_rows
         decodes = [next(arrays) for _ in counts.decode]
         prefills = [next(arrays) for _ in counts.prefill]

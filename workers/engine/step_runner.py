@@ -224,9 +224,7 @@ class StepRunner:
             return None
         if not self._requests.may_all_run or not self._graphs.is_captured(header):
             return None
-        ahead = self._scheduler.ahead
-        fits = len(ahead.continuing(unread.plan)) <= grant.decode_rows
-        return ahead.plan(unread.plan) if fits else None
+        return self._scheduler.ahead.plan(unread.plan, grant.decode_rows)
 
     def _may_be_late(self, header: StepHeader, plan: StepPlan, result: StepResult) -> bool:
         """Whether the host may read a step's tokens after the launch of another step."""

@@ -257,9 +257,10 @@ class StepSampler:
         row_indices = [row_index for one in sampled for row_index in one.row_indices]
         drawn = result.drawn
         is_drawn = drawn is not None and all(row.is_plain for row in rows)
-        is_scored = any(r.params.logprobs is not None or r.params.beams is not None for r in rows)
-        has_logits = bool(sampled) and (is_scored or not is_drawn)
-        logits = self._logits_of(row_indices, result) if has_logits else None
+        reads_logits = not is_drawn or any(
+            row.params.logprobs is not None or row.params.beams is not None for row in rows
+        )
+        logits = self._logits_of(row_indices, result) if sampled and reads_logits else None
         result.finish()  # sampling may read values from the device
         if drawn is not None and is_drawn:
             (both,) = to_host([drawn])

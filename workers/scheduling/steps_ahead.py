@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.requests.sequence import SequenceState, SequenceStatus
+from workers.requests.sequence import SequenceState
 from workers.scheduling.block_manager import BlockManager
 from workers.scheduling.step_plan import PlannedRows, StepPlan
 from workers.scheduling.stop_conditions import StopConditions
@@ -26,17 +26,16 @@ class StepsAhead:
         uncommitted token, are left out.
         """
         ends = self._stop_conditions.ends_with_next
-        sequences = (rows.sequence for rows in uncommitted.rows)
-        return [s for s in sequences if s.status is SequenceStatus.RUNNING and not ends(s)]
+        return [s for rows in uncommitted.running.rows if not ends(s := rows.sequence)]
 
-    def plan(self, uncommitted: StepPlan) -> StepPlan | None:
+    def plan(self, uncommitted: StepPlan, max_rows: int) -> StepPlan | None:
         """Plan a row of each sequence of ``continuing``, and allocate KV blocks for these rows.
 
         ``uncommitted``: the plan of a step of decodes. Returns None, without a change, if there is
-        no such sequence or too few blocks are free.
+        no such sequence, more than ``max_rows`` of them, or too few blocks are free.
         """
         sequences = self.continuing(uncommitted)
-        if not sequences or self._blocks.num_free < len(sequences):
+        if not 0 < len(sequences) <= min(max_rows, self._blocks.num_free):
             return None
         return StepPlan(tuple(map(self._row_after_next, sequences)))
 

@@ -21,7 +21,7 @@ def decoding(
 def test_the_row_after_an_unknown_token_is_planned_with_its_block() -> None:
     desk, (first, second) = decoding()
     plan = desk.plan()
-    ahead = desk.scheduler.ahead.plan(plan)
+    ahead = desk.scheduler.ahead.plan(plan, 8)
     assert ahead is not None
     assert rows(plan) == [("r0", 3, 1, True), ("r1", 6, 1, True)]
     assert rows(ahead) == [("r0", 4, 1, True), ("r1", 7, 1, True)]
@@ -35,7 +35,7 @@ def test_an_abandoned_step_ahead_leaves_the_step_before_as_it_was() -> None:
     desk, (first, second) = decoding()
     plan = desk.plan()
     blocks = list(first.blocks), list(second.blocks)
-    ahead = desk.scheduler.ahead.plan(plan)
+    ahead = desk.scheduler.ahead.plan(plan, 8)
     assert ahead is not None
     desk.scheduler.abandon(ahead)
     assert (first.blocks, second.blocks) == blocks
@@ -53,7 +53,7 @@ def test_sequences_that_have_ended_or_reach_their_length_do_not_continue() -> No
     desk.commit(plan.running)
     plan = desk.plan()
     assert continuing(plan) == []  # the third token is the last
-    assert desk.scheduler.ahead.plan(plan) is None
+    assert desk.scheduler.ahead.plan(plan, 8) is None
 
 
 def test_a_sequence_does_not_continue_beyond_the_context_limit() -> None:
@@ -67,5 +67,5 @@ def test_nothing_is_planned_without_a_free_block_for_each_row() -> None:
     desk, sequences = decoding(num_blocks=4)
     plan = desk.plan()
     assert desk.pool.num_free < len(sequences)
-    assert desk.scheduler.ahead.plan(plan) is None
+    assert desk.scheduler.ahead.plan(plan, 8) is None
     desk.scheduler.check_integrity()
