@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import aiohttp
+from aiohttp.connector import Connection
 
 from cluster.cli.bench.workload import RequestFailed
 from cluster.cli.terminal.client import Client, response_error
@@ -15,13 +18,39 @@ from cluster.cli.terminal.exit_codes import ExitCode
 _MAX_ERROR_BYTES = 1 << 16
 
 
+class _Connector(aiohttp.TCPConnector):
+    """Ends the connections that still close when it is closed itself.
+
+    aiohttp waits only for connections in its pool. One that is not kept waits over TLS for the
+    close_notify of the server, and would outlive the event loop.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._transports = weakref.WeakSet[asyncio.Transport]()
+
+    async def connect(
+        self, req: aiohttp.ClientRequest, traces: list[Any], timeout: aiohttp.ClientTimeout
+    ) -> Connection:
+        connection = await super().connect(req, traces, timeout)
+        if connection.transport is not None:
+            self._transports.add(connection.transport)
+        return connection
+
+    async def close(self, *, abort_ssl: bool = False) -> None:
+        await super().close(abort_ssl=abort_ssl)
+        for transport in self._transports:
+            transport.abort()
+        await asyncio.sleep(0)  # a transport closes its socket in the next cycle of the loop
+
+
 class HttpTarget:
     """Sends completions over HTTP, each on its own connection; see ``BenchTarget``."""
 
     def __init__(self, client: Client, model: str | None, cache_salt: str) -> None:
         """Must be called in the event loop that sends the requests."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True, ssl=client.tls or True),
+            connector=_Connector(limit=0, force_close=True, ssl=client.tls or True),
             headers=client.headers,
             timeout=aiohttp.ClientTimeout(),  # none: the workload limits the time of each request
         )
