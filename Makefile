@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 # Where the CPU build of torch comes from on a machine without an NVIDIA GPU, when it answers.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-# Arguments for `make serve`, `make bench` and `make gpu-check`, for example ARGS="--port 8080".
+# Arguments for `make serve`, `make bench` and the GPU checks, for example ARGS="--port 8080".
 ARGS ?=
 PYTEST_ARGS ?=
 # The Python of `make gpu-check`; empty: one that is found.
@@ -28,7 +28,7 @@ CLIENT_INPUTS := $(addprefix tests/conformance/clients/,requirements.txt constra
 INSTALL = python=$$(sh .ci/find-python.sh) && \
 	"$$python" .ci/setup.py --venv $(VENV) --torch-cpu-index "$(TORCH_CPU_INDEX)"
 
-.PHONY: help setup setup-test setup-clients serve check test test-long lint types units audit bench gpu-check docs release lock protos clean
+.PHONY: help setup setup-test setup-clients serve check test test-long lint types units audit bench gpu-check gpu-cluster-check docs release lock protos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,7 @@ help:
 	@echo "make audit    look for known holes in the pinned packages"
 	@echo "make bench    measure, and write docs/results"
 	@echo "make gpu-check  check and measure the GPU path on one GPU (ARGS=\"--budget 570\"), offline"
+	@echo "make gpu-cluster-check  check and measure clusters on all GPUs of this host"
 	@echo "make docs     build the documents as a site in build/docs; a warning is an error"
 	@echo "make release  build and test wheel and image of the version"
 	@echo "make lock     write requirements/ anew from pyproject.toml and constraints.txt"
@@ -152,6 +153,9 @@ bench: $(VENV)/.stamp-test
 gpu-check:
 	@python=$$(sh benchmarks/gpu_check/find-python.sh $(PYTHON_GPU)) && \
 		exec "$$python" -m benchmarks.gpu_check $(ARGS)
+
+gpu-cluster-check: $(VENV)/.stamp-run
+	$(BIN)/python -m benchmarks.gpu_cluster_check $(ARGS)
 
 docs: $(VENV)/.stamp-test
 	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --quiet docs build/docs

@@ -1,26 +1,27 @@
-"""Speed of a model with the shape of OLMoE-1B-7B, compared with the device's peak and transformers.
+"""Speed of models in public shapes, compared with the device's peak and transformers.
 
 Weights are random, and drawn on the device. The bound of a decode step is reading each weight that
-it needs, and the keys and values of its rows, once at the rate of a copy within the device, which
-is measured beside it; the bound of prefill is its products at the rate of a large one. Steps are
-also compared with the roofline's predictions, on which ``plan size`` and ``--mode auto`` rely.
+it needs, and the keys and values of its rows, once at the device's rate of reading, which is
+measured beside it; the bound of prefill is its products at the rate of a large one. Steps are also
+compared with the roofline's predictions, on which ``plan size`` and ``--mode auto`` rely.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from msgspec.structs import replace
 
+from benchmarks.checkpoints.public_shape import public_shape
 from benchmarks.checkpoints.random_checkpoint import TINY, RandomModel
-from benchmarks.gpu_check.ceilings import copy_bandwidth, matrix_rate
+from benchmarks.gpu_check.ceilings import matrix_rate, read_bandwidth
 from benchmarks.gpu_check.device import synchronize
 from benchmarks.gpu_check.predicted import compare, device_spec, model_size, summary
 from benchmarks.gpu_check.section import Place, Report
@@ -31,13 +32,16 @@ from benchmarks.harness.both_roles import take_both_roles
 from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from benchmarks.harness.prompts import random_prompts
 from benchmarks.memory_wall.bounds import prefill_flops, step_weight_bytes
-from cluster.config.cluster import EngineSection
+from cluster.config.cluster import DEFAULT_STEP_TOKENS, EngineSection
 from cluster.config.kv_cache import KvCacheDType
+from workers.engine.prefill_cap import PrefillCap
 from workers.quantization.formats import WeightFormat
 from workers.requests.request import Request, SamplingParams
 
 OLMOE = RandomModel(hidden=2048, layers=16, heads=16, ffn=1024)
 """Shape of OLMoE-1B-7B."""
+QWEN3 = public_shape("Qwen3-30B-A3B", layers=24)
+"""Half of Qwen3-30B-A3B."""
 BATCHES = (1, 64, 256)
 _BOTH_ROLES_BATCH = 64
 _PREFILL = (8, 2000)
@@ -60,7 +64,7 @@ class Run:
     model: RandomModel
     engine: LocalEngine
     context: int
-    copy_rate: float
+    read_rate: float
     matrix_rate: float
 
     def kv_bytes(self, batch: int, tokens: int) -> int:
@@ -75,22 +79,53 @@ class Run:
 
 
 def run(place: Place, report: Report) -> None:
-    """Measure prefill, then decode at each batch size."""
-    device = place.device
-    copy_rate = copy_bandwidth(device, place.size(2 << 30, 1 << 20))
-    rate = matrix_rate(device, place.size(8192, 64))
+    """Measure OLMoE: prefill and decode, also with both roles, an fp8 cache and in transformers."""
     model = TINY if place.is_tiny else OLMOE
+    given, steps_s = measure(place, report, model)
+    batch = place.size(_BOTH_ROLES_BATCH, 1)
+    if batch in steps_s:
+        with report.part("both roles"):
+            report.value("both roles", both_roles(given, batch, steps_s[batch]))
+    context = given.context
+    rates = {"read_rate": given.read_rate, "matrix_rate": given.matrix_rate}
+    del given
+    gc.collect()  # an engine and its graphs refer to each other
+    with report.part("fp8 cache"):
+        engine = make_engine(place, model, context, max(steps_s), kind="fp8")
+        given = Run(place=place, model=model, engine=engine, context=context, **rates)
+        report.value("fp8 cache", fp8_cache(given, steps_s))
+        del given, engine
+        gc.collect()
+    with report.part("transformers"):
+        beside_transformers(place, report, model, context, steps_s)
+
+
+def qwen3(place: Place, report: Report) -> None:
+    """Measure half of the layers of Qwen3-30B-A3B, so that a batch of 256 fits beside them."""
+    tiny = dataclasses.replace(TINY, family="qwen3_moe")
+    measure(place, report, tiny if place.is_tiny else QWEN3)
+
+
+def measure(place: Place, report: Report, model: RandomModel) -> tuple[Run, dict[int, float]]:
+    """Measure decode at each batch size, then prefill; returns the engine and seconds of steps."""
+    device = place.device
+    read_rate = read_bandwidth(device, place.size(2 << 30, 1 << 20))
+    rate = matrix_rate(device, place.size(8192, 64))
     batches = BATCHES[: place.size(len(BATCHES), 1)]
     context = place.size(1024, 24)
     start = time.perf_counter()
     engine = make_engine(place, model, context, max(batches))
     synchronize(device)
     report.value("load_s", time.perf_counter() - start)
-    make_run = partial(
-        Run, place=place, model=model, context=context, copy_rate=copy_rate, matrix_rate=rate
+    given = Run(
+        place=place,
+        model=model,
+        engine=engine,
+        context=context,
+        read_rate=read_rate,
+        matrix_rate=rate,
     )
-    given = make_run(engine=engine)
-    report.value("copy_bytes_per_s", copy_rate)
+    report.value("read_bytes_per_s", read_rate)
     report.value("bf16_flops", rate)
     shares, steps_s, words = {}, {}, ""
     for batch in batches:
@@ -102,27 +137,19 @@ def run(place: Place, report: Report) -> None:
             report.value(f"decode {batch}", found)
             shares[batch], steps_s[batch] = found["share_of_bound"], found["step_s"]
             words = ", ".join(f"{share:.2f} (batch {b})" for b, share in shares.items())
-            report.say(f"decode {words} of the copy bound")
+            report.say(f"decode {words} of the read bound")
     with report.part("roofline"):
         predicted = compare(model_size(model, _DTYPE), device_spec(place), context, steps_s)
         report.value("roofline", predicted)
-        report.say(f"decode {words} of the copy bound; {summary(predicted)}")
+        report.say(f"decode {words} of the read bound; {summary(predicted)}")
     with report.part("prefill"):
-        report.value("prefill", prefill(given))
-    batch = place.size(_BOTH_ROLES_BATCH, 1)
-    if batch in steps_s:
-        with report.part("both roles"):
-            report.value("both roles", both_roles(given, batch, steps_s[batch]))
-    del given, engine
-    gc.collect()  # an engine and its graphs refer to each other
-    with report.part("fp8 cache"):
-        engine = make_engine(place, model, context, max(batches), kind="fp8")
-        given = make_run(engine=engine)
-        report.value("fp8 cache", fp8_cache(given, steps_s))
-        del given, engine
-        gc.collect()
-    with report.part("transformers"):
-        beside_transformers(place, report, model, context, steps_s)
+        found = prefill(given, DEFAULT_STEP_TOKENS["cuda"])
+        report.value("prefill", found)
+        report.say(
+            f"decode {words}, prefill {found['share_of_bound']:.2f} of the bound; "
+            f"{summary(predicted)}"
+        )
+    return given, steps_s
 
 
 def beside_transformers(
@@ -205,8 +232,8 @@ def decode(given: Run, batch: int) -> dict[str, Any]:
         "tokens_per_s": batch / step_s,
         "step_s": step_s,
         "sampled_times_greedy": sampled_s / step_s,
-        "bound_tokens_per_s": batch * given.copy_rate / read,
-        "share_of_bound": read / given.copy_rate / step_s,
+        "bound_tokens_per_s": batch * given.read_rate / read,
+        "share_of_bound": read / given.read_rate / step_s,
         "prefill_s": prefill_s,
         **cost,
     }
@@ -215,8 +242,9 @@ def decode(given: Run, batch: int) -> dict[str, Any]:
     return found
 
 
-def prefill(given: Run) -> dict[str, Any]:
-    """Measure the second run of prompts up to their first tokens."""
+def prefill(given: Run, step_tokens: int) -> dict[str, Any]:
+    """Measure the second run of prompts up to their first tokens, in steps of ``step_tokens``."""
+    given.engine.prefill_cap = PrefillCap(max_rows=step_tokens)
     number, tokens = _PREFILL if not given.place.is_tiny else (2, given.context)
     took = 0.0
     for _ in range(2):

@@ -164,7 +164,7 @@ def _steps(place: Place, form: WeightFormat | None, rates: _Rates) -> dict[int, 
         model=model,
         engine=engine,
         context=context,
-        copy_rate=rates.copy,
+        read_rate=rates.read,
         matrix_rate=1.0,
     )
     found = {batch: _decode(given, batch, form) for batch in batches}
@@ -191,5 +191,5 @@ def _decode(given: Run, batch: int, form: WeightFormat | None) -> dict[str, floa
         "busy_s": busy_s,
         "tokens_per_s": batch / step_s,
         "bytes": read,
-        "share_of_bound": read / given.copy_rate / step_s,
+        "share_of_bound": read / given.read_rate / step_s,
     }

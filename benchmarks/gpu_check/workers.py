@@ -219,7 +219,7 @@ class _Worker:
         role: Literal["attention", "expert"] = "attention" if is_home else "expert"
         rank = int(name.split("-")[1])
         identity = PeerIdentity(name=name, role=role, rank=rank, checkpoint_id="c", config_hash="c")
-        limit = max_data_bytes(self.banks, PLAIN.max_num_batched_tokens, DTYPE.itemsize, "sum")
+        limit = max_data_bytes(self.banks, PLAIN.step_tokens, DTYPE.itemsize, "sum")
         self.connections = PeerConnections(
             identity,
             "token",

@@ -83,7 +83,7 @@ def open_engine(
     section = EngineSection(
         kv_cache_bytes=args.kv_cache_bytes,
         max_num_seqs=max(batch, default.max_num_seqs),
-        max_num_batched_tokens=max(batch, default.max_num_batched_tokens),
+        max_num_batched_tokens=max(batch, default.step_tokens),
         max_waiting=max(batch, default.max_waiting),
         enable_prefix_caching=False,
     )

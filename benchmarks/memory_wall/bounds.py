@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -154,17 +155,23 @@ def decode_bound(
 
 
 def prefill_flops(model: RandomModel, num_tokens: int) -> float:
-    """Floating-point operations of one prompt of an OLMoE, up to the logits of its last token.
+    """Floating-point operations of one prompt, up to the logits of its last token.
 
     Products of the projections, the router and the chosen experts, scores and sums of causal
     attention; a multiplication and an addition count as two. Norms and rotations are not counted.
     """
-    assert model.family == "olmoe", "the parts below are its"
-    expert = 3 * model.hidden * model.ffn
-    layer = 4 * model.hidden**2 + model.hidden * model.experts + model.top_k * expert
+    family = model.described()
+    config = family.config
+    assert config.latent_rank is None, "attention to latent vectors is not counted"
+    assert config.delta_net is None, "recurrent states are not counted"
+    matrices = [p for p in family.attention_tensors() if len(p.part_shape) == 2]
+    layers = [p for p in matrices if "embed_tokens" not in p.name and "lm_head" not in p.name]
+    products = float(sum(math.prod(p.part_shape) for p in layers))
+    for bank in family.banks:
+        products += bank.top_k * sum(math.prod(shape) for _, _, shape in bank.matrices)
     pairs = num_tokens * (num_tokens + 1) / 2  # of a query and a key that it sees
-    products = num_tokens * layer + 2 * pairs * model.hidden
-    return 2.0 * (model.layers * products + model.hidden * model.vocab)
+    attention = 2 * pairs * config.num_heads * config.head_dim * config.num_layers
+    return 2.0 * (num_tokens * products + attention + model.hidden * model.vocab)
 
 
 def two_worker_cap(attention: float, experts: float) -> float:

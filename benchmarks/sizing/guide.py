@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from benchmarks.checkpoints.public_shape import MODELS
 from benchmarks.sizing.layouts import (
     A100_NODE,
     BALANCEDNESS,
@@ -26,8 +27,6 @@ from cluster.sizing.mode_choice import bank_sizes
 from cluster.sizing.roofline import ModelSize
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "sizing.md"
-MODELS = Path(__file__).parents[1] / "models"
-"""``NAME/config.json`` of public checkpoints: their shapes, no weights."""
 NODES = (A100_NODE, H100_NODE, H200_NODE)
 BFLOAT16 = 2
 _CHOICES = (

@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_origin, get_type_hints
 
 import msgspec
 
@@ -47,6 +47,11 @@ CombineMode = Literal["sum", "per_slot"]
 Deterministic = Literal["auto", "on", "off"]
 NumMicroBatches = Literal["auto", 1, 2]
 
+DEFAULT_STEP_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Default number of tokens in one step. With about 850 tokens an H100 computes the experts of
+OLMoE-1B-7B as long as it reads their weights, with 1,600 those of Qwen3-30B-A3B (460 TFLOPS and
+2.7 TB/s, docs/results/gpu.md); beyond, a larger step gains little."""
+_AT_LEAST_1 = "must be at least 1"
 _DEFAULT_KV_CONTEXTS = 16
 _MIN_DEFAULT_KV_BYTES = 64 * 1024**2
 _MAX_DEFAULT_KV_BYTES = 1024**3
@@ -69,8 +74,9 @@ class EngineSection:
     vector) holds about twice as many tokens as bfloat16 with less accuracy."""
     max_num_seqs: int = 64
     """Maximum number of sequences in one step of each attention worker."""
-    max_num_batched_tokens: int = 512
-    """Maximum number of tokens in one step of each attention worker."""
+    max_num_batched_tokens: int | None = None
+    """Maximum number of tokens in one step of each attention worker; by default 2048 on GPUs and
+    512 on CPUs, but at least ``max_num_seqs``."""
     itl_target_ms: float | None = None
     """Target duration of a step while a request decodes: prompts are split into chunks small enough
     for it. By default only ``max_num_batched_tokens`` limits the chunks."""
@@ -122,12 +128,13 @@ class EngineSection:
         check_each(
             self, thresholds, lambda n: n >= 2, "must be at least 2: one row cannot be split"
         )
-        budgets = "block_size_tokens max_num_seqs max_num_batched_tokens max_waiting"
-        check_each(self, budgets, is_at_least_1, "must be at least 1")
+        check_each(self, "block_size_tokens max_num_seqs max_waiting", is_at_least_1, _AT_LEAST_1)
+        budget = self.max_num_batched_tokens
+        check(budget is None or budget >= 1, "max_num_batched_tokens", budget, _AT_LEAST_1)
         check(
-            self.max_num_batched_tokens >= self.max_num_seqs,
+            self.step_tokens >= self.max_num_seqs,
             "max_num_batched_tokens",
-            self.max_num_batched_tokens,
+            budget,
             f"must be at least max_num_seqs ({self.max_num_seqs})",
         )
         check_each(
@@ -140,6 +147,17 @@ class EngineSection:
         check(0 <= share <= 1, "kv_kept_share", share, rule)
         limits = "itl_target_ms max_waiting_tokens kv_cache_bytes"
         check_each(self, limits, is_positive, "must be positive")
+
+    @property
+    def step_tokens(self) -> int:
+        """Maximum number of tokens in one step, by default that of a CPU."""
+        return self.max_num_batched_tokens or max(DEFAULT_STEP_TOKENS["cpu"], self.max_num_seqs)
+
+    def on(self, device: Literal["cpu", "cuda"]) -> Self:
+        """Return the section with the defaults that depend on the device of the workers."""
+        tokens = self.max_num_batched_tokens
+        tokens = tokens or max(DEFAULT_STEP_TOKENS[device], self.max_num_seqs)
+        return dataclasses.replace(self, max_num_batched_tokens=tokens)
 
     @property
     def num_states(self) -> int:

@@ -107,7 +107,7 @@ def plan_start(
         threads_per_worker=1 if needs_one else share.threads,
     )
     return StartPlan(
-        config=replace(config, workers=workers),
+        config=replace(config, workers=workers, engine=config.engine.on(share.device)),
         placement=placement,
         num_slots=slots + config.workers.recovery_slots,
         load=expected,

@@ -68,9 +68,9 @@ class EmbeddedEngine:
         ``ModelSection`` and are ignored for an open checkpoint. ``wrap`` may replace the
         dispatcher. Raises ``CheckpointError`` and ``ConfigError``.
         """
-        section = section or EngineSection()
-        is_strict = section.deterministic == "on"
         place = torch.device(device)
+        section = (section or EngineSection()).on("cpu" if place.type == "cpu" else "cuda")
+        is_strict = section.deterministic == "on"
         is_native = kernels == "auto" and place.type == "cpu"
         self.team = team = start_kernels(num_threads or 1).team if is_native else None
         """Threads of the native (compiled) CPU kernels; None if torch computes the model."""

@@ -303,7 +303,7 @@ def _scheduler(
         memory.pool,
         block_size=section.block_size_tokens,
         max_num_seqs=section.max_num_seqs,
-        max_num_batched_tokens=section.max_num_batched_tokens,
+        max_num_batched_tokens=section.step_tokens,
         max_model_len=max_model_len,
         eos_token_ids=config.eos_token_ids,
         enable_prefix_caching=section.enable_prefix_caching,

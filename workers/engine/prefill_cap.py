@@ -49,7 +49,7 @@ class PrefillCap:
         """Create the cap for a configuration; the tokens of one KV block are its minimum."""
         target_ms = engine.itl_target_ms
         return cls(
-            max_rows=engine.max_num_batched_tokens,
+            max_rows=engine.step_tokens,
             min_rows=engine.block_size_tokens,
             target_s=None if target_ms is None else target_ms / 1000,
         )

@@ -77,9 +77,7 @@ def open_connections(
         me,
         args.config.cluster_token,
         max_data_bytes=max(
-            max_data_bytes(
-                checkpoint.family.banks, engine.max_num_batched_tokens, dtype.itemsize, mode
-            )
+            max_data_bytes(checkpoint.family.banks, engine.step_tokens, dtype.itemsize, mode)
             for mode in get_args(CombineMode)
         ),
         host=args.host,

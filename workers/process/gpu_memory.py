@@ -43,7 +43,7 @@ def step_bytes(
 ) -> int:
     """Upper bound of the temporary memory of a step, in bytes."""
     top_k = max((bank.top_k for bank in banks), default=0)
-    rows = section.max_num_batched_tokens * (_HIDDEN_ROWS + _PAIR_ROWS * top_k)
+    rows = section.step_tokens * (_HIDDEN_ROWS + _PAIR_ROWS * top_k)
     logits = (section.max_num_seqs + max_draft_rows) * config.vocab_size
     return rows * config.hidden_size * 4 + logits * _LOGIT_BYTES + _ATTENTION_BYTES
 
@@ -148,7 +148,7 @@ def check_memory_for_slots(args: WorkerArgs, family: Family, dtype: torch.dtype)
     section, workers, config = args.config.engine, args.config.workers, family.config
     num_bytes = args.num_slots * sum(bank.num_bytes(dtype.itemsize) for bank in family.banks)
     num_peers = workers.num_attention_ranks
-    rows = num_peers * section.max_num_batched_tokens
+    rows = num_peers * section.step_tokens
     steps = expert_step_bytes(config, family.banks, rows)
     reserves = _reserved_bytes(args, family, steps, num_peers, args.config.is_collective)
     free_bytes = gpu_memory(args.device).free_bytes

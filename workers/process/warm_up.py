@@ -73,7 +73,7 @@ def warm_attention(
     section, context = args.config.engine, args.config.model.max_model_len
     num_seqs = section.max_num_seqs
     longest = (context or family.config.context_tokens) - _NUM_TOKENS
-    length = max(1, min(section.max_num_batched_tokens // num_seqs, longest))
+    length = max(1, min(section.step_tokens // num_seqs, longest))
     blocks = -(-(length + _NUM_TOKENS) // section.block_size_tokens)
     own = replace(
         section,
@@ -87,7 +87,7 @@ def warm_attention(
     _run(engine, [_request(i, length) for i in range(num_seqs)])
     _run(engine, [_request(1, 1)])
     if family.config.latent_rank is not None:  # long chunks use another attention variant
-        _run(engine, [_request(0, max(1, min(section.max_num_batched_tokens, longest)))])
+        _run(engine, [_request(0, max(1, min(section.step_tokens, longest)))])
     runner = engine.runner
     if isinstance(experts, ZeroDispatcher):  # else the serving engine captures its steps itself
         runner.capture_graphs()
@@ -148,7 +148,7 @@ def warm_experts(args: WorkerArgs, slots: ExpertSlots, sums_are_rounded: bool) -
         return
     with torch.inference_mode():
         for bank in slots.banks:
-            max_rows = args.config.engine.max_num_batched_tokens
+            max_rows = args.config.engine.step_tokens
             for rows in (*(1 << i for i in range((max_rows - 1).bit_length())), max_rows):
                 _compute(bank, rows, bank.dtype if sums_are_rounded else torch.float32)
             _check(bank)

@@ -36,6 +36,7 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("gpus_per_worker", lambda: WorkersSection(gpus_per_worker=2)),
     ("max_num_seqs", lambda: EngineSection(max_num_seqs=0)),
     ("max_num_batched_tokens", lambda: EngineSection(max_num_seqs=9, max_num_batched_tokens=8)),
+    ("max_num_batched_tokens", lambda: EngineSection(max_num_batched_tokens=0)),
     ("kv_cache_bytes", lambda: EngineSection(kv_cache_bytes=0)),
     ("gpu_memory_utilization", lambda: EngineSection(gpu_memory_utilization=0)),
     ("gpu_memory_utilization", lambda: EngineSection(gpu_memory_utilization=1.01)),
@@ -111,6 +112,18 @@ def test_unknown_keys_are_refused(sections: dict[str, object]) -> None:
 def test_values_of_a_wrong_type_are_refused(sections: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         make_config(**sections)
+
+
+@pytest.mark.parametrize(
+    ("given", "on_cpu", "on_gpu"), [({}, 512, 2048), ({"max_num_seqs": 3000}, 3000, 3000)]
+)
+def test_the_tokens_of_a_step_depend_on_the_device(
+    given: dict[str, int], on_cpu: int, on_gpu: int
+) -> None:
+    section = EngineSection(**given)  # type: ignore[arg-type]
+    assert section.step_tokens == section.on("cpu").step_tokens == on_cpu
+    assert section.on("cuda").step_tokens == section.on("cuda").on("cpu").step_tokens == on_gpu
+    assert replace(section, max_num_batched_tokens=4096).on("cuda").step_tokens == 4096
 
 
 def test_the_cluster_token_is_not_shown() -> None:

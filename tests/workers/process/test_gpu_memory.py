@@ -144,7 +144,7 @@ def test_a_gpu_that_is_too_small_is_named_before_anything_is_allocated() -> None
         sized(args_of(gpu_memory_utilization=0.1))
     each = sum(out * width for _, _, (out, width) in FAMILY.banks[0].matrices) * 2
     section, peers = args_of().config.engine, args_of().config.workers.num_attention_ranks
-    kept = expert_step_bytes(FAMILY.config, FAMILY.banks, peers * section.max_num_batched_tokens)
+    kept = expert_step_bytes(FAMILY.config, FAMILY.banks, peers * section.step_tokens)
     kept += graph_bytes(FAMILY.config, FAMILY.banks, buckets_up_to(64), peers)
     kept += peers * NCCL_BYTES
     room = (20 * GIB - kept) // (each * len(FAMILY.banks))
