@@ -129,11 +129,12 @@ def make_header(
     step: int = 1,
     generation: int = 1,
     exact: bool = False,
+    prompts: bool | None = None,
     num_micro_batches: int = 1,
     epoch: int = 1,
 ) -> StepHeader:
-    """Decode rows by attention rank (prefill rows where the split is exact)."""
-    kind = "prefill_rows" if exact else "decode_rows"
+    """Decode rows by attention rank, or prefill rows (``prompts``; None: as ``exact``)."""
+    kind = "prefill_rows" if (exact if prompts is None else prompts) else "decode_rows"
     return StepHeader(
         generation=generation,
         step=step,

@@ -180,6 +180,20 @@ def picks_rows(header: StepHeader, banks: Iterable[BankSpec], combine_mode: Comb
     return header.exact or returns_pairs(banks, combine_mode)
 
 
+def max_static_ranks(banks: Iterable[BankSpec], combine_mode: CombineMode) -> int:
+    """Return up to how many expert ranks should all receive all rows of prompts on GPUs.
+
+    This is half of the experts of a row: 4 of 8. Then nearly every row has an expert on each rank
+    (of 64 experts, 99.8% of the rows with 2 ranks, 92% with 4), and if all rows are sent, no host
+    must wait for the device to learn their number. 0 if rows have inputs or outputs by expert.
+    """
+    banks = tuple(banks)
+    by_pair = returns_pairs(banks, combine_mode)
+    if by_pair or any(e.per_slot_input for bank in banks for e in bank.exchanges):
+        return 0
+    return min(bank.top_k for bank in banks) // 2
+
+
 def has_known_sizes(
     header: StepHeader, banks: Iterable[BankSpec], combine_mode: CombineMode
 ) -> bool:

@@ -43,7 +43,7 @@ class ExpertMaps:
         self._fixed = FixedTables()
         self._decode_slots: Sequence[Tensor] = ()
         self._micro_batches: Sequence[BatchRows] = ()
-        self._is_exact = False
+        self._has_prompts = False
         self._is_row: Tensor | None = None
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
@@ -76,12 +76,13 @@ class ExpertMaps:
     ) -> None:
         """Begin a step: use the maps of its epoch. Raises ``ProtocolError`` for an unknown epoch.
 
-        micro_batches: the rows of each micro-batch, read only if ``header.exact``. is_row
+        micro_batches: the rows of each micro-batch, read only in a step with prompts. is_row
         [micro-batches, T] int64, in a captured step only: 0 for a row without a request, which gets
         no slots.
         """
         self._tables = self._epochs.begin_step(header)
-        self._micro_batches, self._is_exact, self._is_row = micro_batches, header.exact, is_row
+        self._micro_batches, self._is_row = micro_batches, is_row
+        self._has_prompts = header.exact or header.prefill_rows > 0
         self._decode_slots = [own.decode_slots for own in self._tables]
         if self._device.type == "cuda":  # captured steps read them at one address
             self._decode_slots = self._fixed.copy_in(self._decode_slots)
@@ -108,11 +109,11 @@ class ExpertMaps:
 
         A slot is -1 if another rank serves the expert. With ``with_weights``, the first result is
         [ranks, T, 2k]: the bits of the float32 routing weights follow the slots. The chosen copies
-        are None if all rows use the decode copies, as in steps without ``exact``.
+        are None if all rows use the decode copies, as in steps without prompts.
         """
         tables, decode_slots = self._tables[sent.bank], self._decode_slots[sent.bank]
         weights = sent.topk_weights if with_weights else None
-        has_choice = self._is_exact and tables.has_choice
+        has_choice = self._has_prompts and tables.has_choice
         if self._library is not None and not has_choice:
             return sent_slots(self._library, decode_slots, sent.topk_ids, weights), None
         copies = None

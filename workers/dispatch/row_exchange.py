@@ -190,8 +190,7 @@ class StaticExchange(SplitExchange):
 
         is_needed [ranks, T] bool: whether the rank has an expert of the row.
         """
-        order = is_needed.byte().argsort(dim=1, descending=True, stable=True)
-        places = order[:, :num_sent]
+        places = _needed_first(is_needed)[:, :num_sent]
         chosen = meta.gather(1, places.unsqueeze(2).expand(-1, -1, meta.shape[2]))
         chosen, picked = _with_empty_rows(chosen, inputs[places], num_sent - places.shape[1])
         ranks = self._side.maps.ranks
@@ -209,13 +208,15 @@ class ExactExchange(SplitExchange):
 
     def _split(self, rows: _RoutedRows, header: StepHeader, micro_batch: int) -> _Split:
         here = (rows.slots >= 0).any(2)
+        order = _needed_first(here)
+        counts = here.sum(1).tolist()  # device-to-host sync
+        num_rows = here.shape[1]
         flat = rows.inputs.flatten(0, 1) if rows.per_slot else rows.inputs
         own_pairs = {sent.rank: sent.places for sent in rows.pairs}
         messages, sent_rows = [], []
-        for i, rank in enumerate(self._side.maps.ranks):
-            places = here[i].nonzero().squeeze(1)  # device-to-host sync
-            count = len(places)
-            is_all = count == len(here[i])
+        for i, (rank, count) in enumerate(zip(self._side.maps.ranks, counts, strict=True)):
+            places = order[i, :count]
+            is_all = count == num_rows
             part = rows.meta[i] if is_all else rows.meta[i][places]
             inputs = flat[:0]
             if not rows.per_slot:
@@ -236,6 +237,14 @@ class CapturedExchange(StaticExchange):
         """Begin a captured step, in which receives do not make the host wait."""
         super().begin_step(header)
         self._must_wait = False
+
+
+def _needed_first(is_needed: Tensor) -> Tensor:
+    """Return the rows in ascending order, for each rank those that it needs first, [ranks, T].
+
+    is_needed [ranks, T] bool: whether the rank has an expert of the row.
+    """
+    return is_needed.byte().argsort(dim=1, descending=True, stable=True)
 
 
 def _with_empty_rows(

@@ -26,6 +26,7 @@ def decide_header(
     max_prefill_rows: int,
     micro_batches: MicroBatchRule,
     buckets: Sequence[int] = (),
+    has_static_prompts: bool = False,
     even_empty: bool = False,
 ) -> StepHeader | None:
     """Decide the header of ``step`` from the proposals of all attention ranks.
@@ -36,7 +37,9 @@ def decide_header(
     number, so that no rank starves. ``micro_batches`` is applied to the granted rows. A proposal
     for a solo step (rows of only one request) gets the whole step; if there are several, the choice
     rotates with the step number. If no rank has prefill rows, decode rows are padded to one of
-    ``buckets`` and the rows on an edge are limited (``limit_edges``).
+    ``buckets`` and the rows on an edge are limited (``limit_edges``). A step with prefill rows is
+    exact, unless ``has_static_prompts``: then every expert rank receives all rows, and no host must
+    wait for their number.
 
     Example: if 4 ranks propose 300 prefill rows each and the cap is 512, then in step 6 rank 2
     gets 300 rows, rank 3 gets 212 and the others none.
@@ -67,7 +70,7 @@ def decide_header(
         oldest_epoch=oldest_epoch,
         grants=grants,
         num_micro_batches=micro_batches.choose(rows, has_prefill),
-        exact=has_prefill,
+        exact=has_prefill and not has_static_prompts,
         is_alone=bool(alone),
         parents=_choose_parents([(r, proposals[r].parents) for r, g in grants if g.num_rows], step),
     )

@@ -59,15 +59,17 @@ class StepChannel:
         prefill_cap: PrefillCap,
         micro_batches: MicroBatchRule,
         buckets: Sequence[int] = (),
+        max_static_ranks: int = 0,
     ) -> None:
-        """``prefill_cap``, ``micro_batches`` and ``buckets`` are the leader's policies: the limit
-        of prefill rows over all ranks, the split of a step, and the sizes to which decode rows are
-        padded.
+        """All arguments but the first are the leader's policies: the limit of prefill rows over all
+        ranks, the split of a step, the sizes to which decode rows are padded, and the largest
+        number of expert ranks that all receive all rows of prompts.
         """
         self._connections = connections
         self._prefill_cap = prefill_cap
         self._micro_batches = micro_batches
         self._buckets = buckets
+        self._max_static_ranks = max_static_ranks
         self._known = _Ranks.of(connections.generation)
         self.highest_step = 0
         """Highest step number of all headers received, in any generation; 0 before the first."""
@@ -241,6 +243,7 @@ class StepChannel:
         self._observe_step()
         generation = self._connections.generation
         decode_rows = sum(proposal.decode_rows for proposal in self._proposals.values())
+        has_few_ranks = len(generation.experts) <= self._max_static_ranks
         header = decide_header(
             self._proposals,
             generation=generation.number,
@@ -250,6 +253,7 @@ class StepChannel:
             max_prefill_rows=self._prefill_cap.rows(decode_rows, len(self._proposals)),
             micro_batches=self._micro_batches,
             buckets=() if generation.returns_slots else self._buckets,
+            has_static_prompts=has_few_ranks and not generation.returns_slots,
             even_empty=even_empty or self._epoch != self._decided_epoch,
         )
         if header is None:

@@ -220,7 +220,7 @@ class StepRunner:
     def _plan_ahead(self, header: StepHeader) -> StepPlan | None:
         """Plan the step after the unread step; None if the unread step must be committed first."""
         unread, grant = self._unread, header.grant(self._rank)
-        if unread is None or header.exact or header.is_alone:
+        if unread is None or header.prefill_rows or header.is_alone:
             return None
         if not self._requests.may_all_run or not self._graphs.is_captured(header):
             return None

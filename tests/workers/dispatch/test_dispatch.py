@@ -27,7 +27,7 @@ from benchmarks.harness.mesh import (
 from cluster.config.cluster import CombineMode
 from cluster.core.errors import ProtocolError
 from cluster.core.placement import BankPlacement, ExpertPlacement
-from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
+from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher, max_static_ranks
 from workers.dispatch.expert_server import ExpertServer
 from workers.metrics.step_metrics import SAMPLE_INTERVAL
 from workers.model.config import BankSpec
@@ -59,10 +59,10 @@ class Work:
             else (slice(0, -(-total // 2)), slice(-(-total // 2), total))[mb]
             for mb in range(self.header.num_micro_batches)
         ]
-        keys = prefill(total, seed=rank).row_key
+        keys, has_prompts = prefill(total, seed=rank).row_key, self.header.prefill_rows > 0
         batches = [
             GivenRows(
-                is_prefill=torch.full_like(keys[part], self.header.exact, dtype=torch.bool),
+                is_prefill=torch.full_like(keys[part], has_prompts, dtype=torch.bool),
                 row_key=keys[part],
             )
             for part in parts
@@ -238,7 +238,8 @@ def token_counts(mesh: Mesh) -> list[list[int]]:
     return [cast(list[int], s.counters.token_counts[0].tolist()) for s in servers if s is not None]
 
 
-def test_decode_rows_use_one_copy_and_prefill_rows_the_shares() -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_decode_rows_use_one_copy_and_prefill_rows_the_shares(exact: bool) -> None:
     bank, placement = copies_on_two_devices()
     with Mesh(1, 2, (bank,), placement=placement) as mesh:
         check(mesh, Work((bank,), (200,), make_header((200,))), bitwise=True)
@@ -247,7 +248,7 @@ def test_decode_rows_use_one_copy_and_prefill_rows_the_shares() -> None:
         assert [first[2], *second[:1], *second[2:]] == [0, 0, 0, 0]
         assert second[1] > 0
         for step in range(2, 12):
-            header = make_header((200,), step=step, exact=True)
+            header = make_header((200,), step=step, exact=exact, prompts=True)
             check(mesh, Work((bank,), (200,), header), bitwise=True)
         prefills = [
             sum(now) - sum(old)
@@ -414,3 +415,19 @@ def test_micro_batches_overlap_across_layers(transport: TransportName) -> None:
         got = mesh.step(header, home)[0]
     for mine, expected in zip(got, home(0, local_dispatcher(banks)), strict=True):
         assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize(
+    ("banks", "mode", "expected"),
+    [
+        ([make_bank(top_k=8)], "sum", 4),
+        ([make_bank(top_k=8), make_bank(1, top_k=3)], "sum", 1),
+        ([make_bank(top_k=8)], "per_slot", 0),
+        (BANKS, "sum", 0),
+    ],
+    ids=["top 8", "the fewest", "by slot", "per-slot inputs"],
+)
+def test_half_of_the_experts_of_a_row_may_get_all_rows(
+    banks: Sequence[BankSpec], mode: CombineMode, expected: int
+) -> None:
+    assert max_static_ranks(banks, mode) == expected

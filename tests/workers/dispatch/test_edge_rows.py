@@ -12,12 +12,14 @@ from torch import Tensor
 from benchmarks.harness import mesh as meshes
 from benchmarks.harness.both_roles import Alone
 from benchmarks.harness.mesh import (
+    GivenRows,
     Mesh,
     TransportName,
     decodes,
     local_dispatcher,
     make_bank,
     make_rows,
+    prefill,
 )
 from cluster.core.topology import Generation, Member
 from tests.harness.pretend_gpu import DEVICE, pretend_gpu
@@ -193,9 +195,25 @@ class FarTransport(Alone):
         ]
 
 
-def test_the_host_does_not_wait_for_a_gpu_to_choose_the_rows() -> None:
-    placement, transport = meshes.make_placement(BANKS, 5), FarTransport()
-    members = [Member(name=f"{r}", role="expert", rank=r, device=r) for r in range(5)]
+@pytest.mark.parametrize(
+    ("num_ranks", "header", "sent", "is_complete", "num_waits"),
+    [
+        (5, make_header((12,), 4, 1), 4, False, 0),
+        (2, meshes.make_header((12,), prompts=True), 12, True, 0),
+        (5, meshes.make_header((12,), exact=True), None, True, 2),
+    ],
+    ids=["decodes", "prompts", "exact"],
+)
+def test_the_host_waits_for_a_gpu_only_to_choose_exactly_the_needed_rows(
+    num_ranks: int,
+    header: StepHeader,
+    sent: int | None,
+    is_complete: bool,
+    num_waits: int,
+) -> None:
+    """It waits once in each exchange. ``sent``: rows on each edge; None: they differ."""
+    placement, transport = meshes.make_placement(BANKS, num_ranks, spare=1), FarTransport()
+    members = [Member(name=f"{r}", role="expert", rank=r, device=r) for r in range(num_ranks)]
     home = Member(name="a", role="attention", rank=0)
     with pretend_gpu() as log:
         dispatcher = RemoteDispatcher(
@@ -208,15 +226,17 @@ def test_the_host_does_not_wait_for_a_gpu_to_choose_the_rows() -> None:
         )
         dispatcher.set_placement(placement, Generation(number=1, members=(home, *members)))
         work = [tuple(x.to(DEVICE) for x in make_rows(bank, 12, 0)) for bank in BANKS]
+        batch = prefill(12) if header.prefill_rows else decodes(12)
+        on_device = GivenRows(batch.is_prefill.to(DEVICE), batch.row_key.to(DEVICE))
         log.clear()
-        dispatcher.begin_step(make_header((12,), 4, 1), [decodes(12)])
+        dispatcher.begin_step(header, [on_device])
         for bank, (rows, ids, weights) in zip(BANKS, work, strict=True):
             handle = dispatcher.dispatch(Dispatch(bank.index, 0, rows, ids, weights))
             assert dispatcher.combine(handle).shape == rows.shape
         dispatcher.finish_step()
-        assert not log.waits
-    assert transport.sent == [(4,) * 10] * 2
-    assert not dispatcher.end_step()
+        assert log.waits.total() == num_waits
+    assert sent is None or transport.sent == [(sent,) * 2 * num_ranks] * 2
+    assert dispatcher.end_step() == is_complete
 
 
 def test_rows_that_did_not_fit_end_the_limit() -> None:

@@ -39,6 +39,7 @@ def decide(
     step: int = 5,
     cap: int = 512,
     buckets: Sequence[int] = (),
+    has_static_prompts: bool = False,
     even_empty: bool = False,
 ) -> StepHeader | None:
     """The policy with usual values."""
@@ -51,6 +52,7 @@ def decide(
         max_prefill_rows=cap,
         micro_batches=MicroBatchRule(setting="auto", decode_threshold=4, prefill_threshold=8),
         buckets=buckets,
+        has_static_prompts=has_static_prompts,
         even_empty=even_empty,
     )
 
@@ -252,6 +254,18 @@ def test_prefill_is_capped_over_all_ranks_and_the_grant_rotates() -> None:
         assert sum(grants) == 512
         assert header.exact
         assert [g.decode_rows for _, g in header.grants] == [1, 2, 0, 0]
+
+
+def test_all_rows_of_prompts_may_go_to_every_expert_rank() -> None:
+    known = {r: replace(p, edge_share=250) for r, p in proposals((4, 9), (1, 0)).items()}
+    header = decide(known, buckets=(1, 4, 16), has_static_prompts=True)
+    assert header is not None
+    assert (header.exact, header.bucket, header.edge_limit) == (False, 0, 0)
+    assert [header.edge_rows(rank, 0) for rank in (0, 1)] == [7, 1]
+    assert [header.edge_rows(rank, 1) for rank in (0, 1)] == [6, 0]
+    header = decide(proposals((4, 0)), buckets=(1, 4, 16), has_static_prompts=True)
+    assert header is not None
+    assert header.bucket == 4
 
 
 @pytest.mark.parametrize(

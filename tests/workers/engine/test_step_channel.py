@@ -36,11 +36,16 @@ class Cluster:
         self.open_channels(PrefillCap(max_rows=64))
         self.start(1, self.all_connections, first_step=1)
 
-    def open_channels(self, leaders_cap: PrefillCap) -> None:
+    def open_channels(self, leaders_cap: PrefillCap, max_static_ranks: int = 0) -> None:
         """New channels on the same connections; only the first one leads."""
         caps = [leaders_cap, *(PrefillCap(max_rows=1) for _ in self.all_connections[1:])]
         self.channels = [
-            StepChannel(h, prefill_cap=c, micro_batches=MicroBatchRule())
+            StepChannel(
+                h,
+                prefill_cap=c,
+                micro_batches=MicroBatchRule(),
+                max_static_ranks=max_static_ranks,
+            )
             for h, c in zip(self.all_connections, caps, strict=True)
         ]
 
@@ -89,6 +94,20 @@ def test_everyone_gets_the_same_header_once_all_have_reported(cluster: Cluster) 
         (1, Grant(decode_rows=1, prefill_rows=5)),
     )
     assert (headers[0].step, headers[0].epoch, headers[0].exact) == (1, 1, True)
+
+
+@pytest.mark.parametrize(("max_static_ranks", "exact"), [(1, True), (2, False)])
+def test_few_expert_ranks_get_all_rows_of_prompts(
+    cluster: Cluster, max_static_ranks: int, exact: bool
+) -> None:
+    cluster.open_channels(PrefillCap(max_rows=64), max_static_ranks)
+    cluster.start(2, cluster.all_connections, first_step=1)
+    leader, other = cluster.channels[:2]
+    leader.propose(RowsWanted(3, 0))
+    other.propose(RowsWanted(1, 5))
+    (header,) = set(cluster.wait_all())
+    assert header is not None
+    assert (header.exact, header.bucket) == (exact, 0)
 
 
 def test_a_wait_for_a_header_says_for_whom_it_waits(cluster: Cluster) -> None:

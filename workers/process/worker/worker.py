@@ -19,6 +19,7 @@ from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.frames import KeepAdapters, Register, Shutdown, WorkerReady
 from cluster.core.topology import Member
 from cluster.tracing.exporter import start_traces
+from workers.dispatch.dispatcher import max_static_ranks
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
@@ -135,13 +136,16 @@ class Worker:
         self.member = replace(self.member, offer=model.exactness.offer)
         me = make_identity(args, model.checkpoint)
         connections = open_connections(args, me, model.checkpoint, model.dtype)
+        section, banks = args.config.engine, model.family.banks
+        is_nccl = args.device.type == "cuda" and args.config.is_collective
         self._cleanup.callback(connections.close)
         self._interrupts.attach(connections)
         channel = StepChannel(
             connections,
-            prefill_cap=PrefillCap.of(args.config.engine),
-            micro_batches=MicroBatchRule.of(args.config.engine, args.config.workers),
+            prefill_cap=PrefillCap.of(section),
+            micro_batches=MicroBatchRule.of(section, args.config.workers),
             buckets=captured_sizes(args, model.family),
+            max_static_ranks=max_static_ranks(banks, section.combine_mode) if is_nccl else 0,
         )
         transport = self.open_transport(connections)
         self._cleanup.callback(transport.close)
