@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -14,6 +15,14 @@ from workers.requests.traced import MAX_TRACED, Parents
 
 _ROUNDING = 8
 """Granularity of edge limits, in rows, so that buffers have few sizes."""
+
+
+class StepSize(NamedTuple):
+    """Size of a captured step."""
+
+    bucket: int
+    """Rows of each attention rank in a micro-batch, with padding."""
+    num_micro_batches: int
 
 
 def decide_header(
@@ -28,10 +37,12 @@ def decide_header(
     buckets: Sequence[int] = (),
     has_static_prompts: bool = False,
     even_empty: bool = False,
+    idle_size: StepSize | None = None,
 ) -> StepHeader | None:
     """Decide the header of ``step`` from the proposals of all attention ranks.
 
-    Returns None if no rank wants a row, unless ``even_empty``. ``proposals`` has one entry for each
+    Returns None if no rank wants a row, unless ``even_empty``, or with ``idle_size``: then the step
+    has only padding of this size, so that it is captured. ``proposals`` has one entry for each
     attention rank of the generation. Decode rows are always granted. Prefill rows are capped at
     ``max_prefill_rows`` over all ranks. The first rank to get prefill rows rotates with the step
     number, so that no rank starves. ``micro_batches`` is applied to the granted rows. A proposal
@@ -45,7 +56,8 @@ def decide_header(
     gets 300 rows, rank 3 gets 212 and the others none.
     """
     ranks = sorted(proposals)
-    if not even_empty and not any(proposals[r].num_rows for r in ranks):
+    is_idle = not any(proposals[r].num_rows for r in ranks)
+    if is_idle and not even_empty and idle_size is None:
         return None
     alone = [r for r in ranks if proposals[r].is_alone and proposals[r].num_rows]
     if alone:
@@ -76,6 +88,10 @@ def decide_header(
     )
     if has_prefill:
         return header
+    if is_idle and idle_size is not None:
+        return replace(
+            header, bucket=idle_size.bucket, num_micro_batches=idle_size.num_micro_batches
+        )
     max_rows = max(header.rows(rank, 0) for rank in ranks)
     bucket = bucket_of(max_rows, buckets) if max_rows else 0
     header = replace(header, bucket=bucket) if bucket else header
@@ -85,6 +101,20 @@ def decide_header(
         limit = bucket_of(limit, buckets)
         limit = limit if limit < bucket else 0
     return replace(header, edge_limit=limit) if limit else header
+
+
+def step_sizes(buckets: Sequence[int], micro_batches: MicroBatchRule) -> tuple[StepSize, ...]:
+    """Return the sizes of captured steps without an edge limit, the largest first.
+
+    ``buckets`` must be ascending. Smaller graphs share the memory of larger ones.
+    """
+    sizes = dict.fromkeys(_size_of(rows, buckets, micro_batches) for rows in reversed(buckets))
+    return tuple(sizes)
+
+
+def _size_of(rows: int, buckets: Sequence[int], micro_batches: MicroBatchRule) -> StepSize:
+    number = micro_batches.choose([rows], has_prefill=False)
+    return StepSize(bucket_of(-(-rows // number), buckets), number)
 
 
 def _grant(proposal: StepProposal, prefill_rows: int) -> Grant:

@@ -13,6 +13,7 @@ takes part in the step without rows and proposes for the next step.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 from cluster.core.errors import ProtocolError
 from cluster.core.topology import Generation
-from workers.engine.leader import decide_header
+from workers.engine.leader import StepSize, decide_header, step_sizes
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.requests.step_header import HEADERS, PROPOSALS, StepHeader, StepProposal
@@ -28,6 +29,8 @@ from workers.scheduling.step_plan import RowsWanted
 from workers.transport.edge_table import StepFrame
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class StepChannel:
         self._micro_batches = micro_batches
         self._buckets = buckets
         self._max_static_ranks = max_static_ranks
+        self._uncaptured: list[StepSize] = []
+        """On the leader: sizes of steps that no step of this generation has had."""
         self._known = _Ranks.of(connections.generation)
         self.highest_step = 0
         """Highest step number of all headers received, in any generation; 0 before the first."""
@@ -125,6 +130,11 @@ class StepChannel:
         self._headers.clear()
         self._running_step = None
         self._decided_epoch = epoch
+        generation = self._connections.generation
+        if len(generation.members) > 1 and not generation.returns_slots:
+            self._uncaptured = list(step_sizes(self._buckets, self._micro_batches))
+        else:
+            self._uncaptured = []
         self.set_epoch(epoch, epoch)
 
     def set_epoch(self, epoch: int, oldest_epoch: int) -> None:
@@ -255,9 +265,11 @@ class StepChannel:
             buckets=() if generation.returns_slots else self._buckets,
             has_static_prompts=has_few_ranks and not generation.returns_slots,
             even_empty=even_empty or self._epoch != self._decided_epoch,
+            idle_size=self._uncaptured[0] if self._uncaptured else None,
         )
         if header is None:
             return
+        self._note_size(header)
         self._decided_epoch = header.epoch
         self._proposals.clear()
         data = HEADERS.encode(header)
@@ -266,6 +278,13 @@ class StepChannel:
                 self._send(member.name, FrameKind.HEADER, header, data)
         self._headers.append(header)
         self._running_step = (header, time.monotonic())
+
+    def _note_size(self, header: StepHeader) -> None:
+        size = StepSize(header.bucket, header.num_micro_batches)
+        if size in self._uncaptured and not header.edge_limit:
+            self._uncaptured.remove(size)
+            if not self._uncaptured:
+                logger.info("steps of all sizes up to %d rows are captured", self._buckets[-1])
 
     def _observe_step(self) -> None:
         """On the leader: record the time of the previous step, as all ranks have proposed again."""

@@ -314,7 +314,8 @@ def test_a_call_without_its_message_ends(impatient: Stack) -> None:
     with Http2Client(impatient.grpc_target) as silent:
         streams = [silent.call(GENERATE, None, KEY) for _ in range(NUM_PLACES + 5)]
         codes = {silent.wait_status(stream) for stream in streams}
-        assert codes == {CODES.DEADLINE_EXCEEDED.value[0], CODES.RESOURCE_EXHAUSTED.value[0]}
+        late, full = CODES.DEADLINE_EXCEEDED.value[0], CODES.RESOURCE_EXHAUSTED.value[0]
+        assert late in codes <= {late, full}, "full only if the last come before the first end"
     impatient.wait_for(lambda: limits.num_calls == 0, "free places")
     check_served(impatient)
 

@@ -17,7 +17,7 @@ from tests.workers.engine.test_gpu_steps import OLMOE, on_cpu, requests, tokens
 from workers.metrics.step_metrics import SAMPLE_INTERVAL
 from workers.requests.buckets import bucket_of, buckets_up_to
 from workers.requests.request import TokenOutput
-from workers.requests.step_header import StepHeader
+from workers.requests.step_header import Grant, StepHeader
 
 NUM_RANKS = 5
 """More than the experts of a row."""
@@ -35,6 +35,7 @@ class Apart:
         parts: int = 1,
         limit: int = 0,
         is_captured: bool = False,
+        has_static_prompts: bool = False,
         engine: LocalEngine | None = None,
     ) -> None:
         """``limit``: rows on an edge, once it is known how many an expert rank needs.
@@ -42,6 +43,7 @@ class Apart:
         self.log = log
         self.buckets = buckets
         self.limit = limit
+        self._has_static_prompts = has_static_prompts
         self.engine = engine or LocalEngine(
             golden_path(OLMOE, "olmoe"),
             dtype="float32",
@@ -59,7 +61,10 @@ class Apart:
         """What the leader makes of the header, and the experts' part."""
         # Step 8, whose times are measured, is one of those that decode.
         header = replace(header, epoch=self.epoch, step=header.step + SAMPLE_INTERVAL - 2)
-        if not header.exact:
+        has_prompts = header.exact
+        if has_prompts:
+            header = replace(header, exact=not self._has_static_prompts)
+        else:
             bucket = bucket_of(header.rows(0, 0), self.buckets)
             limit = self.limit if self.apart.home.edge_share else 0
             header = replace(header, bucket=bucket, edge_limit=limit)
@@ -67,9 +72,22 @@ class Apart:
         self.log.clear()
         with self.apart.serving(header):
             outputs = self._run(header)
-        if not header.exact:
+        if not has_prompts:
             self.decodes.append(DeviceLog(self.log.waits.copy(), self.log.launches.copy()))
         return outputs
+
+    def capture(self, bucket: int) -> list[TokenOutput]:
+        """Run a step that has only padding."""
+        header = StepHeader(
+            generation=1,
+            step=SAMPLE_INTERVAL + 1,
+            epoch=self.epoch,
+            oldest_epoch=1,
+            grants=((0, Grant()),),
+            bucket=bucket,
+        )
+        with self.apart.serving(header):
+            return self._run(header)
 
     def tokens(self) -> dict[str, list[int]]:
         """Of the requests, which it runs."""
@@ -117,6 +135,26 @@ def captured(run: Apart) -> list[int]:
     graphs = run.engine.engine.runner.graphs
     assert graphs is not None
     return [len(graphs._kept), *(len(server.captured._kept) for server in run.apart.servers)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_a_step_of_padding_is_captured_for_later_steps(log: DeviceLog, is_captured: bool) -> None:
+    run = Apart(log, is_captured=is_captured)
+    for bucket, number in ((4, 1), (2, 2), (4, 2)):
+        assert run.capture(bucket) == []
+        assert captured(run) == [number] * 3
+    assert run.tokens() == on_cpu(OLMOE)
+    assert {header.bucket for header in run.headers} == {0, 4}
+    assert captured(run) == [2] * 3
+
+
+@pytest.mark.slow
+def test_prompts_of_which_every_rank_gets_all_rows(log: DeviceLog) -> None:
+    run = Apart(log, is_captured=True, has_static_prompts=True)
+    assert run.tokens() == on_cpu(OLMOE)
+    assert {header.exact for header in run.headers} == {False}
+    assert any(header.prefill_rows for header in run.headers)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -36,14 +36,22 @@ class Cluster:
         self.open_channels(PrefillCap(max_rows=64))
         self.start(1, self.all_connections, first_step=1)
 
-    def open_channels(self, leaders_cap: PrefillCap, max_static_ranks: int = 0) -> None:
+    def open_channels(
+        self,
+        leaders_cap: PrefillCap,
+        *,
+        max_static_ranks: int = 0,
+        buckets: Sequence[int] = (),
+        micro_batches: MicroBatchRule | None = None,
+    ) -> None:
         """New channels on the same connections; only the first one leads."""
         caps = [leaders_cap, *(PrefillCap(max_rows=1) for _ in self.all_connections[1:])]
         self.channels = [
             StepChannel(
                 h,
                 prefill_cap=c,
-                micro_batches=MicroBatchRule(),
+                micro_batches=micro_batches or MicroBatchRule(),
+                buckets=buckets,
                 max_static_ranks=max_static_ranks,
             )
             for h, c in zip(self.all_connections, caps, strict=True)
@@ -100,7 +108,7 @@ def test_everyone_gets_the_same_header_once_all_have_reported(cluster: Cluster) 
 def test_few_expert_ranks_get_all_rows_of_prompts(
     cluster: Cluster, max_static_ranks: int, exact: bool
 ) -> None:
-    cluster.open_channels(PrefillCap(max_rows=64), max_static_ranks)
+    cluster.open_channels(PrefillCap(max_rows=64), max_static_ranks=max_static_ranks)
     cluster.start(2, cluster.all_connections, first_step=1)
     leader, other = cluster.channels[:2]
     leader.propose(RowsWanted(3, 0))
@@ -108,6 +116,32 @@ def test_few_expert_ranks_get_all_rows_of_prompts(
     (header,) = set(cluster.wait_all())
     assert header is not None
     assert (header.exact, header.bucket) == (exact, 0)
+
+
+def test_without_rows_steps_of_padding_are_captured_the_largest_first(cluster: Cluster) -> None:
+    """One that a step with rows has captured is left out, and each generation begins anew."""
+    halves = MicroBatchRule(setting="auto", decode_threshold=6)
+    cluster.open_channels(PrefillCap(max_rows=64), buckets=(1, 2, 4, 8), micro_batches=halves)
+
+    def next_header(wanted: int) -> StepHeader | None:
+        for channel in cluster.channels[:2]:
+            channel.propose(RowsWanted(wanted, 0))
+        (header,) = set(cluster.wait_all(LIMIT_S if wanted else 0.3))
+        return header
+
+    def next_size() -> tuple[int, int, int] | None:
+        header = next_header(0)
+        if header is None:
+            return None
+        return header.bucket, header.num_micro_batches, header.decode_rows + header.edge_limit
+
+    for number in (2, 3):
+        cluster.start(number, cluster.all_connections, first_step=1)
+        assert next_size() == (4, 2, 0)
+        header = next_header(2)
+        assert header is not None
+        assert header.bucket == 2
+        assert [next_size() for _ in range(3)] == [(4, 1, 0), (1, 1, 0), None]
 
 
 def test_a_wait_for_a_header_says_for_whom_it_waits(cluster: Cluster) -> None:
