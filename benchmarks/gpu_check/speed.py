@@ -32,7 +32,7 @@ from benchmarks.harness.both_roles import take_both_roles
 from benchmarks.harness.local_engine import LocalEngine, block_bytes
 from benchmarks.harness.prompts import random_prompts
 from benchmarks.memory_wall.bounds import prefill_flops, step_weight_bytes
-from cluster.config.cluster import DEFAULT_STEP_TOKENS, EngineSection
+from cluster.config.cluster import GPU_STEP_TOKENS, EngineSection
 from cluster.config.kv_cache import KvCacheDType
 from workers.engine.prefill_cap import PrefillCap
 from workers.quantization.formats import WeightFormat
@@ -143,7 +143,7 @@ def measure(place: Place, report: Report, model: RandomModel) -> tuple[Run, dict
         report.value("roofline", predicted)
         report.say(f"decode {words} of the read bound; {summary(predicted)}")
     with report.part("prefill"):
-        found = prefill(given, DEFAULT_STEP_TOKENS["cuda"])
+        found = prefill(given, GPU_STEP_TOKENS)
         report.value("prefill", found)
         report.say(
             f"decode {words}, prefill {found['share_of_bound']:.2f} of the bound; "

@@ -1,7 +1,7 @@
 """Prefill by the number of tokens in a step, and the delay of decoding sequences by prompts.
 
 The knee of the first is the default of ``--max-num-batched-tokens`` on GPUs
-(``DEFAULT_STEP_TOKENS``). For the second, prompts arrive at a share of the rate of prefill while
+(``GPU_STEP_TOKENS``). For the second, prompts arrive at a share of the rate of prefill while
 other sequences decode, and the times between the tokens of these are compared with those without
 prompts.
 """

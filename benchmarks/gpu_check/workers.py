@@ -33,7 +33,7 @@ from cluster.core.errors import PeerLostError
 from cluster.core.placement import BankShape, ExpertPlacement, contiguous
 from cluster.core.topology import Generation, Member
 from workers.cuda.step_graph import StepGraph
-from workers.dispatch.dispatcher import TokenDispatcher
+from workers.dispatch.dispatcher import TokenDispatcher, max_static_ranks
 from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.micro_batches import MicroBatchRule
@@ -252,6 +252,7 @@ class _Worker:
             prefill_cap=PrefillCap.of(PLAIN),
             micro_batches=MicroBatchRule(),
             buckets=buckets_up_to(PLAIN.max_num_seqs) if case.place.is_gpu else (),
+            max_static_ranks=max_static_ranks(self.banks, "sum") if case.place.is_gpu else 0,
         )
 
     @property

@@ -357,6 +357,7 @@ class GivenRows:
 
     is_prefill: Tensor
     row_key: Tensor
+    is_inspected: bool = False
 
 
 def decodes(num_rows: int) -> BatchRows:

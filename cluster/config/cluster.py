@@ -47,10 +47,13 @@ CombineMode = Literal["sum", "per_slot"]
 Deterministic = Literal["auto", "on", "off"]
 NumMicroBatches = Literal["auto", 1, 2]
 
-DEFAULT_STEP_TOKENS = {"cpu": 512, "cuda": 2048}
-"""Default number of tokens in one step. With about 850 tokens an H100 computes the experts of
-OLMoE-1B-7B as long as it reads their weights, with 1,600 those of Qwen3-30B-A3B (460 TFLOPS and
+_STEP_TOKENS = 512
+GPU_STEP_TOKENS = 2048
+"""Default number of tokens in one step of a GPU. With about 850 tokens an H100 computes the experts
+of OLMoE-1B-7B as long as it reads their weights, with 1,600 those of Qwen3-30B-A3B (460 TFLOPS and
 2.7 TB/s, docs/results/gpu.md); beyond, a larger step gains little."""
+_ALL_STEP_TOKENS = 4096
+"""Default number of tokens in one step of all GPUs, for which expert workers reserve memory."""
 _AT_LEAST_1 = "must be at least 1"
 _DEFAULT_KV_CONTEXTS = 16
 _MIN_DEFAULT_KV_BYTES = 64 * 1024**2
@@ -75,8 +78,8 @@ class EngineSection:
     max_num_seqs: int = 64
     """Maximum number of sequences in one step of each attention worker."""
     max_num_batched_tokens: int | None = None
-    """Maximum number of tokens in one step of each attention worker; by default 2048 on GPUs and
-    512 on CPUs, but at least ``max_num_seqs``."""
+    """Maximum number of tokens in one step of each attention worker; by default 512 on CPUs and,
+    on GPUs, 4096 divided by the number of attention workers, within 512 and 2048."""
     itl_target_ms: float | None = None
     """Target duration of a step while a request decodes: prompts are split into chunks small enough
     for it. By default only ``max_num_batched_tokens`` limits the chunks."""
@@ -150,13 +153,15 @@ class EngineSection:
 
     @property
     def step_tokens(self) -> int:
-        """Maximum number of tokens in one step, by default that of a CPU."""
-        return self.max_num_batched_tokens or max(DEFAULT_STEP_TOKENS["cpu"], self.max_num_seqs)
+        """Maximum number of tokens in one step, by default that of a CPU, but at least
+        ``max_num_seqs``."""
+        return self.max_num_batched_tokens or max(_STEP_TOKENS, self.max_num_seqs)
 
-    def on(self, device: Literal["cpu", "cuda"]) -> Self:
-        """Return the section with the defaults that depend on the device of the workers."""
-        tokens = self.max_num_batched_tokens
-        tokens = tokens or max(DEFAULT_STEP_TOKENS[device], self.max_num_seqs)
+    def on_gpus(self, num_ranks: int = 1) -> Self:
+        """Return the section with the defaults for GPUs. ``num_ranks``: attention workers."""
+        if self.max_num_batched_tokens is not None:
+            return self
+        tokens = max(self.step_tokens, min(GPU_STEP_TOKENS, _ALL_STEP_TOKENS // num_ranks))
         return dataclasses.replace(self, max_num_batched_tokens=tokens)
 
     @property

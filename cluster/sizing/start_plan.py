@@ -106,8 +106,11 @@ def plan_start(
         gpus_per_worker=share.gpus,
         threads_per_worker=1 if needs_one else share.threads,
     )
+    engine = config.engine
+    if share.device == "cuda":
+        engine = engine.on_gpus(workers.num_attention_ranks)
     return StartPlan(
-        config=replace(config, workers=workers, engine=config.engine.on(share.device)),
+        config=replace(config, workers=workers, engine=engine),
         placement=placement,
         num_slots=slots + config.workers.recovery_slots,
         load=expected,

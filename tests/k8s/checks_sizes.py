@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sizing.guide import MODELS, known_model
+from benchmarks.checkpoints.public_shape import MODELS
+from benchmarks.sizing.guide import known_model
 from benchmarks.sizing.layouts import GPUS_PER_NODE, H100_NODE, Layout, best_layout
 from cluster.cli.options.serve_config import build_config
 from cluster.cli.options.serve_options import OPTIONS

@@ -200,7 +200,7 @@ class ToyRunner:
         """Those of them that were lost with the step before."""
 
     def is_captured(self, header: StepHeader) -> bool:
-        return not header.exact
+        return not header.prefill_rows
 
     def run(
         self, header: StepHeader, plan: StepPlan, *, is_ahead: bool = False
@@ -232,7 +232,7 @@ class ToyRunner:
             return None
         self.num_lost -= is_ahead
         states = self._advance(rows, contents)
-        drawn = None if header.exact else _late_tokens(plan, states)
+        drawn = None if header.prefill_rows else _late_tokens(plan, states)
         self._newest = drawn or {}
         return ToyResult(states, routed, drawn)
 

@@ -186,7 +186,7 @@ class ColocatedDispatcher:
     def can_capture(self, header: StepHeader) -> bool:
         """Return whether a decode step can be captured as a CUDA graph."""
         if self._is_only_member:  # no rows are exchanged whose padding could be measured
-            return not self._attention.picks_rows(header)
+            return not self._attention.picks_rows(header) and not header.prefill_rows
         return self._attention.can_capture(header)
 
     @property

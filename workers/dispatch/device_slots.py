@@ -143,7 +143,12 @@ class DeviceSlotChecker:
     def _add_padding(
         self, notes: SlotNotes, rows_here: NDArray[np.int64], pairs: NDArray[np.int64]
     ) -> None:
-        """Count the padding of all exchanges at once; see ``ExpertCounters.add_padding``."""
+        """Count the padding of all exchanges at once; see ``ExpertCounters.add_padding``.
+
+        A step that has only padding is not counted.
+        """
+        if not rows_here.any():
+            return
         per_slot_input, num_inputs, num_rows, by_pair = notes.facts
         padding = self._counters.padding
         used = np.where(per_slot_input, pairs, rows_here).sum()

@@ -36,6 +36,10 @@ class BatchRows(Protocol):
     """Properties of the rows of one micro-batch."""
 
     @property
+    def is_inspected(self) -> bool:
+        """Whether the host reads values of the rows between the layers."""
+
+    @property
     def is_prefill(self) -> Tensor:
         """Whether each row belongs to a prompt, [T] bool."""
 

@@ -74,9 +74,9 @@ class NativeExchange:
         self._sent: dict[int, Tensor] = {}
         self._received = GrowingBuffer()
 
-    def begin_step(self, header: StepHeader) -> None:
+    def begin_step(self, header: StepHeader, *, is_inspected: bool = False) -> None:
         """Begin a step, after ``AttentionSide.maps`` has begun it."""
-        self._static.begin_step(header)
+        self._static.begin_step(header, is_inspected=is_inspected)
         self._header = header
         direct = self._transport.direct(self._side.maps.ranks)
         if direct is not self._direct:

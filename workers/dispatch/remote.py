@@ -139,7 +139,8 @@ class RemoteDispatcher(TimedDispatcher):
             self._transport.begin_step(header)
         self._has_begun = True
         self._exchange = self._exchange_of(header)
-        self._exchange.begin_step(header)
+        is_inspected = any(batch.is_inspected for batch in micro_batches)
+        self._exchange.begin_step(header, is_inspected=is_inspected)
 
     def _exchange_of(self, header: StepHeader) -> RowExchange:
         """Select the exchange of a step that is not captured."""

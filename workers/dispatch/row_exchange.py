@@ -50,8 +50,11 @@ class AttentionSide:
 class RowExchange(Protocol):
     """Sends the rows of one attention rank to the expert ranks, and receives their outputs."""
 
-    def begin_step(self, header: StepHeader) -> None:
-        """Begin a step, after ``AttentionSide.maps`` has begun it."""
+    def begin_step(self, header: StepHeader, *, is_inspected: bool = False) -> None:
+        """Begin a step, after ``AttentionSide.maps`` has begun it.
+
+        ``is_inspected``: the host reads values between the layers.
+        """
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
         """Send a micro-batch's rows to the expert ranks, without waiting for outputs."""
@@ -96,11 +99,16 @@ class SplitExchange(ABC):
         self._header: StepHeader | None = None
         self._must_wait = False
 
-    def begin_step(self, header: StepHeader) -> None:
-        """Begin a step, after ``AttentionSide.maps`` has begun it."""
+    def begin_step(self, header: StepHeader, *, is_inspected: bool = False) -> None:
+        """Begin a step, after ``AttentionSide.maps`` has begun it.
+
+        ``is_inspected``: the host reads values between the layers. It then waits for outputs here,
+        where it notices that a peer is lost.
+        """
         self._header = header
         is_read = picks_rows(header, self._side.banks, self._side.maps.combine_mode)
-        self._must_wait = is_read or is_measured(header)  # else a lap would end too early
+        # the last, as a lap would end too early
+        self._must_wait = is_read or is_inspected or is_measured(header)
 
     def dispatch(self, bank: BankSpec, sent: Dispatch, micro_batch: int) -> RemoteHandle:
         """Send a micro-batch's rows to the expert ranks, without waiting for outputs."""
@@ -208,14 +216,13 @@ class ExactExchange(SplitExchange):
 
     def _split(self, rows: _RoutedRows, header: StepHeader, micro_batch: int) -> _Split:
         here = (rows.slots >= 0).any(2)
-        order = _needed_first(here)
-        counts = here.sum(1).tolist()  # device-to-host sync
+        needed = _places(here)  # device-to-host sync
         num_rows = here.shape[1]
         flat = rows.inputs.flatten(0, 1) if rows.per_slot else rows.inputs
         own_pairs = {sent.rank: sent.places for sent in rows.pairs}
         messages, sent_rows = [], []
-        for i, (rank, count) in enumerate(zip(self._side.maps.ranks, counts, strict=True)):
-            places = order[i, :count]
+        for i, (rank, places) in enumerate(zip(self._side.maps.ranks, needed, strict=True)):
+            count = len(places)
             is_all = count == num_rows
             part = rows.meta[i] if is_all else rows.meta[i][places]
             inputs = flat[:0]
@@ -233,10 +240,18 @@ class ExactExchange(SplitExchange):
 class CapturedExchange(StaticExchange):
     """Static exchange of a captured step, in which the host reads nothing."""
 
-    def begin_step(self, header: StepHeader) -> None:
+    def begin_step(self, header: StepHeader, *, is_inspected: bool = False) -> None:
         """Begin a captured step, in which receives do not make the host wait."""
-        super().begin_step(header)
+        super().begin_step(header, is_inspected=is_inspected)
         self._must_wait = False
+
+
+def _places(is_needed: Tensor) -> list[Tensor]:
+    """Return the rows that each rank needs, in ascending order, after one wait for the device."""
+    if is_needed.is_cpu:
+        return [row.nonzero().squeeze(1) for row in is_needed]
+    order, counts = _needed_first(is_needed), is_needed.sum(1).tolist()
+    return [rows[:count] for rows, count in zip(order, counts, strict=True)]
 
 
 def _needed_first(is_needed: Tensor) -> Tensor:

@@ -84,6 +84,11 @@ class PlannedBatchRows:
         """``planned`` must be in ``batch_order``."""
         self._planned, self._device = planned, device
 
+    @property
+    def is_inspected(self) -> bool:
+        """Whether the host reads values of the rows between the layers."""
+        return needs_captures(self._planned)
+
     @cached_property
     def is_prefill(self) -> Tensor:
         """Whether each row belongs to a prompt, [T] bool."""

@@ -69,7 +69,8 @@ class EmbeddedEngine:
         dispatcher. Raises ``CheckpointError`` and ``ConfigError``.
         """
         place = torch.device(device)
-        section = (section or EngineSection()).on("cpu" if place.type == "cpu" else "cuda")
+        section = section or EngineSection()
+        section = section if place.type == "cpu" else section.on_gpus()
         is_strict = section.deterministic == "on"
         is_native = kernels == "auto" and place.type == "cpu"
         self.team = team = start_kernels(num_threads or 1).team if is_native else None

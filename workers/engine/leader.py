@@ -9,8 +9,14 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from workers.engine.micro_batches import MicroBatchRule
-from workers.requests.buckets import bucket_of
-from workers.requests.step_header import ALL_ROWS, Grant, StepHeader, StepProposal
+from workers.requests.buckets import BUCKETS, bucket_of
+from workers.requests.step_header import (
+    ALL_ROWS,
+    MAX_MICRO_BATCHES,
+    Grant,
+    StepHeader,
+    StepProposal,
+)
 from workers.requests.traced import MAX_TRACED, Parents
 
 _ROUNDING = 8
@@ -104,12 +110,15 @@ def decide_header(
 
 
 def step_sizes(buckets: Sequence[int], micro_batches: MicroBatchRule) -> tuple[StepSize, ...]:
-    """Return the sizes of captured steps without an edge limit, the largest first.
+    """Return the sizes of captured steps without an edge limit, those with most rows first.
 
     ``buckets`` must be ascending. Smaller graphs share the memory of larger ones.
     """
-    sizes = dict.fromkeys(_size_of(rows, buckets, micro_batches) for rows in reversed(buckets))
-    return tuple(sizes)
+    most = buckets[-1] if buckets else 0
+    if most == BUCKETS[-1]:  # two micro-batches may have more
+        most *= MAX_MICRO_BATCHES
+    sizes = (_size_of(rows, buckets, micro_batches) for rows in range(most, 0, -1))
+    return tuple(dict.fromkeys(size for size in sizes if size.bucket))
 
 
 def _size_of(rows: int, buckets: Sequence[int], micro_batches: MicroBatchRule) -> StepSize:

@@ -32,6 +32,10 @@ from workers.transport.peer_connections import PeerConnections
 
 logger = logging.getLogger(__name__)
 
+_QUIET_S = 3.0
+"""Seconds without rows after which steps of padding may run. Requests wait at most 2 s for KV
+blocks (``kv_fetch_limit_s``), and a capture takes about a second."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Ranks:
@@ -73,8 +77,10 @@ class StepChannel:
         self._micro_batches = micro_batches
         self._buckets = buckets
         self._max_static_ranks = max_static_ranks
-        self._uncaptured: list[StepSize] = []
-        """On the leader: sizes of steps that no step of this generation has had."""
+        self._new_sizes: list[StepSize] = []
+        """On the leader: sizes that no step of this generation has had."""
+        self._had_rows_at = 0.0
+        """Monotonic time of the last header with rows, or of the generation's start."""
         self._known = _Ranks.of(connections.generation)
         self.highest_step = 0
         """Highest step number of all headers received, in any generation; 0 before the first."""
@@ -132,9 +138,10 @@ class StepChannel:
         self._decided_epoch = epoch
         generation = self._connections.generation
         if len(generation.members) > 1 and not generation.returns_slots:
-            self._uncaptured = list(step_sizes(self._buckets, self._micro_batches))
+            self._new_sizes = list(step_sizes(self._buckets, self._micro_batches))
         else:
-            self._uncaptured = []
+            self._new_sizes = []
+        self._had_rows_at = time.monotonic()
         self.set_epoch(epoch, epoch)
 
     def set_epoch(self, epoch: int, oldest_epoch: int) -> None:
@@ -253,7 +260,7 @@ class StepChannel:
         self._observe_step()
         generation = self._connections.generation
         decode_rows = sum(proposal.decode_rows for proposal in self._proposals.values())
-        has_few_ranks = len(generation.experts) <= self._max_static_ranks
+        has_few_ranks = 0 < len(generation.experts) <= self._max_static_ranks
         header = decide_header(
             self._proposals,
             generation=generation.number,
@@ -265,11 +272,11 @@ class StepChannel:
             buckets=() if generation.returns_slots else self._buckets,
             has_static_prompts=has_few_ranks and not generation.returns_slots,
             even_empty=even_empty or self._epoch != self._decided_epoch,
-            idle_size=self._uncaptured[0] if self._uncaptured else None,
+            idle_size=self._idle_size(),
         )
         if header is None:
             return
-        self._note_size(header)
+        self._note_step(header)
         self._decided_epoch = header.epoch
         self._proposals.clear()
         data = HEADERS.encode(header)
@@ -279,12 +286,21 @@ class StepChannel:
         self._headers.append(header)
         self._running_step = (header, time.monotonic())
 
-    def _note_size(self, header: StepHeader) -> None:
+    def _idle_size(self) -> StepSize | None:
+        """Return the size of a step to run if no rank wants rows; None if there is no new size, or
+        a request may soon have rows, which the step would delay."""
+        if not self._new_sizes or time.monotonic() - self._had_rows_at < _QUIET_S:
+            return None
+        return self._new_sizes[0]
+
+    def _note_step(self, header: StepHeader) -> None:
+        if header.decode_rows + header.prefill_rows:
+            self._had_rows_at = time.monotonic()
         size = StepSize(header.bucket, header.num_micro_batches)
-        if size in self._uncaptured and not header.edge_limit:
-            self._uncaptured.remove(size)
-            if not self._uncaptured:
-                logger.info("steps of all sizes up to %d rows are captured", self._buckets[-1])
+        if size in self._new_sizes and not header.edge_limit:
+            self._new_sizes.remove(size)
+            if not self._new_sizes:
+                logger.info("steps of every size have run and are captured")
 
     def _observe_step(self) -> None:
         """On the leader: record the time of the previous step, as all ranks have proposed again."""

@@ -36,6 +36,8 @@ _MAX_AHEAD = 4
 some hundred launches (two to four layers). A CUDA stream accepts about a thousand. If the stream
 filled up while it waits for a lost peer, the host would block in a launch and could not abandon the
 process groups."""
+_MAX_AHEAD_PROMPTS = 1
+"""The same in a step with prompts, which launches two more kernels for each prompt in a layer."""
 
 
 class CollectiveTransport:
@@ -73,6 +75,7 @@ class CollectiveTransport:
         self._ordered: deque[Transfers] = deque()
         """Receives that the CUDA stream waits for but the host has not waited for yet."""
         self._header: StepHeader | None = None
+        self._max_ahead = _MAX_AHEAD
         self._num_worlds = 0
         self._graphs: WeakSet[StepGraph] = WeakSet()
         """CUDA graphs that contain transfers of the world."""
@@ -107,6 +110,7 @@ class CollectiveTransport:
         self._ordered.clear()
         self._is_replayed = False
         self._header = header
+        self._max_ahead = _MAX_AHEAD_PROMPTS if header.prefill_rows else _MAX_AHEAD
         oldest = header if self._late is None else self._late
         self._connections.begin_step(oldest.step)  # the late step is confirmed on the edges
         while self._sends:
@@ -268,7 +272,7 @@ class CollectiveTransport:
                 continue
             self._check(transfers)
             self._ordered.append(transfers)
-            while len(self._ordered) > _MAX_AHEAD:
+            while len(self._ordered) > self._max_ahead:
                 self._wait(self._ordered.popleft())
 
     def _drop_sent(self) -> None:

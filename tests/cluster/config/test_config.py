@@ -115,15 +115,16 @@ def test_values_of_a_wrong_type_are_refused(sections: dict[str, object], text: s
 
 
 @pytest.mark.parametrize(
-    ("given", "on_cpu", "on_gpu"), [({}, 512, 2048), ({"max_num_seqs": 3000}, 3000, 3000)]
+    ("max_num_seqs", "on_cpu", "on_gpus"),
+    [(64, 512, {1: 2048, 2: 2048, 3: 1365, 100: 512}), (3000, 3000, {1: 3000, 8: 3000})],
 )
 def test_the_tokens_of_a_step_depend_on_the_device(
-    given: dict[str, int], on_cpu: int, on_gpu: int
+    max_num_seqs: int, on_cpu: int, on_gpus: dict[int, int]
 ) -> None:
-    section = EngineSection(**given)  # type: ignore[arg-type]
-    assert section.step_tokens == section.on("cpu").step_tokens == on_cpu
-    assert section.on("cuda").step_tokens == section.on("cuda").on("cpu").step_tokens == on_gpu
-    assert replace(section, max_num_batched_tokens=4096).on("cuda").step_tokens == 4096
+    section = EngineSection(max_num_seqs=max_num_seqs)
+    assert section.step_tokens == on_cpu
+    assert {number: section.on_gpus(number).step_tokens for number in on_gpus} == on_gpus
+    assert replace(section, max_num_batched_tokens=4096).on_gpus(9).step_tokens == 4096
 
 
 def test_the_cluster_token_is_not_shown() -> None:

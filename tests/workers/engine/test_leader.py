@@ -9,9 +9,11 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from cluster.config.cluster import NumMicroBatches
 from cluster.core.errors import ProtocolError
-from workers.engine.leader import decide_header, limit_edges
+from workers.engine.leader import decide_header, limit_edges, step_sizes
 from workers.engine.micro_batches import MicroBatchRule
+from workers.requests.buckets import buckets_up_to
 from workers.requests.step_header import (
     HEADERS,
     MAX_ROWS,
@@ -41,6 +43,7 @@ def decide(
     buckets: Sequence[int] = (),
     has_static_prompts: bool = False,
     even_empty: bool = False,
+    micro_batches: MicroBatchRule | None = None,
 ) -> StepHeader | None:
     """The policy with usual values."""
     return decide_header(
@@ -50,7 +53,8 @@ def decide(
         epoch=7,
         oldest_epoch=6,
         max_prefill_rows=cap,
-        micro_batches=MicroBatchRule(setting="auto", decode_threshold=4, prefill_threshold=8),
+        micro_batches=micro_batches
+        or MicroBatchRule(setting="auto", decode_threshold=4, prefill_threshold=8),
         buckets=buckets,
         has_static_prompts=has_static_prompts,
         even_empty=even_empty,
@@ -254,6 +258,22 @@ def test_prefill_is_capped_over_all_ranks_and_the_grant_rotates() -> None:
         assert sum(grants) == 512
         assert header.exact
         assert [g.decode_rows for _, g in header.grants] == [1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("setting", [1, 2, "auto"])
+@pytest.mark.parametrize("most", [1, 5, 64, 512])
+def test_sizes_are_those_of_all_numbers_of_rows(setting: NumMicroBatches, most: int) -> None:
+    rule, buckets = MicroBatchRule(setting=setting, decode_threshold=64), buckets_up_to(most)
+    sizes = step_sizes(buckets, rule)
+    limit = 2 * most if most == 512 else most
+    found = set()
+    for rows in range(1, limit + 1):
+        header = decide(proposals((rows, 0)), buckets=buckets, micro_batches=rule)
+        assert header is not None
+        found.add((header.bucket, header.num_micro_batches))
+    assert set(sizes) == {size for size in found if size[0]}
+    assert len(sizes) == len(set(sizes))
+    assert sizes[0][0] * sizes[0][1] == max(bucket * number for bucket, number in sizes)
 
 
 def test_all_rows_of_prompts_may_go_to_every_expert_rank() -> None:

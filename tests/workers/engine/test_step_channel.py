@@ -14,6 +14,7 @@ from benchmarks.harness.stalls import wait_until
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member
 from tests.fakes import Wakeups
+from workers.engine import step_channel
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
@@ -118,8 +119,11 @@ def test_few_expert_ranks_get_all_rows_of_prompts(
     assert (header.exact, header.bucket) == (exact, 0)
 
 
-def test_without_rows_steps_of_padding_are_captured_the_largest_first(cluster: Cluster) -> None:
+def test_without_rows_steps_of_padding_are_captured_the_largest_first(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that a step with rows has captured is left out, and each generation begins anew."""
+    monkeypatch.setattr(step_channel, "_QUIET_S", 0.0)
     halves = MicroBatchRule(setting="auto", decode_threshold=6)
     cluster.open_channels(PrefillCap(max_rows=64), buckets=(1, 2, 4, 8), micro_batches=halves)
 
@@ -141,7 +145,28 @@ def test_without_rows_steps_of_padding_are_captured_the_largest_first(cluster: C
         header = next_header(2)
         assert header is not None
         assert header.bucket == 2
-        assert [next_size() for _ in range(3)] == [(4, 1, 0), (1, 1, 0), None]
+        sizes = [next_size() for _ in range(4)]
+        assert sizes == [(8, 1, 0), (4, 1, 0), (1, 1, 0), None]
+
+
+def test_steps_of_padding_wait_until_there_are_no_rows_for_a_while(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.open_channels(PrefillCap(max_rows=64), buckets=(1, 2))
+    cluster.start(2, cluster.all_connections, first_step=1)
+
+    def next_header(wanted: int) -> StepHeader | None:
+        for channel in cluster.channels[:2]:
+            channel.propose(RowsWanted(wanted, 0))
+        (header,) = set(cluster.wait_all(LIMIT_S if wanted else 0.1))
+        return header
+
+    assert next_header(0) is None
+    assert next_header(1) is not None
+    monkeypatch.setattr(step_channel, "_QUIET_S", 0.0)
+    header = next_header(0)
+    assert header is not None
+    assert header.bucket == 2
 
 
 def test_a_wait_for_a_header_says_for_whom_it_waits(cluster: Cluster) -> None:

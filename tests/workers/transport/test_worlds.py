@@ -29,7 +29,11 @@ from workers.cuda.step_graph import StepGraph
 from workers.dispatch.dispatcher import TokenDispatcher
 from workers.model.layers import Dispatch
 from workers.transport.captured_transfers import CapturedTransfers
-from workers.transport.collective import _MAX_AHEAD, CollectiveTransport
+from workers.transport.collective import (
+    _MAX_AHEAD,
+    _MAX_AHEAD_PROMPTS,
+    CollectiveTransport,
+)
 from workers.transport.transport import ExpectedMessage, PartShape, RowMessage, Tag
 
 __all__ = ["nccl"]
@@ -198,24 +202,28 @@ def test_only_the_device_waits_for_what_the_host_does_not_read(nccl: FakeNccl) -
         receiver.finish_step()  # nothing is left
 
 
-def test_the_host_is_a_few_receives_ahead_and_no_more(nccl: FakeNccl) -> None:
+@pytest.mark.parametrize(("prompts", "most"), [(False, _MAX_AHEAD), (True, _MAX_AHEAD_PROMPTS)])
+def test_the_host_is_a_few_receives_ahead_and_no_more(
+    nccl: FakeNccl, prompts: bool, most: int
+) -> None:
     """A stream that waits for a lost peer does not take any number of launches."""
     with Mesh(1, 1, BANKS, transport="nccl") as mesh:
         nccl.holds = False
         sender, receiver = mesh["expert-0"].transport, mesh["attention-0"].transport
+        receiver.begin_step(make_header((2,), prompts=prompts))
 
         def receive(number: int) -> None:
             receiver.receive(TAG._replace(bank=number), EXPECTED, sized=False, must_wait=False)
 
-        for number in range(_MAX_AHEAD):
+        for number in range(most):
             receive(number)
-        one_more = mesh.pool.submit(receive, _MAX_AHEAD)
+        one_more = mesh.pool.submit(receive, most)
         with pytest.raises(TimeoutError):
             one_more.result(0.1)
         message = RowMessage(0, (torch.ones(2, 4),))
         sender.post(TAG._replace(bank=0), [message], sized=False)
         one_more.result(LIMIT_S)
-        for number in range(1, _MAX_AHEAD + 1):
+        for number in range(1, most + 1):
             sender.post(TAG._replace(bank=number), [message], sized=False)
         receiver.finish_step()
 

@@ -94,7 +94,7 @@ class EngineSteps:
         membership.follow_epoch(header, stall_s)
         self._has_more, self._was_unread = False, engine.steps.is_unread
         outputs = self._step(header)
-        is_shared = bool(activity.rows) or not channel.is_leader
+        is_shared = bool(activity.rows or header.bucket) or not channel.is_leader
         membership.record_commit(is_shared=is_shared and engine.steps.has_ended)
         activity.advance()
         self._has_more = engine.has_work

@@ -29,6 +29,7 @@ from workers.metrics.step_metrics import StepMetrics
 from workers.metrics.step_timer import TimingSink
 from workers.metrics.step_trace import StepTrace
 from workers.metrics.traced_steps import StepSpans
+from workers.model.families.base import Family
 from workers.model.huge_pages import collapse_weights
 from workers.native.thread_team import start_kernels
 from workers.process.context import ModelSetup, WorkerContext
@@ -58,6 +59,8 @@ OnDeath = Callable[[str], None]
 """Called with the reason when a worker fails, on the data thread or the control thread."""
 _WAITS = {"attention": "combine", "expert": "receive", "colocated": "receive"}
 """Name of the step lap in which a worker waits for other workers, by role."""
+_MAX_STATIC_PROMPTS = 128
+"""Maximum number of prompts in a step without waits of the host: two launches each, in a layer."""
 
 
 class Worker:
@@ -136,8 +139,7 @@ class Worker:
         self.member = replace(self.member, offer=model.exactness.offer)
         me = make_identity(args, model.checkpoint)
         connections = open_connections(args, me, model.checkpoint, model.dtype)
-        section, banks = args.config.engine, model.family.banks
-        is_nccl = args.device.type == "cuda" and args.config.is_collective
+        section = args.config.engine
         self._cleanup.callback(connections.close)
         self._interrupts.attach(connections)
         channel = StepChannel(
@@ -145,7 +147,7 @@ class Worker:
             prefill_cap=PrefillCap.of(section),
             micro_batches=MicroBatchRule.of(section, args.config.workers),
             buckets=captured_sizes(args, model.family),
-            max_static_ranks=max_static_ranks(banks, section.combine_mode) if is_nccl else 0,
+            max_static_ranks=_max_static_ranks(args, model.family),
         )
         transport = self.open_transport(connections)
         self._cleanup.callback(transport.close)
@@ -242,3 +244,14 @@ class Worker:
             return
         self.control.fail(reason)
         self._on_death(reason)
+
+
+def _max_static_ranks(args: WorkerArgs, family: Family) -> int:
+    """Return ``max_static_ranks`` for steps over NCCL; 0 if a layer may launch so many kernels that
+    the host must not enqueue two layers (see ``CollectiveTransport``)."""
+    section, config = args.config.engine, family.config
+    is_nccl = args.device.type == "cuda" and args.config.is_collective
+    is_plain = config.latent_rank is None and config.delta_net is None
+    if not is_nccl or not is_plain or section.max_num_seqs > _MAX_STATIC_PROMPTS:
+        return 0
+    return max_static_ranks(family.banks, section.combine_mode)
