@@ -23,8 +23,8 @@ def sum_rows(
     """Return the weighted sum of each row's expert outputs, in slot order and in float32.
 
     outputs [T * k, out], one per slot; slots [T, k] integers, -1 for none (not summed); weights
-    [T, k] float32. Returns [T, out] ``dtype``. ``rounds_products``: weights, and then products of
-    weight and output, are rounded to the dtype of ``outputs``.
+    [T, k] of any floating-point dtype. Returns [T, out] ``dtype``. ``rounds_products``: weights,
+    and then products of weight and output, are rounded to the dtype of ``outputs``.
     """
     num_rows, top_k = slots.shape
     width = outputs.shape[1]
@@ -66,7 +66,7 @@ def _sum_rows(
         if tl.load(slots + row * slots_stride + place) >= 0:
             address = outputs + (row * TOP_K + place) * WIDTH + columns
             x = tl.load(address, mask=columns < WIDTH, other=0.0).to(tl.float32)
-            factor = tl.load(weights + row * weights_stride + place)
+            factor = tl.load(weights + row * weights_stride + place).to(tl.float32)
             if ROUNDS:
                 dtype = outputs.dtype.element_ty
                 total += rounded(x * rounded(factor, dtype), dtype)

@@ -303,6 +303,6 @@ class SlotBank(Protocol):
 
         inputs [T, in_width] model dtype; if every (row, slot) pair has its own input, [T * k,
         in_width], or only the inputs of slots that are not -1. slots [T, k] int64, -1 for a pair to
-        leave out; weights [T, k] float32. ``dtype``: model dtype or float32. Sums are computed as
-        in ``workers.model.weighting``.
+        leave out; weights [T, k] float32 or the model's dtype. ``dtype``: model dtype or float32.
+        Sums are computed as in ``workers.model.weighting``.
         """

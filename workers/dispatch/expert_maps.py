@@ -116,14 +116,19 @@ class ExpertMaps:
         has_choice = self._has_prompts and tables.has_choice
         if self._library is not None and not has_choice:
             return sent_slots(self._library, decode_slots, sent.topk_ids, weights), None
+        is_row = None if self._is_row is None else self._is_row[micro_batch]
+        if self._device.type == "cuda" and not has_choice:
+            from workers.cuda.slots import slots_by_rank  # late: needs Triton
+
+            return slots_by_rank(decode_slots, sent.topk_ids, weights, is_row), None
         copies = None
         if has_choice:
             batch = self._micro_batches[micro_batch]
             slots, copies = tables.choose(sent.topk_ids, batch.is_prefill, batch.row_key)
         else:
             slots = decode_slots[:, sent.topk_ids]
-        if self._is_row is not None:
-            slots = slots.where(self._is_row[micro_batch].unsqueeze(1) != 0, -1)
+        if is_row is not None:
+            slots = slots.where(is_row.unsqueeze(1) != 0, -1)
         if weights is not None:
             bits = weights.float().contiguous().view(torch.int32)
             slots = torch.cat((slots, bits.expand(slots.shape)), dim=2)

@@ -144,7 +144,7 @@ class LocalDispatcher(TimedDispatcher):
             shape = (0, exchange.out_width) if exchange.weighted else (0, top_k, exchange.out_width)
             result = sent.rows.new_empty(shape)
         elif exchange.weighted:
-            weights, dtype = sent.topk_weights.float(), sent.rows.dtype
+            weights, dtype = sent.topk_weights, sent.rows.dtype
             result = own.compute_rows(sent.exchange, inputs, slots, weights, dtype)
         else:
             pairs = torch.arange(slots.numel(), device=slots.device)

@@ -162,13 +162,16 @@ class ExpertBank:
         """Return the weighted sum of the expert outputs of each row: [T, out_width] ``dtype``.
 
         slots [T, k] int64, -1 for none, with at least one other value in each row; weights [T, k]
-        float32. inputs [T, in_width] model dtype; with ``per_slot_input`` they have one row for
-        each slot, [T * k, in_width], or only the rows of slots that are not -1. ``dtype`` is the
-        model's or float32. Sums are float32, in the order of slots; ``BankSpec.float32_weights``
-        sets the dtype of the products of outputs and weights.
+        float32 or the model's dtype. inputs [T, in_width] model dtype; with ``per_slot_input`` they
+        have one row for each slot, [T * k, in_width], or only the rows of slots that are not -1.
+        ``dtype`` is the model's or float32. Sums are float32, in the order of slots;
+        ``BankSpec.float32_weights`` sets the dtype of the products of outputs and weights.
         """
         kernel, spec = self._kernels[exchange], self.spec.exchanges[exchange]
-        if isinstance(kernel, NativeExperts | CudaExperts):
+        if isinstance(kernel, CudaExperts):
+            return kernel.compute_rows(inputs, slots, weights, self.spec.float32_weights, dtype)
+        weights = weights.float()
+        if isinstance(kernel, NativeExperts):
             return kernel.compute_rows(inputs, slots, weights, self.spec.float32_weights, dtype)
         return sum_of_pairs(
             kernel.compute,

@@ -91,6 +91,7 @@ def warm_attention(
     runner = engine.runner
     if isinstance(experts, ZeroDispatcher):  # else the serving engine captures its steps itself
         runner.capture_graphs()
+        _warm_slots(family.banks, dtype, runner.model.device)
     _warm_attention(engine, family)
     runner.graphs = None  # breaks a reference cycle with the engine
 
@@ -104,6 +105,18 @@ def _warm_attention(engine: Engine, family: Family) -> None:
     queries = torch.zeros(shape, dtype=model.dtype, device=model.device)
     cache = engine.cache.layers[0]
     warm_kernels(queries, cache, model.windows, engine.max_model_len, family.has_sinks)
+
+
+def _warm_slots(banks: Sequence[BankSpec], dtype: torch.dtype, device: torch.device) -> None:
+    """Choose the slots of a row in all variants of the kernel."""
+    from workers.cuda.slots import slots_by_rank  # late: needs Triton
+
+    for bank in banks:
+        table = torch.zeros((1, bank.num_experts), dtype=torch.int32, device=device)
+        ids = torch.zeros((1, bank.top_k), dtype=torch.int64, device=device)
+        for weights in (None, ids.float(), ids.to(dtype)):
+            for is_row in (None, ids[:, 0]):
+                slots_by_rank(table, ids, weights, is_row)
 
 
 def _request(number: int, length: int) -> Request:

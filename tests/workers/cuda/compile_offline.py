@@ -25,7 +25,7 @@ from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.prefill_attention import prefill
 from workers.cuda.routing import RoutingParams, Scoring, choose
 from workers.cuda.row_sums import sum_rows
-from workers.cuda.slots import check_slots
+from workers.cuda.slots import check_slots, slots_by_rank
 from workers.model import fp8
 from workers.native.draws import NUM_DRAW_INTEGERS
 from workers.quantization.formats import WeightFormat
@@ -133,6 +133,9 @@ def compile_half(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
             top_k=TOP_K, scoring=scoring, is_normed=True, least_sum=0.0, scale=1.0
         )
         choose(torch.empty(num_rows, SLOTS, dtype=dtype), choice, None, dtype)
+    ids, table = torch.zeros(num_rows, TOP_K, dtype=torch.int64), torch.zeros(2, SLOTS).int()
+    slots_by_rank(table, ids, torch.empty(num_rows, TOP_K, dtype=dtype), slots)
+    slots_by_rank(table, ids, None, None)
     received = torch.zeros(num_rows, 2 * TOP_K, dtype=torch.int32)[:, :TOP_K]
     filled, counts = torch.ones(SLOTS + 1, dtype=torch.bool), torch.zeros(SLOTS, dtype=torch.int64)
     check_slots(received, filled, torch.zeros(num_rows, TOP_K, dtype=torch.int64), counts, counts)

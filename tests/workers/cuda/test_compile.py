@@ -15,7 +15,8 @@ from tests.workers.cuda.device import SHARED_BYTES
 
 KERNELS = {
     *("_align", "_count", "_sum_tiles", "_multiply", "_sum_rows"),
-    *("_decode", "_combine", "_prefill", "_prepare", "_norm", "_choose", "_check", "_draw"),
+    *("_decode", "_combine", "_prefill", "_prepare", "_norm", "_choose"),
+    *("_choose_slots", "_check", "_draw"),
 }
 PRODUCTS = {"_multiply", "_decode", "_prefill"}
 

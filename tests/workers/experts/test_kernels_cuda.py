@@ -160,6 +160,12 @@ def test_sums_of_rows_are_those_of_their_pairs(
     for kind in (torch.float32, dtype):  # the slots are part of longer rows, as received ones are
         found = bank.compute_rows(0, inputs.to(DEVICE), sent[:, :3], factors.to(DEVICE), kind)
         assert torch.equal(found.cpu(), expected.to(kind))
+    narrow = factors.to(DEVICE, dtype)
+    found, wide = (
+        bank.compute_rows(0, inputs.to(DEVICE), slots.to(DEVICE), own, dtype)
+        for own in (narrow, narrow.float())
+    )
+    assert torch.equal(found, wide)
     if per_slot_input:  # only the inputs of pairs
         own = inputs[pairs].to(DEVICE)
         found = bank.compute_rows(0, own, slots.to(DEVICE), factors.to(DEVICE), dtype)
