@@ -152,7 +152,7 @@ def test_a_speed_that_is_none_is_refused(text: str) -> None:
 def test_steps_are_larger_on_gpus(gpus: float, tokens: int) -> None:
     config = ClusterConfig(model=ModelSection(path="somewhere", served_model_name="demo"))
     node = NodeResources(node_id="a", address="a", cpus=8.0, gpus=gpus)
-    assert plan_start(config, BANKS, [node]).config.engine.max_num_batched_tokens == tokens
+    assert plan_start(config, BANKS, [node]).config.engine.step_tokens == tokens
 
 
 def test_only_labelled_nodes_can_be_followed() -> None:
