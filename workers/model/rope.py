@@ -105,7 +105,7 @@ def parse_rope(
     if factor is None and name in ("linear", "dynamic", "llama3"):
         raise CheckpointError(f"config.json: rope type {name!r} needs a factor")
     factor = rope_number("factor", factor, max_positions / context)
-    return RopeConfig(
+    found = RopeConfig(
         rope_type=cast(RopeType, name),
         theta=rope_number("rope_theta", theta or None, default_theta),
         head_dim=head_dim,
@@ -121,6 +121,25 @@ def parse_rope(
         low_freq_factor=rope_number("low_freq_factor", params.get("low_freq_factor"), 1.0),
         high_freq_factor=rope_number("high_freq_factor", params.get("high_freq_factor"), 4.0),
     )
+    _check_rope(found)
+    return found
+
+
+def _check_rope(config: RopeConfig) -> None:
+    """Raise ``CheckpointError`` for parameters with which a rope type has no frequencies."""
+    match config.rope_type:
+        case "yarn" if config.theta <= 1:
+            rule = f"rope_theta {config.theta:g} must be above 1"
+        case "dynamic" if config.rotary_dim <= 2:
+            rule = f"the {config.rotary_dim} rotated elements of a head must be more than 2"
+        case "llama3" if config.high_freq_factor <= config.low_freq_factor:
+            rule = (
+                f"high_freq_factor {config.high_freq_factor:g} must be above "
+                f"low_freq_factor {config.low_freq_factor:g}"
+            )
+        case _:
+            return
+    raise CheckpointError(f"config.json: {rule} with rope type {config.rope_type!r}")
 
 
 def rope_number(key: str, value: Any, default: float, least: float = 0.0) -> float:

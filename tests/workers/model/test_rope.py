@@ -128,6 +128,21 @@ def test_unknown_type_is_refused_by_name(name: str) -> None:
         parse_rope({"rope_scaling": {"rope_type": name, "factor": 2.0}}, D, 64)
 
 
+@pytest.mark.parametrize(
+    ("name", "head_dim", "more", "message"),
+    [
+        ("yarn", D, {"rope_theta": 1}, "rope_theta 1 must be above 1 with rope type 'yarn'"),
+        ("dynamic", 2, {}, "the 2 rotated elements of a head must be more than 2"),
+        ("llama3", D, {"low_freq_factor": 4}, "high_freq_factor 4 must be above low_freq_factor 4"),
+    ],
+)
+def test_parameters_without_frequencies_are_refused(
+    name: str, head_dim: int, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        parse_rope({"rope_scaling": {"rope_type": name, "factor": 2.0, **more}}, head_dim, 64)
+
+
 def test_missing_factor_and_wrong_kind_are_refused() -> None:
     with pytest.raises(CheckpointError, match="'linear' needs a factor"):
         parse_rope({"rope_scaling": {"type": "linear"}}, D, 64)
