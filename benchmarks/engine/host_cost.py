@@ -50,7 +50,7 @@ from workers.model.layers import Dispatch, LayerSteps, ModelInputs
 from workers.requests.buckets import bucket_of, buckets_up_to
 from workers.requests.request import Request, SamplingParams
 from workers.requests.step_header import Grant, StepHeader
-from workers.transport.transport import ExpectedMessage, RowMessage, Tag
+from workers.transport.transport import ExpectedMessage, RowMessage, Tag, empty_messages
 
 SIDES = ("attention", "expert", "local")
 LAYERS = (4, 16, 48)
@@ -158,7 +158,7 @@ class NullMessages:
 
     def receive(self, tag: Tag, expected: Sequence[ExpectedMessage]) -> list[tuple[Tensor, ...]]:
         """Return zeros: all rows choose the expert in slot 0."""
-        received = [item.empty(_DEVICE) for item in expected]
+        received = empty_messages(expected, _DEVICE)
         for parts in received:
             for part in parts:
                 part.zero_()

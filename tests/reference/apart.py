@@ -24,7 +24,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.model.config import BankSpec
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import ExpectedMessage, RowMessage, Tag
+from workers.transport.transport import ExpectedMessage, RowMessage, Tag, empty_messages
 
 MAX_KEPT_ROWS = 1000
 Key = tuple[str, int, Tag]
@@ -109,7 +109,7 @@ class CapturedTurns:
 
     def receive(self, tag: Tag, expected: Sequence[ExpectedMessage]) -> list[tuple[Tensor, ...]]:
         """See ``CapturedMessages``."""
-        places = [item.empty(torch.device(DEVICE)) for item in expected]
+        places = empty_messages(expected, torch.device(DEVICE))
 
         def again() -> None:
             found = self._transport.receive(tag, expected, sized=False, must_wait=False)

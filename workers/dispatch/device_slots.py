@@ -24,6 +24,7 @@ from workers.dispatch.slot_checker import (
     Reject,
     SlotChecker,
     UsedSlots,
+    merge_adjacent,
 )
 from workers.model.config import BankSpec
 from workers.model.host_copies import to_host, to_host_later
@@ -97,7 +98,7 @@ class DeviceSlotChecker:
         num_rows = sum(len(part) for part in slots)
         checked = torch.empty(num_rows, slots[0].shape[1], dtype=torch.int64, device=self._device)
         first = 0
-        for part in slots:
+        for part in merge_adjacent(slots):
             check_slots(part, filled.table, checked[first:], bins, flags)
             first += len(part)
         return UsedSlots(checked, all_here=False, any_here=num_rows > 0)

@@ -18,7 +18,13 @@ from torch import Tensor
 from workers.cuda.step_graph import StepGraph
 from workers.metrics.activity import Activity
 from workers.requests.step_header import StepHeader
-from workers.transport.transport import DataTransport, ExpectedMessage, RowMessage, Tag
+from workers.transport.transport import (
+    DataTransport,
+    ExpectedMessage,
+    RowMessage,
+    Tag,
+    empty_messages,
+)
 
 
 class RecordingTransport:
@@ -69,7 +75,7 @@ class RecordingTransport:
         if self._captured is not None:
             return self._captured.receive(tag, expected)
         live, activity = self._live, self._activity
-        places = [item.empty(self._device) for item in expected]
+        places = empty_messages(expected, self._device)
 
         def receive() -> None:
             with activity:

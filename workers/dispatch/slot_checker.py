@@ -134,5 +134,21 @@ class HostSlotChecker:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate the tensors of all ranks; a single tensor is returned as is."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    """Concatenate the tensors of all ranks, without a copy if they are adjacent in memory."""
+    merged = merge_adjacent(parts)
+    return merged[0] if len(merged) == 1 else torch.cat(list(parts))
+
+
+def merge_adjacent(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return one view of all rows if the tensors of all ranks follow each other in one storage,
+    else ``parts``."""
+    first = parts[0]
+    strides, place = first.stride(), first.storage_offset()
+    memory = first.untyped_storage()._cdata  # also of simulated tensors, without an address
+    for part in parts:
+        is_next = part.storage_offset() == place and part.stride() == strides
+        if not is_next or part.untyped_storage()._cdata != memory:
+            return parts
+        place += part.shape[0] * strides[0]
+    num_rows = sum(part.shape[0] for part in parts)
+    return (first.as_strided((num_rows, *first.shape[1:]), strides, first.storage_offset()),)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from workers.cuda.step_graph import StepGraph
 from workers.transport.transfer_items import ItemOf, items_to_receive, items_to_send
-from workers.transport.transport import Direction, ExpectedMessage, RowMessage, Tag
+from workers.transport.transport import (
+    Direction,
+    ExpectedMessage,
+    RowMessage,
+    Tag,
+    empty_messages,
+)
 from workers.transport.world import Item, Transfers, World
 
 
@@ -54,7 +60,7 @@ class CapturedTransfers:
 
         Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
-        received = [item.empty(self._device) for item in expected]
+        received = empty_messages(expected, self._device)
         items = items_to_receive(self._item_of, tag, expected, received)
         self._join(self._start(tag, False, items))
         other: Direction = "outputs" if tag.direction == "rows" else "rows"

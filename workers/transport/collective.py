@@ -25,7 +25,7 @@ from workers.transport.confirmations import StepConfirmations
 from workers.transport.peer_connections import PeerConnections
 from workers.transport.rendezvous import Rendezvous, world_names
 from workers.transport.transfer_items import items_to_receive, items_to_send
-from workers.transport.transport import ExpectedMessage, RowMessage, Tag
+from workers.transport.transport import ExpectedMessage, RowMessage, Tag, empty_messages
 from workers.transport.world import Backend, Item, Transfers, World
 
 _JOIN_S = 1.0
@@ -134,8 +134,7 @@ class CollectiveTransport:
         counts = [item.counts for item in expected]
         if sized:
             counts = self._receive_counts(tag, expected)
-        pairs = zip(expected, counts, strict=True)
-        received = [item.empty(self._device, numbers) for item, numbers in pairs]
+        received = empty_messages(expected, self._device, counts)
         items = items_to_receive(self._item, tag, expected, received)
         if items:
             self._receive(tag, items, must_wait)

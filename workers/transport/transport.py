@@ -67,14 +67,24 @@ class ExpectedMessage:
     counts: tuple[int, ...]
     """Number of rows of each part; the maximum number if the message carries its own counts."""
 
-    def empty(
-        self, device: torch.device, counts: Sequence[int] | None = None
-    ) -> tuple[Tensor, ...]:
-        """Return uninitialized tensors for the parts; ``counts`` overrides their rows."""
-        return tuple(
-            torch.empty(count, part.width, dtype=part.dtype, device=device)
-            for part, count in zip(self.parts, counts or self.counts, strict=True)
-        )
+
+def empty_messages(
+    expected: Sequence[ExpectedMessage],
+    device: torch.device,
+    counts: Sequence[Sequence[int]] | None = None,
+) -> list[tuple[Tensor, ...]]:
+    """Return uninitialized tensors for messages whose parts are equal but for their rows.
+
+    The same parts of all messages are adjacent in memory. ``counts`` overrides the numbers of rows.
+    """
+    if not expected:
+        return []
+    columns = []
+    for index, part in enumerate(expected[0].parts):
+        rows = [numbers[index] for numbers in counts or [item.counts for item in expected]]
+        whole = torch.empty(sum(rows), part.width, dtype=part.dtype, device=device)
+        columns.append(torch.split_with_sizes(whole, rows))
+    return list(zip(*columns, strict=True))
 
 
 class CapturedMessages(Protocol):

@@ -12,7 +12,13 @@ from cluster.core.placement import FREE_SLOT
 from tests.harness.pretend_gpu import DEVICE, pretend_gpu
 from workers.dispatch.device_slots import DeviceSlotChecker, make_slot_checker
 from workers.dispatch.expert_counters import ExpertCounters, ReceivedRows
-from workers.dispatch.slot_checker import FilledSlots, SlotChecker
+from workers.dispatch.slot_checker import (
+    FilledSlots,
+    SlotChecker,
+    joined,
+    merge_adjacent,
+)
+from workers.transport.transport import ExpectedMessage, PartShape, empty_messages
 
 EXPERTS = [5, FREE_SLOT, 3, 0]
 RANKS = (4, 7)
@@ -115,3 +121,44 @@ def test_a_step_that_was_captured_before_slots_were_added_counts_its_slots() -> 
         served.counters.resize([6])
         checker.end(reject)
     assert [own.tolist() for own in served.counters.token_counts] == [[1, 0, 0, 1, 0, 0]]
+
+
+def received(*counts: int) -> list[torch.Tensor]:
+    """Metas [rows, 6] of some ranks, as a transport receives them: numbers in order."""
+    part = PartShape(6, torch.int32)
+    expected = [ExpectedMessage(rank, (part,), (n,)) for rank, n in enumerate(counts)]
+    metas = [parts[0] for parts in empty_messages(expected, torch.device("cpu"))]
+    first = 0
+    for meta in metas:
+        meta.copy_(torch.arange(first, first + meta.numel()).view(meta.shape))
+        first += meta.numel()
+    return metas
+
+
+@pytest.mark.parametrize("counts", [(3,), (3, 2), (2, 0, 1), (0, 2), (0, 0)])
+def test_rows_of_all_ranks_are_joined_without_a_copy(counts: tuple[int, ...]) -> None:
+    metas = received(*counts)
+    for parts in (metas, [m[:, :3] for m in metas], [m[:, 3:].view(torch.float32) for m in metas]):
+        (whole,) = merge_adjacent(parts)
+        assert torch.equal(whole, torch.cat(parts))
+        assert whole.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("order", [[1, 0], [0, 2], [0, 1, 3]])
+def test_rows_that_are_not_adjacent_are_copied(order: list[int]) -> None:
+    metas = received(2, 2, 2)
+    metas.append(metas[2].clone())
+    parts = [metas[i] for i in order]
+    assert merge_adjacent(parts) is parts
+    assert torch.equal(joined(parts), torch.cat(parts))
+
+
+def test_messages_have_the_numbers_of_rows_that_are_given() -> None:
+    parts = (PartShape(2, torch.int32), PartShape(3, torch.float32))
+    expected = [ExpectedMessage(rank, parts, (9, 9)) for rank in range(2)]
+    found = empty_messages(expected, torch.device("cpu"), [(1, 2), (0, 4)])
+    assert [[tuple(part.shape) for part in message] for message in found] == [
+        [(1, 2), (2, 3)],
+        [(0, 2), (4, 3)],
+    ]
+    assert empty_messages([], torch.device("cpu")) == []
