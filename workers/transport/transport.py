@@ -73,7 +73,7 @@ def empty_messages(
     device: torch.device,
     counts: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[Tensor, ...]]:
-    """Return uninitialized tensors for messages whose parts are equal but for their rows.
+    """Return uninitialized tensors for messages with equal parts, except the numbers of rows.
 
     The same parts of all messages are adjacent in memory. ``counts`` overrides the numbers of rows.
     """
