@@ -61,7 +61,9 @@ def _arrivals(given: Run, streams: int, prefill_rate: float) -> dict[int, dict[s
     ``prefill_rate``: tokens a second. ``p50_times``: the median divided by that without prompts.
     """
     place, engine = given.place, given.engine
-    names, _ = fill(given, streams, place.size(256, 8))
+    tokens = len(_MIXED_TOKENS) * (_MIXED_STEPS + 1) + 64
+    params = SamplingParams(max_tokens=place.size(tokens, 64), temperature=0.0, ignore_eos=True)
+    names, _ = fill(given, streams, place.size(256, 8), params)
     steps(engine, place.size(4, 1))
     alone_s = median_step_s(engine, place.size(24, 2))
     prompt = place.size(_PROMPT, 16)
@@ -69,7 +71,7 @@ def _arrivals(given: Run, streams: int, prefill_rate: float) -> dict[int, dict[s
     found: dict[int, dict[str, Any]] = {}
     for number in _MIXED_TOKENS[: place.size(len(_MIXED_TOKENS), 1)]:
         engine.prefill_cap = PrefillCap(max_rows=number)
-        times, sent = _steps_with_prompts(given, f"beside {number}", prompt, every_s, set(names))
+        times, waiting = _steps_with_prompts(given, f"beside {number}", prompt, every_s, set(names))
         times.sort()
         median_s = times[len(times) // 2]
         found[number] = {
@@ -77,8 +79,7 @@ def _arrivals(given: Run, streams: int, prefill_rate: float) -> dict[int, dict[s
             "p99_s": times[int(0.99 * len(times))],
             "p50_times": median_s / alone_s,
             "alone_s": alone_s,
-            "prompts": sent,
-            "waiting_tokens": engine.engine.rows_wanted().prefill_rows,
+            "waiting_tokens": waiting,
         }
     for name in names:
         engine.engine.abort(name)
@@ -90,7 +91,7 @@ def _steps_with_prompts(
 ) -> tuple[list[float], int]:
     """Run steps while a prompt arrives every ``every_s`` seconds.
 
-    Returns seconds between the tokens of ``streams``, and the number of prompts.
+    Returns seconds between the tokens of ``streams``, and the prompt tokens that wait at the end.
     """
     engine, number = given.engine, given.place.size(_MIXED_STEPS, 4)
     prompts = random_prompts(name, number + 1, prompt_tokens)
@@ -106,10 +107,12 @@ def _steps_with_prompts(
             engine.add_request(request)
             sent += 1
         outputs = engine.step()
+        assert engine.engine.rows_wanted().decode_rows, "the streams have ended"
         if any(output.request_id in streams for output in outputs):
             now = time.perf_counter()
             times.append(now - last)
             last = now
+    waiting = engine.engine.rows_wanted().prefill_rows
     for index in range(sent):
         engine.engine.abort(f"{name}, {index}")
-    return times, sent
+    return times, waiting

@@ -38,6 +38,10 @@ from cluster.sizing.roofline import DeviceSpec
 
 FILE = "gpu_cluster_check.jsonl"
 _TINY_WORKERS = 3
+_START_LIMIT_S = 900.0
+"""Longest start: a worker may have to load 61 GB and to compile all kernels."""
+_LEAST_EQUAL = 0.9
+"""Least share of equal tokens in float32: one prompt of 16 may reach two equally likely tokens."""
 _HEAD = ("model, workers, streams", "tokens/s", "step, ms", "predicted, ms", "predicted / measured")
 
 
@@ -73,17 +77,19 @@ class Check:
         folder.mkdir(parents=True)
         dtype = "float32" if name in SMALL else "bfloat16"
         words = [str(checkpoint), *layout.options(self._device), "--dtype", dtype]
-        words += ["--max-num-seqs", str(max(self._sizes.batches)), "--max-model-len", "1024"]
+        words += ["--max-num-seqs", str(layout.max_num_seqs), "--max-model-len", "1024"]
         began = time.monotonic()
-        with running_server(folder, *words) as served:
+        with running_server(folder, *words, start_limit_s=_START_LIMIT_S) as served:
             row["ready_s"] = time.monotonic() - began
             found = checks.tokens(served, self._sizes)
             first = self._tokens.setdefault(name, found)
             row["equal_tokens"] = equal_share(found, first)
-            if dtype == "float32" and found != first:
+            if dtype == "float32" and row["equal_tokens"] < _LEAST_EQUAL:
                 row["errors"].append("greedy tokens in float32 are not those of the first division")
             row["speed"] = {}
             for batch in self._sizes.batches:
+                if batch > layout.max_streams:
+                    continue
                 measured = checks.speed(served, self._sizes, batch, folder)
                 step = layout.predicted(model, batch, self._sizes.context, self._spec)
                 row["speed"][batch] = {**measured, "predicted_s": step.step_s}
@@ -129,6 +135,8 @@ def expected(num_devices: int, spec: DeviceSpec, sizes: Sizes) -> list[dict[str,
         for layout in layouts(num_devices):
             speed = {}
             for batch in sizes.batches:
+                if batch > layout.max_streams:
+                    continue
                 step_s = layout.predicted(model, batch, sizes.context, spec).step_s
                 speed[batch] = {"tokens_per_s": batch / step_s, "predicted_s": step_s}
             rows.append({"model": name, "layout": str(layout), "speed": speed})
@@ -157,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_gpus = torch.cuda.device_count()
     if not args.tiny and num_gpus < (args.gpus or 1):
         raise SystemExit(f"--gpus: torch finds {num_gpus} GPUs; --tiny needs none")
+    args.out = args.out.absolute()
     args.out.mkdir(parents=True)
     device = "cpu" if args.tiny else "cuda"
     place = Place(device_name=device, limit_s=0.0, folder=args.out)

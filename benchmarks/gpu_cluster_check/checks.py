@@ -23,10 +23,10 @@ _LIMIT_S = 900.0
 class Sizes:
     """Sizes of the loads."""
 
-    batches: tuple[int, ...] = (1, 64, 256)
+    batches: tuple[int, ...] = (1, 64, 128, 256)
     """Concurrent streams of the measured decode steps."""
     prompt_tokens: int = 128
-    output_tokens: int = 256
+    output_tokens: int = 512
     num_prompts: int = 16
     """Prompts whose greedy tokens are compared."""
     fault_streams: int = 64
@@ -58,7 +58,8 @@ def tokens(served: Served, sizes: Sizes) -> list[list[int]]:
 def speed(served: Served, sizes: Sizes, batch: int, folder: Path) -> dict[str, float]:
     """Return tokens a second, and the seconds for a further token of ``batch`` streams.
 
-    All streams start together. A first run captures the steps of this size.
+    All streams start together, so that the latter includes prompts of other streams. A first run
+    captures the steps of this size.
     """
     for length in (sizes.output_tokens // 8, sizes.output_tokens):
         with _load(served, folder, batch, batch, sizes.prompt_tokens, length) as load:
@@ -71,7 +72,9 @@ def speed(served: Served, sizes: Sizes, batch: int, folder: Path) -> dict[str, f
 
 
 def kill(served: Served, sizes: Sizes, role: str, folder: Path) -> dict[str, float]:
-    """Kill a worker of a role while streams run; return failed requests and the pause in seconds.
+    """Kill a worker of a role while half of the streams or more run.
+
+    Returns the numbers of requests, failed requests and recoveries, and the pause in seconds.
 
     Returns when the cluster has as many workers as before.
     """
@@ -82,7 +85,11 @@ def kill(served: Served, sizes: Sizes, role: str, folder: Path) -> dict[str, flo
     with _load(
         served, folder, streams, 4 * streams, sizes.prompt_tokens, sizes.output_tokens
     ) as load:
-        wait_until(lambda: _num_running(served) > 0, "running requests", _LIMIT_S)
+        wait_until(
+            lambda: _num_running(served) >= streams // 2 or load.poll() is not None,
+            "running requests",
+            _LIMIT_S,
+        )
         os.kill(chosen["pid"], signal.SIGKILL)
         found = _results(load)
     wait_until(lambda: _num_serving(served) == len(workers), "a new worker", _LIMIT_S)

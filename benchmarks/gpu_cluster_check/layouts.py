@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,8 +17,8 @@ from cluster.sizing.roofline import DeviceSpec, StepTime, colocated_step, disagg
 PUBLIC = {"olmoe": public_shape("OLMoE-1B-7B-0924"), "qwen3": public_shape("Qwen3-30B-A3B")}
 """Models whose speed is measured, by name on the command line."""
 Mode = Literal["local", "disaggregated", "colocated"]
-SMALL = {"small": random_checkpoint.TINY}
-"""The model whose tokens are compared in float32, and of a check without GPUs."""
+SMALL = {"small": replace(random_checkpoint.TINY, experts=16, top_k=4)}
+"""The model that is compared in float32, and of a check without GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +41,17 @@ class Layout:
     def num_devices(self) -> int:
         """Number of workers, each with one device."""
         return self.num_experts + self.num_attention * (self.mode != "colocated")
+
+    @property
+    def max_num_seqs(self) -> int:
+        """``--max-num-seqs``. With 128 at most, no host waits for the number of prompt rows."""
+        return 256 if self.mode == "local" else 128
+
+    @property
+    def max_streams(self) -> int:
+        """Number of sequences that decode at the same time."""
+        ranks = self.num_attention if self.mode == "disaggregated" else max(self.num_experts, 1)
+        return self.max_num_seqs * ranks
 
     @property
     def killed_roles(self) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ class FakeBank:
             partial(self.compute, exchange),
             inputs,
             slots,
-            weights,
+            weights.float(),
             per_slot_input=self._spec.exchanges[exchange].per_slot_input,
             float32_weights=self._spec.float32_weights,
             dtype=dtype,

@@ -61,7 +61,8 @@ def command(*words: str) -> list[str]:
 def environment(state_home: Path) -> dict[str, str]:
     """Environment of a command whose state files are in ``state_home``."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("EXPERTMESH_", "RAY_"))}
-    return {**kept, "XDG_STATE_HOME": str(state_home), "EXPERTMESH_PARENT": str(os.getpid())}
+    home = str(state_home.absolute())  # the launcher has another working directory
+    return {**kept, "XDG_STATE_HOME": home, "EXPERTMESH_PARENT": str(os.getpid())}
 
 
 @dataclass(slots=True)
@@ -182,6 +183,7 @@ def running_server(
     program: Sequence[str] | None = None,
     cwd: Path | None = None,
     end_by: signal.Signals = signal.SIGTERM,
+    start_limit_s: float = START_LIMIT_S,
 ) -> Iterator[Served]:
     """Serve for the length of a ``with`` block; the end must be clean and leave nothing.
 
@@ -193,6 +195,7 @@ def running_server(
         program: an installed ``expertmesh`` command; None runs the code of this process.
         cwd: working directory.
         end_by: signal that ends the server.
+        start_limit_s: longest start in seconds.
     """
     log = state_home / "stderr"
     with log.open("wb") as errors:
@@ -206,7 +209,7 @@ def running_server(
     server: Served | None = None
     try:
         assert child.stdout is not None
-        line = _first_line(child.stdout)
+        line = _first_line(child.stdout, start_limit_s)
         assert line.startswith("expertmesh ready "), log.read_text()
         server = _describe(line, state_home / "expertmesh" / f"serve-{child.pid}.json")
         with server.client:
@@ -222,9 +225,9 @@ def running_server(
             end_private_ray(server.folder, server.record.processes)
 
 
-def _first_line(stream: IO[bytes]) -> str:
+def _first_line(stream: IO[bytes], limit_s: float) -> str:
     """The first line of a child's output; empty when it ended, or did not come in time."""
-    ready, _, _ = select.select([stream], [], [], START_LIMIT_S)
+    ready, _, _ = select.select([stream], [], [], limit_s)
     return stream.readline().decode() if ready else ""
 
 

@@ -108,13 +108,21 @@ def plan_start(
     )
     engine = config.engine
     if share.device == "cuda":
-        engine = engine.on_gpus(workers.num_attention_ranks)
+        engine = engine.on_gpus(_max_attention_ranks(config))
     return StartPlan(
         config=replace(config, workers=workers, engine=engine),
         placement=placement,
         num_slots=slots + config.workers.recovery_slots,
         load=expected,
     )
+
+
+def _max_attention_ranks(config: ClusterConfig) -> int:
+    """Return the number of attention ranks, with autoscaling the largest."""
+    if config.autoscale.autoscale == "off":
+        return config.workers.num_attention_ranks
+    limits = config.autoscale.limits(config.workers.pools)
+    return max(pool.max_workers for role, pool in limits.items() if role != "expert")
 
 
 def _check_labels(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None:

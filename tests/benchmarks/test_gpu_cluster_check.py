@@ -67,12 +67,24 @@ def test_predictions_are_those_of_plan_size() -> None:
 def test_predictions_are_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--expect", "--gpus", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 * 4 * 3
+    # "1 + 2" and "2 + 2" decode 128 and 256 sequences at most
+    assert len(lines) == 2 + 2 * (4 + 3 + 4 + 4)
     assert lines[2].startswith("| olmoe, 1 local, 1 | ")
 
 
 def test_the_share_of_equal_tokens_ends_at_the_first_difference() -> None:
     assert command.equal_share([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6]]) == 0.75
+
+
+def test_a_cluster_holds_the_streams_that_are_measured() -> None:
+    streams = {str(layout): layout.max_streams for layout in layouts(8)}
+    assert streams == {
+        "1 local": 256,
+        "1 + 2": 128,
+        "4 + 4": 512,
+        "6 + 2": 768,
+        "8 colocated": 1024,
+    }
 
 
 def test_too_few_gpus_are_said(tmp_path: Path) -> None:
@@ -82,8 +94,11 @@ def test_too_few_gpus_are_said(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_clusters_of_three_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--tiny", "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().out
+def test_clusters_of_three_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["--tiny", "--out", "out"]) == 0, capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out" / command.FILE).open()]
     assert [row["layout"] for row in rows] == ["1 local", "1 + 2", "3 colocated"]
     assert [list(row["kills"]) for row in rows] == [[], ["expert"], ["colocated"]]

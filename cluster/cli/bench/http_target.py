@@ -37,8 +37,8 @@ class _Connector(aiohttp.TCPConnector):
             self._transports.add(connection.transport)
         return connection
 
-    async def close(self, *, abort_ssl: bool = False) -> None:
-        await super().close(abort_ssl=abort_ssl)
+    async def close(self, **options: Any) -> None:
+        await super().close(**options)
         for transport in self._transports:
             transport.abort()
         await asyncio.sleep(0)  # a transport closes its socket in the next cycle of the loop

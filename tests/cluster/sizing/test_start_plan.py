@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from cluster.config.autoscale import AutoscaleSection
 from cluster.config.cluster import ClusterConfig
 from cluster.config.expert_load import RebalanceSection
 from cluster.config.model import ModelSection
@@ -148,9 +149,16 @@ def test_a_speed_that_is_none_is_refused(text: str) -> None:
         NodeLabels.of({DEVICE_SPEED: text}, "n0")
 
 
-@pytest.mark.parametrize(("gpus", "tokens"), [(0.0, 512), (8.0, 2048)])
-def test_steps_are_larger_on_gpus(gpus: float, tokens: int) -> None:
-    config = ClusterConfig(model=ModelSection(path="somewhere", served_model_name="demo"))
+@pytest.mark.parametrize(
+    ("gpus", "most", "tokens"), [(0.0, None, 512), (8.0, None, 2048), (8.0, 4, 1024)]
+)
+def test_steps_are_larger_on_gpus(gpus: float, most: int | None, tokens: int) -> None:
+    config = ClusterConfig(
+        model=ModelSection(path="somewhere", served_model_name="demo"),
+        autoscale=AutoscaleSection(
+            autoscale="off" if most is None else "on", max_attention_workers=most
+        ),
+    )
     node = NodeResources(node_id="a", address="a", cpus=8.0, gpus=gpus)
     assert plan_start(config, BANKS, [node]).config.engine.step_tokens == tokens
 
