@@ -99,7 +99,8 @@ def test_clusters_of_three_processes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert command.main(["--tiny", "--out", "out"]) == 0, capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "out" / command.FILE).open()]
+    lines = (tmp_path / "out" / command.FILE).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert [row["layout"] for row in rows] == ["1 local", "1 + 2", "3 colocated"]
     assert [list(row["kills"]) for row in rows] == [[], ["expert"], ["colocated"]]
     assert all(row["equal_tokens"] == 1.0 for row in rows)
