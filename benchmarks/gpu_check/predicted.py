@@ -8,7 +8,6 @@ from math import prod
 import torch
 
 from benchmarks.checkpoints.random_checkpoint import RandomModel
-from benchmarks.gpu_check.section import Place
 from cluster.sizing.devices import CPU_CORE
 from cluster.sizing.gpus import gpu_spec
 from cluster.sizing.roofline import BankSize, DeviceSpec, ModelSize, colocated_step
@@ -18,9 +17,9 @@ GOAL = 0.15
 """Largest difference of a predicted step, as a fraction of the measured one."""
 
 
-def device_spec(place: Place) -> DeviceSpec:
+def device_spec(device: torch.device) -> DeviceSpec:
     """Characteristics of the device, as ``plan size`` uses them."""
-    return gpu_spec(*gpu_facts(place.device)) if place.is_gpu else CPU_CORE
+    return gpu_spec(*gpu_facts(device)) if device.type == "cuda" else CPU_CORE
 
 
 def model_size(model: RandomModel, dtype: torch.dtype) -> ModelSize:

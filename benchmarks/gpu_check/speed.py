@@ -139,7 +139,7 @@ def measure(place: Place, report: Report, model: RandomModel) -> tuple[Run, dict
             words = ", ".join(f"{share:.2f} (batch {b})" for b, share in shares.items())
             report.say(f"decode {words} of the read bound")
     with report.part("roofline"):
-        predicted = compare(model_size(model, _DTYPE), device_spec(place), context, steps_s)
+        predicted = compare(model_size(model, _DTYPE), device_spec(device), context, steps_s)
         report.value("roofline", predicted)
         report.say(f"decode {words} of the read bound; {summary(predicted)}")
     with report.part("prefill"):

@@ -25,7 +25,6 @@ import torch
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.checkpoints.random_checkpoint import RandomModel
 from benchmarks.gpu_check.predicted import device_spec
-from benchmarks.gpu_check.section import Place
 from benchmarks.gpu_cluster_check import checks
 from benchmarks.gpu_cluster_check.checks import Sizes
 from benchmarks.gpu_cluster_check.layouts import PUBLIC, SMALL, Layout, layouts
@@ -168,9 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.out = args.out.absolute()
     args.out.mkdir(parents=True)
     device = "cpu" if args.tiny else "cuda"
-    place = Place(device_name=device, limit_s=0.0, folder=args.out)
     sizes = checks.TINY if args.tiny else Sizes()
-    check = Check(args.out, device, device_spec(place), sizes)
+    check = Check(args.out, device, device_spec(torch.device(device)), sizes)
     for name, model in ({**SMALL} if args.tiny else {**SMALL, **PUBLIC}).items():
         if name in args.models:
             checkpoint = random_checkpoint.write(model, args.out / "checkpoints" / name)

@@ -74,9 +74,8 @@ def speed(served: Served, sizes: Sizes, batch: int, folder: Path) -> dict[str, f
 def kill(served: Served, sizes: Sizes, role: str, folder: Path) -> dict[str, float]:
     """Kill a worker of a role while half of the streams or more run.
 
-    Returns the numbers of requests, failed requests and recoveries, and the pause in seconds.
-
-    Returns when the cluster has as many workers as before.
+    Returns the numbers of requests, failed requests and recoveries, and the pause in seconds, when
+    the cluster has as many workers as before.
     """
     workers = served.status()["workers"]
     chosen = next(worker for worker in workers if worker["role"] == role)

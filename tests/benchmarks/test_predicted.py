@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.checkpoints.random_checkpoint import TINY, RandomModel
 from benchmarks.gpu_check.predicted import compare, device_spec, model_size, summary
-from benchmarks.gpu_check.section import Place
 from benchmarks.gpu_check.speed import OLMOE
 from cluster.launch.checkpoint_check import check
 from cluster.sizing.devices import CPU_CORE
@@ -52,5 +51,5 @@ def test_a_step_that_differs_by_more_misses_the_goal() -> None:
     assert summary(found) == "predicted / measured step 1.16 (batch 64)"
 
 
-def test_a_cpu_has_the_numbers_of_a_core(tmp_path: Path) -> None:
-    assert device_spec(Place(device_name="cpu", limit_s=1.0, folder=tmp_path)) == CPU_CORE
+def test_a_cpu_has_the_numbers_of_a_core() -> None:
+    assert device_spec(torch.device("cpu")) == CPU_CORE

@@ -111,9 +111,9 @@ def _warm_slots(banks: Sequence[BankSpec], dtype: torch.dtype, device: torch.dev
     """Choose the slots of a row in all variants of the kernel."""
     from workers.cuda.slots import slots_by_rank  # late: needs Triton
 
-    for bank in banks:
-        table = torch.zeros((1, bank.num_experts), dtype=torch.int32, device=device)
-        ids = torch.zeros((1, bank.top_k), dtype=torch.int64, device=device)
+    table = torch.zeros((1, 1), dtype=torch.int32, device=device)
+    for top_k in {bank.top_k for bank in banks}:
+        ids = torch.zeros((1, top_k), dtype=torch.int64, device=device)
         for weights in (None, ids.float(), ids.to(dtype)):
             for is_row in (None, ids[:, 0]):
                 slots_by_rank(table, ids, weights, is_row)

@@ -132,14 +132,13 @@ class Worker:
 
     def open(self) -> WorkerContext:
         """Connect to the controller, read checkpoint headers, open listeners, register."""
-        args = self.args
+        args, section = self.args, self.config.engine
         kernels = start_kernels(args.threads, args.torch_reason)
         self.control.start()
         model = ModelSetup.of(args, kernels, self.control.reports.loading)
         self.member = replace(self.member, offer=model.exactness.offer)
         me = make_identity(args, model.checkpoint)
         connections = open_connections(args, me, model.checkpoint, model.dtype)
-        section = args.config.engine
         self._cleanup.callback(connections.close)
         self._interrupts.attach(connections)
         channel = StepChannel(
