@@ -29,6 +29,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from benchmarks.harness.stalls import heartbeat
 from tests.fakes import write_tiny_checkpoint
+from tests.harness.interpreter import hasten_interpreter
 from tests.reference.goldens import Golden, load_golden
 
 _BEGAN = pytest.StashKey[float]()
@@ -84,6 +85,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    hasten_interpreter()
     item.stash[_BEGAN] = time.monotonic()
     return (yield)
 

@@ -1,6 +1,7 @@
 """Compiles the kernels for a GPU that is not there, as their launches would. A process of its own.
 
-``python -m tests.workers.cuda.compile_offline 90 bfloat16`` prints a line of JSON for each.
+``python -m tests.workers.cuda.compile_offline 90 bfloat16`` prints a line of JSON for each; with
+``all`` behind it, it compiles them for all shapes and formats.
 """
 
 from __future__ import annotations
@@ -92,29 +93,32 @@ def compile_experts(
     sum_rows(outputs, slots, factors, True, dtype)
 
 
-def caches_of(dtype: torch.dtype, num_kv_heads: int, dim: int) -> list[torch.Tensor]:
-    """One in the type of the model and one in fp8."""
+def caches_of(
+    dtype: torch.dtype, num_kv_heads: int, dim: int, is_whole: bool
+) -> list[torch.Tensor]:
+    """One in fp8 and, of the whole, one in the type of the model."""
     shape = (2 * num_kv_heads, 16, 16)
-    return [
-        torch.empty(*shape, dim, dtype=dtype),
-        torch.empty(*shape, fp8.row_bytes(dim), dtype=fp8.ROW_DTYPE),
-    ]
+    of_model = [torch.empty(*shape, dim, dtype=dtype)] if is_whole else []
+    return [*of_model, torch.empty(*shape, fp8.row_bytes(dim), dtype=fp8.ROW_DTYPE)]
 
 
-def compile_attention(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None) -> None:
+def compile_attention(
+    dtype: torch.dtype, shape: tuple[int, int, int], window: int | None, is_whole: bool
+) -> None:
     dim, num_heads, num_kv_heads = shape
     queries = torch.empty(4, num_heads, dim, dtype=dtype)
     tables, lengths = torch.zeros(4, 64, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     out, first_rows = torch.empty_like(queries), torch.zeros(5, dtype=torch.int32)
-    for cache in caches_of(dtype, num_kv_heads, dim):
-        decode(queries, cache, tables, lengths, window, out)
-        prefill(queries, cache, tables, lengths, first_rows, 512, window, out, True)
+    for cache in caches_of(dtype, num_kv_heads, dim, is_whole):
+        if is_whole:
+            decode(queries, cache, tables, lengths, window, out)
+            prefill(queries, cache, tables, lengths, first_rows, 512, window, out, True)
         sinks = torch.zeros(num_heads)
         decode(queries, cache, tables, lengths, window, out, sinks=sinks)
         prefill(queries, cache, tables, lengths, first_rows, 512, window, out, sinks=sinks)
 
 
-def compile_half(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def compile_half(dtype: torch.dtype, shape: tuple[int, int, int], is_whole: bool) -> None:
     dim, num_heads, num_kv_heads = shape
     num_rows, width = 3, (num_heads + num_kv_heads) * dim
     rows = torch.empty(num_rows, width + num_kv_heads * dim, dtype=dtype)
@@ -122,7 +126,7 @@ def compile_half(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     slots = torch.zeros(num_rows, dtype=torch.int64)
     for weight in (None, torch.empty(width, dtype=dtype), torch.empty(width // dim, dim)):
         own = None if weight is None else weight.to(dtype)
-        for cache in caches_of(dtype, num_kv_heads, dim):
+        for cache in caches_of(dtype, num_kv_heads, dim, is_whole):
             prepare_heads(rows, num_heads, own, 1e-5, None, waves, cache, slots)
     hidden, scale = torch.empty(num_rows, HIDDEN, dtype=dtype), torch.empty(HIDDEN, dtype=dtype)
     norm(hidden, scale, 1e-5)
@@ -154,21 +158,21 @@ def main() -> None:
     expert_tiles.shared_bytes = lambda device: SHARED_BYTES[capability]
     experts.has_float8 = lambda device: capability >= 89
     JITFunction.__getitem__ = lambda kernel, grid: Compiled(kernel, grid)
-    for num_rows in (1, 64, 300, 1100) if is_whole else (1, 1100):
+    for num_rows in (1, 64, 300, 1100) if is_whole else ():
         compile_experts(dtype, num_rows, "silu")
     for activation in ACTIVATIONS[1:] if is_whole else ():
         compile_experts(dtype, 1, activation)
     compile_experts(dtype, 1, "clamped_swiglu", has_bias=True)
-    for form in FORMATS if is_whole else (FORMATS[3], FORMATS[-1]):
-        compile_experts(dtype, 1100 if is_whole else 1, "silu", form=form)
-    compile_attention(dtype, (128, 16, 16), None)
-    compile_half(dtype, (128, 16, 16))
+    for form in FORMATS if is_whole else FORMATS[-1:]:
+        compile_experts(dtype, 1100, "silu", form=form)
     for vocab_size in (300, 50_304, 151_936) if is_whole else (50_304,):
         compile_draws(dtype, vocab_size)
+    compile_attention(dtype, (128, 16, 16), None, is_whole)
+    compile_half(dtype, (128, 16, 16), is_whole)
     for shape in ((64, 32, 8), (256, 8, 4), (24, 4, 2)) if is_whole else ():
-        compile_attention(dtype, shape, None)
-        compile_attention(dtype, shape, 77)
-        compile_half(dtype, shape)
+        compile_attention(dtype, shape, None, is_whole)
+        compile_attention(dtype, shape, 77, is_whole)
+        compile_half(dtype, shape, is_whole)
 
 
 if __name__ == "__main__":

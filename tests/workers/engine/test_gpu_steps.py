@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -41,11 +42,17 @@ def tokens(outputs: Outputs) -> dict[str, list[int]]:
     return {name: [t for o in own for t in o.token_ids] for (name, _), own in outputs.items()}
 
 
+def path_of(variant: str | Path) -> Path:
+    """The checkpoint of a golden, or this one."""
+    if isinstance(variant, Path):
+        return variant
+    return golden_path(variant, variant.split("-")[0])
+
+
 def on_cpu(
-    variant: str, other: SamplingParams = DRAWN, section: EngineSection = PLAIN
+    variant: str | Path, other: SamplingParams = DRAWN, section: EngineSection = PLAIN
 ) -> dict[str, list[int]]:
-    path = golden_path(variant, variant.split("-")[0])
-    engine = LocalEngine(path, dtype="float32", kernels="torch", section=section)
+    engine = LocalEngine(path_of(variant), dtype="float32", kernels="torch", section=section)
     return tokens(engine.run(requests(other)))
 
 
@@ -54,14 +61,13 @@ class GpuRun:
 
     def __init__(
         self,
-        variant: str,
+        variant: str | Path,
         log: DeviceLog,
         prepare: Callable[[LocalEngine], object] = lambda _: None,
         other: SamplingParams = DRAWN,
         section: EngineSection = PLAIN,
     ) -> None:
-        path = golden_path(variant, variant.split("-")[0])
-        self.engine = LocalEngine(path, dtype="float32", device=DEVICE, section=section)
+        self.engine = LocalEngine(path_of(variant), dtype="float32", device=DEVICE, section=section)
         prepare(self.engine)
         self.decodes: list[DeviceLog] = []
         found: dict[tuple[str, int], list[TokenOutput]] = {}
@@ -100,22 +106,22 @@ def test_tokens_are_those_of_a_cpu_and_a_decode_step_waits_once(variant: str) ->
         assert sum(copies.values()) <= 3  # numbers in, the choices, tokens out
 
 
-def test_decode_steps_with_an_fp8_cache_are_graphs() -> None:
+def test_decode_steps_with_an_fp8_cache_are_graphs(tiny_checkpoint: Path) -> None:
     """The tokens are those of a CPU, which dequantizes blocks before it attends to them."""
-    expected = on_cpu(OLMOE, section=FP8)
+    expected = on_cpu(tiny_checkpoint, section=FP8)
     with pretend_gpu() as log:
-        run = GpuRun(OLMOE, log, section=FP8)
+        run = GpuRun(tiny_checkpoint, log, section=FP8)
     assert run.tokens == expected
     assert run.waits == [0, 1, 2]
     assert {step.launches["graph"] for step in run.decodes} == {1}
 
 
-def test_a_penalty_of_one_request_leaves_the_others_to_the_graph() -> None:
+def test_a_penalty_of_one_request_leaves_the_others_to_the_graph(tiny_checkpoint: Path) -> None:
     """Its logits are processed outside of the graph, and the host still waits once."""
     other = replace(DRAWN, frequency_penalty=1.5, top_k=0)
-    expected = on_cpu(OLMOE, other)
+    expected = on_cpu(tiny_checkpoint, other)
     with pretend_gpu() as log:
-        run = GpuRun(OLMOE, log, other=other)
+        run = GpuRun(tiny_checkpoint, log, other=other)
     assert run.tokens == expected
     assert set(run.waits) == {1}
     assert {step.launches["_draw"] for step in run.decodes[1:]} == {1}
