@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,17 @@ BF16_VARIANTS = (
     "qwen35moe-base",
     "qwen35moe-official-like",
 )
+FIRST_BF16 = frozenset({name.split("-")[0]: name for name in reversed(BF16_VARIANTS)}.values())
+"""One of each family."""
+BY_TURNS = tuple(
+    name
+    for turn in zip_longest(OLMOE_VARIANTS, DOTS1_VARIANTS, JETMOE_VARIANTS)
+    for name in turn
+    if name is not None
+)
+"""Those of the first three families, which take turns."""
+IN_CLUSTERS = BY_TURNS[:10]
+"""Those that are served by clusters of all kinds where others are computed in one process."""
 """Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8
 NUM_NEW_TOKENS = 32

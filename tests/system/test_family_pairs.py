@@ -1,15 +1,15 @@
 """The law of clusters: whatever moves rows between workers, the tokens are transformers' own.
 
 Layout, mode, transport, micro-batches, spare slots and combine mode: few clusters have every pair
-of their values, and each variant of each family runs in one of them. All variants run in all of
-them in the long tier, and ``tests/long/parity.py`` has all layouts. Options of the engine
+of their values, and a variant of a family runs in each of them. All variants run in all of them in
+the long tier, and ``tests/long/parity.py`` has all layouts. Options of the engine
 and bfloat16 are the law of ``test_option_pairs``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import product, zip_longest
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ import pytest
 from benchmarks.harness.serving_cluster import ThreadCluster, serving
 from tests.harness.golden_clusters import check_greedy, float32_config
 from tests.harness.option_matrix import Choice, pairs_of, pairwise
-from tests.reference.goldens import DOTS1_VARIANTS, JETMOE_VARIANTS, OLMOE_VARIANTS, Golden
+from tests.reference.goldens import BY_TURNS, IN_CLUSTERS, Golden
 
 pytestmark = pytest.mark.heavy
 
@@ -30,7 +30,6 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "combine_mode": ("sum", "per_slot"),
 }
 """Layouts are (attention, expert) workers; of colocated workers there are as many as the latter."""
-FAMILIES = (OLMOE_VARIANTS, DOTS1_VARIANTS, JETMOE_VARIANTS)
 CHOICES = [
     choice
     for values in product(*OPTIONS.values())
@@ -41,16 +40,11 @@ PICKED = pairwise(CHOICES)
 
 
 def cases() -> Iterator[Any]:
-    """(variant, choice): each variant with one of the choices; the others are slow.
-
-    As many as there are choices run with the tests of no processes, the families by turns.
-    """
-    by_turns = [v for turn in zip_longest(*FAMILIES) for v in turn if v is not None]
-    for place, variant in enumerate(by_turns):
+    """(variant, choice): each choice with one of the variants; the others are slow."""
+    for place, variant in enumerate(BY_TURNS):
         for number, choice in enumerate(PICKED):
-            marks = [pytest.mark.distributed] if place >= len(PICKED) else []
-            if number != place % len(PICKED):
-                marks = [pytest.mark.distributed, pytest.mark.slow]
+            is_quick = variant in IN_CLUSTERS and number == place % len(PICKED)
+            marks = [] if is_quick else [pytest.mark.distributed, pytest.mark.slow]
             yield pytest.param(variant, choice, marks=marks, id=f"{variant}-{describe(choice)}")
 
 
@@ -81,9 +75,9 @@ def test_tokens_are_those_of_transformers(
         check_greedy(cluster, golden(variant))
 
 
-def test_every_pair_and_every_variant_occurs() -> None:
+def test_every_pair_occurs() -> None:
     assert set().union(*map(pairs_of, PICKED)) == set().union(*map(pairs_of, CHOICES))
-    assert len(PICKED) <= 14
+    assert len(PICKED) <= len(IN_CLUSTERS)
     default = [case.values for case in cases() if pytest.mark.slow not in case.marks]
-    assert sorted(variant for variant, _ in default) == sorted(sum(FAMILIES, ()))
+    assert {variant for variant, _ in default} == {*IN_CLUSTERS}
     assert all(choice in [chosen for _, chosen in default] for choice in PICKED)

@@ -14,6 +14,7 @@ import torch
 from benchmarks.harness.local_engine import LocalEngine
 from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from cluster.config.cluster import EngineSection
+from tests.harness.tiers import quick_values
 from tests.reference.exact import exact, mixed_requests
 from tests.reference.goldens import Golden
 from tests.workers.native.builds import NAMES
@@ -65,9 +66,9 @@ def check(of: Golden, layout: tuple[int, int], num_micro_batches: int) -> None:
         assert {name: exact(found.outputs) for name, found in answers.items()} == expected
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "layout", "num_micro_batches"), quick_values(VARIANTS, LAYOUTS, [1, 2])
+)
 def test_answers_are_those_of_one_process(
     golden: Callable[[str], Golden],
     variant: str,
@@ -82,9 +83,9 @@ def test_answers_are_those_of_one_process(
     assert ends[False] > ends[True]
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "layout", "num_micro_batches"), quick_values(VARIANTS, LAYOUTS, [1, 2])
+)
 def test_layers_go_on_where_native_code_has_stopped(
     golden: Callable[[str], Golden],
     variant: str,
@@ -99,8 +100,7 @@ def test_layers_go_on_where_native_code_has_stopped(
     assert ends[True] > 0
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 2])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "num_micro_batches"), quick_values(VARIANTS, [1, 2]))
 def test_rows_that_were_not_sent_are_kept(
     golden: Callable[[str], Golden],
     variant: str,

@@ -72,9 +72,23 @@ def test_families_with_other_layers(golden: AnyGolden, variant: str) -> None:
         assert total(cluster, "spec_decode_num_draft_tokens_total") > 0
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3"])
 @pytest.mark.parametrize(
-    ("layout", "num_micro_batches"), [((1, 2), 1), ((2, 2), 2), ((2,), 1), ((3,), 2)]
+    ("layout", "num_micro_batches", "family"),
+    [
+        ((1, 2), 1, "glm4_moe"),
+        ((2, 2), 2, "deepseek_v3"),
+        ((2,), 1, "deepseek_v3"),
+        ((3,), 2, "glm4_moe"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ((1, 2), 1, "deepseek_v3"),
+                ((2, 2), 2, "glm4_moe"),
+                ((2,), 1, "glm4_moe"),
+                ((3,), 2, "deepseek_v3"),
+            )
+        ),
+    ],
 )
 def test_predictions_in_every_layout(
     tmp_path: Path, family: str, layout: tuple[int, ...], num_micro_batches: int

@@ -22,11 +22,11 @@ from tests.harness.tiers import quick_rows
 from tests.reference.goldens import (
     ALL_VARIANTS,
     BF16_VARIANTS,
-    DOTS1_VARIANTS,
-    JETMOE_VARIANTS,
+    BY_TURNS,
+    FIRST_BF16,
+    IN_CLUSTERS,
     MAX_MODEL_LEN,
     NUM_PROMPTS,
-    OLMOE_VARIANTS,
     RANDOM_VARIANTS,
     Golden,
 )
@@ -47,8 +47,8 @@ INSTRUCTIONS: tuple[str, ...] = (*NAMES, "torch")
 VARIANTS = (*ALL_VARIANTS, *RANDOM_VARIANTS)
 TYPICAL = {v for v in ALL_VARIANTS if v.endswith(("official-like", "olmoe-base", "jetmoe-tied"))}
 """One variant of each family."""
-COMMON = TYPICAL | {*OLMOE_VARIANTS, *DOTS1_VARIANTS, *JETMOE_VARIANTS}
-FEW = {"olmoe-base", "dots1-official-like", "jetmoe-tied", "gptoss-official-like"}
+COMMON = TYPICAL | {*BY_TURNS} - {*IN_CLUSTERS}
+FEW = {"jetmoe-tied", "gptoss-official-like"}
 
 
 @pytest.mark.parametrize("variant", quick_rows(COMMON, VARIANTS))
@@ -177,7 +177,7 @@ def test_a_float32_checkpoint_in_bfloat16_is_its_rounded_self(
             assert torch.equal(array, theirs[name]), name
 
 
-@pytest.mark.parametrize("variant", BF16_VARIANTS)
+@pytest.mark.parametrize("variant", quick_rows(FIRST_BF16, BF16_VARIANTS))
 def test_bfloat16_together_equals_alone_at_equal_lengths(
     golden: Callable[[str], Golden], variant: str
 ) -> None:

@@ -20,6 +20,7 @@ from tests.cluster.controller.controller_world import World
 from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.test_drain import load_all, say_requests, switch
 from tests.cluster.controller.test_drain_memory import restart, running, take_all
+from tests.harness.tiers import quick_values
 
 pytestmark = pytest.mark.heavy
 
@@ -109,8 +110,10 @@ def test_a_node_that_registers_is_used() -> None:
     assert len(nodes.operations) == 1
 
 
-@pytest.mark.parametrize("worker", ["expert-0", "expert-1", "attention-0"])
-@pytest.mark.parametrize("way", ["Ray drains it", "its hook drains it"])
+@pytest.mark.parametrize(
+    ("worker", "way"),
+    quick_values(["expert-0", "expert-1", "attention-0"], ["Ray drains it", "its hook drains it"]),
+)
 def test_the_places_of_a_node_that_leaves_are_removed(worker: str, way: str) -> None:
     nodes = Nodes()
     cluster, node = nodes.cluster, f"n-{worker}"

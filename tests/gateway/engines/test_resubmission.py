@@ -31,6 +31,7 @@ from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.http.test_disconnect import send_raw
 from tests.gateway.sse_client import by_choice, read_events
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
+from tests.harness.tiers import quick_values
 from workers.requests.request import Request, SoloStage
 from workers.requests.wire import FromEngine
 
@@ -129,8 +130,7 @@ def _strip(answer: Any) -> Any:
     return {k: v for k, v in answer.items() if k not in ("id", "created")}
 
 
-@pytest.mark.parametrize("pause_after", [0, 1, 5])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "pause_after"), quick_values([*CASES], [0, 1, 5]))
 def test_an_answer_is_the_same_as_undisturbed(
     workers: Workers, name: str, pause_after: int
 ) -> None:

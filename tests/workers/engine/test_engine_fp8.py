@@ -13,6 +13,7 @@ from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import KvCacheDType
 from cluster.config.workers import Kernels
+from tests.harness.tiers import quick_values
 from tests.reference.exact import exact
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.reference.parity import record
@@ -29,9 +30,9 @@ FP8 = EngineSection(kv_cache_dtype="fp8")
 ONE = SamplingParams(max_tokens=1, temperature=0.0)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", FAMILIES)
+@pytest.mark.parametrize(
+    ("variant", "dtype", "kernels"), quick_values(FAMILIES, ["float32", "bfloat16"], KERNELS)
+)
 def test_hidden_states_are_off_by_the_rounding_of_keys_and_values(
     golden: Callable[[str], Golden], variant: str, dtype: str, kernels: Kernels
 ) -> None:
@@ -84,8 +85,10 @@ def test_blocks_are_counted_in_bytes_that_are_taken(tiny_checkpoint: Path, dtype
     assert sizes[0] * (head_dim + 1) == sizes[1] * head_dim * itemsize
 
 
-@pytest.mark.parametrize("is_torch_exact", [False, True], ids=["native", "torch deterministic"])
-@pytest.mark.parametrize("variant", ["olmoe-base", *FAMILIES[1:], "qwen3next-base"])
+@pytest.mark.parametrize(
+    ("variant", "is_torch_exact"),
+    quick_values(["olmoe-base", *FAMILIES[1:], "qwen3next-base"], [False, True]),
+)
 def test_bits_depend_neither_on_the_batch_nor_on_a_prefix_hit_nor_on_a_copy(
     golden: Callable[[str], Golden], variant: str, is_torch_exact: bool
 ) -> None:

@@ -23,6 +23,7 @@ from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
 from cluster.core.errors import CheckpointError, PeerLostError
 from tests.fakes import FailingDispatcher
+from tests.harness.tiers import quick_rows
 from tests.workers.engine.test_engine import load_of
 from tests.workers.engine.test_engine import tokens as tokens_of
 from tests.workers.engine.test_engine_speculation import plain, prompts, spec
@@ -65,7 +66,7 @@ def engine_of(path: Path, **options: Any) -> LocalEngine:
     return LocalEngine(checkpoint, dtype="float32", speculation=MTP, **options)
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("num_micro_batches", quick_rows({2}, [1, 2]))
 def test_tokens_are_those_without(model: Path, num_micro_batches: int) -> None:
     texts = prompts(4)
     without = LocalEngine(model, dtype="float32")

@@ -31,7 +31,7 @@ SYSTEM = tuple(random.Random(1).choices(range(6, 512), k=33))
 MakeEngine = Callable[..., LocalEngine]
 
 
-@pytest.fixture(params=quick_rows({"auto"}, ["auto", "torch"]))
+@pytest.fixture(scope="module", params=quick_rows({"auto"}, ["auto", "torch"]))
 def make(golden: Callable[[str], Golden], request: pytest.FixtureRequest) -> MakeEngine:
     """Engines of a small model whose layers have states, exact in either kind of kernels."""
     path = golden("qwen3next-official-like").path
@@ -84,7 +84,7 @@ def alone(engine: LocalEngine, wanted: Sequence[Request]) -> list[tuple[object, 
     return [own for request in wanted for own in run(engine, [request])]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(make: MakeEngine) -> list[tuple[object, ...]]:
     """Each request alone, in one chunk and without the prefix cache."""
     section = replace(SECTION, max_num_batched_tokens=256, enable_prefix_caching=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cluster.config.model import Quantize
+from tests.harness.tiers import quick_values
 from tests.reference.goldens import golden_path
 from tests.workers.cuda.device import DEVICE
 from tests.workers.experts.plain import CLAMPED, GELU, LINEAR, SWIGLU, reference
@@ -31,6 +32,10 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 PLACES = {"torch": DequantizingExperts, "native": NativeExperts, "cuda": CudaExperts}
 KINDS = {"silu": SWIGLU, "clamped": CLAMPED, "linear": LINEAR}
+
+
+def id_of(value: object) -> str:
+    return name_of(value) if isinstance(value, WeightFormat) else str(value)
 
 
 def weights_of(exchange: ExchangeSpec, slot: int, dtype: torch.dtype) -> list[Weight]:
@@ -90,12 +95,12 @@ def check_products(
         assert all(is_equal(kernel.read(slot, i), weight) for i, weight in enumerate(own))
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=name_of)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("form", "kind", "dtype"), quick_values(FORMATS, [*KINDS], DTYPES), ids=id_of
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_kernels_equal_plain_products(
-    place: str, dtype: torch.dtype, kind: str, form: WeightFormat
+    place: str, form: WeightFormat, kind: str, dtype: torch.dtype
 ) -> None:
     exchange = replace(KINDS[kind], form=form)
     limit = 2e-5 if dtype == torch.float32 else 0.03

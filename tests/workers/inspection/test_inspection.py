@@ -17,7 +17,8 @@ from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
 from cluster.core.errors import QueueFullError, RequestError
 from gateway.calls.losses import aux_loss
-from tests.reference.goldens import BF16_VARIANTS, MAX_MODEL_LEN, Golden
+from tests.harness.tiers import quick_rows, quick_values
+from tests.reference.goldens import BF16_VARIANTS, FIRST_BF16, MAX_MODEL_LEN, Golden
 from tests.reference.parity import router_kinds
 from workers.inspection.buffers import shape_of
 from workers.inspection.inspector import Inspector
@@ -84,8 +85,7 @@ def looks_like_probabilities(maps: Tensor) -> bool:
     return bool((sums - 1).abs().max() < 1e-5 and not maps.triu(1).any())
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 2])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "num_micro_batches"), quick_values(VARIANTS, [1, 2]))
 def test_equals_golden_in_chunks_beside_others(
     golden: Callable[[str], Golden], variant: str, num_micro_batches: int
 ) -> None:
@@ -122,7 +122,7 @@ def test_equals_golden_in_chunks_beside_others(
     assert engine.engine.pool.num_free == engine.engine.pool.num_blocks
 
 
-@pytest.mark.parametrize("variant", BF16_VARIANTS)
+@pytest.mark.parametrize("variant", quick_rows(FIRST_BF16, BF16_VARIANTS))
 def test_bfloat16_is_near_golden(golden: Callable[[str], Golden], variant: str) -> None:
     """By the rule of bfloat16: medians, and the best token where it is clear."""
     expected = golden(variant)

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from benchmarks.harness.engine_stream import TIMEOUT_S
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.config.cluster import EngineSection
+from tests.harness.tiers import quick_values
 from tests.reference.exact import exact
 from tests.reference.goldens import Golden
 from workers.engine.engine import Engine
@@ -107,8 +108,7 @@ def source(tiny_checkpoint: Path) -> LocalEngine:
     return engine
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("variant", "dtype"), quick_values(VARIANTS, ["float32", "bfloat16"]))
 def test_copied_blocks_give_the_bits_that_computing_gives(
     golden: Callable[[str], Golden], variant: str, dtype: str
 ) -> None:

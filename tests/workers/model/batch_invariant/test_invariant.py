@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cluster.core.errors import ConfigError
+from tests.harness.tiers import quick_values
 from tests.workers.model.test_attention import plain
 from workers.experts.kernels_invariant import (
     BlockExperts,
@@ -234,9 +235,10 @@ def test_the_bits_of_an_activation_do_not_depend_on_its_place(
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inner", [33, 1400])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize(
+    ("activation", "inner", "dtype"),
+    quick_values(["gelu", "gelu_pytorch_tanh", "relu"], [33, 1400], DTYPES),
+)
 def test_expert_outputs_have_the_same_bits_with_all_activations(
     activation: Activation, inner: int, dtype: torch.dtype
 ) -> None:

@@ -15,7 +15,7 @@ from cluster.config.cluster import EngineSection
 from cluster.config.kv_cache import KvCacheDType
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
-from tests.harness.tiers import quick_rows
+from tests.harness.tiers import quick_rows, quick_values
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from workers.dispatch.dispatcher import DispatchHandle
 from workers.dispatch.local import LocalDispatcher
@@ -99,8 +99,7 @@ def check(found: LocalEngine, expected: LocalEngine) -> None:
 
 
 @pytest.mark.parametrize("kv_cache_dtype", quick_rows({"auto"}, ["auto", "fp8"]))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "dtype"), quick_values(VARIANTS, ["float32", "bfloat16"]))
 def test_bits_are_those_of_one_layer_after_the_other(
     golden: Callable[[str], Golden], variant: str, dtype: str, kv_cache_dtype: KvCacheDType
 ) -> None:
