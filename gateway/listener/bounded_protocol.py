@@ -67,6 +67,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.flow = _Flow(transport, self.pipeline)
         connection = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+        # asyncio sets this for sockets of its own only; without it a body waits until the client
+        # acknowledges the headers, up to 40 ms.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:

@@ -70,6 +70,23 @@ async def sharing(port: int, *names: str) -> AsyncIterator[list[HttpListener]]:
     await asyncio.gather(*(listener.stop() for listener in made))
 
 
+def test_the_body_of_an_answer_does_not_wait_for_the_client() -> None:
+    """To acknowledge the headers, which many do after 40 ms."""
+
+    async def work() -> None:
+        (port,) = free_ports(1)
+        async with sharing(port, "a") as (listener,):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(GET + b"\r\n")
+            assert await asyncio.wait_for(reader.readline(), WAIT_S) == b"HTTP/1.1 200 OK\r\n"
+            (protocol,) = listener._server.server_state.connections
+            connection = protocol.transport.get_extra_info("socket")
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+
+    asyncio.run(work())
+
+
 def test_no_connection_is_lost_where_one_of_two_listeners_ends() -> None:
     async def work() -> None:
         (port,) = free_ports(1)
