@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-NUM_SEEDS = 4
+NUM_SEEDS = 2
 
 
 def test_requests_end_although_a_leader_loses_proposals() -> None:

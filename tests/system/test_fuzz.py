@@ -19,7 +19,7 @@ from tests.long.fuzz import State, Tally, faults, fuzz, report
 from tests.long.fuzz_inputs import BODIES, MESSAGES, Mutator
 from tests.long.fuzz_surfaces import Address, Outcome, Target
 
-NUM_INPUTS = 2000
+NUM_INPUTS = 1000
 
 
 class Silent:

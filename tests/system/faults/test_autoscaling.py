@@ -33,7 +33,7 @@ def autoscaled(**more: Any) -> ClusterConfig:
     """
     config = row_config(1, 2, engine={"max_num_seqs": 1})
     section = AutoscaleSection(
-        autoscale="on", max_attention_workers=2, kv_target=1.0, queue_s=2.0, sample_s=0.5, **more
+        autoscale="on", max_attention_workers=2, kv_target=1.0, queue_s=2.0, sample_s=0.25, **more
     )
     return dataclasses.replace(config, autoscale=section)
 
@@ -57,7 +57,7 @@ def grow(cluster: ServingCluster) -> None:
 
 
 def test_a_pool_grows_with_its_queue_and_shrinks_without() -> None:
-    with serving(ThreadCluster(autoscaled(up_s=1.0, down_s=3.0))) as cluster:
+    with serving(ThreadCluster(autoscaled(up_s=0.5, down_s=1.5))) as cluster:
         grow(cluster)
         snapshot = cluster.wait(lambda s: num_attention(s) == 1 and s["state"] == "SERVING")
         causes = [e["cause"] for e in snapshot["history"] if e["cause"].startswith("autoscaling")]

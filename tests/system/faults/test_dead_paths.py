@@ -22,8 +22,8 @@ REQUEST = Request(
     ("num_attention", "sender", "receiver"),
     [
         (1, "attention-0", "expert-1"),
-        (1, "expert-1", "attention-0"),
-        (2, "attention-0", "attention-1"),
+        pytest.param(1, "expert-1", "attention-0", marks=pytest.mark.slow),
+        pytest.param(2, "attention-0", "attention-1", marks=pytest.mark.slow),
         (2, "attention-1", "attention-0"),
     ],
 )

@@ -108,7 +108,7 @@ def test_a_stream_that_moves_between_idle_workers_lacks_one_token(
     monkeypatch.setattr(Scheduler, "_admit_ready", spy)
     for limit in ("_ANSWER_LIMIT_S", "_BLOCK_LIMIT_S", "_PAUSE_LIMIT_S"):  # on a busy machine, too
         monkeypatch.setattr(request_mover, limit, LIMIT_S)
-    calls = make_calls(1, 1500)  # so that it runs on while the order goes its way
+    calls = make_calls(1, 800)  # so that it runs on while the order goes its way
     config = quiet_config(2, 1)
     with (
         serving(ThreadCluster(with_model(config, recurrent) if has_states else config)) as cluster,

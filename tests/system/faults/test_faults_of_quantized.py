@@ -22,9 +22,10 @@ from tests.harness.fault_rows import (
     whole,
     with_quantized,
 )
+from tests.harness.tiers import quick_rows
 
 
-@pytest.mark.parametrize("role", ["attention", "expert", "colocated"])
+@pytest.mark.parametrize("role", quick_rows({"expert"}, ["attention", "expert", "colocated"]))
 def test_a_worker_of_threads(role: str) -> None:
     mode = "colocated" if role == "colocated" else "disaggregated"
     config = quiet_config(2, 3, mode=mode, num_redundant=22)

@@ -34,6 +34,7 @@ from tests.harness.fault_rows import (
     whole,
     with_model,
 )
+from tests.harness.tiers import quick_rows
 from workers.speculation.acceptance import Acceptance
 
 NGRAM = SpeculationSection(
@@ -65,7 +66,7 @@ def num_drafted(cluster: ServingCluster) -> float:
     return sum(float(w["stats"].get(name, 0)) for w in cluster.snapshot(fresh=True)["workers"])
 
 
-@pytest.mark.parametrize("role", ["attention", "expert", "colocated"])
+@pytest.mark.parametrize("role", quick_rows({"attention"}, ["attention", "expert", "colocated"]))
 def test_a_worker_of_threads(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every guess run, whatever it costs."""
     monkeypatch.setattr(Acceptance, "num_worthwhile", lambda self, price, most: most)
@@ -79,7 +80,7 @@ def test_a_worker_of_threads(role: str, monkeypatch: pytest.MonkeyPatch) -> None
         assert entries_since(before, whole(cluster))
 
 
-@pytest.mark.parametrize("role", ["attention", "expert", "colocated"])
+@pytest.mark.parametrize("role", quick_rows({"expert"}, ["attention", "expert", "colocated"]))
 def test_a_worker_of_threads_that_predicts(
     role: str, predicting: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ from tests.harness.fault_rows import (
     serving_name,
     whole,
 )
+from tests.harness.tiers import quick_rows
 
 NAMES = (None, "sql", "chat")
 _NUM_TRIES = 8
@@ -109,7 +110,7 @@ def play_until(
     }
 
 
-@pytest.mark.parametrize("role", ["attention", "expert"])
+@pytest.mark.parametrize("role", quick_rows({"attention"}, ["attention", "expert"]))
 def test_a_worker_of_threads(role: str, modules: tuple[str, ...]) -> None:
     cluster = ThreadCluster(with_adapters(quiet_config(2, 2, num_redundant=64), modules))
 

@@ -37,6 +37,7 @@ from tests.harness.poison import (
     raise_poison,
     stop_an_expert_worker,
 )
+from tests.harness.tiers import quick_rows
 from workers.process.worker.actor import ACTOR_CLASSES, WorkerActor
 
 
@@ -58,7 +59,7 @@ KILLS: dict[str, tuple[ClusterConfig, Callable[[ThreadWorkerGroup], None]]] = {
 }
 
 
-@pytest.mark.parametrize("role", KILLS)
+@pytest.mark.parametrize("role", quick_rows({"expert"}, KILLS))
 def test_a_poisonous_request_fails_alone(role: str) -> None:
     config, kill = KILLS[role]
     cluster = ThreadCluster(config, PoisonedGroup(kill))

@@ -25,6 +25,7 @@ from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import ChoiceDelta
 from tests.harness.fault_rows import blocks_held, quiet_config
 from tests.harness.poison import POISON, PoisonedGroup
+from tests.harness.tiers import quick_rows
 from workers.process.context import WorkerContext
 from workers.process.worker.worker import Worker
 
@@ -150,14 +151,14 @@ def answers(number: int) -> tuple[list[Any], int]:
         return found, gateway.num_resubmitted
 
 
-def test_every_kind_of_request_goes_on_as_if_nothing_had_been() -> None:
+@pytest.mark.parametrize("number", quick_rows({15}, [15, 60]))
+def test_every_kind_of_request_goes_on_as_if_nothing_had_been(number: int) -> None:
     expected, none = answers(0)
     assert none == 0
-    for number in (15, 60):
-        found, resubmitted = answers(number)
-        assert resubmitted > 0
-        for name, (mine, other) in enumerate(zip(found, expected, strict=True)):
-            assert mine == other, name
+    found, resubmitted = answers(number)
+    assert resubmitted > 0
+    for name, (mine, other) in enumerate(zip(found, expected, strict=True)):
+        assert mine == other, name
 
 
 def is_undisturbed(gateway: Gateway) -> bool:
