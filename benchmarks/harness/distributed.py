@@ -2,7 +2,8 @@
 
     run_ranks(3, worker, "tcp")        # worker(rank, size, ports, "tcp") in three processes
 
-``worker`` must be a module-level function: processes are started with ``spawn``.
+``worker`` must be a module-level function: processes are forks of a server that has imported torch
+and the module of the first such function.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def run_ranks(
     None for a rank of ``may_die`` that died. Raises ``RankError`` naming the first rank that
     failed, died or did not finish in time; all processes are ended then.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", worker.__module__])
     ports = free_ports(2 * size)
     pipes: list[Connection] = []
     processes: list[BaseProcess] = []
