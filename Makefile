@@ -28,6 +28,9 @@ CLIENT_INPUTS := $(addprefix tests/conformance/clients/,requirements.txt constra
 INSTALL = python=$$(sh .ci/find-python.sh) && \
 	"$$python" .ci/setup.py --venv $(VENV) --torch-cpu-index "$(TORCH_CPU_INDEX)"
 
+# Each module is compiled once, not by each of the many processes that tests and servers start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup setup-test setup-clients serve check test test-long lint types units audit bench gpu-check gpu-cluster-check docs release lock protos clean
 .DEFAULT_GOAL := help
 

@@ -8,6 +8,14 @@ import pytest
 
 from benchmarks.harness.server import GOOD, Served, running_server
 from protos.inference_pb2_grpc import InferenceStub
+from tests.harness.otlp_collector import Collector, running_collector
+
+KEY, LIMITED_KEY = "counts", "limited"
+HEADERS = {"authorization": f"Bearer {KEY}"}
+OPERATOR = {"authorization": "Bearer root"}
+NUM_PLACES = 8
+"""Requests that wait at the server with keys."""
+_KEYS = f"keys: [{{name: a, key: {KEY}}}, {{name: b, key: {LIMITED_KEY}, requests_per_minute: 1}}]"
 
 
 @pytest.fixture(scope="package")
@@ -16,6 +24,28 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with running_server(tmp_path_factory.mktemp("state"), "--deterministic") as server:
         yield server
         server.wait_idle()
+
+
+@pytest.fixture(scope="package")
+def collector() -> Iterator[Collector]:
+    """What the server with keys sends its spans to."""
+    with running_collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="package")
+def keyed(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Served]:
+    """One server with keys, few places in its queue, and traces; its client is the operator.
+
+    For tests that need one of these, and for those that count all requests of a server.
+    """
+    folder = tmp_path_factory.mktemp("keyed")
+    (folder / "keys.yaml").write_text(_KEYS)
+    words = ["--api-key-file", str(folder / "keys.yaml"), "--admin-key", "root"]
+    words += ["--max-queue", str(NUM_PLACES), "--otlp-endpoint", collector.endpoint]
+    with running_server(folder, *words, variables={"OTEL_BSP_SCHEDULE_DELAY": "100"}) as server:
+        server.client.headers.update(OPERATOR)
+        yield server
 
 
 @pytest.fixture(scope="package")

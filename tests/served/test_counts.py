@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +20,10 @@ from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.grpc.test_grpc import request_of
 from tests.gateway.observability.scrape import Scrape
 from tests.paths import DEMO
+from tests.served.conftest import HEADERS, KEY, LIMITED_KEY, OPERATOR
 
 pytestmark = pytest.mark.ray
 
-KEY, LIMITED_KEY = "counts", "limited"
-KEYS = f"keys: [{{name: a, key: {KEY}}}, {{name: b, key: {LIMITED_KEY}, requests_per_minute: 1}}]"
-HEADERS = {"authorization": f"Bearer {KEY}"}
-ADMIN_KEY = "root"
-"""Shows series by expert, and the numbers of each worker."""
-OPERATOR = {"authorization": f"Bearer {ADMIN_KEY}"}
 LONG = 4000
 """Tokens of a stream that its client leaves."""
 _CONFIG = json.loads((DEMO / "config.json").read_text())
@@ -126,15 +120,10 @@ class Client:
         self.sent.add(usage, [max_tokens] * n, n, max_tokens)
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """On a server of its own, so that nobody else counts."""
-    folder = tmp_path_factory.mktemp("counts")
-    (folder / "keys.yaml").write_text(KEYS)
-    words = ["--api-key-file", str(folder / "keys.yaml"), "--admin-key", ADMIN_KEY]
-    with running_server(folder, *words) as server:
-        server.client.headers.update(OPERATOR)  # for the status; calls name their own
-        yield Client(server)
+@pytest.fixture
+def client(keyed: Served) -> Client:
+    """At a server that nobody else asks meanwhile; its operator sees series by expert, too."""
+    return Client(keyed)
 
 
 def check_sent(before: Scrape, after: Scrape, sent: Sent) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,30 +11,24 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from benchmarks.harness.server import WAIT_S, Served, running_server
+from benchmarks.harness.server import WAIT_S, Served
 from protos import inference_pb2 as pb
 from protos import types_pb2
 from protos.inference_pb2_grpc import InferenceStub
+from tests.served.conftest import HEADERS, NUM_PLACES
 
 pytestmark = pytest.mark.ray
 
-NUM_PLACES = 4
 NUM_CALLS = 24
 """Of each protocol, at once."""
 NUM_TOKENS = 200
-
-
-@pytest.fixture
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server that holds few requests."""
-    with running_server(tmp_path_factory.mktemp("small"), "--max-queue", str(NUM_PLACES)) as server:
-        yield server
+METADATA = (("authorization", HEADERS["authorization"]),)
 
 
 def post(server: Served) -> str:
     """The status of a completion, whole or refused as it should be."""
     body = {"prompt": "ROMEO:", "max_tokens": NUM_TOKENS, "ignore_eos": True}
-    response = server.client.post("/v1/completions", json=body)
+    response = server.client.post("/v1/completions", json=body, headers=HEADERS)
     answer: dict[str, Any] = response.json()
     if response.status_code == 200:
         assert answer["usage"]["completion_tokens"] == NUM_TOKENS
@@ -53,7 +46,7 @@ def call(stub: InferenceStub) -> str:
     request = pb.GenerateRequest(text="ROMEO:", sampling_params=params)
     error: Any = None
     try:
-        answer = stub.Generate(request, timeout=WAIT_S)
+        answer = stub.Generate(request, timeout=WAIT_S, metadata=METADATA)
     except grpc.RpcError as err:
         error = err
     if error is not None:
@@ -72,14 +65,14 @@ def retry_s(error: Any) -> float:
     return float(info.retry_delay.ToMilliseconds()) / 1000
 
 
-def test_a_flood_is_refused_with_a_retry_time_and_what_is_accepted_ends(small: Served) -> None:
+def test_a_flood_is_refused_with_a_retry_time_and_what_is_accepted_ends(keyed: Served) -> None:
     go = threading.Barrier(2 * NUM_CALLS)
 
     def flood(stub: InferenceStub | None) -> tuple[str, str]:
         go.wait(WAIT_S)
-        return ("gRPC", call(stub)) if stub is not None else ("HTTP", post(small))
+        return ("gRPC", call(stub)) if stub is not None else ("HTTP", post(keyed))
 
-    with grpc.insecure_channel(small.grpc) as channel, ThreadPoolExecutor(2 * NUM_CALLS) as pool:
+    with grpc.insecure_channel(keyed.grpc) as channel, ThreadPoolExecutor(2 * NUM_CALLS) as pool:
         stubs = [InferenceStub(channel), None] * NUM_CALLS
         outcomes = Counter(pool.map(flood, stubs))
         assert outcomes.total() == 2 * NUM_CALLS
@@ -87,6 +80,6 @@ def test_a_flood_is_refused_with_a_retry_time_and_what_is_accepted_ends(small: S
         assert outcomes["gRPC", "refused"] > 0
         num_accepted = outcomes["HTTP", "accepted"] + outcomes["gRPC", "accepted"]
         assert num_accepted >= NUM_PLACES
-        small.wait_idle()
-        assert (call(InferenceStub(channel)), post(small)) == ("accepted", "accepted")
-        small.wait_idle()
+        keyed.wait_idle()
+        assert (call(InferenceStub(channel)), post(keyed)) == ("accepted", "accepted")
+        keyed.wait_idle()

@@ -23,7 +23,8 @@ from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.calls.test_tracing import PARTS, Caller, check_tree, names, part
 from tests.harness.metric_values import metric
-from tests.harness.otlp_collector import plain, running_collector
+from tests.harness.otlp_collector import Collector, plain, running_collector
+from tests.served.conftest import HEADERS
 
 pytestmark = pytest.mark.ray
 
@@ -54,7 +55,7 @@ def lose_an_expert_worker(server: Served) -> None:
 
 def read_stream(server: Served, began: threading.Event, parent: str = "") -> list[str]:
     """All lines of a long stream after its first token."""
-    headers = {"traceparent": parent} if parent else {}
+    headers = {**HEADERS, "traceparent": parent} if parent else HEADERS
     body = {**GOOD, "max_tokens": 400, "ignore_eos": True, "stream": True}
     with (
         httpx.Client(base_url=server.http, timeout=WAIT_S) as client,
@@ -87,27 +88,22 @@ def count_steps(spans: list[Span], caller: Caller) -> int:
 
 
 def test_a_trace_reaches_the_expert_workers_and_links_to_the_recovery_that_delayed_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keyed: Served, collector: Collector
 ) -> None:
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
     caller, delayed, silent = Caller(), Caller(), Caller(flags="00")
     began = threading.Event()
-    with (
-        ThreadPoolExecutor(1) as pool,
-        running_collector() as collector,
-        running_server(tmp_path, "--otlp-endpoint", collector.endpoint) as server,
-    ):
+    with ThreadPoolExecutor(1) as pool:
         answers = [
-            server.client.post(
-                "/v1/completions", json=GOOD, headers={"traceparent": each.parent}
+            keyed.client.post(
+                "/v1/completions", json=GOOD, headers={**HEADERS, "traceparent": each.parent}
             ).json()
             for each in (caller, silent)
         ]
         num_spans = len(WORKERS) * (1 + NUM_DECODES)
         collector.wait_for(lambda spans: count_steps(spans, caller) == num_spans, "their steps")
-        stream = pool.submit(read_stream, server, began, delayed.parent)
+        stream = pool.submit(read_stream, keyed, began, delayed.parent)
         assert began.wait(WAIT_S)
-        lose_an_expert_worker(server)
+        lose_an_expert_worker(keyed)
         stream.result(WAIT_S)
         recovery = collector.named("expertmesh.recovery")
         assert collector.trace(delayed.trace_id)

@@ -57,19 +57,20 @@ def test_float32_tokens_in_every_layout(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [
         "jetmoe-untied-top3-eps",
-        pytest.param("dots1-swa", marks=pytest.mark.slow),
-        pytest.param("qwen3moe-dense-layers", marks=pytest.mark.slow),
-        pytest.param("glm4moe-norms-groups", marks=pytest.mark.slow),
-        pytest.param("mixtral-window-tied", marks=pytest.mark.slow),
-        pytest.param("minimaxm2-official-like", marks=pytest.mark.slow),
-        pytest.param("ernie45-layers", marks=pytest.mark.slow),
-        pytest.param("deepseekv3-official-like", marks=pytest.mark.slow),
-        pytest.param("qwen35moe-official-like", marks=pytest.mark.slow),
-        pytest.param("olmoe-norm-gqa-clip", marks=pytest.mark.slow),
+        "dots1-swa",
+        "qwen3moe-dense-layers",
+        "glm4moe-norms-groups",
+        "mixtral-window-tied",
+        "minimaxm2-official-like",
+        "ernie45-layers",
+        "deepseekv3-official-like",
+        "qwen35moe-official-like",
+        "olmoe-norm-gqa-clip",
     ],
 )
 def test_float32_tokens_of_real_workers(golden: AnyGolden, variant: str) -> None:

@@ -196,11 +196,8 @@ def test_colocated_workers_rebalance_too(checkpoint: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    ("num_changes", "num_tokens"),
-    [(3, 60), pytest.param(25, 120, marks=pytest.mark.slow)],
-    ids=["short", "long"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_changes", "num_tokens"), [(3, 60), (25, 120)], ids=["short", "long"])
 def test_real_workers_follow_the_load(
     local_ray: None, checkpoint: Path, num_changes: int, num_tokens: int
 ) -> None:

@@ -269,6 +269,7 @@ def test_a_killed_controller_comes_back_and_keeps_the_workers_that_live() -> Non
     wait_until(_nothing_is_left, "the end of all actors")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_controller_that_stands_still_is_replaced() -> None:
     with _controller() as controller:

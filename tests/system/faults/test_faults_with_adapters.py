@@ -135,11 +135,9 @@ LAYOUTS: dict[str, tuple[tuple[int, int], dict[str, Any], str]] = {
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(name, marks=() if name == "expert" else pytest.mark.slow) for name in LAYOUTS],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_killed_worker(layout: str, form: Form, modules: tuple[str, ...]) -> None:
     pools, options, role = LAYOUTS[layout]
     config, draw = with_adapters(row_config(*pools, **options), modules), random.Random(3)

@@ -60,12 +60,14 @@ def test_a_worker_with_the_only_copies(cluster: ServingCluster, form: Form) -> N
     assert " loads " in history[0]["effect"] or " load " in history[0]["effect"]
 
 
+@pytest.mark.slow
 def test_two_workers_at_once(cluster: ServingCluster, form: Form) -> None:
     draw = random.Random(5)
     play_until(cluster, form, draw, lambda: kill_any(cluster, "expert", draw, 2), was_retried)
     whole(cluster)
 
 
+@pytest.mark.slow
 def test_a_worker_during_a_generation_change(cluster: ServingCluster, form: Form) -> None:
     draw = random.Random(7)
     play_until(cluster, form, draw, lambda: one_after_the_other(cluster, draw), was_retried)
