@@ -21,6 +21,7 @@ from benchmarks.engine.perplexity import (
     scores,
 )
 from cluster.launch.model_source import bundled_checkpoint
+from tests.harness.tiers import quick_rows
 from workers.model.loading.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.heavy
@@ -33,7 +34,9 @@ def as_stored() -> Scores:
     return scores(AS_STORED, bundled(NUM_WINDOWS))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.label)
+@pytest.mark.parametrize(
+    "form", quick_rows((FORMS[1], FORMS[2], *FORMS[4:]), FORMS), ids=lambda form: form.label
+)
 def test_quantized_weights_keep_the_perplexity(as_stored: Scores, form: Form) -> None:
     change = scores(form, bundled(NUM_WINDOWS)).change_from(as_stored)
     assert change != 0.0
@@ -65,6 +68,7 @@ def test_own_text_is_cut_into_windows(tmp_path: Path) -> None:
     assert len(scores(AS_STORED, task).tokens) == 6
 
 
+@pytest.mark.slow
 def test_every_form_has_a_row() -> None:
     text = perplexity.section(quick=True)
     assert text.startswith("## Perplexity of quantized weights")

@@ -22,6 +22,7 @@ from benchmarks.placement.measures import (
 )
 from cluster.planner import eplb, mesh
 from cluster.planner.base import PlannedTopology
+from tests.harness.tiers import quick_rows
 
 pytestmark = pytest.mark.heavy
 
@@ -124,7 +125,7 @@ def test_another_kind_of_text_is_answered_within_a_sixth_of_the_slots(devices: i
     assert all(pair[0].moved <= 0.10 and pair[1].moved <= 0.06 for pair in found)
 
 
-@pytest.mark.parametrize("devices", [4, 16])
+@pytest.mark.parametrize("devices", quick_rows({16}, [4, 16]))
 def test_drawn_decode_steps_are_no_dearer_than_without_spares(devices: int) -> None:
     loads = olmoe()["github"]
     alone = mesh.plan(profile(loads), PlannedTopology.uniform(devices)).placement

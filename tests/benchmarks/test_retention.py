@@ -99,6 +99,7 @@ def test_agents_find_nine_tenths_of_what_the_ideal_cache_finds(uses: list[Use]) 
         assert least * ideal < found <= ideal
 
 
+@pytest.mark.slow
 def test_documents_do_not_push_sessions_out(agents: list[AgentRequest]) -> None:
     documents = one_shots(1, agents[-1].time_s, 0.1)
     requests = sorted([*agents, *documents], key=lambda request: request.time_s)
@@ -131,6 +132,7 @@ def test_the_order_of_a_tier_is_as_good_as_that_of_the_pool(uses: list[Use]) -> 
     assert found > 0.995 * found_blocks(uses, num_blocks)
 
 
+@pytest.mark.slow
 def test_lower_tiers_find_what_higher_ones_gave_up(uses: list[Use]) -> None:
     size = working_set(uses)
     by_tier = tier_blocks(uses, size, some_ends(0.5))

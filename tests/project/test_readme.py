@@ -41,7 +41,7 @@ CALLS = {
 }
 """Bodies by path, those of the models' page last."""
 LABELS = [" Ay.", " Nay."]
-QUICK_FAMILIES = {"olmoe", "dots1", "jetmoe"}
+QUICK_FAMILIES = {"olmoe", "jetmoe"}
 
 
 @pytest.fixture(scope="module")

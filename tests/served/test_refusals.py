@@ -155,7 +155,7 @@ CASES: dict[str, tuple[Words, int, str]] = {
 }
 
 
-QUICK = {"a missing shard", "too few slots", "an HTTP port in use"}
+QUICK = {"too few slots", "an HTTP port in use"}
 
 
 def _run(words: Words, home: Path, busy_port: int) -> Outcome:

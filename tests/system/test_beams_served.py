@@ -15,6 +15,7 @@ from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.stack import WAIT_S, Stack, complete
 from tests.harness.golden_clusters import colocated_config, float32_config
 from tests.harness.served_stack import stack_over
+from tests.harness.tiers import quick_values
 from tests.reference.beams import (
     CLEAR_MARGIN,
     SCORE_TOLERANCE,
@@ -99,8 +100,9 @@ def test_both_protocols_have_the_beams_of_transformers(stack: Stack, clear: Clea
             check(found, over_grpc(stub, case))
 
 
-@pytest.mark.parametrize("combine_mode", ["sum", "per_slot"])
-@pytest.mark.parametrize("layout", ["2 and 3", "colocated"])
+@pytest.mark.parametrize(
+    ("layout", "combine_mode"), quick_values(["2 and 3", "colocated"], ["sum", "per_slot"])
+)
 def test_several_workers_have_the_beams_of_transformers(
     golden: Callable[[str], Golden], clear: Clear, layout: str, combine_mode: str
 ) -> None:

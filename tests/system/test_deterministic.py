@@ -157,11 +157,9 @@ OTHER_VARIANTS = (
     *("deepseekv3-base", "deepseekv2-official-like", "glm4lite-layers-tied"),
 )
 OTHER_QUICK = {
-    ("dots1-swa", "2x3-bfloat16-2"),
     ("jetmoe-untied-top3-eps", "2-float32-1"),
     ("qwen3moe-dense-layers", "2x3-bfloat16-2"),
     ("glm4moe-norms-groups", "2-float32-1"),
-    ("deepseekv3-base", "2x3-bfloat16-2"),
     ("qwen3next-official-like", "2x2-bfloat16-2"),
 }
 """Both dtypes, one and two micro-batches, two pools and colocated workers."""

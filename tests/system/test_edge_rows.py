@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.harness.local_engine import LocalEngine
 from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
+from tests.harness.tiers import quick_values
 from workers.dispatch.edge_rows import EdgeRows
 from workers.dispatch.row_exchange import StaticExchange
 from workers.requests.request import Request, SamplingParams, TokenOutput
@@ -50,8 +51,9 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
     return found
 
 
-@pytest.mark.parametrize("is_guessed_low", [False, True])
-@pytest.mark.parametrize("transport", ["sockets", "collective"])
+@pytest.mark.parametrize(
+    ("transport", "is_guessed_low"), quick_values(["sockets", "collective"], [False, True])
+)
 def test_answers_are_those_of_one_process(
     tiny_checkpoint: Path,
     limited: Counter[bool],

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
 from tests.fakes import Wakeups
+from tests.harness.tiers import quick_rows
 from workers.process.data_plane import IDLE_WAIT_S
 from workers.requests.request import Request, SamplingParams
 
@@ -28,7 +29,7 @@ def expert_work(cluster: ThreadCluster) -> list[float]:
     return [w["stats"]["expert_worker_tokens_total"] for w in workers if w["slots"] is not None]
 
 
-@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
+@pytest.mark.parametrize("mode", quick_rows({"disaggregated"}, ["disaggregated", "colocated"]))
 def test_an_idle_cluster_sleeps(tiny_checkpoint: Path, mode: str) -> None:
     cluster = ThreadCluster(make_config(tiny_checkpoint, 2, 2, workers={"mode": mode}))
     with serving(cluster):

@@ -16,6 +16,7 @@ from benchmarks.harness.serving_cluster import make_config, serving
 from cluster.config.cluster import EngineSection
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
 from tests.harness.recorded_cluster import RecordedCluster, RecordedStep
+from tests.harness.tiers import quick_rows
 from workers.requests.request import FinishReason, Request, SamplingParams
 
 BLOCK_SIZE = 16
@@ -60,7 +61,9 @@ def mixed_steps(steps: list[RecordedStep]) -> list[RecordedStep]:
     return [s for s in steps if s.header.decode_rows and s.header.prefill_rows]
 
 
-@pytest.mark.parametrize("rank_of_long", [0, 2], ids=["on the leader", "on an idle worker"])
+@pytest.mark.parametrize(
+    "rank_of_long", quick_rows({0}, [0, 2]), ids=["on the leader", "on an idle worker"]
+)
 def test_decodes_of_all_workers_go_on_in_every_step_of_a_long_prefill(
     long_checkpoint: Path, rank_of_long: int
 ) -> None:

@@ -188,6 +188,7 @@ def test_spare_slots_that_are_all_taken_are_enough(checkpoint: Path) -> None:
         check_followed(cluster, follow(cluster, 2), 2)
 
 
+@pytest.mark.slow
 def test_colocated_workers_rebalance_too(checkpoint: Path) -> None:
     plain = config(checkpoint)
     workers = replace(plain.workers, mode="colocated", num_attention_workers=None)

@@ -27,6 +27,7 @@ from tests.harness.conversation import (
     wait_lost,
 )
 from tests.harness.fault_rows import quiet_config, whole, with_model
+from tests.harness.tiers import quick_rows
 from workers.model.families.registry import FAMILIES
 from workers.process.context import WorkerContext
 from workers.process.intake import kv_restores
@@ -92,7 +93,7 @@ def expected() -> list[Answer]:
     return undisturbed(40, 40, 40)
 
 
-@pytest.mark.parametrize("mode", ["disaggregated", "colocated"])
+@pytest.mark.parametrize("mode", quick_rows({"disaggregated"}, ["disaggregated", "colocated"]))
 def test_a_session_goes_on_from_its_copies(mode: str, expected: list[Answer]) -> None:
     with mortal(mode) as (cluster, gateway):
         talk = Conversation(gateway)

@@ -50,6 +50,7 @@ from tests.harness.faulty_files import (
     Killed,
     each_fault,
 )
+from tests.harness.tiers import quick_rows
 
 pytestmark = pytest.mark.heavy
 
@@ -145,7 +146,7 @@ def test_damaged_answers_cost_what_is_damaged_alone(keeper: Stack, damage: bytes
 FULL = [errno.ENOSPC, errno.EDQUOT, errno.EIO]
 
 
-@pytest.mark.parametrize("number", FULL)
+@pytest.mark.parametrize("number", quick_rows(FULL[:1], FULL))
 def test_a_batch_waits_for_a_disk_that_refuses_and_loses_nothing(
     keeper: Stack, number: int
 ) -> None:
@@ -177,7 +178,7 @@ def check_each_answered_once(keeper: Stack, done: dict[str, Any]) -> None:
     assert len(keeper.engine.requests) == len(IDS)
 
 
-@pytest.mark.parametrize("name", ["open", "stat"])
+@pytest.mark.parametrize("name", quick_rows({"open"}, ["open", "stat"]))
 def test_answers_in_memory_survive_a_disk_that_refuses_all_else(keeper: Stack, name: str) -> None:
     """Counts that cannot be stored, or orders that cannot be read, cost no answer."""
     made = make_batch(keeper, lines_of(IDS))

@@ -31,7 +31,7 @@ from tests.gateway.grpc.test_grpc import failure, request_of
 from tests.gateway.http.test_disconnect import send_raw
 from tests.gateway.sse_client import by_choice, read_events
 from tests.gateway.stack import WAIT_S, Stack, complete, post, running_stack
-from tests.harness.tiers import quick_values
+from tests.harness.tiers import quick_rows, quick_values
 from workers.requests.request import Request, SoloStage
 from workers.requests.wire import FromEngine
 
@@ -271,7 +271,7 @@ def test_a_request_waits_for_a_worker_in_place_of_the_only_one(workers: Workers)
     assert answer.result(WAIT_S)["choices"][0]["text"] == "0abcdefghijk"
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", quick_rows({True}, [False, True]))
 def test_without_another_worker_it_ends_as_unavailable_at_its_deadline(
     workers: Workers, stream: bool
 ) -> None:

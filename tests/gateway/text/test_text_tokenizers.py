@@ -18,6 +18,7 @@ from gateway.text.detokenizer import (
     make_detokenizer,
 )
 from gateway.text.tokenizer import Tokenizer
+from tests.harness.tiers import quick_rows
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.heavy
@@ -71,7 +72,7 @@ def random_ids(rng: random.Random, vocabulary: tuple[Tokenizer, int]) -> list[in
     return [rng.choice(broken) if rng.random() < 0.9 else rng.randrange(size) for _ in range(count)]
 
 
-@pytest.mark.parametrize("skip_special_tokens", [True, False])
+@pytest.mark.parametrize("skip_special_tokens", quick_rows({True}, [True, False]))
 def test_pieces_are_final_and_add_up_to_the_whole(
     vocabulary: tuple[Tokenizer, int], skip_special_tokens: bool
 ) -> None:

@@ -33,6 +33,7 @@ from tests.harness.fault_rows import (
 )
 
 
+@pytest.mark.slow
 def test_a_colocated_worker_of_threads_that_leads() -> None:
     cluster = ThreadCluster(quiet_config(0, 3, mode="colocated", num_redundant=22))
     with serving(cluster):

@@ -235,7 +235,7 @@ def step(engine: LocalEngine, outputs: dict[tuple[str, int], list[TokenOutput]])
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 60))]
 )
 def test_random_mixes_find_what_each_finds_alone(tiny_checkpoint: Path, seed: int) -> None:
     """Tenants, priorities, aborts and lost peers, in a pool that is too small for all."""

@@ -287,6 +287,7 @@ def run_to_the_end(engine: LocalEngine, request: Request) -> list[TokenOutput]:
     return [found[-1] for found in engine.run([request]).values()]
 
 
+@pytest.mark.slow
 def test_dynamic_rope_gives_the_same_tokens_with_and_without(tmp_path: Path) -> None:
     """Prompts below and above the context of 16, which is stretched to 64; some twice."""
     config = {

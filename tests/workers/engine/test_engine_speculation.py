@@ -17,6 +17,7 @@ from cluster.config.cluster import EngineSection
 from cluster.config.speculation import SpeculationSection
 from cluster.core.errors import ConfigError, PeerLostError
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
+from tests.harness.tiers import quick_rows
 from tests.paths import DEMO
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from tests.workers.engine.test_engine import load_of, section_with_blocks
@@ -196,7 +197,7 @@ def test_grammar_goes_on_without_drafts() -> None:
     assert spec(engine, "accepted_tokens")
 
 
-@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("num_micro_batches", quick_rows({2}, [1, 2]))
 def test_step_that_is_lost_or_repeated_is_run_again_with_the_same_result(
     tiny_checkpoint: Path, num_micro_batches: int
 ) -> None:

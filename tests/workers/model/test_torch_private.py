@@ -69,6 +69,7 @@ torch.testing.assert_close(expert_products(rows, [3], [weight], [], False), rows
 """
 
 
+@pytest.mark.slow
 def test_a_torch_without_onednn_computes_with_plain_weights() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT_ONEDNN], capture_output=True, text=True, check=False

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.core.errors import CheckpointError
+from tests.harness.tiers import quick_rows
 from tests.reference.goldens import golden_path
 from tests.workers.model.loading.packers import pack_checkpoint
 from tests.workers.quantization.configs import GPTQ, SETTINGS
@@ -26,6 +27,8 @@ from workers.requests.request import Request, SamplingParams
 pytestmark = pytest.mark.heavy
 
 EXPERT = "model.layers.0.mlp.experts.3"
+QUICK = {"gptq", "gptq-8-bits-rows", "awq", "auto-round-v2", "tensors-zeros-short-group"}
+"""One of each kind of codes."""
 
 
 @pytest.fixture(params=SETTINGS)
@@ -61,8 +64,9 @@ def test_matrices_are_read_as_what_their_codes_stand_for(
         assert weight.nbytes == weight.format.num_bytes(weight.shape)
 
 
-def test_bytes_are_those_on_disk(tmp_path: Path, settings: dict[str, Any]) -> None:
-    path, _ = packed(tmp_path, settings)
+@pytest.mark.parametrize("name", quick_rows(QUICK, SETTINGS))
+def test_bytes_are_those_on_disk(tmp_path: Path, name: str) -> None:
+    path, _ = packed(tmp_path, SETTINGS[name])
     summary = check_checkpoint(path)
     others = (".g_idx", ".weight_shape")
     tensors = load_file(path / "model.safetensors").items()
@@ -70,10 +74,11 @@ def test_bytes_are_those_on_disk(tmp_path: Path, settings: dict[str, Any]) -> No
     assert summary.attention_bytes + summary.expert_bytes == on_disk
 
 
+@pytest.mark.parametrize("name", quick_rows(QUICK, SETTINGS))
 def test_an_engine_computes_codes_as_the_numbers_that_they_stand_for(
-    tmp_path: Path, settings: dict[str, Any]
+    tmp_path: Path, name: str
 ) -> None:
-    path, _ = packed(tmp_path, settings)
+    path, _ = packed(tmp_path, SETTINGS[name])
     params = SamplingParams(max_tokens=8, temperature=0.0, logprobs=1)
     found = []
     for quantize in ("auto", "none"):
