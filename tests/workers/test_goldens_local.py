@@ -135,7 +135,7 @@ def test_float32_tokens_survive_small_steps_and_few_blocks(
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-@pytest.mark.parametrize("variant", BF16_VARIANTS)
+@pytest.mark.parametrize("variant", quick_rows(FIRST_BF16, BF16_VARIANTS))
 def test_bfloat16_is_near_golden(
     golden: Callable[[str], Golden], variant: str, instructions: str
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.harness.tiers import quick_rows
+from tests.harness.tiers import quick_rows, quick_values
 from tests.workers.cuda.device import DEVICE
 from workers.cuda.norms import norm, sum_and_norm
 from workers.cuda.routing import RoutingParams, choose
@@ -59,9 +59,9 @@ def half(
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("clip", [None, 0.7])
-@pytest.mark.parametrize("kind", ["none", "head", "width"])
+@pytest.mark.parametrize(
+    ("kind", "clip", "dtype"), quick_values(["none", "head", "width"], [None, 0.7], DTYPES)
+)
 @pytest.mark.parametrize(
     "heads", quick_rows({(6, 2, 24)}, [(4, 4, 8), (6, 2, 24), (3, 1, 64)]), ids=str
 )

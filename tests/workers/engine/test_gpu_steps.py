@@ -116,6 +116,7 @@ def test_decode_steps_with_an_fp8_cache_are_graphs(tiny_checkpoint: Path) -> Non
     assert {step.launches["graph"] for step in run.decodes} == {1}
 
 
+@pytest.mark.slow
 def test_a_penalty_of_one_request_leaves_the_others_to_the_graph(tiny_checkpoint: Path) -> None:
     """Its logits are processed outside of the graph, and the host still waits once."""
     other = replace(DRAWN, frequency_penalty=1.5, top_k=0)

@@ -125,6 +125,7 @@ def test_company_and_history_change_no_bit(
         assert found[name] == expected, name
 
 
+@pytest.mark.slow
 def test_dynamic_rotation_depends_on_the_row_alone(
     golden: AnyGolden, alone: Callable[[str, str], Bits]
 ) -> None:
