@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from cluster.core.errors import QueueFullError
 from gateway.calls.service_rate import ServiceRate
-from gateway.calls.tenant_queues import CallDemand, TenantQueue, tokens_ahead
+from gateway.calls.tenant_queues import CallDemand, TenantQueues
 from gateway.core.errors import clamp_retry_s
 
 _UNKNOWN_RATE_RETRY_S = 5.0
@@ -73,7 +73,7 @@ class Admission:
     """Bytes of prompt embeddings of the admitted requests."""
 
     def __post_init__(self) -> None:
-        self._queues: dict[str, TenantQueue] = {}
+        self._queues = TenantQueues()
         self._rate = ServiceRate()
 
     @property
@@ -87,8 +87,6 @@ class Admission:
         A full queue still admits a call of a tenant that then uses at most half of an equal share.
         """
         self.check(demand, now_s)
-        queue = self._queues.setdefault(demand.tenant, TenantQueue())
-        queue.weight = demand.weight
         self._add(demand, 1, now_s)
         return Ticket(self, demand, now_s)
 
@@ -143,7 +141,7 @@ class Admission:
         With the call, its tenant must use at most half of an equal share, and the queue must exceed
         its limits by at most half. Another tenant must have requests in the queue.
         """
-        own = self._queues.get(demand.tenant, TenantQueue()).total
+        own = self._queues.total(demand.tenant)
         num_others = len(self._queues) - (demand.tenant in self._queues)
         part = 0.5 / (num_others + 1)
         return (
@@ -180,7 +178,7 @@ class Admission:
             rate = self.capacity * (self._rate.tokens_per_seat_s or 0.0)
         if not rate:
             return 0.0
-        return tokens_ahead(self._queues, self.capacity, demand.tenant, demand.priority) / rate
+        return self._queues.tokens_ahead(self.capacity, demand.tenant, demand.priority) / rate
 
     def _usual_rate(self) -> float | None:
         """Return how many requests would end per second if each took as long as earlier requests.
@@ -198,10 +196,7 @@ class Admission:
             self._rate.note(demand, held_s, was_saturated)
 
     def _add(self, demand: CallDemand, sign: int, now_s: float) -> None:
-        queue = self._queues[demand.tenant]
-        queue.add(demand, sign)
-        if not queue.by_priority:
-            del self._queues[demand.tenant]
+        self._queues.add(demand, sign)
         self.num_requests += sign * demand.num_requests
         self.num_seats += sign * demand.num_seats
         self.num_tokens += sign * demand.num_tokens

@@ -4,12 +4,19 @@ The engines serve tenants in proportion to their weights, by tokens
 (``workers.scheduling.fairness``); within a tenant, lower priority values run first. Admission
 assumes the same order. Therefore a long queue of one tenant neither delays requests of other
 tenants nor causes their refusal.
+
+The demands are kept in arrays, with a row for each tenant and one for each priority of a tenant. An
+admission changes one row of each, and no Python loop visits all tenants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from workers.requests.request import Request
 
@@ -69,72 +76,165 @@ class HeldDemand:
         self.num_bytes += sign * demand.num_bytes
 
 
-@dataclass(slots=True)
-class TenantQueue:
-    """Demand of the running and waiting requests of one tenant, by priority."""
+class TenantQueues:
+    """Demand of the running and waiting requests of all tenants, by priority."""
 
-    weight: float = 1.0
-    by_priority: dict[int, HeldDemand] = field(default_factory=dict)
-    total: HeldDemand = field(default_factory=HeldDemand)
-    """Demand of the tenant's requests of all priorities."""
+    def __init__(self) -> None:
+        self._totals: dict[str, HeldDemand] = {}
+        self._held: dict[tuple[str, int], HeldDemand] = {}
+        self._tenants = _Rows(weight=np.float64, seats=np.float64)
+        self._entries = _Rows(
+            tenant=np.int64,
+            priority=np.int64,
+            before=np.float64,
+            seats=np.float64,
+            tokens=np.float64,
+        )
+        self._tenant_rows: dict[str, int] = {}
+        self._entry_rows: dict[tuple[str, int], int] = {}
+        self._shared: tuple[float, NDArray[np.float64], NDArray[np.float64]] | None = None
+        """Capacity, and seats and waiting tokens by entry, as long as no demand changes."""
+
+    def __len__(self) -> int:
+        """Number of tenants with requests."""
+        return len(self._totals)
+
+    def __contains__(self, tenant: str) -> bool:
+        return tenant in self._totals
+
+    def total(self, tenant: str) -> HeldDemand:
+        """Return the demand of a tenant's requests of all priorities."""
+        return self._totals.get(tenant, HeldDemand())
 
     def add(self, demand: CallDemand, sign: int) -> None:
-        """Add the demand of a call (``sign`` 1), or remove it (``sign`` -1)."""
-        held = self.by_priority.setdefault(demand.priority, HeldDemand())
-        held.add(demand, sign)
-        self.total.add(demand, sign)
-        if not held.num_requests:
-            del self.by_priority[demand.priority]
+        """Add the demand of a call (``sign`` 1), or remove it (``sign`` -1).
 
-    def waiting_tokens(self, num_running: float, priority: int | None = None) -> float:
-        """Return the tokens of waiting requests, if ``num_running`` sequences of the tenant run.
-
-        Only requests with a priority value up to ``priority`` count; None counts all.
+        An added call sets the weight of its tenant.
         """
-        waiting = 0.0
-        for value in sorted(self.by_priority):
-            if priority is not None and value > priority:
-                break
-            held = self.by_priority[value]
-            runs = min(num_running, held.num_seats)
-            num_running -= runs
-            waiting += held.num_tokens * (1 - runs / held.num_seats)
-        return waiting
+        self._shared = None
+        tenant, key = demand.tenant, (demand.tenant, demand.priority)
+        if key not in self._held:
+            self._begin(tenant, demand.priority)
+        total, held = self._totals[tenant], self._held[key]
+        total.add(demand, sign)
+        held.add(demand, sign)
+        row, entry = self._tenant_rows[tenant], self._entry_rows[key]
+        tenants, entries = self._tenants, self._entries
+        tenants["seats"][row] = total.num_seats
+        if sign > 0:
+            tenants["weight"][row] = demand.weight
+        entries["seats"][entry] = held.num_seats
+        entries["tokens"][entry] = held.num_tokens
+        if held.num_seats < total.num_seats:  # the tenant has other priorities
+            later = (entries["tenant"] == row) & (entries["priority"] > demand.priority)
+            entries["before"][later] += sign * demand.num_seats
+        if not held.num_requests:
+            self._end(tenant, demand.priority)
+
+    def share_seats(self, capacity: float) -> dict[str, float]:
+        """Return the number of running sequences of each tenant, at most ``capacity`` in all.
+
+        A tenant gets a share by weight, plus a part of the shares that other tenants do not use.
+
+        Example: capacity 64, a has 8 sequences, b 100, c 100, equal weights: a runs 8, b 28, c 28.
+        """
+        seats = self._running(capacity)
+        return {tenant: float(seats[row]) for tenant, row in self._tenant_rows.items()}
+
+    def tokens_ahead(self, capacity: float, tenant: str, priority: int) -> float:
+        """Return the number of waiting tokens that the engines serve before a new request.
+
+        These are N tokens of its ``tenant``, with priority values up to ``priority``, and of each
+        other tenant T at most N * (weight of T / own weight). ``capacity``: sequences that run at a
+        time.
+        """
+        row = self._tenant_rows.get(tenant)
+        if row is None:
+            return 0.0
+        if self._shared is None or self._shared[0] != capacity:
+            self._shared = (capacity, *self._waiting(capacity))
+        _, of_entries, of_tenants = self._shared
+        entries, weights = self._entries, self._tenants["weight"]
+        own = (entries["tenant"] == row) & (entries["priority"] <= priority)
+        first = float(of_entries[own].sum())
+        if not first:
+            return 0.0
+        ahead = np.minimum(of_tenants, first / weights[row] * weights)
+        ahead[row] = first
+        return float(ahead.sum())
+
+    def _waiting(self, capacity: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the waiting tokens of each entry, and of each tenant."""
+        running, entries = self._running(capacity), self._entries
+        owners, seats = entries["tenant"], entries["seats"]
+        runs = np.minimum(np.maximum(running[owners] - entries["before"], 0.0), seats)
+        waiting = entries["tokens"] * (1.0 - runs / np.maximum(seats, 1.0))
+        of_tenants = np.bincount(owners, waiting, len(running)).astype(np.float64, copy=False)
+        return waiting, of_tenants
+
+    def _running(self, capacity: float) -> NDArray[np.float64]:
+        """Return the number of running sequences of each tenant.
+
+        All tenants that want more run ``level`` sequences for each unit of weight. The level rises
+        by what is left by the others, until no other tenant is below it.
+        """
+        weights, seats = self._tenants["weight"], self._tenants["seats"]
+        if capacity >= seats.sum():
+            return seats.copy()
+        wants_more = weights > 0
+        num_more = np.count_nonzero(wants_more)
+        while True:
+            left = capacity - seats @ ~wants_more
+            level = left / (weights @ wants_more) if num_more else 0.0
+            wants_more &= seats > level * weights
+            before, num_more = num_more, np.count_nonzero(wants_more)
+            if num_more == before:
+                return np.where(wants_more, level * weights, seats)
+
+    def _begin(self, tenant: str, priority: int) -> None:
+        if tenant not in self._totals:
+            self._totals[tenant] = HeldDemand()
+            self._tenant_rows[tenant] = self._tenants.take()
+        row, entries = self._tenant_rows[tenant], self._entries
+        before = 0.0
+        if self._totals[tenant].num_requests:
+            earlier = (entries["tenant"] == row) & (entries["priority"] < priority)
+            before = float(entries["seats"].sum(where=earlier))
+        self._held[tenant, priority] = HeldDemand()
+        self._entry_rows[tenant, priority] = entry = self._entries.take()
+        for name, value in (("tenant", row), ("priority", priority), ("before", before)):
+            entries[name][entry] = value
+
+    def _end(self, tenant: str, priority: int) -> None:
+        del self._held[tenant, priority]
+        self._entries.free(self._entry_rows.pop((tenant, priority)))
+        if not self._totals[tenant].num_requests:
+            del self._totals[tenant]
+            self._tenants.free(self._tenant_rows.pop(tenant))
 
 
-def share_seats(queues: Mapping[str, TenantQueue], capacity: float) -> dict[str, float]:
-    """Return the number of running sequences of each tenant, at most ``capacity`` in all.
+class _Rows:
+    """Named columns of equal length. Rows that are not taken have zeros in all columns."""
 
-    A tenant gets a share by weight, plus a part of the shares that other tenants do not use.
+    def __init__(self, **columns: type[np.generic]) -> None:
+        self._columns = {name: np.zeros(16, kind) for name, kind in columns.items()}
+        self._free = list(reversed(range(16)))
 
-    Example: capacity 64, a has 8 sequences, b 100, c 100, equal weights: a runs 8, b 28, c 28.
-    """
-    seats: dict[str, float] = {}
-    left, weights = capacity, sum(queue.weight for queue in queues.values())
-    for name, queue in sorted(queues.items(), key=lambda i: i[1].total.num_seats / i[1].weight):
-        all_weights = max(weights, queue.weight)  # rounding may have left weights too small
-        seats[name] = min(float(queue.total.num_seats), left * queue.weight / all_weights)
-        left -= seats[name]
-        weights -= queue.weight
-    return seats
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._columns[name]
 
+    def take(self) -> int:
+        """Return a free row. The columns may become other arrays."""
+        if not self._free:
+            length = len(next(iter(self._columns.values())))
+            self._columns = {
+                n: np.concatenate((c, np.zeros_like(c))) for n, c in self._columns.items()
+            }
+            self._free = list(reversed(range(length, 2 * length)))
+        return self._free.pop()
 
-def tokens_ahead(
-    queues: Mapping[str, TenantQueue], capacity: float, tenant: str, priority: int
-) -> float:
-    """Return the number of waiting tokens that the engines serve before a new request of a tenant.
-
-    These are N tokens of ``tenant``, with priority values up to ``priority``, and of each other
-    tenant T at most N * (weight of T / own weight). ``capacity``: sequences that run at a time.
-    """
-    own = queues.get(tenant)
-    if own is None:
-        return 0.0
-    seats = share_seats(queues, capacity)
-    first = own.waiting_tokens(seats[tenant], priority)
-    others = (
-        min(queue.waiting_tokens(seats[name]), first * queue.weight / own.weight)
-        for name, queue in queues.items()
-        if name != tenant
-    )
-    return first + sum(others)
+    def free(self, row: int) -> None:
+        """Free a row, and set it to zeros."""
+        for column in self._columns.values():
+            column[row] = 0
+        self._free.append(row)
