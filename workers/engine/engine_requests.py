@@ -158,8 +158,8 @@ class EngineRequests:
         if self._active.attempt(request.request_id) >= request.attempt:
             raise RequestError(f"request {request.request_id} is already here", "request_id")
         if not request.attempt:  # a later attempt was admitted before, by a worker that was lost
-            waiting = len(self._scheduler.queues.waiting)
-            tokens = self._scheduler.admission.num_waiting_tokens
+            queues = self._scheduler.queues
+            waiting, tokens = len(queues.waiting), queues.num_waiting_tokens
             check_queue_limits(request, self._section, waiting, tokens)
 
     # Pauses and deaths of workers

@@ -100,6 +100,8 @@ class SequenceState:
     """Hash of the block after which the sequence's latest recurrent state is stored; the next
     stored state replaces this state. None without such a state, or if another sequence has stored
     the state."""
+    max_blocks: int = 0
+    """Maximum number of KV blocks of the sequence until its end; 0 before the first admission."""
     seat: int | None = None
     """Index of the sequence's row in ``BlockTables``; None while the sequence does not run."""
     status: SequenceStatus = SequenceStatus.WAITING
@@ -123,11 +125,16 @@ class SequenceState:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     """Log-probabilities of the prompt tokens scored so far; None for the first token."""
     prompt_length: int = field(init=False)
+    order: tuple[int, bool, int, int] = field(init=False)
+    """Sort key of sequences that wait or run; smaller is earlier. It is (priority, whether the
+    request came without earlier output, arrival, choice)."""
     key: int = field(init=False)
     """63-bit hash of (request, choice); with a position, the key identifies a row."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.request.prompt)
+        is_new = not any(self.request.output_so_far)
+        self.order = (self.request.priority, is_new, self.arrival, self.choice)
         name = f"{self.request.request_id}\0{self.choice}".encode()
         self.key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
         is_asked = self.params.prompt_logprobs is not None
@@ -136,15 +143,6 @@ class SequenceState:
     @property
     def params(self) -> SamplingParams:
         return self.request.params
-
-    @property
-    def order(self) -> tuple[int, bool, int, int]:
-        """Sort key of sequences that wait or run; smaller is earlier.
-
-        The key is (priority, whether the request came without earlier output, arrival, choice).
-        """
-        is_new = not any(self.request.output_so_far)
-        return (self.request.priority, is_new, self.arrival, self.choice)
 
     @property
     def num_tokens(self) -> int:
@@ -159,7 +157,8 @@ class SequenceState:
     @property
     def is_decoding(self) -> bool:
         """Whether only the newest output token is missing from the KV cache."""
-        return bool(self.output) and self.num_missing == 1
+        num_output = len(self.output)  # not ``num_missing``: each step asks every sequence
+        return num_output > 0 and self.prompt_length + num_output - self.num_computed == 1
 
     @property
     def num_reusable(self) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from workers.requests.sequence import SequenceState, SequenceStatus
 from workers.scheduling.block_manager import BlockManager
-from workers.scheduling.fairness import ServedTokens
 from workers.scheduling.kv_waits import KvWaits
 from workers.scheduling.queues import SequenceQueues
 from workers.scheduling.seat_reserve import RESERVED_DIVISOR, SeatReserve
@@ -34,14 +34,12 @@ class SequenceAdmission:
         budget: StepBudget,
         *,
         kv_waits: KvWaits,
-        served: ServedTokens,
         seats: SeatReserve,
     ) -> None:
         self._queues = queues
         self._blocks = blocks
         self._budget = budget
         self._kv_waits = kv_waits
-        self._served = served
         self._seats = seats
 
     @property
@@ -54,12 +52,9 @@ class SequenceAdmission:
     def num_waiting_for_kv(self) -> int:
         """Number of sequences that wait for a transfer of KV blocks, without sequences that wait
         for the first choice of their request."""
+        if not self._kv_waits.is_any_waiting:
+            return 0
         return sum(map(self._waits_for_kv, self._queues.waiting))
-
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Number of prompt tokens of waiting requests, counted once for all choices."""
-        return sum(s.prompt_length for s in self._queues.waiting if s.first_choice is None)
 
     def take_admissible(self, restriction: Restriction, at_most: int) -> list[SequenceState]:
         """Return up to ``at_most`` waiting requests that can run soon, as one sequence of each.
@@ -82,14 +77,16 @@ class SequenceAdmission:
         some seats free for other tenants, and blocks for the same number of sequences, but at most
         one in ``RESERVED_DIVISOR`` blocks.
         """
-        if not self._queues.waiting:
-            return
         blocks, running = self._blocks, self._queues.running
-        free = blocks.num_free - blocks.reserve(running)
         seats = self._budget.max_num_seqs - len(running)
-        left_free = self._seats.seats_left_free(running if restriction.solo_request is None else ())
+        if not self._queues.waiting or seats <= 0 or max_rows <= 0:
+            return
+        free = blocks.num_free - blocks.reserve(running)
+        is_solo = restriction.solo_request is not None
+        counts = Counter[str]() if is_solo else self._queues.running_by_tenant
+        left_free = self._seats.seats_left_free(counts)
         held_back: set[str] = set()  # tenants
-        for sequence in self._served.in_turn(self._queues.waiting):
+        for sequence in self._queues.turns:
             if seats <= 0 or max_rows <= 0:
                 return
             num_left, tenant = left_free.of(sequence), sequence.request.tenant
@@ -123,7 +120,7 @@ class SequenceAdmission:
 
         ``max_rows``: limit of rows, as for ``admissible``.
         """
-        if not any(s.output for s in self._queues.waiting):
+        if not self._queues.has_waiting_output:
             return []
         return [s for s in self.admissible(restriction, max_rows) if self.would_decode(s)]
 
@@ -135,8 +132,7 @@ class SequenceAdmission:
     def next_waiting(self, restriction: Restriction) -> SequenceState | None:
         """Return the waiting sequence that is next in turn, even if it does not fit; None if no
         sequence may run."""
-        waiting = self._served.in_turn(self._queues.waiting)
-        able = (s for s in waiting if self._may_run(s, restriction))
+        able = (s for s in self._queues.turns if self._may_run(s, restriction))
         return next((s for s in able if not self._waits_for_first_choice(s)), None)
 
     def still_fits(self, admissible: SequenceState) -> bool:

@@ -12,6 +12,8 @@ from workers.kv.state_slots import StateMove
 from workers.requests.sequence import SequenceState, SequenceStatus
 from workers.scheduling.step_plan import PlannedRows
 
+_RUNNING = SequenceStatus.RUNNING
+
 
 class BlockManager:
     """Allocates and frees the seat, KV blocks and recurrent states of each sequence.
@@ -97,7 +99,12 @@ class BlockManager:
 
         It is one for each sequence that may need a further block before its end.
         """
-        return sum(map(self._may_grow, sequences))
+        return sum(
+            s.max_blocks > len(s.blocks)
+            if s.status is _RUNNING
+            else self._max_blocks(s) > self._num_blocks_for(s.num_tokens)
+            for s in sequences
+        )
 
     def still_fits(self, admissible: SequenceState, running: Sequence[SequenceState]) -> bool:
         """Whether a waiting sequence, which fitted before other admissions, still fits.
@@ -121,11 +128,10 @@ class BlockManager:
         """
         return self._pool.can_allocate(1 + self.reserve((*running, child)))
 
-    def _may_grow(self, sequence: SequenceState) -> bool:
-        is_running = sequence.status is SequenceStatus.RUNNING
-        held = len(sequence.blocks) if is_running else self._num_blocks_for(sequence.num_tokens)
+    def _max_blocks(self, sequence: SequenceState) -> int:
+        """Return the number of KV blocks that a sequence needs at its maximum length."""
         read = sequence.prompt_length + sequence.params.max_tokens - 1  # the last token gets no row
-        return self._num_blocks_for(min(read, self._max_model_len)) > held
+        return self._num_blocks_for(min(read, self._max_model_len))
 
     def _num_missing(self, decoding: SequenceState) -> int:
         return self._num_blocks_for(decoding.num_tokens) - len(decoding.blocks)
@@ -138,6 +144,7 @@ class BlockManager:
         Cached blocks are shared. Returns the number of newly allocated blocks.
         """
         sequence.seat = self._tables.take_seat()
+        sequence.max_blocks = self._max_blocks(sequence)
         self._extend(sequence, self.cached_blocks(sequence))
         self._pool.share(sequence.blocks)
         self._prefixes.begin(sequence)
@@ -153,6 +160,7 @@ class BlockManager:
         None if there is no such block.
         """
         child.seat, child.num_computed = self._tables.take_seat(), parent.num_computed
+        child.max_blocks = self._max_blocks(child)
         num_full = parent.num_computed // self._block_size
         self._extend(child, parent.blocks[:num_full])
         self._pool.share(child.blocks)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 
 from workers.requests.sequence import SequenceState
 
@@ -26,16 +26,23 @@ class ServedTokens:
         self._served: dict[str, float] = {}
         self._active: Counter[str] = Counter()
         """Number of waiting and running sequences by tenant."""
+        self._lowest: list[tuple[float, str]] = []
+        """Heap with a lower bound of the count of each active tenant, and of some others."""
+        self._in_heap: set[str] = set()
+
+    def of(self, tenant: str) -> float:
+        """Return the count of an active tenant, which never decreases while the tenant is."""
+        return self._served.get(tenant, 0.0)
 
     def add(self, sequence: SequenceState) -> None:
         """Record a new sequence, waiting or running. A tenant with sequences is active."""
         tenant = sequence.request.tenant
         if tenant not in self._active:
-            lowest = min((self._served.get(other, 0.0) for other in self._active), default=None)
-            kept = {} if lowest is None else self._served  # a sole tenant needs no counts
-            # a tenant that left with a lower count would start at the lowest count anyway
-            self._served = {t: x for t, x in kept.items() if x >= (lowest or 0.0)}
-            self._served[tenant] = max(self._served.get(tenant, 0.0), lowest or 0.0)
+            lowest = self._lowest_active()
+            self._served[tenant] = max(self._served.get(tenant, 0.0), lowest)
+            if tenant not in self._in_heap:
+                self._in_heap.add(tenant)
+                heappush(self._lowest, (self._served[tenant], tenant))
         self._active[tenant] += 1
 
     def remove(self, sequence: SequenceState) -> None:
@@ -44,6 +51,25 @@ class ServedTokens:
         self._active[tenant] -= 1
         if not self._active[tenant]:
             del self._active[tenant]
+
+    def _lowest_active(self) -> float:
+        """Return the lowest count of an active tenant; 0, and forget all counts, without one."""
+        if not self._active:  # a sole tenant needs no counts
+            self._served.clear()
+            self._lowest.clear()
+            self._in_heap.clear()
+        heap = self._lowest
+        while heap:
+            count, tenant = heap[0]
+            if self._served[tenant] > count:
+                heapreplace(heap, (self._served[tenant], tenant))
+            elif tenant in self._active:
+                return count
+            else:  # if it comes back, it starts at the lowest count anyway
+                heappop(heap)
+                self._in_heap.remove(tenant)
+                del self._served[tenant]
+        return 0.0
 
     def charge(self, sequence: SequenceState, num_rows: int) -> None:
         """Count ``num_rows`` computed rows of a sequence as tokens served to its tenant."""

@@ -27,6 +27,11 @@ class KvWaits:
         """Whether any queued request has yet to be returned by ``take_untried``."""
         return bool(self._untried)
 
+    @property
+    def is_any_waiting(self) -> bool:
+        """Whether any request waits for a transfer of KV blocks."""
+        return bool(self._waiting)
+
     def is_untried(self, request_id: str) -> bool:
         """Whether the request has yet to be returned by ``take_untried`` since it was queued."""
         return request_id in self._untried

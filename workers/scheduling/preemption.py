@@ -94,8 +94,10 @@ class Preemption:
         first = self._admission.next_waiting(restriction)
         if first is None:
             return None
-        running = self._queues.running
+        queues, running = self._queues, self._queues.running
         if restriction.solo_request is None:
+            if not (queues.num_beams_running or queues.running_by_tenant[first.request.tenant]):
+                return None
             stay = [s for s in running if not _is_preempted_by(s, first.request)]
         else:
             stay = [s for s in running if not s.is_idle and restriction.allows(s)]

@@ -78,7 +78,8 @@ class Scheduler:
         """Block tables of running sequences, by ``SequenceState.seat``."""
         self.kv_waits = KvWaits()
         """Waiting requests that may start, or wait for, a transfer of KV blocks."""
-        self.queues = SequenceQueues()
+        self._served = ServedTokens()
+        self.queues = SequenceQueues(self._served)
         """The waiting and running sequences, which other modules only read."""
         self._budget = budget = StepBudget(
             max_num_seqs=max_num_seqs,
@@ -87,12 +88,9 @@ class Scheduler:
         )
         kept = None if states is None else SequenceStates(states, self.prefixes)
         self._blocks = BlockManager(pool, self.tables, self.prefixes, kept, max_model_len)
-        self._served = ServedTokens()
         self._seats = SeatReserve(max_num_seqs)
         own = (self.queues, self._blocks, budget)
-        self.admission = SequenceAdmission(
-            *own, kv_waits=self.kv_waits, served=self._served, seats=self._seats
-        )
+        self.admission = SequenceAdmission(*own, kv_waits=self.kv_waits, seats=self._seats)
         """Policy that admits waiting sequences. Other modules read its counters."""
         self.preemption = Preemption(*own, admission=self.admission, kv_waits=self.kv_waits)
         """Policy that preempts running sequences. Other modules read its counters."""
@@ -156,7 +154,7 @@ class Scheduler:
 
     def intent(self, restriction: Restriction = _UNRESTRICTED) -> StepIntent:
         """Return the rows that this worker would run in the next step if all were granted."""
-        decoding, prefilling = self._runnable(restriction)
+        decoding, prefilling = self.queues.runnable(restriction)
         blocks, admission, max_rows = self._blocks, self.admission, self._budget.max_rows
         decodes, missing = len(decoding), sum(s.num_missing for s in prefilling)
         limit = max_rows - decodes
@@ -170,10 +168,12 @@ class Scheduler:
         left_out: Set[str] = frozenset()
         if restriction.solo_request is None:
             others = [*prefilling, *admissible]
-            left_out = self._short_steps.choose(self.queues.running, decoding, others, missing)
+            counts = self.queues.running_by_tenant
+            left_out = self._short_steps.choose(counts, decoding, others, missing)
         decodes += sum(s.request.tenant not in left_out for s in ready)
         prefill_rows = min(missing, max_rows - decodes)
-        decodes -= sum(s.request.tenant in left_out for s in decoding)
+        if left_out:
+            decodes -= sum(s.request.tenant in left_out for s in decoding)
         drafts = 0
         if self._drafts is not None and not left_out:
             drafts = self._drafts.num_wanted(decoding, decodes, prefill_rows)
@@ -183,7 +183,8 @@ class Scheduler:
             is_alone=restriction.solo_request is not None,
             draft_rows=drafts,
         )
-        return StepIntent(restriction, rows, left_out, (decoding, prefilling, ready, admissible))
+        groups = (decoding, prefilling, ready, admissible)
+        return StepIntent(restriction, rows, left_out, groups, self.queues.num_changes)
 
     def plan(self, intent: StepIntent, grant: Grant) -> StepPlan:
         """Choose the rows of a step within the grant, and allocate their KV blocks."""
@@ -221,6 +222,7 @@ class Scheduler:
         without a token; their blocks of this plan do not enter the prefix cache.
         """
         endings: dict[SequenceState, Ending] = {}
+        self.queues.note_commit()
         self._seats.count_step(self.queues.running)
         for planned in plan.rows:
             sequence = planned.sequence
@@ -254,18 +256,6 @@ class Scheduler:
             assert not sequence.num_computed
             assert sequence.state is None
 
-    def _runnable(
-        self, restriction: Restriction
-    ) -> tuple[list[SequenceState], list[SequenceState]]:
-        """Return the running sequences that may have rows: the decoding ones, and all others."""
-        decoding: list[SequenceState] = []
-        prefilling: list[SequenceState] = []
-        is_open = restriction.is_open
-        for sequence in self.queues.running:
-            if not sequence.is_idle and (is_open or restriction.allows(sequence)):
-                (decoding if sequence.is_decoding else prefilling).append(sequence)
-        return decoding, prefilling
-
     def _is_left_out(self, waiting: SequenceState, intent: StepIntent) -> bool:
         return intent.leaves_out(waiting) and self.admission.would_decode(waiting)
 
@@ -274,7 +264,7 @@ class Scheduler:
         candidates = self.admission.ready_to_decode(intent.restriction, self._budget.max_rows)
         ready = [s for s in candidates if not intent.leaves_out(s)]
         if ready:
-            decoding, _ = self._runnable(intent.restriction)
+            decoding, _ = self.queues.runnable(intent.restriction)
             spare = decode_rows - sum(not intent.leaves_out(s) for s in decoding)
             del ready[max(spare, 0) :]
         admitted = []
@@ -293,7 +283,10 @@ class Scheduler:
         """
         is_short = bool(intent.left_out_tenants)
         while True:
-            decoding, prefilling = self._runnable(intent.restriction)
+            if intent.num_changes == self.queues.num_changes:
+                decoding, prefilling = map(list, intent.groups[:2])
+            else:
+                decoding, prefilling = self.queues.runnable(intent.restriction)
             if is_short:
                 others = [s for s in decoding if not intent.leaves_out(s)]
                 is_short = decode_rows <= len(others)  # else the grant is for an older intent

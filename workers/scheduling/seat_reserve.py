@@ -31,11 +31,16 @@ class SeatReserve:
         self._step = 0
         self._seen: dict[str, tuple[int, float]] = {}
         """For each tenant, the latest step in which a sequence arrived or ended, and its weight."""
+        self._sum: float | None = None
+        """Sum of the weights in ``_seen``; None after a change of them."""
 
     def note(self, sequence: SequenceState) -> None:
         """Record the tenant of a sequence that has arrived or ended."""
         request = sequence.request
+        _, weight = self._seen.get(request.tenant, (0, None))
         self._seen[request.tenant] = self._step, request.weight
+        if request.weight != weight:
+            self._sum = None
 
     def count_step(self, running: Iterable[SequenceState]) -> None:
         """Count a committed step; every 1,000 steps forget tenants without recent sequences.
@@ -46,45 +51,51 @@ class SeatReserve:
         if not self._step % _REMEMBERED_STEPS:
             oldest, tenants = self._step - _REMEMBERED_STEPS, {s.request.tenant for s in running}
             self._seen = {t: s for t, s in self._seen.items() if s[0] >= oldest or t in tenants}
+            self._sum = None
 
-    def above_share(self, running: Iterable[SequenceState]) -> set[str]:
+    def above_share(self, running: Counter[str]) -> set[str]:
         """Return the tenants with more than one running sequence and more than their share of them.
 
-        A tenant's share is its weight divided by the sum of the weights of all tenants. Empty if
-        there is only one tenant.
+        ``running``: number of running sequences by tenant. A tenant's share is its weight divided
+        by the sum of the weights of all tenants. Empty if there is only one tenant.
         """
         if self._has_one:
             return set()
-        counts = Counter(s.request.tenant for s in running)
-        one_more = counts.total() + 1
-        shares = self._shares()
-        return {t for t, count in counts.items() if count > max(1.0, shares.get(t, 1.0) * one_more)}
+        one_more = running.total() + 1
+        several = (t for t, count in running.items() if count > 1)
+        return {t for t in several if running[t] > self.share(t) * one_more}
 
     @property
     def _has_one(self) -> bool:
         """Whether at most one tenant has or recently had sequences; it may then use all seats."""
         return len(self._seen) < 2
 
-    def _shares(self) -> dict[str, float]:
-        whole = sum(weight for _, weight in self._seen.values())
-        return {tenant: weight / whole for tenant, (_, weight) in self._seen.items()}
+    def share(self, tenant: str) -> float:
+        """Return the weight of a tenant divided by the sum of all; 1 for a tenant that is not
+        known."""
+        if tenant not in self._seen:
+            return 1.0
+        if self._sum is None:
+            self._sum = sum(weight for _, weight in self._seen.values())
+        return self._seen[tenant][1] / self._sum
 
-    def seats_left_free(self, running: Iterable[SequenceState]) -> SeatsLeftFree:
+    def seats_left_free(self, running: Counter[str]) -> SeatsLeftFree:
         """Return the counter of seats to leave free while sequences are chosen for one plan.
 
-        ``running``: the sequences that already run.
+        ``running``: number of running sequences by tenant.
         """
-        counts = Counter[str]() if self._has_one else Counter(s.request.tenant for s in running)
-        return SeatsLeftFree(self._num_free, self._shares(), counts)
+        return SeatsLeftFree(self._num_free, self, Counter() if self._has_one else running)
 
 
 class SeatsLeftFree:
     """Tells how many seats to leave free for other tenants while a plan's sequences are chosen."""
 
-    def __init__(self, num_free: int, shares: dict[str, float], counts: Counter[str]) -> None:
+    def __init__(self, num_free: int, reserve: SeatReserve, running: Counter[str]) -> None:
         self._num_free = num_free
-        self._shares = shares
-        self._counts = counts
+        self._reserve = reserve
+        self._running = running
+        self._taken: Counter[str] = Counter()
+        self._num_seats = running.total()
 
     def of(self, sequence: SequenceState) -> int:
         """Number of seats that must stay free if this sequence gets a seat.
@@ -92,10 +103,12 @@ class SeatsLeftFree:
         It is 0 for a tenant below its share. Example: with 64 seats and two tenants of equal
         weight, 4 for the tenant with more running sequences and 0 for the other tenant.
         """
-        tenant, num_seats = sequence.request.tenant, self._counts.total() + 1
-        is_above = self._counts[tenant] >= self._shares.get(tenant, 1.0) * num_seats
+        tenant = sequence.request.tenant
+        count = self._running[tenant] + self._taken[tenant]
+        is_above = count >= self._reserve.share(tenant) * (self._num_seats + 1)
         return self._num_free if is_above else 0
 
     def take(self, sequence: SequenceState) -> None:
         """Record that the sequence gets a seat in the plan."""
-        self._counts[sequence.request.tenant] += 1
+        self._taken[sequence.request.tenant] += 1
+        self._num_seats += 1

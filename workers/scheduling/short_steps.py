@@ -5,6 +5,7 @@ Pure: no clock or socket.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence, Set
 
 from workers.requests.sequence import SequenceState
@@ -25,14 +26,15 @@ class ShortSteps:
 
     def choose(
         self,
-        running: Sequence[SequenceState],
+        running: Counter[str],
         decoding: Sequence[SequenceState],
         others: Sequence[SequenceState],
         num_missing: int,
     ) -> Set[str]:
         """Return the tenants whose decodes the next step leaves out; empty for a normal step.
 
-        ``others``: sequences that would compute ``num_missing`` prompt rows in this step.
+        ``running``: number of running sequences by tenant. ``others``: sequences that would
+        compute ``num_missing`` prompt rows in this step.
         """
         if self._was_short or not others:
             return frozenset()

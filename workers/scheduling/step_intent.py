@@ -52,6 +52,9 @@ class StepIntent:
     groups: tuple[Sequence[SequenceState], ...] = ()
     """Sequences that would have rows: running ones that decode, running ones with prompt rows,
     waiting ones that would decode, waiting ones with prompt rows."""
+    num_changes: int | None = None
+    """``SequenceQueues.num_changes`` at the choice of ``groups``; None if the restriction was
+    changed since."""
 
     @property
     def sequences(self) -> Iterator[SequenceState]:
@@ -67,4 +70,6 @@ class StepIntent:
 
         Requests may have been paused between the proposal and the grant.
         """
-        return replace(self, restriction=restriction)
+        if restriction == self.restriction:
+            return self
+        return replace(self, restriction=restriction, num_changes=None)

@@ -522,7 +522,7 @@ def test_the_prompt_of_waiting_choices_counts_once() -> None:
     desk.add(10, n=3)
     assert len(desk.scheduler.queues.waiting) == 3
     assert desk.scheduler.admission.num_deferred == 2
-    assert desk.scheduler.admission.num_waiting_tokens == 10
+    assert desk.scheduler.queues.num_waiting_tokens == 10
 
 
 @pytest.mark.parametrize(("prompt_length", "num_computed"), [(8, 4), (9, 8), (12, 8), (13, 12)])
