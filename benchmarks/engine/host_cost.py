@@ -49,7 +49,7 @@ from workers.model.config import BankSpec, ExchangeSpec, ModelConfig
 from workers.model.layers import Dispatch, LayerSteps, ModelInputs
 from workers.requests.buckets import bucket_of, buckets_up_to
 from workers.requests.request import Request, SamplingParams
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 from workers.transport.transport import ExpectedMessage, RowMessage, Tag, empty_messages
 
 SIDES = ("attention", "expert", "local")
@@ -285,7 +285,7 @@ def _header(step: int, side: str, decode_rows: int, prefill_rows: int) -> StepHe
         step=step,
         epoch=1,
         oldest_epoch=1,
-        grants=((0, Grant(decode_rows=decode_rows, prefill_rows=prefill_rows)),),
+        grants=Grants.of({0: Grant(decode_rows=decode_rows, prefill_rows=prefill_rows)}),
         exact=prefill_rows > 0,
         bucket=bucket_of(decode_rows, buckets_up_to(512)) if is_padded else 0,
     )

@@ -19,7 +19,7 @@ from workers.dispatch.remote import RemoteDispatcher
 from workers.experts.bank import ExpertBank, make_kernel
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.native.thread_team import ThreadTeam, start_kernels
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity
@@ -95,7 +95,7 @@ class Shape:
             step=step,
             epoch=1,
             oldest_epoch=1,
-            grants=tuple((rank, grant) for rank in range(self.attention_ranks)),
+            grants=Grants.of(dict.fromkeys(range(self.attention_ranks), grant)),
             exact=is_prefill,
         )
 

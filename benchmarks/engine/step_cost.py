@@ -29,7 +29,7 @@ from workers.model.layers import LayerSteps, ModelInputs
 from workers.native.thread_team import start_kernels
 from workers.process.step_messages import step_messages
 from workers.requests.request import Request, SamplingParams, TokenOutput
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 from workers.requests.wire import FROM_ENGINE
 
 PARTS = ("schedule", "batch", "sampling", "commit", "poll", "encode", "rest")
@@ -176,7 +176,11 @@ class _Loop:
         self._num_steps += 1
         grant = Grant(decode_rows=wanted.decode_rows, prefill_rows=wanted.prefill_rows)
         header = StepHeader(
-            generation=1, step=self._num_steps, epoch=1, oldest_epoch=1, grants=((0, grant),)
+            generation=1,
+            step=self._num_steps,
+            epoch=1,
+            oldest_epoch=1,
+            grants=Grants.of({0: grant}),
         )
         self._send(self._engine.step(header))
 

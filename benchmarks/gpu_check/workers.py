@@ -39,6 +39,7 @@ from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
+from workers.engine.step_leader import StepLeader
 from workers.experts.slots import ExpertSlots
 from workers.model.config import BankSpec
 from workers.requests.buckets import buckets_up_to
@@ -247,13 +248,13 @@ class _Worker:
             data_address=self.connections.address,
             store_address=store_address,
         )
-        self.channel = StepChannel(
-            self.connections,
+        leader = StepLeader(
             prefill_cap=PrefillCap.of(PLAIN),
             micro_batches=MicroBatchRule(),
             buckets=buckets_up_to(PLAIN.max_num_seqs) if case.place.is_gpu else (),
             max_static_ranks=max_static_ranks(self.banks, "sum") if case.place.is_gpu else 0,
         )
+        self.channel = StepChannel(self.connections, leader)
 
     @property
     def placement(self) -> ExpertPlacement:

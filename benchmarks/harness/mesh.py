@@ -25,7 +25,7 @@ from workers.metrics.activity import Activity
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.model.weighting import sum_of_pairs
 from workers.native.thread_team import ThreadTeam
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.handshake import PeerIdentity
@@ -140,7 +140,7 @@ def make_header(
         step=step,
         epoch=epoch,
         oldest_epoch=epoch,
-        grants=tuple((rank, Grant(**{kind: n})) for rank, n in enumerate(rows)),
+        grants=Grants.of({rank: Grant(**{kind: n}) for rank, n in enumerate(rows)}),
         num_micro_batches=num_micro_batches,
         exact=exact,
     )

@@ -16,7 +16,7 @@ from benchmarks.report.timing import decode_interval_of
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from tests.harness.step_traces import read_spans
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 
 TINY = ["--input-len", "5", "--output-len", "4", "--threads", "1", "--device", "cpu"]
 
@@ -94,7 +94,9 @@ def test_a_table_of_stages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_spans_are_added_up_by_phase() -> None:
     sums = StepSums()
     for step, grant in enumerate((Grant(prefill_rows=4), Grant(decode_rows=2)), 1):
-        header = StepHeader(generation=1, step=step, epoch=1, oldest_epoch=1, grants=((0, grant),))
+        header = StepHeader(
+            generation=1, step=step, epoch=1, oldest_epoch=1, grants=Grants.of({0: grant})
+        )
         for _ in range(step):
             assert sums.begin_step(header)
             sums.add("attention", 0, 2_000_000, {})

@@ -12,11 +12,11 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from tests.simulation.bugs import BUGS
-from tests.simulation.faults import KINDS
+from tests.simulation.faults import KINDS, LARGE_KINDS
 from tests.simulation.kernel import Kernel
 from tests.simulation.scenario import draw_scenario
 from tests.simulation.shrinking import describe, outcome_of, shrink
@@ -84,9 +84,13 @@ class _VirtualTime(logging.Handler):
 def run_seed(seed: int, options: argparse.Namespace) -> Report:
     """Live through one seed, and shrink its failure if asked."""
     bug = BUGS.get(options.bug)
-    kinds = tuple(options.kinds.split(",")) if options.kinds else bug.kinds if bug else KINDS
+    usual = LARGE_KINDS if options.members else KINDS
+    kinds = tuple(options.kinds.split(",")) if options.kinds else bug.kinds if bug else usual
     began = time.process_time()
     scenario = draw_scenario(seed, kinds, bug.features if bug is not None else None)
+    if options.members:
+        attention, _, experts = options.members.partition("+")
+        scenario = replace(scenario, num_attention=int(attention), num_experts=int(experts))
     world = World(scenario, print if options.verbose else None)
     with bug.plant() if bug is not None else nullcontext():
         text = outcome_of(world)
@@ -125,6 +129,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--num", type=int, help="how many; by default 1, of a bug all of its own")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument(
+        "--members",
+        default="",
+        metavar="A+E",
+        help="attention and expert workers of each seed, in place of a few",
+    )
     parser.add_argument("--kinds", default="", help="faults to draw from, by default all")
     parser.add_argument("--bug", default="", choices=["", *BUGS], help="a planted bug")
     parser.add_argument("--shrink", action="store_true", help="drop what a failure does not need")

@@ -16,6 +16,7 @@ from tests.simulation.kernel import Process, Thread
 from tests.simulation.nodes import HEAD, Node
 from tests.simulation.ray import Hosts
 from tests.simulation.toy_adapters import ADAPTERS
+from workers.engine.step_tree import StepTree
 
 if TYPE_CHECKING:
     from tests.simulation.scenario import Fault
@@ -61,13 +62,25 @@ LINK_FAULTS = (
 ORDERS = ("drain_worker", "drain_node", "rebalance", "reload_adapter", "scale", "scale")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
-_SLOWS_CALLS = {"pause_worker", "pause_thread", "pause_host", "slow_machine", *LINK_FAULTS} - {
+LARGE_KINDS = (*KINDS, "kill_inner", "kill_inner", "pause_inner", "isolate_inner", "kill_rack")
+"""Those of a cluster in which headers take a second hop."""
+_SLOWS_CALLS = {
+    "pause_worker",
+    "pause_inner",
+    "isolate_inner",
+    "pause_thread",
+    "pause_host",
+    "slow_machine",
+    *LINK_FAULTS,
+} - {
     "reset_link",
     "duplicate_connections",
 }
 """Faults that may keep a worker from calling a controller again at once."""
 _SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""
+_RACK = 8
+"""Workers that share a rack."""
 _LOOK_S = 0.05
 """Time between two looks whether a new worker runs."""
 _SICK_S = 3.0
@@ -175,6 +188,23 @@ class Faults:
         for process in attention[1:]:
             with suppress(_NothingToHitError):
                 self._kill(process)
+
+    def kill_inner(self, fault: Fault) -> None:
+        """A worker that sends headers on to others."""
+        self._kill(self._inner(fault.where))
+
+    def kill_rack(self, fault: Fault) -> None:
+        """Eight workers at once, or half of them if they are fewer, every second one."""
+        rack = self._workers()[fault.where % 2 :: 2][:_RACK]
+        for worker in rack:
+            with suppress(_NothingToHitError):
+                self._kill(worker.process)
+
+    def pause_inner(self, fault: Fault) -> None:
+        """A worker that sends headers on to others stands still."""
+        worker = self._inner(fault.where)
+        self._blame_worker(worker, "paused", fault)
+        self._pause(worker, fault.lasts_s)
 
     def pause_worker(self, fault: Fault) -> None:
         worker = self._worker(fault.where)
@@ -383,7 +413,13 @@ class Faults:
 
     def isolate_worker(self, fault: Fault) -> None:
         """A host neither sends nor receives."""
-        worker = self._worker(fault.where)
+        self._isolate_host(self._worker(fault.where), fault)
+
+    def isolate_inner(self, fault: Fault) -> None:
+        """The host of a worker that sends headers on neither sends nor receives."""
+        self._isolate_host(self._inner(fault.where), fault)
+
+    def _isolate_host(self, worker: Process, fault: Fault) -> None:
         self._blame(worker.host)
         if worker.host == HEAD:
             self.isolate_head(fault)
@@ -484,6 +520,18 @@ class Faults:
     def _worker(self, number: int) -> Process:
         """A living worker."""
         workers = self._workers()
+        if not workers:
+            raise _NothingToHitError
+        return workers[number % len(workers)].process
+
+    def _inner(self, number: int) -> Process:
+        """A worker between the leader and others, or any one where all are next to the leader."""
+        inner = {
+            name
+            for worker in self._workers()
+            for name in StepTree.of(worker.worker.membership.generation, worker.name).inner
+        }
+        workers = [w for w in self._workers() if w.name in inner] or self._workers()
         if not workers:
             raise _NothingToHitError
         return workers[number % len(workers)].process

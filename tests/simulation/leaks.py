@@ -97,8 +97,8 @@ def _left_at_gateway(gateway: SimGateway) -> Iterator[str]:
     yield from _named("running calls", product.running._names)
     if admission is not None and (admission.num_requests or admission.num_seats):
         yield f"{admission.num_requests} requests, {admission.num_seats} places admitted"
-    if admission is not None and (admission.num_tokens or admission._queues):
-        yield f"{admission.num_tokens} tokens admitted, of {[*admission._queues]}"
+    if admission is not None and (admission.num_tokens or len(admission._queues)):
+        yield f"{admission.num_tokens} tokens admitted, of {[*admission._queues._totals]}"
     yield from _named("submissions without a worker", pool.assignments.waiting)
     yield from _named("accused submissions", pool.disconnects.suspects)
     yield from _named("moves", pool.moves._moves)

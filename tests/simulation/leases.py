@@ -83,8 +83,8 @@ def ends_of_a_hold() -> tuple[float, int, int, bool]:
 
 if __name__ == "__main__":
     found = {
-        "fenced_after_s": [fenced_after_s(count) for count in (1, 2, 3)],
-        "run_without_controller": [run_without_controller(count) for count in (1, 2)],
+        "fenced_after_s": [fenced_after_s(count) for count in (1, 2, 3, 12)],
+        "run_without_controller": [run_without_controller(count) for count in (1, 2, 12)],
         "ends_of_a_hold": ends_of_a_hold(),
     }
     print(json.dumps(found))

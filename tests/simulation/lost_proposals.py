@@ -12,7 +12,7 @@ from tests.simulation.scenario import draw_scenario
 from tests.simulation.shrinking import outcome_of
 from tests.simulation.world import World
 from workers.engine.step_channel import StepChannel
-from workers.requests.step_header import StepProposal
+from workers.engine.step_proposals import StepProposals
 
 FIRST_LOST = 20
 """Proposals that arrive; the later ones of the first generation are lost."""
@@ -20,15 +20,15 @@ FIRST_LOST = 20
 
 def outcome(seed: int) -> str:
     """Run a seed without other faults; what is broken, empty if nothing is."""
-    world, taken, real = World(draw_scenario(seed, (), ())), [], StepChannel._take_proposal
+    world, taken, real = World(draw_scenario(seed, (), ())), [], StepChannel._take_proposals
     world.faults.guilty = {f"attention-{rank}": "the leader loses proposals" for rank in range(4)}
 
-    def take(self: StepChannel, proposal: StepProposal) -> None:
-        taken.append(proposal)
-        if proposal.generation > 1 or len(taken) <= FIRST_LOST:
-            real(self, proposal)
+    def take(self: StepChannel, proposals: StepProposals, child: str) -> None:
+        taken.append(proposals)
+        if proposals.generation > 1 or len(taken) <= FIRST_LOST:
+            real(self, proposals, child)
 
-    with mock.patch.object(StepChannel, "_take_proposal", take):
+    with mock.patch.object(StepChannel, "_take_proposals", take):
         found = outcome_of(world)
     assert len(taken) > FIRST_LOST, "the seed has too few steps"
     return found

@@ -54,6 +54,8 @@ _PING_S = 0.5
 _AGAIN_S = 0.05
 _CALL_LIMIT_S = 5.0
 _STOP_LIMIT_S = 2.0
+_SPARE_CPUS = 2
+"""CPUs of a host beyond those of all workers at the start."""
 
 
 @dataclass(slots=True)
@@ -75,6 +77,7 @@ class SimRay:
             ("attention", scenario.num_attention),
             ("expert", scenario.num_experts),
         )
+        self._cpus = max(8.0, sum(count for _, count in counts) + _SPARE_CPUS)
         for role, count in counts:
             for rank in range(count):
                 self.nodes.add(self.host_of(role, rank))
@@ -102,7 +105,7 @@ class SimRay:
         return NodeResources(
             node_id=node.node_id,
             address=node.host,
-            cpus=1.0 if role else 8.0,
+            cpus=1.0 if role else self._cpus,
             labels=NodeLabels(role=role),
         )
 

@@ -26,7 +26,7 @@ def test_leases_end_when_they_must() -> None:
     found = json.loads(done.stdout)
     for seconds in found["fenced_after_s"]:
         assert LEASE_S - SLACK_S < seconds < LEASE_S + SLACK_S
-    assert found["run_without_controller"] == [True, True]
+    assert found["run_without_controller"] == [True, True, True]
     lost_after_s, num_living, num_left, serves = found["ends_of_a_hold"]
     assert NODE_LIMIT_S < lost_after_s < NODE_LIMIT_S + WORD_S
     assert (num_living, num_left, serves) == (4, 0, True)

@@ -43,6 +43,21 @@ def test_seeds_keep_every_promise_and_use_every_feature(part: range) -> None:
     assert not missing, f"nothing of {missing} in {counted}"
 
 
+@pytest.mark.parametrize(
+    ("members", "num"), [("10+4", 2), pytest.param("12+6", 40, marks=pytest.mark.slow)]
+)
+def test_seeds_of_a_cluster_with_a_second_hop(members: str, num: int) -> None:
+    found = run("--members", members, "--num", str(num), "--jobs", "2")
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.slow
+def test_seeds_of_many_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMULATED_EXPERTS", "64")
+    found = run("--members", "32+32", "--num", "4", "--jobs", "2")
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 @pytest.mark.slow
 def test_a_seed_with_disks_is_the_same_twice() -> None:
     found = [run("--seed", str(WITH_DISKS)).stdout.splitlines() for _ in range(2)]

@@ -9,6 +9,7 @@ be.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -27,7 +28,8 @@ from workers.requests.request import TokenLogprob
 
 VOCAB = 997
 TOP_K = 2
-NUM_EXPERTS = 8
+NUM_EXPERTS = int(os.environ.get("SIMULATED_EXPERTS", "8"))
+"""Number of routed experts, of which each expert worker of a large cluster needs one."""
 BLOCK_TOKEN_BYTES = 8
 """Of a block's data, for each token."""
 _COPY_S = 200e-6

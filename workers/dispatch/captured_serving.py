@@ -64,13 +64,19 @@ class CapturedServing:
         return self._fixed.version, *versions, self._transport.captured_state
 
     @staticmethod
-    def shape(header: StepHeader) -> tuple[tuple[int, ...], ...]:
+    def shape(header: StepHeader, own: int = -1) -> Hashable:
         """Return the cache key of a captured step: the numbers of rows that this rank receives.
 
-        There is one tuple for each attention rank: (rank, rows in each micro-batch...).
+        ``own``: rank of a colocated worker, whose own rows do not count.
         """
-        parts = range(header.num_micro_batches)
-        return tuple((r, *(header.edge_rows(r, part) for part in parts)) for r, _ in header.grants)
+        ranks, parts = header.grants.ranks, header.num_micro_batches
+        if header.bucket:  # the number is the same for all ranks
+            return ranks, parts, header.edge_rows(own, 0)
+        counts = [list(header.edge_counts(part)) for part in range(parts)]
+        if (position := header.grants.positions.get(own)) is not None:
+            for one in counts:
+                one[position] = 0
+        return ranks, *map(tuple, counts)
 
     def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
         """Begin a step. ``places``: all exchanges to serve, in order."""

@@ -202,9 +202,7 @@ class ColocatedDispatcher:
 
         The key includes the numbers of rows of the other ranks, whose rows this rank serves.
         """
-        own = self._attention.rank
-        served = self._server.captured.shape(header)
-        others = tuple(grant for grant in served if grant[0] != own)
+        others = self._server.captured.shape(header, self._attention.rank)
         return self._attention.captured_shape(header), others
 
     @contextmanager

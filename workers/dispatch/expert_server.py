@@ -198,10 +198,9 @@ class ExpertServer:
         filled: Sequence[FilledSlots] = self._epochs.begin_step(header)
         if self._has_graphs:
             filled = self._at_fixed_addresses(filled)
-        granted = [
-            {rank: n for rank, _ in header.grants if (n := header.edge_rows(rank, micro_batch))}
-            for micro_batch in range(header.num_micro_batches)
-        ]
+        ranks = header.grants.positions
+        counts = (header.edge_counts(i) for i in range(header.num_micro_batches))
+        granted = [{r: n for r, n in zip(ranks, own, strict=True) if n} for own in counts]
         return ServedStep(
             header,
             self._combine_mode,

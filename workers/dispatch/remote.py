@@ -39,7 +39,7 @@ from workers.model.config import BankSpec, returns_pairs
 from workers.model.layers import Dispatch
 from workers.native.panels import DTYPES
 from workers.native.thread_team import ThreadTeam
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 from workers.transport.transport import DataTransport
 
 
@@ -252,8 +252,7 @@ class RemoteDispatcher(TimedDispatcher):
     def captured_header(self, header: StepHeader, num_rows: int) -> StepHeader:
         """Return ``header`` with ``num_rows`` decode rows for this rank."""
         own = Grant(decode_rows=num_rows)
-        grants = tuple((r, own if r == self.rank else grant) for r, grant in header.grants)
-        return replace(header, grants=grants)
+        return replace(header, grants=Grants.of({**dict(header.grants), self.rank: own}))
 
     @contextmanager
     def as_captured(

@@ -29,7 +29,7 @@ from workers.model.loading.config_file import resolve_dtype
 from workers.model.loading.expert_format import rounded_form
 from workers.native.thread_team import start_kernels
 from workers.requests.request import Request, TokenOutput
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 from workers.requests.wire import EngineHello
 from workers.sampling.grammar_compiler import GrammarCompiler
 
@@ -176,7 +176,7 @@ class EmbeddedEngine:
             step=self._next_step,
             epoch=1,
             oldest_epoch=1,
-            grants=((0, grant),),
+            grants=Grants.of({0: grant}),
             num_micro_batches=self._num_micro_batches if grant.num_rows > 1 else 1,
             exact=grant.prefill_rows > 0,
         )

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from operator import add
 from typing import NamedTuple
 
-from msgspec.structs import replace
-
 from workers.engine.micro_batches import MicroBatchRule
+from workers.engine.step_proposals import ProposalTable, StepProposal
 from workers.requests.buckets import BUCKETS, bucket_of
-from workers.requests.step_header import (
-    ALL_ROWS,
-    MAX_MICRO_BATCHES,
-    Grant,
-    StepHeader,
-    StepProposal,
-)
+from workers.requests.step_header import ALL_ROWS, MAX_MICRO_BATCHES, Grants, StepHeader
 from workers.requests.traced import MAX_TRACED, Parents
 
 _ROUNDING = 8
 """Granularity of edge limits, in rows, so that buffers have few sizes."""
+_NOTHING = StepProposal(rank=0, decode_rows=0, prefill_rows=0)
 
 
 class StepSize(NamedTuple):
@@ -32,7 +27,7 @@ class StepSize(NamedTuple):
 
 
 def decide_header(
-    proposals: Mapping[int, StepProposal],
+    proposals: ProposalTable,
     *,
     generation: int,
     step: int,
@@ -48,8 +43,8 @@ def decide_header(
     """Decide the header of ``step`` from the proposals of all attention ranks.
 
     Returns None if no rank wants a row, unless ``even_empty``, or with ``idle_size``: then the step
-    has only padding of this size, so that it is captured. ``proposals`` has one entry for each
-    attention rank of the generation. Decode rows are always granted. Prefill rows are capped at
+    has only padding of this size, so that it is captured. ``proposals`` must be complete. Decode
+    rows are always granted. Prefill rows are capped at
     ``max_prefill_rows`` over all ranks. The first rank to get prefill rows rotates with the step
     number, so that no rank starves. ``micro_batches`` is applied to the granted rows. A proposal
     for a solo step (rows of only one request) gets the whole step; if there are several, the choice
@@ -61,52 +56,70 @@ def decide_header(
     Example: if 4 ranks propose 300 prefill rows each and the cap is 512, then in step 6 rank 2
     gets 300 rows, rank 3 gets 212 and the others none.
     """
-    ranks = sorted(proposals)
-    is_idle = not any(proposals[r].num_rows for r in ranks)
+    wanted = proposals.in_order
+    is_idle = not any(p.decode_rows or p.prefill_rows for p in wanted)
     if is_idle and not even_empty and idle_size is None:
         return None
-    alone = [r for r in ranks if proposals[r].is_alone and proposals[r].num_rows]
+    alone = [p.rank for p in wanted if p.is_alone and p.num_rows]
     if alone:
         chosen = alone[step % len(alone)]
-        nothing = {"decode_rows": 0, "draft_rows": 0, "prefill_rows": 0}
-        idle = {r: replace(p, **nothing) for r, p in proposals.items()}
-        proposals = {**idle, chosen: proposals[chosen]}
-    left = max_prefill_rows
-    prefill = dict.fromkeys(ranks, 0)
-    wanting = [rank for rank in ranks if proposals[rank].prefill_rows]
-    for i in range(len(wanting)):
-        rank = wanting[(step + i) % len(wanting)]
-        prefill[rank] = min(proposals[rank].prefill_rows, left)
-        left -= prefill[rank]
-    grants = tuple((r, _grant(proposals[r], prefill[r])) for r in ranks)
-    rows = [g.num_rows for _, g in grants]
-    has_prefill = any(g.prefill_rows for _, g in grants)
-    header = StepHeader(
+        wanted = [p if p.rank == chosen else _NOTHING for p in wanted]
+    decode_rows = [p.decode_rows for p in wanted]
+    prefill_rows = _share_prefill([p.prefill_rows for p in wanted], max_prefill_rows, step)
+    has_prefill = any(prefill_rows)
+    rows = list(map(add, decode_rows, prefill_rows)) if has_prefill else decode_rows
+    most = max(rows)
+    num_micro_batches = micro_batches.choose(most, has_prefill)
+    bucket = edge_limit = 0
+    if is_idle and idle_size is not None:
+        bucket, num_micro_batches = idle_size
+    elif most and not has_prefill:
+        bucket = bucket_of(-(-most // num_micro_batches), buckets)
+        edge_limit = _edge_limit(wanted, num_micro_batches, bucket, buckets)
+    drafts = [p.draft_rows for p in wanted]
+    parents = [(p.rank, p.parents) for p, n in zip(wanted, rows, strict=True) if n]
+    return StepHeader(
         generation=generation,
         step=step,
         epoch=epoch,
         oldest_epoch=oldest_epoch,
-        grants=grants,
-        num_micro_batches=micro_batches.choose(rows, has_prefill),
+        grants=Grants.of_rows(proposals.packed_ranks, decode_rows, prefill_rows, drafts),
+        num_micro_batches=num_micro_batches,
         exact=has_prefill and not has_static_prompts,
+        edge_limit=edge_limit,
+        bucket=bucket,
         is_alone=bool(alone),
-        parents=_choose_parents([(r, proposals[r].parents) for r, g in grants if g.num_rows], step),
+        parents=_choose_parents(parents, step),
     )
-    if has_prefill:
-        return header
-    if is_idle and idle_size is not None:
-        return replace(
-            header, bucket=idle_size.bucket, num_micro_batches=idle_size.num_micro_batches
-        )
-    max_rows = max(header.rows(rank, 0) for rank in ranks)
-    bucket = bucket_of(max_rows, buckets) if max_rows else 0
-    header = replace(header, bucket=bucket) if bucket else header
-    with_rows = [rank for rank in ranks if header.rows(rank, 0)]
-    limit = limit_edges([(header.edge_rows(r, 0), proposals[r].edge_share) for r in with_rows])
+
+
+def _share_prefill(wanted: list[int], left: int, step: int) -> list[int]:
+    """Share ``left`` prompt rows among the ranks that want some. The first rotates by step."""
+    if not any(wanted):
+        return wanted
+    granted = [0] * len(wanted)
+    wanting = [rank for rank, rows in enumerate(wanted) if rows]
+    first = step % len(wanting)
+    for rank in (*wanting[first:], *wanting[:first]):
+        granted[rank] = min(wanted[rank], left)
+        left -= granted[rank]
+    return granted
+
+
+def _edge_limit(
+    wanted: Sequence[StepProposal], num_micro_batches: int, bucket: int, buckets: Sequence[int]
+) -> int:
+    """Return ``StepHeader.edge_limit`` of a step of decodes."""
+    sent = [
+        (bucket or -(-p.decode_rows // num_micro_batches), p.edge_share)
+        for p in wanted
+        if p.decode_rows
+    ]
+    limit = limit_edges(sent)
     if bucket and limit:  # few sizes, because each is a separate capture
         limit = bucket_of(limit, buckets)
         limit = limit if limit < bucket else 0
-    return replace(header, edge_limit=limit) if limit else header
+    return limit
 
 
 def step_sizes(buckets: Sequence[int], micro_batches: MicroBatchRule) -> tuple[StepSize, ...]:
@@ -122,16 +135,8 @@ def step_sizes(buckets: Sequence[int], micro_batches: MicroBatchRule) -> tuple[S
 
 
 def _size_of(rows: int, buckets: Sequence[int], micro_batches: MicroBatchRule) -> StepSize:
-    number = micro_batches.choose([rows], has_prefill=False)
+    number = micro_batches.choose(rows, has_prefill=False)
     return StepSize(bucket_of(-(-rows // number), buckets), number)
-
-
-def _grant(proposal: StepProposal, prefill_rows: int) -> Grant:
-    return Grant(
-        decode_rows=proposal.decode_rows,
-        prefill_rows=prefill_rows,
-        draft_rows=proposal.draft_rows,
-    )
 
 
 def _choose_parents(

@@ -7,7 +7,6 @@ batch makes it slower. ``benchmarks/serving/micro_batches.py`` measures the brea
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from cluster.config.cluster import EngineSection, NumMicroBatches
@@ -42,13 +41,12 @@ class MicroBatchRule:
             prefill_threshold=engine.micro_batch_prefill_threshold,
         )
 
-    def choose(self, rows: Collection[int], has_prefill: bool) -> int:
+    def choose(self, max_rows: int, has_prefill: bool) -> int:
         """Return the number of micro-batches of a step, 1 or 2.
 
-        ``rows``: number of rows of each attention rank. If no rank has more than one row, the step
-        cannot be split: no rank would have rows in the second micro-batch.
+        ``max_rows``: largest number of rows of an attention rank. If no rank has more than one row,
+        the step cannot be split: no rank would have rows in the second micro-batch.
         """
-        max_rows = max(rows)
         if max_rows < 2 or self.setting == 1:
             return 1
         threshold = self.prefill_threshold if has_prefill else self.decode_threshold

@@ -26,15 +26,15 @@ _EXCESS_FACTOR = 1.5
 class PrefillCap:
     """The leader's limit of prompt rows in a step, from its estimates of step times.
 
-    If a target step time is set, a step that also decodes gets at most twice the prompt rows that
-    an earlier step has computed within the target.
+    Without a target step time, every rank may run its own maximum. If a target step time is set, a
+    step that also decodes gets at most twice the prompt rows that an earlier step has computed
+    within the target.
     """
 
     def __init__(self, *, max_rows: int, min_rows: int = 1, target_s: float | None = None) -> None:
         """``max_rows``: maximum prompt rows of one rank. ``min_rows``: rows that always may run.
 
-        ``target_s``: target seconds of a step; None: all ranks together get ``max_rows`` while any
-        sequence decodes.
+        ``target_s``: target seconds of a step in which any sequence decodes; None for no target.
         """
         self._max_rows = max_rows
         self._min_rows = min(min_rows, max_rows)
@@ -57,16 +57,16 @@ class PrefillCap:
     def rows(self, decode_rows: int, num_ranks: int) -> int:
         """Return the maximum number of prompt rows in the next step, over all ranks.
 
-        ``decode_rows``: decode rows of all ranks in this step; 0 removes the limit by time.
+        ``decode_rows``: decode rows of all ranks in this step; 0 removes the limit by time. Without
+        that limit the rows grow with the number of ranks, as each rank computes its own.
         """
-        if not decode_rows:
-            return self._max_rows * num_ranks
-        if self._target_s is None:
-            return self._max_rows
+        max_rows = self._max_rows * num_ranks
+        if not decode_rows or self._target_s is None:
+            return max_rows
         left_s = _TARGET_FRACTION * self._target_s - self._decode_time(decode_rows)
         if left_s <= 0:
             return self._min_rows
-        cap, row_s = min(self._max_rows, 2 * self._fitting_rows), self._row_time()
+        cap, row_s = min(max_rows, 2 * self._fitting_rows), self._row_time()
         if row_s:
             cap = min(cap, int(left_s / row_s))
         return max(self._min_rows, cap)

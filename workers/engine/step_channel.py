@@ -9,79 +9,39 @@ Without work, all ranks are blocked in ``wait``. If a rank receives a request, t
 calls ``connections.wake()``. ``wait`` then returns None, the rank proposes again for the same step,
 and the leader sends the header. If the leader sent this header before the new proposal, the rank
 takes part in the step without rows and proposes for the next step.
+
+In a large cluster, messages take the way of a tree (``step_tree``): a worker with children sends
+headers on to them, and sends their proposals to its parent together with its own.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from cluster.core.errors import ProtocolError
 from cluster.core.topology import Generation
-from workers.engine.leader import StepSize, decide_header, step_sizes
-from workers.engine.micro_batches import MicroBatchRule
-from workers.engine.prefill_cap import PrefillCap
-from workers.requests.step_header import HEADERS, PROPOSALS, StepHeader, StepProposal
+from workers.engine.step_leader import StepLeader
+from workers.engine.step_proposals import PROPOSALS, ProposalTable, StepProposal, StepProposals
+from workers.engine.step_tree import StepTree
+from workers.requests.step_header import HEADERS, StepHeader, pack
 from workers.scheduling.step_plan import RowsWanted
 from workers.transport.edge_table import StepFrame
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
 
-logger = logging.getLogger(__name__)
-
-_QUIET_S = 3.0
-"""Seconds without rows after which steps of padding may run. Requests wait at most 2 s for KV
-blocks (``kv_fetch_limit_s``), and a capture takes about a second."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Ranks:
-    """The attention ranks of one generation."""
-
-    generation: Generation
-    leader: str
-    """Name of the worker with the lowest rank."""
-    by_name: dict[str, int]
-    in_order: list[int]
-
-    @classmethod
-    def of(cls, generation: Generation) -> _Ranks:
-        by_name = {m.name: m.rank for m in generation.attention}
-        return cls(generation, next(iter(by_name), ""), by_name, list(by_name.values()))
+_PARTIAL_S = 0.05
+"""Seconds after which a worker sends proposals on although some of its children have not proposed,
+so that the leader knows which ranks are missing."""
 
 
 class StepChannel:
-    """Sends a worker's proposals to the leader, and receives step headers. Data thread only.
+    """Sends a worker's proposals to the leader, and receives step headers. Data thread only."""
 
-    On the leader it also receives the proposals, decides the headers and sends them.
-    """
-
-    def __init__(
-        self,
-        connections: PeerConnections,
-        *,
-        prefill_cap: PrefillCap,
-        micro_batches: MicroBatchRule,
-        buckets: Sequence[int] = (),
-        max_static_ranks: int = 0,
-    ) -> None:
-        """All arguments but the first are the leader's policies: the limit of prefill rows over all
-        ranks, the split of a step, the sizes to which decode rows are padded, and the largest
-        number of expert ranks that all receive all rows of prompts.
-        """
+    def __init__(self, connections: PeerConnections, leader: StepLeader) -> None:
+        """``leader`` decides the headers while this worker has the lowest attention rank."""
         self._connections = connections
-        self._prefill_cap = prefill_cap
-        self._micro_batches = micro_batches
-        self._buckets = buckets
-        self._max_static_ranks = max_static_ranks
-        self._new_sizes: list[StepSize] = []
-        """On the leader: sizes that no step of this generation has had."""
-        self._had_rows_at = 0.0
-        """Monotonic time of the last header with rows, or of the generation's start."""
-        self._known = _Ranks.of(connections.generation)
+        self._leader = leader
         self.highest_step = 0
         """Highest step number of all headers received, in any generation; 0 before the first."""
         self.last_rows = 0
@@ -89,13 +49,26 @@ class StepChannel:
         self.highest_epoch = 0
         """Highest placement epoch of all headers received; 0 before the first header."""
         self._next_step = 1
-        self._epoch = 0
-        self._oldest_epoch = 0
-        self._decided_epoch = 0
-        self._proposals: dict[int, StepProposal] = {}
         self._headers: deque[StepHeader] = deque()
-        self._running_step: tuple[StepHeader, float] | None = None  # with its start time
         self._is_timed = True
+        self._begin(connections.generation)
+
+    def _begin(self, generation: Generation) -> None:
+        me = self._connections.me
+        self._names = {m.rank: m.name for m in generation.attention}
+        self._tree = tree = StepTree.of(generation, me.name)
+        ranks = [rank for below in tree.ranks_below.values() for rank in below]
+        own = [me.rank] if me.name in self._names.values() else []
+        self._table = ProposalTable(sorted((*own, *ranks)))
+        """Newest proposals of this rank, and of those below it in the tree."""
+        self._all_ranks = pack(sorted(self._names))
+        self._unsettled: set[str] = set()
+        """Children that have not reported that the newest header has arrived below them."""
+        self._has_reported = True
+        """Whether the parent knows that the newest header has arrived below this worker."""
+        self._send_at: float | None = None
+        """Monotonic time at which to send proposals on even if some are missing; None if the parent
+        has received all that are known."""
 
     @property
     def has_header(self) -> bool:
@@ -105,24 +78,29 @@ class StepChannel:
     @property
     def is_leader(self) -> bool:
         """Whether this worker is the leader of the current generation, which decides headers."""
-        return self._ranks.leader == self._connections.me.name
+        return self._tree.leader == self._connections.me.name
 
     @property
-    def _ranks(self) -> _Ranks:
-        """The attention ranks of the current generation."""
-        generation = self._connections.generation
-        if self._known.generation is not generation:
-            self._known = _Ranks.of(generation)
-        return self._known
+    def is_settled(self) -> bool:
+        """Whether the hosts of all workers below this one in the tree have received the newest
+        header. False may be outdated by ``path_watch.LOOK_S``."""
+        return not self._unsettled and self._connections.is_settled
+
+    @property
+    def awaits_settling(self) -> bool:
+        """Whether this worker must tell its parent that the header has arrived below it."""
+        return not self._has_reported
 
     def missing_workers(self) -> list[str]:
         """Return the names of the workers that must send a message before the next step starts.
 
-        On the leader: attention ranks without a proposal. On all other workers: the leader.
+        These are attention ranks, this one or below it in the tree, without a proposal; else the
+        parent in the tree.
         """
-        if not self.is_leader:
-            return [self._ranks.leader]
-        return [name for name, rank in self._ranks.by_name.items() if rank not in self._proposals]
+        missing = self._table.missing()
+        if self._tree.parent and (not self._tree.ranks_below or not missing):
+            return [self._tree.parent]
+        return [self._names[rank] for rank in missing]
 
     def start_generation(self, first_step: int, epoch: int) -> None:
         """Drop all state of the old generation; the next step is ``first_step``.
@@ -132,17 +110,9 @@ class StepChannel:
         """
         self._next_step = first_step
         self.last_rows = 0
-        self._proposals.clear()
         self._headers.clear()
-        self._running_step = None
-        self._decided_epoch = epoch
-        generation = self._connections.generation
-        if len(generation.members) > 1 and not generation.returns_slots:
-            self._new_sizes = list(step_sizes(self._buckets, self._micro_batches))
-        else:
-            self._new_sizes = []
-        self._had_rows_at = time.monotonic()
-        self.set_epoch(epoch, epoch)
+        self._begin(self._connections.generation)
+        self._leader.start_generation(self._connections.generation, epoch)
 
     def set_epoch(self, epoch: int, oldest_epoch: int) -> None:
         """Set the placement epoch that the leader puts into the next headers.
@@ -150,8 +120,7 @@ class StepChannel:
         After a change of the epoch, the leader sends the next header when all ranks have proposed,
         even if no rank wants a row. ``oldest_epoch``: the oldest epoch that steps may still use.
         """
-        self._epoch = epoch
-        self._oldest_epoch = oldest_epoch
+        self._leader.set_epoch(epoch, oldest_epoch)
 
     def propose(self, rows: RowsWanted, *, even_empty: bool = False, is_timed: bool = True) -> None:
         """Propose this attention rank's rows for the next step, replacing its earlier proposal.
@@ -161,28 +130,11 @@ class StepChannel:
         step. No effect if the header of the next step has arrived. Raises the errors of
         ``PeerConnections.send``.
         """
-        connections = self._connections
         self._is_timed = is_timed
         self._take_step_frames()
-        if self._headers:
-            return  # the step is already decided; the rank proposes again after it
-        proposal = StepProposal(
-            generation=connections.generation.number,
-            step=self._next_step,
-            rank=connections.me.rank,
-            decode_rows=rows.decode_rows,
-            prefill_rows=rows.prefill_rows,
-            edge_share=rows.edge_share,
-            is_alone=rows.is_alone,
-            parents=rows.parents,
-            draft_rows=rows.draft_rows,
-        )
-        if self.is_leader:
-            self._proposals[connections.me.rank] = proposal
-            self._decide(even_empty)
-        else:
-            data = PROPOSALS.encode(proposal)
-            self._send(self._ranks.leader, FrameKind.PROPOSAL, proposal, data)
+        if not self._headers:  # else the step is already decided; the rank proposes again after it
+            self._table.put((StepProposal.of(self._connections.me.rank, rows),))
+            self._pass_on(even_empty)
 
     def wait(self, timeout_s: float) -> StepHeader | None:
         """Wait for the next header; None after ``timeout_s`` or after ``connections.wake``.
@@ -197,11 +149,13 @@ class StepChannel:
                 self._take_step_frames()
                 if self._headers:
                     return self._next_header()
-                left = deadline - time.monotonic()
-                if left <= 0 or connections.take_wake():
+                now = time.monotonic()
+                if now >= deadline or connections.take_wake():
                     return None
+                if self._send_at is not None and now >= self._send_at:
+                    self._send_proposals()
                 connections.loop.awaited = tuple(self.missing_workers())
-                connections.poll(left)
+                connections.poll(min(deadline, self._send_at or deadline) - now)
 
     def _next_header(self) -> StepHeader:
         header = self._headers.popleft()
@@ -220,105 +174,87 @@ class StepChannel:
                 self._connections.reject(step_frame.sender.name, str(err))
 
     def _handle_step_frame(self, step_frame: StepFrame) -> None:
-        frame, sender = step_frame.frame, step_frame.sender
-        data, ranks = frame.payload.data, self._ranks
+        frame, sender = step_frame.frame, step_frame.sender.name
+        data = frame.payload.data
         if frame.header.kind is FrameKind.PROPOSAL:
-            proposal = PROPOSALS.decode(data)
-            self._check_step(frame.header, proposal.generation, proposal.step)
-            if not self.is_leader or proposal.rank != ranks.by_name.get(sender.name):
-                raise ProtocolError(f"proposal of rank {proposal.rank} from {sender.name}")
-            self._take_proposal(proposal)
+            proposals = PROPOSALS.decode(data)
+            self._check_step(frame.header, proposals.generation, proposals.step)
+            ranks = [proposal.rank for proposal in proposals.proposals]
+            if not self._tree.ranks_below.get(sender, frozenset()).issuperset(ranks):
+                raise ProtocolError(f"proposals of ranks {ranks} from {sender}")
+            self._take_proposals(proposals, sender)
             return
         header = HEADERS.decode(data)
         self._check_step(frame.header, header.generation, header.step)
-        if sender.name != ranks.leader:
-            raise ProtocolError(f"step header from {sender.name}, which is not the leader")
-        expected = self._headers[-1].step + 1 if self._headers else self._next_step
-        if header.step != expected:
-            raise ProtocolError(f"step header {header.step}: must be {expected}")
-        _check_members(header, ranks)
-        self._headers.append(header)
+        if sender != self._tree.parent:
+            raise ProtocolError(f"step header from {sender}: must be from {self._tree.parent}")
+        if header.step != self._decided_step + 1:
+            raise ProtocolError(f"step header {header.step}: must be {self._decided_step + 1}")
+        if header.grants.ranks != self._all_ranks:
+            granted = [*header.grants.positions]
+            raise ProtocolError(f"step header grants ranks {granted}: must be {[*self._names]}")
+        self._take_header(header, bytes(data) if self._tree.children else b"")
+
+    @property
+    def _decided_step(self) -> int:
+        """Number of the newest step whose header is known."""
+        return self._headers[-1].step if self._headers else self._next_step - 1
 
     def _check_step(self, frame: FrameHeader, generation: int, step: int) -> None:
         if (generation, step) != (frame.generation, frame.step):
             raise ProtocolError("a step message and its frame have different steps")
 
-    def _take_proposal(self, proposal: StepProposal) -> None:
-        decided = self._headers[-1].step if self._headers else self._next_step - 1
-        if proposal.step <= decided:
-            return  # sent before the header arrived; its rank proposes again after that step
-        if proposal.step != decided + 1:
-            raise ProtocolError(f"proposal for step {proposal.step}: must be {decided + 1}")
-        self._proposals[proposal.rank] = proposal
-        if not self._headers:
-            self._decide()
+    def _take_proposals(self, proposals: StepProposals, child: str) -> None:
+        next_step = self._decided_step + 1
+        if proposals.step < next_step:
+            return  # sent before the header arrived; the ranks propose again after that step
+        if proposals.step != next_step:
+            raise ProtocolError(f"proposal for step {proposals.step}: must be {next_step}")
+        self._table.put(proposals.proposals)
+        if proposals.is_settled:
+            self._unsettled.discard(child)
+        self._pass_on()
 
-    def _decide(self, even_empty: bool = False) -> None:
-        """On the leader: if all ranks have proposed and there is a step to run, send its header."""
-        if len(self._proposals) < len(self._ranks.by_name):
+    def _pass_on(self, even_empty: bool = False) -> None:
+        """Send proposals to the parent, or on the leader decide a header, when all are known."""
+        if not self.is_leader:
+            if self._table.is_complete:
+                self._send_proposals()
+            elif self._send_at is None:
+                self._send_at = time.monotonic() + _PARTIAL_S
             return
-        self._observe_step()
-        generation = self._connections.generation
-        decode_rows = sum(proposal.decode_rows for proposal in self._proposals.values())
-        has_few_ranks = 0 < len(generation.experts) <= self._max_static_ranks
-        header = decide_header(
-            self._proposals,
-            generation=generation.number,
-            step=self._next_step,
-            epoch=self._epoch,
-            oldest_epoch=self._oldest_epoch,
-            max_prefill_rows=self._prefill_cap.rows(decode_rows, len(self._proposals)),
-            micro_batches=self._micro_batches,
-            buckets=() if generation.returns_slots else self._buckets,
-            has_static_prompts=has_few_ranks and not generation.returns_slots,
-            even_empty=even_empty or self._epoch != self._decided_epoch,
-            idle_size=self._idle_size(),
+        if self._headers or not self._table.is_complete:
+            return
+        header = self._leader.decide(
+            self._table, self._next_step, even_empty=even_empty, is_timed=self._is_timed
         )
-        if header is None:
-            return
-        self._note_step(header)
-        self._decided_epoch = header.epoch
-        self._proposals.clear()
-        data = HEADERS.encode(header)
-        for member in generation.members:
-            if member.name != self._connections.me.name:
-                self._send(member.name, FrameKind.HEADER, header, data)
+        if header is not None:
+            self._take_header(header, HEADERS.encode(header))
+
+    def _send_proposals(self) -> None:
+        self._send_at = None
+        self._has_reported = self._has_reported or self.is_settled
+        proposals = StepProposals(
+            generation=self._connections.generation.number,
+            step=self._decided_step + 1,
+            proposals=tuple(self._table.in_order),
+            is_settled=self._has_reported,
+        )
+        data = PROPOSALS.encode(proposals)
+        self._send(self._tree.parent, FrameKind.PROPOSAL, proposals, data)
+
+    def _take_header(self, header: StepHeader, data: bytes) -> None:
+        """Queue a header, and send it to the children. ``data``: the encoded header."""
+        self._table.clear()
+        self._send_at = None
+        self._unsettled = set(self._tree.inner)
+        self._has_reported = not (self._tree.parent and self._tree.children)
+        for child in self._tree.children:
+            self._send(child, FrameKind.HEADER, header, data)
         self._headers.append(header)
-        self._running_step = (header, time.monotonic())
-
-    def _idle_size(self) -> StepSize | None:
-        """Return the size of a step to run if no rank wants rows; None if there is no new size, or
-        a request may soon have rows, which the step would delay."""
-        if not self._new_sizes or time.monotonic() - self._had_rows_at < _QUIET_S:
-            return None
-        return self._new_sizes[0]
-
-    def _note_step(self, header: StepHeader) -> None:
-        if header.decode_rows + header.prefill_rows:
-            self._had_rows_at = time.monotonic()
-        size = StepSize(header.bucket, header.num_micro_batches)
-        if size in self._new_sizes and not header.edge_limit:
-            self._new_sizes.remove(size)
-            if not self._new_sizes:
-                logger.info("steps of every size have run and are captured")
-
-    def _observe_step(self) -> None:
-        """On the leader: record the time of the previous step, as all ranks have proposed again."""
-        if self._running_step is None:
-            return
-        (header, start), self._running_step = self._running_step, None
-        seconds = time.monotonic() - start
-        if self._is_timed:
-            self._prefill_cap.observe(header.decode_rows, header.prefill_rows, seconds)
 
     def _send(
-        self, name: str, kind: FrameKind, message: StepProposal | StepHeader, data: bytes
+        self, name: str, kind: FrameKind, message: StepProposals | StepHeader, data: bytes
     ) -> None:
         frame = FrameHeader(kind, message.generation, message.step, length=len(data))
         self._connections.send(name, frame, [data])
-
-
-def _check_members(header: StepHeader, expected: _Ranks) -> None:
-    ranks = [rank for rank, _ in header.grants]
-    if ranks != expected.in_order:
-        raise ProtocolError(f"step header grants ranks {ranks}: must be {expected.in_order}")

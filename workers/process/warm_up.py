@@ -27,7 +27,7 @@ from workers.model.layers import Dispatch
 from workers.process.gpu_memory import block_bytes
 from workers.process.worker_args import WorkerArgs
 from workers.requests.request import Request, SamplingParams
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 
 MakeEngine = Callable[..., Engine]
 """Creates an engine from an ``EngineSection`` and a dispatcher."""
@@ -145,7 +145,7 @@ def _run(engine: Engine, requests: Sequence[Request]) -> None:
                 step=step,
                 epoch=1,
                 oldest_epoch=1,
-                grants=((engine.runner.rank, grant),),
+                grants=Grants.of({engine.runner.rank: grant}),
                 exact=grant.prefill_rows > 0,
             )
         )

@@ -1,12 +1,18 @@
-"""Messages that decide a step: proposals of the attention ranks, and the leader's step header.
+"""The leader's message to all ranks about a step: the rows that each attention rank may run.
 
-After each step, every attention rank proposes the rows that it wants to run next. The leader (the
-lowest attention rank) decides (``workers.engine.leader``) and sends one header to all ranks.
+After each step, every attention rank proposes the rows that it wants to run next
+(``workers.engine.step_proposals``). The leader (the lowest attention rank) decides
+(``workers.engine.leader``) and sends one header to all ranks.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
+from operator import add, sub
+from types import MappingProxyType
+from typing import Annotated, Final, Self
 
 from msgspec import Meta
 
@@ -21,36 +27,12 @@ Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
 Step = Annotated[int, Meta(ge=0)]
 ALL_ROWS = 1000
 """Value of a share that means all rows: shares are integers, in thousandths."""
-Share = Annotated[int, Meta(ge=0, le=ALL_ROWS)]
+_KIND: Final = "I"
+"""Type code of the packed numbers: unsigned 32-bit integers."""
+_SIZE = array(_KIND).itemsize
 
 
-class StepProposal(Message, frozen=True, kw_only=True, array_like=True):
-    """Proposal of one attention rank to the leader: the rows that it wants to run in a step."""
-
-    generation: Count
-    step: Step
-    """Number of the step. A later proposal of a rank for the same step replaces an earlier one."""
-    rank: Count
-    decode_rows: Rows
-    """Number of decode rows: one for each decoding sequence, and the draft rows."""
-    prefill_rows: Rows
-    edge_share: Share = 0
-    """Largest share of the proposing rank's decode rows, in thousandths, that one expert rank
-    needed in recent steps; 0 if unknown, in which case all rows must be sent to all expert ranks.
-    """
-    is_alone: bool = False
-    """Whether the rows belong to a request that must run alone in the step."""
-    parents: Parents = ()
-    """Parent trace spans for the spans of the step, from traced requests that have rows in it."""
-    draft_rows: Rows = 0
-    """Number of draft rows among the decode rows."""
-
-    @property
-    def num_rows(self) -> int:
-        return self.decode_rows + self.prefill_rows
-
-
-class Grant(Message, frozen=True, kw_only=True, array_like=True):
+class Grant(Message, frozen=True, kw_only=True):
     """Numbers of rows that the leader allows one attention rank to run in a step."""
 
     decode_rows: Rows = 0
@@ -71,6 +53,104 @@ class Grant(Message, frozen=True, kw_only=True, array_like=True):
 _NO_GRANT = Grant()
 
 
+class Grants(Message, frozen=True, kw_only=True, array_like=True, dict=True):
+    """Grants of all attention ranks, as packed 32-bit integers in the byte order of the hosts.
+
+    A rank unpacks only its own grant, so that the cost of a header barely depends on the number of
+    ranks. Iteration yields (rank, grant) pairs in ascending order of the ranks.
+    """
+
+    ranks: bytes
+    """Attention ranks in ascending order."""
+    numbers: bytes
+    """Decode rows of all ranks, then their prompt rows, then their draft rows."""
+
+    @classmethod
+    def of(cls, grants: Mapping[int, Grant]) -> Self:
+        """Return the grants of these ranks."""
+        each = [grants[rank] for rank in sorted(grants)]
+        rows = [g.decode_rows for g in each], [g.prefill_rows for g in each]
+        return cls.of_rows(pack(sorted(grants)), *rows, [g.draft_rows for g in each])
+
+    @classmethod
+    def of_rows(
+        cls,
+        ranks: bytes,
+        decode_rows: Sequence[int],
+        prefill_rows: Sequence[int],
+        draft_rows: Sequence[int],
+    ) -> Self:
+        """Return the grants of packed ``ranks`` from the numbers of rows of each."""
+        numbers = b"".join(map(pack, (decode_rows, prefill_rows, draft_rows)))
+        return cls(ranks=ranks, numbers=numbers)
+
+    def __post_init__(self) -> None:
+        """Check the fields. Raises ``ValueError``, which the codec turns into ``ProtocolError``."""
+        positions_of(self.ranks)
+        if len(self.numbers) != 3 * len(self.ranks):
+            raise ValueError("numbers must be 3 for each rank")
+        decode_rows, prefill_rows, draft_rows = self._columns
+        if (most := max(max(decode_rows), max(prefill_rows))) > MAX_ROWS:
+            raise ValueError(f"rows are {most}, must be <= {MAX_ROWS}")
+        if any(draft_rows) and any(map(int.__gt__, draft_rows, decode_rows)):
+            raise ValueError("draft_rows must not exceed decode_rows")
+
+    def __iter__(self) -> Iterator[tuple[int, Grant]]:
+        return ((rank, self.of_rank(rank)) for rank in self.positions)
+
+    @property
+    def positions(self) -> Mapping[int, int]:
+        """Position of each rank, in ascending order of the ranks."""
+        return positions_of(self.ranks)
+
+    def of_rank(self, rank: int) -> Grant:
+        """Return the grant of one attention rank; an empty grant for an unknown rank."""
+        if (grant := self._known.get(rank)) is None:
+            position = positions_of(self.ranks).get(rank)
+            if position is None:
+                return _NO_GRANT
+            decode_rows, prefill_rows, draft_rows = (c[position] for c in self._columns)
+            grant = self._known[rank] = Grant(
+                decode_rows=decode_rows, prefill_rows=prefill_rows, draft_rows=draft_rows
+            )
+        return grant
+
+    @cached_property
+    def totals(self) -> Grant:
+        """The sums of the grants of all ranks."""
+        decode_rows, prefill_rows, draft_rows = map(sum, self._columns)
+        return Grant(decode_rows=decode_rows, prefill_rows=prefill_rows, draft_rows=draft_rows)
+
+    @cached_property
+    def rows(self) -> Sequence[int]:
+        """Number of rows of each rank, in ascending order of the ranks."""
+        decode_rows, prefill_rows, _ = self._columns
+        return tuple(map(add, decode_rows, prefill_rows))
+
+    @cached_property
+    def _columns(self) -> tuple[memoryview, memoryview, memoryview]:
+        numbers, length = memoryview(self.numbers).cast(_KIND), len(self.ranks) // _SIZE
+        return numbers[:length], numbers[length : 2 * length], numbers[2 * length :]
+
+    @cached_property
+    def _known(self) -> dict[int, Grant]:
+        return {}
+
+
+def pack(numbers: Sequence[int]) -> bytes:
+    """Return numbers as 32-bit integers. Raises ``OverflowError`` if one does not fit."""
+    return array(_KIND, numbers).tobytes()
+
+
+@lru_cache(maxsize=64)
+def positions_of(ranks: bytes) -> Mapping[int, int]:
+    """Return the position of each packed rank. Raises ``ValueError`` if they are not in order."""
+    found = list(memoryview(ranks).cast(_KIND)) if len(ranks) % _SIZE == 0 else []
+    if not found or found != sorted(set(found)):
+        raise ValueError("grants must name at least one rank and be sorted by rank")
+    return MappingProxyType({rank: position for position, rank in enumerate(found)})
+
+
 class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
     """The leader's message to all ranks about one step: rows, placement epoch and message sizes."""
 
@@ -82,8 +162,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
     oldest_epoch: Count
     """Oldest placement epoch that later steps may use. Expert slots of older epochs may be
     overwritten."""
-    grants: tuple[tuple[Count, Grant], ...]
-    """Rows of each attention rank, as (rank, grant) in ascending order of all ranks."""
+    grants: Grants
+    """Rows of each attention rank."""
     num_micro_batches: Annotated[int, Meta(ge=1, le=MAX_MICRO_BATCHES)] = 1
     """Number of micro-batches. Of two, the first has ceil(n/2) of each rank's n rows."""
     exact: bool = False
@@ -104,47 +184,33 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
 
     def __post_init__(self) -> None:
         """Check the fields. Raises ``ValueError``, which the codec turns into ``ProtocolError``."""
-        ranks = [rank for rank, _ in self.grants]
-        if not ranks or ranks != sorted(set(ranks)):
-            raise ValueError("grants must name at least one rank and be sorted by rank")
-        if any(grant.draft_rows > grant.decode_rows for _, grant in self.grants):
-            raise ValueError("draft_rows must not exceed decode_rows")
         if self.oldest_epoch > self.epoch:
             raise ValueError("oldest_epoch must not exceed epoch")
         if self.exact and (self.edge_limit or self.bucket):
             raise ValueError("an exact step must have no edge_limit and no bucket")
-        if self.bucket and any(self.rows(rank, 0) > self.bucket for rank in ranks):
+        if self.bucket and max(self._first_rows) > self.bucket:
             raise ValueError("bucket must hold the rows of every rank")
         if self.parents and sum(len(parents) for _, parents in self.parents) > MAX_TRACED:
             raise ValueError(f"parents must be at most {MAX_TRACED}")
 
     def grant(self, rank: int) -> Grant:
         """Return the grant of one attention rank; an empty grant if the header has no such rank."""
-        for other, grant in self.grants:
-            if other == rank:
-                return grant
-        return _NO_GRANT
+        return self.grants.of_rank(rank)
 
     @property
     def decode_rows(self) -> int:
         """Number of decode rows of all ranks."""
-        rows = 0
-        for _, grant in self.grants:
-            rows += grant.decode_rows
-        return rows
+        return self.grants.totals.decode_rows
 
     @property
     def prefill_rows(self) -> int:
         """Number of prompt rows of all ranks."""
-        rows = 0
-        for _, grant in self.grants:
-            rows += grant.prefill_rows
-        return rows
+        return self.grants.totals.prefill_rows
 
     @property
     def num_decodes(self) -> int:
         """Number of decode rows of all ranks without draft rows: one for each decoding sequence."""
-        return sum(grant.num_decodes for _, grant in self.grants)
+        return self.grants.totals.num_decodes
 
     def rows(self, rank: int, micro_batch: int) -> int:
         """Return the number of rows of one attention rank in one micro-batch (0 or 1)."""
@@ -159,6 +225,19 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
         rows = self.bucket or self.rows(rank, micro_batch)
         return min(rows, self.edge_limit) if self.edge_limit else rows
 
+    def edge_counts(self, micro_batch: int) -> Sequence[int]:
+        """Return ``edge_rows`` of all attention ranks, in ascending order of the ranks."""
+        most = self.edge_limit or MAX_ROWS
+        if self.bucket:
+            return [min(self.bucket, most)] * len(self.grants.rows)
+        first = self._first_rows
+        rows = first if micro_batch == 0 else list(map(sub, self.grants.rows, first))
+        return [min(n, most) for n in rows] if self.edge_limit else rows
 
-PROPOSALS: Codec[StepProposal] = Codec(StepProposal, "a step proposal")
+    @property
+    def _first_rows(self) -> Sequence[int]:
+        rows = self.grants.rows
+        return rows if self.num_micro_batches == 1 else [(n + 1) // 2 for n in rows]
+
+
 HEADERS: Codec[StepHeader] = Codec(StepHeader, "a step header")

@@ -27,8 +27,8 @@ class StepConfirmations:
 
         Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
-        for rank, _ in header.grants:
-            if header.edge_rows(rank, 0) and names[rank] != self._connections.me.name:
+        for rank, count in zip(header.grants.positions, header.edge_counts(0), strict=True):
+            if count and names[rank] != self._connections.me.name:
                 self._connections.send(names[rank], _frame(header), ())
 
     def wait(self, header: StepHeader, names: Mapping[int, str]) -> None:

@@ -27,7 +27,7 @@ from tests.workers.dispatch.test_dispatch import Work, check
 from workers.dispatch.dispatcher import DispatchHandle, TokenDispatcher
 from workers.model.config import BankSpec
 from workers.model.layers import Dispatch
-from workers.requests.step_header import StepHeader
+from workers.requests.step_header import Grants, StepHeader
 
 pytestmark = pytest.mark.heavy
 
@@ -222,4 +222,4 @@ def test_survivors_run_the_step_again_with_the_copies(transport: TransportName) 
 
 def make_header_without(header: StepHeader, rank: int) -> StepHeader:
     """The same header after that rank was lost."""
-    return replace(header, grants=tuple(g for g in header.grants if g[0] != rank))
+    return replace(header, grants=Grants.of({r: g for r, g in header.grants if r != rank}))

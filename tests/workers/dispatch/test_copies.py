@@ -8,7 +8,7 @@ import torch
 from cluster.core.errors import ProtocolError
 from cluster.core.placement import BankPlacement
 from workers.dispatch.copies import CopyTables, EpochTables, mix64
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 
 CPU = torch.device("cpu")
 
@@ -158,7 +158,7 @@ def test_without_second_copies_there_is_no_choice() -> None:
 
 def make_header(epoch: int, oldest_epoch: int) -> StepHeader:
     return StepHeader(
-        generation=1, step=9, epoch=epoch, oldest_epoch=oldest_epoch, grants=((0, Grant()),)
+        generation=1, step=9, epoch=epoch, oldest_epoch=oldest_epoch, grants=Grants.of({0: Grant()})
     )
 
 

@@ -26,7 +26,7 @@ from cluster.core.errors import (
 from tests.fakes import TINY_CONFIG, FailingDispatcher, tiny_tensors, write_tiny_checkpoint
 from tests.reference.goldens import MAX_MODEL_LEN, Golden
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 from workers.requests.traced import StepParents
 from workers.scheduling.step_plan import RowsWanted
 
@@ -225,7 +225,7 @@ def test_granted_rows_that_are_gone_still_take_part(tiny_checkpoint: Path) -> No
     assert isinstance(counting, FailingDispatcher)
     grant = Grant(decode_rows=0, prefill_rows=3)
     header = StepHeader(
-        generation=1, step=1, epoch=1, oldest_epoch=1, grants=((0, grant),), exact=True
+        generation=1, step=1, epoch=1, oldest_epoch=1, grants=Grants.of({0: grant}), exact=True
     )
     assert engine.engine.step(header) == []
     assert counting.num_calls == 2 * 2 + 1  # dispatch and combine of two layers, and the end
@@ -245,7 +245,7 @@ def test_micro_batch_without_rows_takes_part(tiny_checkpoint: Path) -> None:
         step=1,
         epoch=1,
         oldest_epoch=1,
-        grants=((0, Grant(decode_rows=0, prefill_rows=5)),),
+        grants=Grants.of({0: Grant(decode_rows=0, prefill_rows=5)}),
         num_micro_batches=2,
         exact=True,
     )
@@ -604,7 +604,7 @@ def test_an_engine_asks_for_spans_of_steps_of_traced_requests(tiny_checkpoint: P
             step=len(asked),
             epoch=1,
             oldest_epoch=1,
-            grants=((0, grant),),
+            grants=Grants.of({0: grant}),
             parents=((0, wanted.parents),) if wanted.parents else (),
         )
         engine.step(header)

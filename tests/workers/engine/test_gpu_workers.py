@@ -17,7 +17,7 @@ from tests.workers.engine.test_gpu_steps import OLMOE, on_cpu, requests, tokens
 from workers.metrics.step_metrics import SAMPLE_INTERVAL
 from workers.requests.buckets import bucket_of, buckets_up_to
 from workers.requests.request import TokenOutput
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 
 NUM_RANKS = 5
 """More than the experts of a row."""
@@ -83,7 +83,7 @@ class Apart:
             step=SAMPLE_INTERVAL + 1,
             epoch=self.epoch,
             oldest_epoch=1,
-            grants=((0, Grant()),),
+            grants=Grants.of({0: Grant()}),
             bucket=bucket,
         )
         with self.apart.serving(header):

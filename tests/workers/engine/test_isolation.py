@@ -25,7 +25,7 @@ from workers.requests.request import (
     TokenOutput,
 )
 from workers.requests.sequence import SequenceStatus
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 from workers.scheduling.step_intent import Restriction
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -283,7 +283,7 @@ class Cluster:
             step=self.number,
             epoch=1,
             oldest_epoch=1,
-            grants=((0, grant),),
+            grants=Grants.of({0: grant}),
             exact=bool(grant.prefill_rows),
             is_alone=wanted.is_alone,
         )

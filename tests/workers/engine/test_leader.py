@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import msgspec
 import pytest
-from msgspec.structs import replace
 
 from cluster.config.cluster import NumMicroBatches
 from cluster.core.errors import ProtocolError
 from workers.engine.leader import decide_header, limit_edges, step_sizes
 from workers.engine.micro_batches import MicroBatchRule
+from workers.engine.step_proposals import ProposalTable, StepProposal
 from workers.requests.buckets import buckets_up_to
-from workers.requests.step_header import (
-    HEADERS,
-    MAX_ROWS,
-    PROPOSALS,
-    Grant,
-    StepHeader,
-    StepProposal,
-)
+from workers.requests.step_header import HEADERS, MAX_ROWS, Grant, Grants, StepHeader, pack
 from workers.requests.traced import MAX_TRACED
+from workers.scheduling.step_plan import RowsWanted
 
 
-def proposals(*wanted: tuple[int, int], step: int = 5) -> dict[int, StepProposal]:
+def proposals(*wanted: tuple[int, int]) -> dict[int, RowsWanted]:
     """(decode, prefill) by rank."""
-    return {
-        rank: StepProposal(
-            generation=2, step=step, rank=rank, decode_rows=decode, prefill_rows=prefill
-        )
-        for rank, (decode, prefill) in enumerate(wanted)
-    }
+    return {rank: RowsWanted(*rows) for rank, rows in enumerate(wanted)}
+
+
+def table_of(known: Mapping[int, RowsWanted]) -> ProposalTable:
+    table = ProposalTable(sorted(known))
+    table.put(StepProposal.of(rank, rows) for rank, rows in known.items())
+    return table
 
 
 def decide(
-    known: dict[int, StepProposal],
+    known: dict[int, RowsWanted],
     *,
     step: int = 5,
     cap: int = 512,
@@ -47,7 +43,7 @@ def decide(
 ) -> StepHeader | None:
     """The policy with usual values."""
     return decide_header(
-        known,
+        table_of(known),
         generation=2,
         step=step,
         epoch=7,
@@ -67,25 +63,11 @@ def make_header(**changes: object) -> StepHeader:
         "step": 1 << 40,
         "epoch": 7,
         "oldest_epoch": 6,
-        "grants": (
-            (0, Grant(decode_rows=3)),
-            (2, Grant(decode_rows=1, prefill_rows=6)),
-        ),
+        "grants": Grants.of({0: Grant(decode_rows=3), 2: Grant(decode_rows=1, prefill_rows=6)}),
         "num_micro_batches": 2,
         "exact": True,
     }
     return StepHeader(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def test_proposal_survives_the_wire() -> None:
-    proposal = StepProposal(generation=1, step=1 << 50, rank=3, decode_rows=0, prefill_rows=9)
-    assert PROPOSALS.decode(PROPOSALS.encode(proposal)) == proposal
-    alone = replace(proposal, is_alone=True, draft_rows=3)
-    data = PROPOSALS.encode(alone)
-    assert PROPOSALS.decode(data) == alone
-    assert data.endswith(b"\xc3\x90\3")
-    with pytest.raises(ProtocolError, match=r"not a step proposal: .*bool"):
-        PROPOSALS.decode(data[:-3] + b"\2\x90\3")
 
 
 def test_a_grant_says_how_many_rows_are_of_drafts() -> None:
@@ -98,16 +80,6 @@ def test_a_grant_says_how_many_rows_are_of_drafts() -> None:
     alone = decide({**known, 0: replace(known[0], is_alone=True)})
     assert alone is not None
     assert alone.num_decodes == 1
-
-
-def test_ids_of_spans_survive_the_wire_and_have_their_size() -> None:
-    proposal = StepProposal(
-        generation=1, step=1, rank=0, decode_rows=1, prefill_rows=0, parents=(b"a" * 24,)
-    )
-    assert PROPOSALS.decode(PROPOSALS.encode(proposal)) == proposal
-    for wrong in ((b"a" * 23,), (b"a" * 24,) * (MAX_TRACED + 1)):
-        with pytest.raises(ProtocolError, match="not a step proposal"):
-            PROPOSALS.decode(PROPOSALS.encode(replace(proposal, parents=wrong)))
 
 
 def test_the_header_has_the_spans_of_ranks_that_run_rows() -> None:
@@ -170,9 +142,9 @@ def test_grant_of_an_unknown_rank_is_empty() -> None:
 
 @pytest.mark.parametrize(("total", "first", "second"), [(0, 0, 0), (1, 1, 0), (7, 4, 3), (8, 4, 4)])
 def test_micro_batch_0_takes_the_larger_half(total: int, first: int, second: int) -> None:
-    header = make_header(grants=((0, Grant(decode_rows=total)),))
+    header = make_header(grants=Grants.of({0: Grant(decode_rows=total)}))
     assert [header.rows(0, mb) for mb in (0, 1)] == [first, second]
-    whole = make_header(grants=((0, Grant(decode_rows=total)),), num_micro_batches=1)
+    whole = make_header(grants=Grants.of({0: Grant(decode_rows=total)}), num_micro_batches=1)
     assert whole.rows(0, 0) == total
 
 
@@ -186,11 +158,13 @@ def test_micro_batch_0_takes_the_larger_half(total: int, first: int, second: int
         ("step", -1, ">= 0"),
         ("generation", 1 << 32, "<= 4294967295"),
         ("oldest_epoch", 8, "oldest_epoch must not exceed epoch"),
-        ("grants", [], "must name at least one rank"),
-        ("grants", [[1, [0, 0]], [0, [0, 0]]], "sorted by rank"),
-        ("grants", [[0, [0, 0]], [0, [0, 0]]], "sorted by rank"),
-        ("grants", [[0, [MAX_ROWS + 1, 0]]], f"<= {MAX_ROWS}"),
-        ("grants", [[0, [0, MAX_ROWS + 1]]], f"<= {MAX_ROWS}"),
+        ("grants", [b"", b""], "must name at least one rank"),
+        ("grants", [pack([1, 0]), pack([0] * 6)], "sorted by rank"),
+        ("grants", [pack([0, 0]), pack([0] * 6)], "sorted by rank"),
+        ("grants", [pack([0]), pack([0] * 4)], "3 for each rank"),
+        ("grants", [pack([0]), pack([MAX_ROWS + 1, 0, 0])], f"<= {MAX_ROWS}"),
+        ("grants", [pack([0]), pack([0, MAX_ROWS + 1, 0])], f"<= {MAX_ROWS}"),
+        ("grants", [pack([0]), pack([1, 0, 2])], "draft_rows must not exceed decode_rows"),
     ],
 )
 def test_header_with_a_wrong_value_is_refused(field: str, value: object, rule: str) -> None:
@@ -200,22 +174,11 @@ def test_header_with_a_wrong_value_is_refused(field: str, value: object, rule: s
         HEADERS.decode(msgspec.msgpack.encode(values))
 
 
-@pytest.mark.parametrize("field", ["decode_rows", "prefill_rows"])
-def test_proposal_of_too_many_rows_is_refused(field: str) -> None:
-    values = msgspec.msgpack.decode(PROPOSALS.encode(proposals((1, 1))[0]))
-    values[StepProposal.__struct_fields__.index(field)] = MAX_ROWS + 1
-    with pytest.raises(ProtocolError, match=f"not a step proposal: .*<= {MAX_ROWS}"):
-        PROPOSALS.decode(msgspec.msgpack.encode(values))
-
-
 def test_wrong_lengths_are_refused() -> None:
-    header, proposal = HEADERS.encode(make_header()), PROPOSALS.encode(proposals((1, 1))[0])
+    header = HEADERS.encode(make_header())
     for data in (header[:-1], header + b"x", header[:5], b""):
         with pytest.raises(ProtocolError, match="not a step header"):
             HEADERS.decode(data)
-    for data in (proposal[:-1], proposal + b"x", b""):
-        with pytest.raises(ProtocolError, match="not a step proposal"):
-            PROPOSALS.decode(data)
 
 
 def test_random_bytes_are_refused_or_valid_but_never_crash() -> None:
@@ -241,7 +204,7 @@ def test_no_header_without_work() -> None:
 def test_decodes_are_granted_and_split_is_static_without_prefill() -> None:
     header = decide(proposals((5, 0), (0, 0)))
     assert header is not None
-    assert header.grants == ((0, Grant(decode_rows=5)), (1, Grant()))
+    assert header.grants == Grants.of({0: Grant(decode_rows=5), 1: Grant()})
     assert (header.exact, header.step) == (False, 5)
     assert (header.epoch, header.oldest_epoch, header.generation) == (7, 6, 2)
 
@@ -320,7 +283,7 @@ def test_every_decided_header_survives_the_wire() -> None:
     rng = random.Random(1)
     for step in range(200):
         wanted = [(rng.randint(0, 40), rng.choice((0, 0, 300))) for _ in range(rng.randint(1, 5))]
-        header = decide(proposals(*wanted, step=step), step=step)
+        header = decide(proposals(*wanted), step=step)
         if header is not None:
             assert HEADERS.decode(HEADERS.encode(header)) == header
 

@@ -49,10 +49,24 @@ def test_nothing_is_capped_without_decodes() -> None:
     assert make_cap().rows(decode_rows=0, num_ranks=3) == 3 * 512
 
 
-def test_without_a_target_all_ranks_share_one_budget() -> None:
+def test_without_a_target_each_rank_has_its_own_budget() -> None:
     cap = PrefillCap(max_rows=512)
     cap.observe(4, 512, 10.0)
-    assert cap.rows(decode_rows=1, num_ranks=3) == 512
+    assert cap.rows(decode_rows=1, num_ranks=3) == 3 * 512
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_with_a_target_prompts_grow_with_the_ranks(num_ranks: int) -> None:
+    """The time of a step is that of the rank with the most rows."""
+    cap = PrefillCap(max_rows=512, min_rows=16, target_s=TARGET_S)
+    step_time = linear(5, 0.5, 0.2)
+    rows = seconds = 0.0
+    for _ in range(60):
+        rows = cap.rows(8, num_ranks)
+        seconds = step_time(8, -(-rows // num_ranks))
+        cap.observe(8, int(rows), seconds)
+    assert 0.75 * TARGET_S < seconds <= TARGET_S
+    assert rows > 0.75 * num_ranks * 180
 
 
 def test_what_is_not_known_starts_small_and_doubles_at_most() -> None:

@@ -14,11 +14,13 @@ from benchmarks.harness.stalls import wait_until
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.topology import Generation, Member
 from tests.fakes import Wakeups
-from workers.engine import step_channel
+from workers.engine import step_leader
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
-from workers.requests.step_header import HEADERS, PROPOSALS, Grant, StepHeader, StepProposal
+from workers.engine.step_leader import StepLeader
+from workers.engine.step_proposals import PROPOSALS, StepProposal, StepProposals
+from workers.requests.step_header import HEADERS, Grant, Grants, StepHeader
 from workers.scheduling.step_plan import RowsWanted
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
@@ -50,10 +52,12 @@ class Cluster:
         self.channels = [
             StepChannel(
                 h,
-                prefill_cap=c,
-                micro_batches=micro_batches or MicroBatchRule(),
-                buckets=buckets,
-                max_static_ranks=max_static_ranks,
+                StepLeader(
+                    prefill_cap=c,
+                    micro_batches=micro_batches or MicroBatchRule(),
+                    buckets=buckets,
+                    max_static_ranks=max_static_ranks,
+                ),
             )
             for h, c in zip(self.all_connections, caps, strict=True)
         ]
@@ -98,9 +102,8 @@ def test_everyone_gets_the_same_header_once_all_have_reported(cluster: Cluster) 
     headers = cluster.wait_all()
     assert headers[0] is not None
     assert headers.count(headers[0]) == 4
-    assert headers[0].grants == (
-        (0, Grant(decode_rows=3)),
-        (1, Grant(decode_rows=1, prefill_rows=5)),
+    assert headers[0].grants == Grants.of(
+        {0: Grant(decode_rows=3), 1: Grant(decode_rows=1, prefill_rows=5)}
     )
     assert (headers[0].step, headers[0].epoch, headers[0].exact) == (1, 1, True)
 
@@ -123,7 +126,7 @@ def test_without_rows_steps_of_padding_are_captured_the_largest_first(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that a step with rows has captured is left out, and each generation begins anew."""
-    monkeypatch.setattr(step_channel, "_QUIET_S", 0.0)
+    monkeypatch.setattr(step_leader, "_QUIET_S", 0.0)
     halves = MicroBatchRule(setting="auto", decode_threshold=6)
     cluster.open_channels(PrefillCap(max_rows=64), buckets=(1, 2, 4, 8), micro_batches=halves)
 
@@ -163,7 +166,7 @@ def test_steps_of_padding_wait_until_there_are_no_rows_for_a_while(
 
     assert next_header(0) is None
     assert next_header(1) is not None
-    monkeypatch.setattr(step_channel, "_QUIET_S", 0.0)
+    monkeypatch.setattr(step_leader, "_QUIET_S", 0.0)
     header = next_header(0)
     assert header is not None
     assert header.bucket == 2
@@ -201,7 +204,7 @@ def test_steps_are_numbered_on_and_on(cluster: Cluster) -> None:
     assert cluster.channels[3].highest_epoch == 1
 
 
-def test_prompts_share_one_cap_while_any_rank_decodes(cluster: Cluster) -> None:
+def test_each_rank_has_its_own_cap_while_any_decodes(cluster: Cluster) -> None:
     granted = []
     for decodes in (0, 1):
         cluster.channels[0].propose(RowsWanted(decodes, 64))
@@ -209,7 +212,7 @@ def test_prompts_share_one_cap_while_any_rank_decodes(cluster: Cluster) -> None:
         (header,) = set(cluster.wait_all())
         assert header is not None
         granted.append(header.prefill_rows)
-    assert granted == [128, 64]
+    assert granted == [128, 128]
 
 
 def test_the_leader_learns_from_its_steps(cluster: Cluster) -> None:
@@ -244,7 +247,7 @@ def test_a_leader_may_have_a_step_without_rows(cluster: Cluster) -> None:
     leader.propose(RowsWanted(0, 0), even_empty=True)
     (header,) = set(cluster.wait_all())
     assert header is not None
-    assert header.grants == ((0, Grant()), (1, Grant()))
+    assert header.grants == Grants.of({0: Grant(), 1: Grant()})
     assert (header.num_micro_batches, header.exact) == (1, False)
 
 
@@ -322,7 +325,7 @@ def test_a_new_generation_has_a_new_leader_and_goes_on_above(cluster: Cluster) -
     headers = [c.wait(LIMIT_S) for c in cluster.channels[1:]]
     assert all(h is not None and (h.generation, h.step, h.epoch) == (2, 8, 2) for h in headers)
     assert headers[0] is not None
-    assert headers[0].grants == ((1, Grant(decode_rows=2)),)
+    assert headers[0].grants == Grants.of({1: Grant(decode_rows=2)})
 
 
 def send(
@@ -331,16 +334,16 @@ def send(
     connections.send(name, FrameHeader(kind, 1, step, length=len(data)), [data])
 
 
-def make_proposal(**changes: int) -> StepProposal:
-    values = {"generation": 1, "step": 1, "rank": 1, "decode_rows": 1, "prefill_rows": 0}
-    return StepProposal(**{**values, **changes}, is_alone=False, parents=())
+def make_proposal(rank: int = 1, step: int = 1) -> StepProposals:
+    proposal = StepProposal.of(rank, RowsWanted(decode_rows=1))
+    return StepProposals(generation=1, step=step, proposals=(proposal,))
 
 
 @pytest.mark.parametrize(
     ("data", "step", "reason"),
     [
         (b"short", 1, "not a step proposal"),
-        (PROPOSALS.encode(make_proposal(rank=0)), 1, "rank 0 from attention-1"),
+        (PROPOSALS.encode(make_proposal(rank=0)), 1, r"ranks \[0\] from attention-1"),
         (PROPOSALS.encode(make_proposal(step=9)), 9, "step 9: must be 1"),
         (PROPOSALS.encode(make_proposal(step=2)), 1, "different steps"),
     ],
@@ -356,7 +359,7 @@ def test_a_wrong_proposal_closes_the_edge(
 @pytest.mark.parametrize(
     ("sender", "ranks", "step", "reason"),
     [
-        (1, (0, 1), 1, "from attention-1, which is not the leader"),
+        (1, (0, 1), 1, "from attention-1: must be from attention-0"),
         (0, (0, 1), 3, "step header 3: must be 1"),
         (0, (0, 1, 2), 1, "grants ranks"),
     ],
@@ -369,7 +372,7 @@ def test_a_wrong_header_closes_the_edge(
         step=step,
         epoch=1,
         oldest_epoch=1,
-        grants=tuple((r, Grant(decode_rows=1)) for r in ranks),
+        grants=Grants.of({r: Grant(decode_rows=1) for r in ranks}),
     )
     send(
         cluster.all_connections[sender], "expert-0", FrameKind.HEADER, HEADERS.encode(header), step

@@ -30,7 +30,7 @@ from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, ExchangeSpec, ModelConfig
 from workers.model.layers import Dispatch, LayerSteps, ModelInputs
 from workers.requests.request import FinishReason, Request, SamplingParams, TokenOutput
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 from workers.requests.traced import StepParents
 
 WIDTH, VOCABULARY, EXPERTS, TOP_K = 16, 200, 4, 2
@@ -182,7 +182,7 @@ class Ahead:
             step=self.next_step,
             epoch=1,
             oldest_epoch=1,
-            grants=((0, grant),),
+            grants=Grants.of({0: grant}),
             exact=wanted.prefill_rows > 0,
             num_micro_batches=self.num_micro_batches if decode_rows > 1 else 1,
             parents=((0, wanted.parents),) if wanted.parents else (),

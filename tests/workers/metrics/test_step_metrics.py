@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workers.metrics.step_metrics import BUCKETS, SAMPLE_INTERVAL, StepMetrics
-from workers.requests.step_header import Grant, StepHeader
+from workers.requests.step_header import Grant, Grants, StepHeader
 
 MS = 1_000_000
 
@@ -14,7 +14,7 @@ def header_of(step: int, prefill_rows: int = 0) -> StepHeader:
         step=step,
         epoch=0,
         oldest_epoch=0,
-        grants=((0, Grant(decode_rows=1, prefill_rows=prefill_rows)),),
+        grants=Grants.of({0: Grant(decode_rows=1, prefill_rows=prefill_rows)}),
     )
 
 

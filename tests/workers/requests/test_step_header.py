@@ -6,7 +6,7 @@ import pytest
 from msgspec import structs
 
 from cluster.core.errors import ProtocolError
-from workers.requests.step_header import HEADERS, Grant, StepHeader, StepProposal
+from workers.requests.step_header import HEADERS, Grant, Grants, StepHeader, pack
 from workers.requests.traced import MAX_TRACED
 
 
@@ -16,7 +16,7 @@ def header(num_micro_batches: int = 1, oldest_epoch: int = 5) -> StepHeader:
         step=9,
         epoch=5,
         oldest_epoch=oldest_epoch,
-        grants=((0, Grant(decode_rows=3, prefill_rows=4)), (2, Grant(decode_rows=1))),
+        grants=Grants.of({0: Grant(decode_rows=3, prefill_rows=4), 2: Grant(decode_rows=1)}),
         num_micro_batches=num_micro_batches,
     )
 
@@ -25,8 +25,6 @@ def test_rows_are_those_of_all_ranks() -> None:
     assert (header().decode_rows, header().prefill_rows) == (4, 4)
     assert header().grant(0).num_rows == 7
     assert header().grant(1) == Grant(decode_rows=0, prefill_rows=0)
-    proposal = StepProposal(generation=1, step=9, rank=0, decode_rows=3, prefill_rows=4)
-    assert proposal.num_rows == 7
 
 
 def test_the_first_of_two_micro_batches_has_the_larger_half() -> None:
@@ -37,15 +35,36 @@ def test_the_first_of_two_micro_batches_has_the_larger_half() -> None:
     assert [two.rows(1, 0), two.rows(1, 1)] == [0, 0]
 
 
-@pytest.mark.parametrize("grants", [(), ((1, Grant()), (0, Grant())), ((0, Grant()), (0, Grant()))])
-def test_ranks_are_named_once_and_in_order(grants: tuple[tuple[int, Grant], ...]) -> None:
+@pytest.mark.parametrize("ranks", [(), (1, 0), (0, 0)])
+def test_ranks_are_named_once_and_in_order(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="sorted by rank"):
-        StepHeader(generation=1, step=9, epoch=5, oldest_epoch=5, grants=grants)
+        Grants(ranks=pack(ranks), numbers=pack([0] * 3 * len(ranks)))
+
+
+def test_there_is_a_number_in_each_column_for_each_rank() -> None:
+    with pytest.raises(ValueError, match="numbers must be 3 for each rank"):
+        Grants(ranks=pack([0, 1]), numbers=pack([0] * 5))
+    with pytest.raises(ValueError, match="sorted by rank"):
+        Grants(ranks=b"123", numbers=b"")
+
+
+def test_the_counts_of_all_ranks_are_those_of_each() -> None:
+    plain = header(num_micro_batches=2)
+    for one in (
+        plain,
+        structs.replace(plain, edge_limit=3),
+        structs.replace(plain, bucket=8),
+        structs.replace(plain, bucket=8, edge_limit=3),
+        header(),
+    ):
+        for micro_batch in range(one.num_micro_batches):
+            counts = [one.edge_rows(rank, micro_batch) for rank in (0, 2)]
+            assert list(one.edge_counts(micro_batch)) == counts
 
 
 def test_no_more_rows_are_of_drafts_than_there_are() -> None:
     with pytest.raises(ValueError, match="draft_rows must not exceed decode_rows"):
-        structs.replace(header(), grants=((0, Grant(decode_rows=2, draft_rows=3)),))
+        structs.replace(header(), grants=Grants.of({0: Grant(decode_rows=2, draft_rows=3)}))
 
 
 def test_an_edge_limit_is_for_steps_whose_edges_carry_all_rows() -> None:

@@ -30,7 +30,7 @@ from workers.dispatch.expert_server import ExpertServer
 from workers.dispatch.remote import RemoteDispatcher
 from workers.model.layers import Dispatch
 from workers.model.torch_private import TCPStore
-from workers.requests.step_header import StepHeader
+from workers.requests.step_header import Grants, StepHeader
 from workers.transport.collective import CollectiveTransport
 from workers.transport.frames import max_data_bytes
 from workers.transport.gloo_world import GlooWorld
@@ -146,7 +146,7 @@ class Rank:
     def run_step(self, step: int) -> None:
         header = make_header((NUM_ROWS,) * 2, step=step, generation=self.generation.number)
         ranks = {m.rank for m in self.generation.attention}
-        grants = tuple(grant for grant in header.grants if grant[0] in ranks)
+        grants = Grants.of({rank: grant for rank, grant in header.grants if rank in ranks})
         header = structs.replace(header, grants=grants)
         if self.me.role == "attention":
             self._run_home(header)

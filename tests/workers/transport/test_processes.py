@@ -29,6 +29,7 @@ from workers.dispatch.remote import RemoteDispatcher
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
+from workers.engine.step_leader import StepLeader
 from workers.model.layers import Dispatch
 from workers.scheduling.step_plan import RowsWanted
 from workers.transport.collective import CollectiveTransport
@@ -99,9 +100,8 @@ def work(rank: int, size: int, ports: list[int], transport_name: str, dies: bool
     generation = Generation(number=1, members=members)
     join(connections, generation)
     transport.apply_generation(generation)
-    channel = StepChannel(
-        connections, prefill_cap=PrefillCap(max_rows=64), micro_batches=MicroBatchRule()
-    )
+    leader = StepLeader(prefill_cap=PrefillCap(max_rows=64), micro_batches=MicroBatchRule())
+    channel = StepChannel(connections, leader)
     channel.start_generation(1, epoch=1)
     run = run_home if me.role == "attention" else run_expert
     return run(connections, transport, channel, generation, me, dies)

@@ -83,7 +83,7 @@ class EngineSteps:
         if not channel.has_header:
             self._stream.release()
         header = channel.wait(self._wait_s(self._idle_s()))
-        if self._context.connections.is_settled:
+        if channel.is_settled:
             membership.confirm_commit()
         if header is None:
             self._check_overdue(rows)
@@ -131,8 +131,8 @@ class EngineSteps:
 
         It is short after an empty step, until the leader knows that all ranks got the header.
         """
-        membership = self._context.membership
-        if membership.last_shared_commit < membership.last_commit:
+        membership, channel = self._context.membership, self._context.channel
+        if membership.last_shared_commit < membership.last_commit or channel.awaits_settling:
             return LOOK_S
         return min(IDLE_WAIT_S, self._context.config.transport.lease_s * _COMMIT_SHARE)
 

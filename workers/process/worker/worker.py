@@ -23,6 +23,7 @@ from workers.dispatch.dispatcher import max_static_ranks
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
+from workers.engine.step_leader import StepLeader
 from workers.experts.transfer.peer_source import KEY
 from workers.metrics.activity import Activity, thread_cpu_clock
 from workers.metrics.step_metrics import StepMetrics
@@ -141,13 +142,13 @@ class Worker:
         connections = open_connections(args, me, model.checkpoint, model.dtype)
         self._cleanup.callback(connections.close)
         self._interrupts.attach(connections)
-        channel = StepChannel(
-            connections,
+        leader = StepLeader(
             prefill_cap=PrefillCap.of(section),
             micro_batches=MicroBatchRule.of(section, args.config.workers),
             buckets=captured_sizes(args, model.family),
             max_static_ranks=_max_static_ranks(args, model.family),
         )
+        channel = StepChannel(connections, leader)
         transport = self.open_transport(connections)
         self._cleanup.callback(transport.close)
         self.membership.set_data_plane(connections, channel, transport)

@@ -1,0 +1,79 @@
+"""The tree of a generation: who sends headers to whom, and whose proposals go up together."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.core.topology import Generation, Member, Role
+from workers.engine.step_tree import MAX_DIRECT, StepTree
+
+
+def generation_of(num_attention: int, num_experts: int, role: Role = "attention") -> Generation:
+    members = [
+        Member(name=f"{role}-{r}", role=role, rank=2 * r) for r in reversed(range(num_attention))
+    ]
+    members += [Member(name=f"expert-{r}", role="expert", rank=r) for r in range(num_experts)]
+    return Generation(number=1, members=tuple(members))
+
+
+def trees_of(generation: Generation) -> dict[str, StepTree]:
+    return {m.name: StepTree.of(generation, m.name) for m in generation.members}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 0), (1, 8), (2, 7), (9, 0), (1, 40), (2, 62), (5, 5), (32, 32), (64, 64), (3, 125)],
+)
+def test_every_worker_is_reached_once_and_every_rank_proposes_once(sizes: tuple[int, int]) -> None:
+    generation = generation_of(*sizes)
+    trees = trees_of(generation)
+    assert {tree.leader for tree in trees.values()} == {"attention-0"}
+    reached, ranks, queue = ["attention-0"], [0], ["attention-0"]
+    assert not trees["attention-0"].parent
+    while queue:
+        tree = trees[(name := queue.pop())]
+        for child in tree.children:
+            assert trees[child].parent == name
+            assert (child in tree.inner) == bool(trees[child].children)
+            if child.startswith("attention"):
+                own = tree.ranks_below[child]
+                below = [rank for ranks in trees[child].ranks_below.values() for rank in ranks]
+                assert own == {2 * int(child.removeprefix("attention-")), *below}
+                ranks += own if name == "attention-0" else []
+            assert not trees[child].children or child.startswith("attention")
+        reached += tree.children
+        queue += tree.children
+    assert sorted(reached) == sorted(trees)
+    assert sorted(ranks) == [m.rank for m in generation.attention]
+
+
+def test_a_small_cluster_has_no_second_hop() -> None:
+    for num_attention in (1, 4, 9):
+        generation = generation_of(num_attention, MAX_DIRECT + 1 - num_attention)
+        tree = StepTree.of(generation, "attention-0")
+        assert len(tree.children) == MAX_DIRECT
+        assert not tree.inner
+
+
+@pytest.mark.parametrize(("sizes", "most"), [((64, 64), 12), ((32, 32), 8), ((64, 0), 8)])
+def test_no_worker_sends_to_more_than_the_square_root(sizes: tuple[int, int], most: int) -> None:
+    trees = trees_of(generation_of(*sizes))
+    assert max(len(tree.children) for tree in trees.values()) == most
+
+
+def test_a_few_attention_ranks_share_many_expert_workers() -> None:
+    trees = trees_of(generation_of(3, 61))
+    counts = [len(trees[f"attention-{r}"].children) for r in range(3)]
+    assert counts == [2 + 21, 20, 20]
+
+
+def test_colocated_workers_are_all_attention_ranks() -> None:
+    tree = StepTree.of(generation_of(16, 0, "colocated"), "colocated-0")
+    assert len(tree.children) == len(tree.inner) == 4
+    assert tree.ranks_below["colocated-1"] == {2, 10, 18, 26}
+
+
+def test_a_worker_outside_every_generation_has_no_place() -> None:
+    assert StepTree.of(Generation(number=0, members=()), "attention-0") == StepTree(
+        "", "", (), frozenset(), {}
+    )

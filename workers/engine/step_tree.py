@@ -1,0 +1,76 @@
+"""The tree in which proposals go up to the leader and step headers come down from it. Pure.
+
+    attention-0                   leader
+    ├─ attention-1                sends headers on to its children, and their proposals up
+    │  ├─ attention-4
+    │  └─ expert-0
+    ├─ attention-2  ..
+
+With a message to each of n workers, the leader's time for a step would grow with n. In the tree it
+grows with the square root: of 127 other workers, 12 attention ranks are below the leader, and each
+of them has up to 10 workers below it. In a small cluster all workers are children of the leader.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from cluster.core.topology import Generation, Member
+
+MAX_DIRECT = 8
+"""Maximum number of other workers that are all children of the leader."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTree:
+    """The place of one worker in the tree of a generation."""
+
+    leader: str
+    """Name of the worker with the lowest attention rank, at the root."""
+    parent: str
+    """Name of the worker from which headers come; empty on the leader."""
+    children: tuple[str, ...]
+    """Names of the workers to which this worker sends the headers."""
+    inner: frozenset[str]
+    """Names of the children that have children."""
+    ranks_below: Mapping[str, frozenset[int]]
+    """For each child that runs attention, its attention rank and those of its children."""
+
+    @classmethod
+    def of(cls, generation: Generation, name: str) -> Self:
+        """Return the place of the worker ``name``.
+
+        Only attention ranks have children, as expert workers share no connections.
+        """
+        if not generation.attention:
+            return cls("", "", (), frozenset(), {})
+        children = _children(generation)
+        parents = {child.name: parent for parent, own in children.items() for child in own}
+        below = {
+            child.name: frozenset(
+                m.rank for m in (child, *children.get(child.name, ())) if m.runs_attention
+            )
+            for child in children.get(name, ())
+            if child.runs_attention
+        }
+        own = tuple(child.name for child in children.get(name, ()))
+        inner = frozenset(own) & children.keys()
+        return cls(generation.attention[0].name, parents.get(name, ""), own, inner, below)
+
+
+def _children(generation: Generation) -> dict[str, list[Member]]:
+    """Return the children of each worker that has any."""
+    leader, *others = generation.attention
+    others += [m for m in generation.experts if not m.runs_attention]
+    if len(others) <= MAX_DIRECT:
+        return {leader.name: others}
+    width = math.isqrt(len(others) - 1) + 1
+    inner = others[: min(width, len(generation.attention) - 1)]
+    parents = inner if len(inner) == width else [leader, *inner]
+    found: dict[str, list[Member]] = {leader.name: list(inner)}
+    for number, member in enumerate(others[len(inner) :]):
+        found.setdefault(parents[number % len(parents)].name, []).append(member)
+    return found
