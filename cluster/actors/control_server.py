@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_LIMIT_S = 5.0
 """Seconds within which a connecting worker must prove that it knows the cluster token."""
-MAX_UNPROVED = 32
+MAX_UNPROVED = 256
 """Maximum number of connections in the handshake; a further connection closes the oldest."""
 MAX_BACKLOG_BYTES = 2 * MAX_FRAME_BYTES
 """Number of unsent bytes above which the server closes a worker's connection."""

@@ -20,7 +20,7 @@ from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, P
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING = 16
+MAX_PENDING = 128
 """Maximum number of accepted connections without proof of the cluster token; one more closes the
 oldest."""
 _CONNECT_ATTEMPTS = 3
@@ -127,7 +127,7 @@ class Acceptor:
         self._opened = opened
         self._pending: dict[socket.socket, Pending] = {}
         self._attempts: dict[str, tuple[int, float]] = {}
-        self._listener = socket.create_server((host, port), backlog=128)
+        self._listener = socket.create_server((host, port), backlog=512)
         self._listener.setblocking(False)
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
         selector.register(self._listener, selectors.EVENT_READ, self.accept)

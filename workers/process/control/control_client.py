@@ -116,14 +116,19 @@ class ControlClient:
     def start(self) -> None:
         """Connect to the controller, prove the cluster token, and start the thread.
 
-        Raises ``PeerLostError`` if the controller cannot be reached in time, ``HandshakeError`` if
-        it has another token or release.
+        A controller that closes the connection (it may have many callers) is called again. Raises
+        ``PeerLostError`` if it is not reached in time, ``HandshakeError`` for another token.
         """
-        try:
-            self._first = self._connect(self._connect_timeout_s)
-        except (PeerLostError, ProtocolError):
-            self._wakeup.close()
-            raise
+        deadline = time.monotonic() + self._connect_timeout_s
+        while self._first is None:
+            try:
+                self._first = self._connect(deadline - time.monotonic())
+            except (PeerLostError, ProtocolError) as err:
+                was_closed = type(err.__cause__) in (ConnectionError, ConnectionResetError)
+                if not was_closed or time.monotonic() + _RETRY_S >= deadline:
+                    self._wakeup.close()
+                    raise
+                self._wakeup.wait(_RETRY_S)
         self._lease.contact_at = time.monotonic()
         self._thread.start()
 

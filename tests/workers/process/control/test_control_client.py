@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -218,6 +219,22 @@ def test_no_controller_is_an_error_in_time() -> None:
     client = _client(address, connect_timeout_s=0.2)
     with pytest.raises(PeerLostError, match="cannot connect to"):
         client.start()
+
+
+def test_a_controller_that_closes_the_first_connections_is_called_again(
+    server: ServerThread,
+) -> None:
+    """A controller with many callers closes the oldest of them."""
+    with socket.create_server(("127.0.0.1", 0)) as busy, ThreadPoolExecutor(1) as pool:
+        client = _client(f"127.0.0.1:{busy.getsockname()[1]}")
+        start = pool.submit(client.start)
+        busy.accept()[0].close()
+        second, _ = busy.accept()
+        client.redirect(server.address)
+        second.close()
+        start.result(LIMIT_S)
+    server.next(Heartbeat)
+    client.close()
 
 
 def test_a_broken_callback_is_reported_to_the_controller(server: ServerThread) -> None:
