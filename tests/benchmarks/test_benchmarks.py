@@ -315,6 +315,19 @@ def test_the_host_s_cost_of_a_gpu_step_does_not_grow_with_its_layers(
     assert [rows[2][name] for name in COUNTS] == [1, 1, 1], "the expert side is one graph"
 
 
+def test_costs_of_large_clusters_are_rows_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.engine import scale
+
+    assert scale.main(["--json", "--members", "4", "12", "--steps", "3"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = ["leader", "header", "proposal", "grants", "scheduler", "admission", "rank"]
+    assert [(r["what"], r["members"]) for r in rows] == [(w, n) for n in (4, 12) for w in names]
+    assert all(row["us"] > 0 for row in rows)
+    for number in range(0, len(rows), len(names)):
+        costs = {row["what"]: row["us"] for row in rows[number : number + len(names)]}
+        assert costs["rank"] == pytest.approx(sum(costs[w] for w in scale.OF_A_RANK), abs=0.5)
+
+
 def test_caches_of_both_types_are_measured() -> None:
     text = kv_cache.section(quick=True)
     assert text.startswith("## KV cache in fp8")

@@ -142,20 +142,21 @@ class StepChannel:
         Raises ``PeerLostError`` and ``GenerationChangedError``.
         """
         connections = self._connections
-        deadline = time.monotonic() + timeout_s
         connections.check()
+        self._take_step_frames()
+        if self._headers:
+            return self._next_header()
+        deadline = time.monotonic() + timeout_s
         with connections.awaiting():
-            while True:
-                self._take_step_frames()
-                if self._headers:
-                    return self._next_header()
-                now = time.monotonic()
-                if now >= deadline or connections.take_wake():
-                    return None
+            while (now := time.monotonic()) < deadline and not connections.take_wake():
                 if self._send_at is not None and now >= self._send_at:
                     self._send_proposals()
                 connections.loop.awaited = tuple(self.missing_workers())
                 connections.poll(min(deadline, self._send_at or deadline) - now)
+                self._take_step_frames()
+                if self._headers:
+                    return self._next_header()
+        return None
 
     def _next_header(self) -> StepHeader:
         header = self._headers.popleft()
@@ -197,7 +198,7 @@ class StepChannel:
 
     @property
     def _decided_step(self) -> int:
-        """Number of the newest step whose header is known."""
+        """Number of the newest step with a known header."""
         return self._headers[-1].step if self._headers else self._next_step - 1
 
     def _check_step(self, frame: FrameHeader, generation: int, step: int) -> None:

@@ -70,7 +70,7 @@ class ProposalTable:
     """The newest proposals of a set of attention ranks for the next step."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
-        """``ranks``: the attention ranks whose proposals are awaited, in ascending order."""
+        """``ranks``: the attention ranks that must propose, in ascending order."""
         self.ranks = tuple(ranks)
         self.packed_ranks = pack(self.ranks)
         self._proposals: dict[int, StepProposal] = {}

@@ -7,8 +7,8 @@
     ├─ attention-2  ..
 
 With a message to each of n workers, the leader's time for a step would grow with n. In the tree it
-grows with the square root: of 127 other workers, 12 attention ranks are below the leader, and each
-of them has up to 10 workers below it. In a small cluster all workers are children of the leader.
+grows with the square root: of 127 other workers, 8 attention ranks are below the leader, and each
+of them has up to 15 workers below it. In a small cluster all workers are children of the leader.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from cluster.core.topology import Generation, Member
 
 MAX_DIRECT = 8
 """Maximum number of other workers that are all children of the leader."""
+_WIDTH = 0.7
+"""Children of the leader, as a multiple of the square root of all other workers. The time until the
+last worker has a header is least with 1, but the leader has more to do than others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def _children(generation: Generation) -> dict[str, list[Member]]:
     others += [m for m in generation.experts if not m.runs_attention]
     if len(others) <= MAX_DIRECT:
         return {leader.name: others}
-    width = math.isqrt(len(others) - 1) + 1
+    width = math.ceil(_WIDTH * math.sqrt(len(others)))
     inner = others[: min(width, len(generation.attention) - 1)]
     parents = inner if len(inner) == width else [leader, *inner]
     found: dict[str, list[Member]] = {leader.name: list(inner)}

@@ -7,10 +7,12 @@ After each step, every attention rank proposes the rows that it wants to run nex
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from operator import add, sub
+from struct import Struct
 from types import MappingProxyType
 from typing import Annotated, Final, Self
 
@@ -29,7 +31,10 @@ ALL_ROWS = 1000
 """Value of a share that means all rows: shares are integers, in thousandths."""
 _KIND: Final = "I"
 """Type code of the packed numbers: unsigned 32-bit integers."""
-_SIZE = array(_KIND).itemsize
+_NUMBER = Struct(_KIND)
+_SIZE = _NUMBER.size
+_HIGHEST = _SIZE - 1 if sys.byteorder == "little" else 0
+"""Index of the byte of a number that is 0 for all numbers below ``MAX_ROWS``."""
 
 
 class Grant(Message, frozen=True, kw_only=True):
@@ -64,6 +69,8 @@ class Grants(Message, frozen=True, kw_only=True, array_like=True, dict=True):
     """Attention ranks in ascending order."""
     numbers: bytes
     """Decode rows of all ranks, then their prompt rows, then their draft rows."""
+    totals: Grant
+    """The sums of the grants of all ranks."""
 
     @classmethod
     def of(cls, grants: Mapping[int, Grant]) -> Self:
@@ -81,18 +88,21 @@ class Grants(Message, frozen=True, kw_only=True, array_like=True, dict=True):
         draft_rows: Sequence[int],
     ) -> Self:
         """Return the grants of packed ``ranks`` from the numbers of rows of each."""
-        numbers = b"".join(map(pack, (decode_rows, prefill_rows, draft_rows)))
-        return cls(ranks=ranks, numbers=numbers)
+        columns = (decode_rows, prefill_rows, draft_rows)
+        sums = dict(zip(Grant.__struct_fields__, map(sum, columns), strict=True))
+        return cls(ranks=ranks, numbers=b"".join(map(pack, columns)), totals=Grant(**sums))
 
     def __post_init__(self) -> None:
         """Check the fields. Raises ``ValueError``, which the codec turns into ``ProtocolError``."""
         positions_of(self.ranks)
         if len(self.numbers) != 3 * len(self.ranks):
             raise ValueError("numbers must be 3 for each rank")
-        decode_rows, prefill_rows, draft_rows = self._columns
-        if (most := max(max(decode_rows), max(prefill_rows))) > MAX_ROWS:
+        numbers, length = memoryview(self.numbers).cast(_KIND), len(self.ranks) // _SIZE
+        # Each header of each rank is checked: usually, the highest bytes and all drafts are 0.
+        if any(self.numbers[_HIGHEST::_SIZE]) and (most := max(numbers)) > MAX_ROWS:
             raise ValueError(f"rows are {most}, must be <= {MAX_ROWS}")
-        if any(draft_rows) and any(map(int.__gt__, draft_rows, decode_rows)):
+        drafts = numbers[2 * length :]
+        if any(drafts) and any(map(int.__gt__, drafts, numbers)):
             raise ValueError("draft_rows must not exceed decode_rows")
 
     def __iter__(self) -> Iterator[tuple[int, Grant]]:
@@ -105,36 +115,20 @@ class Grants(Message, frozen=True, kw_only=True, array_like=True, dict=True):
 
     def of_rank(self, rank: int) -> Grant:
         """Return the grant of one attention rank; an empty grant for an unknown rank."""
-        if (grant := self._known.get(rank)) is None:
-            position = positions_of(self.ranks).get(rank)
-            if position is None:
-                return _NO_GRANT
-            decode_rows, prefill_rows, draft_rows = (c[position] for c in self._columns)
-            grant = self._known[rank] = Grant(
-                decode_rows=decode_rows, prefill_rows=prefill_rows, draft_rows=draft_rows
-            )
-        return grant
-
-    @cached_property
-    def totals(self) -> Grant:
-        """The sums of the grants of all ranks."""
-        decode_rows, prefill_rows, draft_rows = map(sum, self._columns)
+        position = positions_of(self.ranks).get(rank)
+        if position is None:
+            return _NO_GRANT
+        numbers, column, first = self.numbers, len(self.ranks), _SIZE * position
+        (decode_rows,) = _NUMBER.unpack_from(numbers, first)
+        (prefill_rows,) = _NUMBER.unpack_from(numbers, column + first)
+        (draft_rows,) = _NUMBER.unpack_from(numbers, 2 * column + first)
         return Grant(decode_rows=decode_rows, prefill_rows=prefill_rows, draft_rows=draft_rows)
 
     @cached_property
     def rows(self) -> Sequence[int]:
         """Number of rows of each rank, in ascending order of the ranks."""
-        decode_rows, prefill_rows, _ = self._columns
-        return tuple(map(add, decode_rows, prefill_rows))
-
-    @cached_property
-    def _columns(self) -> tuple[memoryview, memoryview, memoryview]:
         numbers, length = memoryview(self.numbers).cast(_KIND), len(self.ranks) // _SIZE
-        return numbers[:length], numbers[length : 2 * length], numbers[2 * length :]
-
-    @cached_property
-    def _known(self) -> dict[int, Grant]:
-        return {}
+        return tuple(map(add, numbers[:length], numbers[length : 2 * length]))
 
 
 def pack(numbers: Sequence[int]) -> bytes:

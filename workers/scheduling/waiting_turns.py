@@ -12,7 +12,7 @@ from workers.scheduling.fairness import ServedTokens
 
 _ORDER = attrgetter("order")
 _FROM_HEAP = -1
-"""Position in turns of the heap, whose count of served tokens may be outdated."""
+"""Position in turns of the heap, which may have outdated counts of served tokens."""
 
 _Turn = tuple[float, tuple[int, bool, int, int], str, int]
 """Served tokens of a tenant, order of its first sequence, tenant, and position in its queue."""
@@ -34,7 +34,7 @@ class WaitingTurns:
         """The turn of each tenant in the heap; other turns of the tenant there are outdated."""
 
     def add(self, sequence: SequenceState) -> None:
-        """Add a sequence, whose tenant is active."""
+        """Add a sequence of an active tenant."""
         tenant = sequence.request.tenant
         queue = self._queues.setdefault(tenant, [])
         insort(queue, sequence, key=_ORDER)

@@ -14,13 +14,13 @@ from workers.requests.step_header import HEADERS, Grant, Grants, StepHeader
 from workers.scheduling.step_plan import RowsWanted
 from workers.transport.frames import FrameKind
 
-LEAF, ITS_PARENT = 5, 1
-EXPERT_OF_PARENT = 7 + 2
+LEAF, ITS_PARENT = 4, 1
+EXPERT_OF_PARENT = 7 + 0
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """Ranks 1 to 4 are below the leader; 5 and expert 2 are below rank 1, 6 below rank 2."""
+    """Ranks 1 to 3 are below the leader; 4 and expert 0 are below rank 1, 6 below rank 3."""
     made = Cluster(7, 4)
     yield made
     made.close()
@@ -57,20 +57,19 @@ def test_a_leaf_that_proposes_again_is_heard(cluster: Cluster) -> None:
 
 
 def test_the_leader_knows_which_rank_is_missing(cluster: Cluster) -> None:
-    propose(cluster, 0, 1, 2, 3, 4, 6)
+    propose(cluster, 0, 1, 2, 3, 5, 6)
     leader, parent = cluster.channels[0], cluster.channels[ITS_PARENT]
     futures = [cluster.pool.submit(c.wait, LIMIT_S) for c in cluster.channels if c is not leader]
     future = cluster.pool.submit(leader.wait, LIMIT_S)
     for connections in (cluster.all_connections[0], cluster.all_connections[ITS_PARENT]):
         loop = connections.loop
-        wait_until(lambda loop=loop: loop.awaited == ("attention-5",), "the wait")  # type: ignore[misc]
-    assert parent.missing_workers() == leader.missing_workers() == ["attention-5"]
-    assert cluster.channels[6].missing_workers() == ["attention-2"]
+        wait_until(lambda loop=loop: loop.awaited == ("attention-4",), "the wait")  # type: ignore[misc]
+    assert parent.missing_workers() == leader.missing_workers() == ["attention-4"]
+    assert cluster.channels[6].missing_workers() == ["attention-3"]
     assert cluster.channels[3].missing_workers() == ["attention-0"]
     assert cluster.channels[EXPERT_OF_PARENT].missing_workers() == ["attention-1"]
     cluster.all_connections[LEAF].wake()
-    propose_and_wait = [f.result(2 * LIMIT_S) for f in (*futures[4:5],)]
-    assert propose_and_wait == [None]
+    assert futures[LEAF - 1].result(2 * LIMIT_S) is None
     propose(cluster, LEAF)
     assert cluster.channels[LEAF].wait(LIMIT_S) == future.result(2 * LIMIT_S) is not None
 
@@ -99,8 +98,8 @@ def test_a_header_has_arrived_when_all_below_say_so(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("sender", "receiver", "data", "kind", "reason"),
     [
-        (LEAF, 0, PROPOSALS.encode(make_proposal(5)), FrameKind.PROPOSAL, r"ranks \[5\] from"),
-        (2, 0, PROPOSALS.encode(make_proposal(5)), FrameKind.PROPOSAL, r"ranks \[5\] from"),
+        (LEAF, 0, PROPOSALS.encode(make_proposal(4)), FrameKind.PROPOSAL, r"ranks \[4\] from"),
+        (2, 0, PROPOSALS.encode(make_proposal(4)), FrameKind.PROPOSAL, r"ranks \[4\] from"),
         (
             2,
             LEAF,

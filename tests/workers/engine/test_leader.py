@@ -19,6 +19,9 @@ from workers.requests.step_header import HEADERS, MAX_ROWS, Grant, Grants, StepH
 from workers.requests.traced import MAX_TRACED
 from workers.scheduling.step_plan import RowsWanted
 
+NOTHING = {"decode_rows": 0, "prefill_rows": 0}
+"""Sums of a message's grants."""
+
 
 def proposals(*wanted: tuple[int, int]) -> dict[int, RowsWanted]:
     """(decode, prefill) by rank."""
@@ -158,13 +161,13 @@ def test_micro_batch_0_takes_the_larger_half(total: int, first: int, second: int
         ("step", -1, ">= 0"),
         ("generation", 1 << 32, "<= 4294967295"),
         ("oldest_epoch", 8, "oldest_epoch must not exceed epoch"),
-        ("grants", [b"", b""], "must name at least one rank"),
-        ("grants", [pack([1, 0]), pack([0] * 6)], "sorted by rank"),
-        ("grants", [pack([0, 0]), pack([0] * 6)], "sorted by rank"),
-        ("grants", [pack([0]), pack([0] * 4)], "3 for each rank"),
-        ("grants", [pack([0]), pack([MAX_ROWS + 1, 0, 0])], f"<= {MAX_ROWS}"),
-        ("grants", [pack([0]), pack([0, MAX_ROWS + 1, 0])], f"<= {MAX_ROWS}"),
-        ("grants", [pack([0]), pack([1, 0, 2])], "draft_rows must not exceed decode_rows"),
+        ("grants", [b"", b"", NOTHING], "must name at least one rank"),
+        ("grants", [pack([1, 0]), pack([0] * 6), NOTHING], "sorted by rank"),
+        ("grants", [pack([0, 0]), pack([0] * 6), NOTHING], "sorted by rank"),
+        ("grants", [pack([0]), pack([0] * 4), NOTHING], "3 for each rank"),
+        ("grants", [pack([0]), pack([MAX_ROWS + 1, 0, 0]), NOTHING], f"<= {MAX_ROWS}"),
+        ("grants", [pack([0]), pack([0, MAX_ROWS + 1, 0]), NOTHING], f"<= {MAX_ROWS}"),
+        ("grants", [pack([0]), pack([1, 0, 2]), NOTHING], "draft_rows must not exceed decode_rows"),
     ],
 )
 def test_header_with_a_wrong_value_is_refused(field: str, value: object, rule: str) -> None:

@@ -38,14 +38,14 @@ def test_the_first_of_two_micro_batches_has_the_larger_half() -> None:
 @pytest.mark.parametrize("ranks", [(), (1, 0), (0, 0)])
 def test_ranks_are_named_once_and_in_order(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="sorted by rank"):
-        Grants(ranks=pack(ranks), numbers=pack([0] * 3 * len(ranks)))
+        Grants(ranks=pack(ranks), numbers=pack([0] * 3 * len(ranks)), totals=Grant())
 
 
 def test_there_is_a_number_in_each_column_for_each_rank() -> None:
     with pytest.raises(ValueError, match="numbers must be 3 for each rank"):
-        Grants(ranks=pack([0, 1]), numbers=pack([0] * 5))
+        Grants(ranks=pack([0, 1]), numbers=pack([0] * 5), totals=Grant())
     with pytest.raises(ValueError, match="sorted by rank"):
-        Grants(ranks=b"123", numbers=b"")
+        Grants(ranks=b"123", numbers=b"", totals=Grant())
 
 
 def test_the_counts_of_all_ranks_are_those_of_each() -> None:
