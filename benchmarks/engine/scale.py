@@ -11,6 +11,7 @@ steps in the fastest of ten parts of a run:
     scheduler   intent and plan of a worker with 256 running and 4,000 waiting sequences of 1,000
                 tenants, which does not depend on the members
     admission   a gateway's admission of a request while 10,000 of 1,000 tenants wait
+    scrape      a gateway's answer to Prometheus, for a model with 61 layers of 384 experts
     rank        header, proposal, grants and scheduler together, of which the growth is printed
 
 Messages of the layers are not counted.
@@ -34,12 +35,14 @@ from functools import partial
 import torch
 
 from benchmarks.harness.both_roles import Alone
+from benchmarks.harness.large_snapshot import load_of_banks, snapshot_of
 from benchmarks.harness.mesh import CPU, FakeBank, make_bank, make_connections, make_placement
 from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import table
 from cluster.core.topology import Generation, Member
 from gateway.calls.admission import Admission
 from gateway.calls.tenant_queues import CallDemand
+from gateway.observability.metrics import GatewayMetrics
 from workers.dispatch.expert_server import ExpertServer
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
@@ -279,6 +282,21 @@ def admission_us(calls: int, num_waiting: int = 10_000, num_tenants: int = 1_000
     return _typical_us(taken)
 
 
+def scrape_us(num_members: int, num_layers: int = 61, num_experts: int = 384) -> float:
+    """Return the CPU time in which a gateway renders its metrics and those of all workers."""
+    half = num_members // 2
+    snapshot, load = snapshot_of(half, half), load_of_banks(num_layers, num_experts)
+    metrics = GatewayMetrics("model", lambda: snapshot, load=lambda: load)
+    for rank in range(half):
+        metrics.engine(str(rank))
+    taken = []
+    for _ in range(5):
+        began = time.thread_time_ns()
+        metrics.render()
+        taken.append(time.thread_time_ns() - began)
+    return min(taken) / 1e3
+
+
 def measure(members: Sequence[int], steps: int) -> list[ScaleCost]:
     """Return all costs in clusters of the given sizes."""
     files, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -295,6 +313,7 @@ def measure(members: Sequence[int], steps: int) -> list[ScaleCost]:
             "header": header,
             "proposal": proposal,
             "grants": grants_us(number, steps),
+            "scrape": scrape_us(number),
             **{what: run() for what, run in alone.items()},
         }
         costs["rank"] = sum(costs[what] for what in OF_A_RANK)

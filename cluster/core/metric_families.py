@@ -18,7 +18,7 @@ from prometheus_client.utils import floatToGoString
 PlainFamily = dict[str, Any]
 """Metric family as a dict: ``name``, ``text`` (help), ``type`` and ``samples``:
 [name, labels, value]."""
-_MOST_SERIES = 16_384
+_MOST_SERIES = 65_536
 """Maximum number of series whose text is cached, more than most clusters have."""
 
 

@@ -7,7 +7,7 @@ module declares no worker lost; the limits of failure detection may be much long
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 STALL_S = 0.9
@@ -41,8 +41,8 @@ def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
 
     Members that are silent for ``SILENT_S`` are late. If none is, but a step of an attention worker
     stalls, the late members are the ones silent for half of ``SILENT_S``; without any, the ones
-    that stall and wait for no peer; without any, the ones for which attention workers wait,
-    preferably ones that do not wait themselves.
+    that stall and wait for no peer; without any, the ones at the ends of the chains of waits that
+    begin at attention workers, or if these wait for each other, the ones for which they wait.
     """
     if silent := tuple(p.name for p in paces if now - p.heard_at >= SILENT_S):
         return silent
@@ -56,4 +56,27 @@ def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
     hung = tuple(p.name for p in stalled if not p.waits_for)
     awaited = dict.fromkeys(name for p in stalled if p.runs_attention for name in p.waits_for)
     waiting = {p.name for p in stalled if p.waits_for}
-    return quiet or hung or tuple(n for n in awaited if n not in waiting) or tuple(awaited)
+    ends = _ends_of_chains(awaited, {p.name: p.waits_for for p in paces})
+    return quiet or hung or ends or tuple(n for n in awaited if n not in waiting) or tuple(awaited)
+
+
+def _ends_of_chains(
+    names: Iterable[str], waits_for: Mapping[str, Sequence[str]]
+) -> tuple[str, ...]:
+    """Return the members that wait for none, and for which ``names`` wait or which are in it.
+
+    An idle worker that sends headers on waits for its parent, and is not itself late.
+    """
+    found: dict[str, None] = {}
+    seen: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        if further := waits_for.get(name):
+            left += further
+        else:
+            found[name] = None
+    return tuple(found)

@@ -26,9 +26,11 @@ _INTRODUCTION = f"""This page lists every metric at `/metrics`, grouped by what 
 begin with `{PREFIX}`, or with the value of `--metrics-prefix`. Every series has the label
 `model_name`; with several gateways, the series of gateways also have `gateway`. `engine` is an
 attention worker's rank, and empty for expert workers. A histogram has the series `_bucket`, `_sum`
-and `_count`. With `--vllm-metric-names`, metrics marked *vLLM* also have vLLM's names. If keys are
-configured, a request with a client key gets [fewer metrics](security.md#what-a-clients-key-shows).
-[Monitor a cluster](../how-to/monitoring.md) describes which metrics to watch."""
+and `_count`. Of each role, the workers with ranks below 16 have histograms; in histograms of
+gateways, `engine` is `rest` for all attention workers with higher ranks. With
+`--vllm-metric-names`, metrics marked *vLLM* also have vLLM's names. If keys are configured, a
+request with a client key gets [fewer metrics](security.md#what-a-clients-key-shows). [Monitor a
+cluster](../how-to/monitoring.md) describes which metrics to watch."""
 _CACHE_CONFIG = {"block_size": "", "cache_dtype": "", "enable_prefix_caching": ""}
 Row = tuple[str, str, tuple[str, ...], str]
 """Name, type, labels, help."""

@@ -93,7 +93,9 @@ class TenantQueues:
         self._tenant_rows: dict[str, int] = {}
         self._entry_rows: dict[tuple[str, int], int] = {}
         self._shared: tuple[float, NDArray[np.float64], NDArray[np.float64]] | None = None
-        """Capacity, and seats and waiting tokens by entry, as long as no demand changes."""
+        """Capacity, and waiting tokens of each entry and each tenant, until a demand changes."""
+        self._ahead: dict[tuple[str, int], float] = {}
+        """Results of ``tokens_ahead`` for this capacity: a call asks several times."""
 
     def __len__(self) -> int:
         """Number of tenants with requests."""
@@ -112,6 +114,7 @@ class TenantQueues:
         An added call sets the weight of its tenant.
         """
         self._shared = None
+        self._ahead.clear()
         tenant, key = demand.tenant, (demand.tenant, demand.priority)
         if key not in self._held:
             self._begin(tenant, demand.priority)
@@ -153,15 +156,17 @@ class TenantQueues:
             return 0.0
         if self._shared is None or self._shared[0] != capacity:
             self._shared = (capacity, *self._waiting(capacity))
+            self._ahead.clear()
+        if (known := self._ahead.get((tenant, priority))) is not None:
+            return known
         _, of_entries, of_tenants = self._shared
         entries, weights = self._entries, self._tenants["weight"]
         own = (entries["tenant"] == row) & (entries["priority"] <= priority)
         first = float(of_entries[own].sum())
-        if not first:
-            return 0.0
-        ahead = np.minimum(of_tenants, first / weights[row] * weights)
+        ahead = np.minimum(of_tenants, first * (weights / weights[row]))
         ahead[row] = first
-        return float(ahead.sum())
+        self._ahead[tenant, priority] = found = float(ahead.sum())
+        return found
 
     def _waiting(self, capacity: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the waiting tokens of each entry, and of each tenant."""
@@ -181,6 +186,7 @@ class TenantQueues:
         weights, seats = self._tenants["weight"], self._tenants["seats"]
         if capacity >= seats.sum():
             return seats.copy()
+        weights = weights / weights.max()  # very small ones would overflow
         wants_more = weights > 0
         num_more = np.count_nonzero(wants_more)
         while True:
@@ -214,7 +220,7 @@ class TenantQueues:
 
 
 class _Rows:
-    """Named columns of equal length. Rows that are not taken have zeros in all columns."""
+    """Named columns of equal length, with zeros in a new row."""
 
     def __init__(self, **columns: type[np.generic]) -> None:
         self._columns = {name: np.zeros(16, kind) for name, kind in columns.items()}
@@ -224,17 +230,20 @@ class _Rows:
         return self._columns[name]
 
     def take(self) -> int:
-        """Return a free row. The columns may become other arrays."""
+        """Return a free row with zeros. The columns may become other arrays."""
         if not self._free:
             length = len(next(iter(self._columns.values())))
             self._columns = {
                 n: np.concatenate((c, np.zeros_like(c))) for n, c in self._columns.items()
             }
             self._free = list(reversed(range(length, 2 * length)))
-        return self._free.pop()
+        row = self._free.pop()
+        for column in self._columns.values():
+            column[row] = 0
+        return row
 
     def free(self, row: int) -> None:
-        """Free a row, and set it to zeros."""
+        """Free a row, and set it to zeros, so that it does not count in sums."""
         for column in self._columns.values():
             column[row] = 0
         self._free.append(row)

@@ -89,6 +89,10 @@ WORKER_TEXTS = {
     "expert_worker_up": "1 while an expert worker is ready or serving, else 0",
 }
 """Help text of each metric, by name; for a histogram, the name of its family."""
+MAX_HISTOGRAM_RANKS = 16
+"""Number of workers of each role with histograms, so that 128 workers do not have 30,000 series."""
+REST = "rest"
+"""Value of a label for the sum over all that have no series of their own."""
 TOTAL_TEXTS = {
     "cluster_requests_running": "Sequences in the running batches of all attention workers",
     "cluster_requests_waiting": "Sequences waiting at all attention workers",
@@ -121,12 +125,20 @@ def cluster_families(
     yield from snapshot.get("metrics", ())
     epoch = int(snapshot.get("placement_epoch") or 0)
     for worker in snapshot.get("workers", ()):
-        labels = _labels(worker)
+        labels, has_histograms = _labels(worker), int(worker["rank"]) < MAX_HISTOGRAM_RANKS
         for key, value in _worker_stats(worker, epoch, cache_config).items():
-            if (number := _parse(key)) is not None and number.name not in taken:
+            if (number := _parse(key)) is None or number.name in taken:
+                continue
+            if has_histograms or number.family["type"] != "histogram":
                 samples = [[number.name, {**labels, **number.labels}, value]]
                 yield {**number.family, "samples": samples}
     yield from _totals(snapshot)
+
+
+def histogram_label(engine: str) -> str:
+    """Return the label ``engine`` of histograms of calls: ``rest`` for all attention workers from
+    the rank ``MAX_HISTOGRAM_RANKS`` on."""
+    return REST if engine.isdecimal() and int(engine) >= MAX_HISTOGRAM_RANKS else engine
 
 
 def _totals(snapshot: Snapshot) -> Iterator[PlainFamily]:

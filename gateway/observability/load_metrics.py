@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.core.metric_families import PlainFamily
+from gateway.observability.cluster_metrics import REST
 
-REST = "rest"
-"""Value of the label ``expert`` of the sum over those experts of a bank that have no series."""
 ALL = "all"
 """Value of the labels ``layer`` and ``bank`` of a series for all layers together."""
 _PHASES = ("prefill", "decode")

@@ -19,7 +19,7 @@ from gateway.cluster.client_view import client_families
 from gateway.cluster.view import Snapshot
 from gateway.core.replay import ReplayCause
 from gateway.observability import vllm_names
-from gateway.observability.cluster_metrics import cluster_families
+from gateway.observability.cluster_metrics import cluster_families, histogram_label
 from gateway.observability.load_metrics import load_families
 from gateway.observability.unlocked_histogram import UnlockedHistogram
 from workers.requests.request import FinishReason, Timings
@@ -237,7 +237,8 @@ class EngineMetrics:
     ) -> None:
         self._success = {r.value: success.labels(engine, r.value) for r in FinishReason}
         self._counters = {name: family.labels(engine) for name, family in counters.items()}
-        self._histograms = {name: family.labels(engine) for name, family in histograms.items()}
+        shared = histogram_label(engine)
+        self._histograms = {name: family.labels(shared) for name, family in histograms.items()}
 
     def count(self, name: str, amount: int) -> None:
         """Add to one of ``_ENGINE_COUNTERS``."""

@@ -81,6 +81,16 @@ class StepChannel:
         return self._tree.leader == self._connections.me.name
 
     @property
+    def depth(self) -> int:
+        """Number of messages by which a header comes from the leader; see ``StepTree.depth``."""
+        return self._tree.depth
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether this rank, or one below it in the tree, has proposed rows for the next step."""
+        return any(proposal.num_rows for proposal in self._table.in_order)
+
+    @property
     def is_settled(self) -> bool:
         """Whether the hosts of all workers below this one in the tree have received the newest
         header. False may be outdated by ``path_watch.LOOK_S``."""
@@ -181,7 +191,8 @@ class StepChannel:
             proposals = PROPOSALS.decode(data)
             self._check_step(frame.header, proposals.generation, proposals.step)
             ranks = [proposal.rank for proposal in proposals.proposals]
-            if not self._tree.ranks_below.get(sender, frozenset()).issuperset(ranks):
+            below = self._tree.ranks_below.get(sender)
+            if below is None or not below.issuperset(ranks):
                 raise ProtocolError(f"proposals of ranks {ranks} from {sender}")
             self._take_proposals(proposals, sender)
             return
@@ -211,10 +222,12 @@ class StepChannel:
             return  # sent before the header arrived; the ranks propose again after that step
         if proposals.step != next_step:
             raise ProtocolError(f"proposal for step {proposals.step}: must be {next_step}")
-        self._table.put(proposals.proposals)
-        if proposals.is_settled:
+        has_news = self._table.put(proposals.proposals)
+        if proposals.is_settled and child in self._unsettled:
             self._unsettled.discard(child)
-        self._pass_on()
+            has_news = True
+        if has_news:
+            self._pass_on()
 
     def _pass_on(self, even_empty: bool = False) -> None:
         """Send proposals to the parent, or on the leader decide a header, when all are known."""

@@ -90,10 +90,16 @@ class ProposalTable:
         """Return the ranks that have not proposed."""
         return [] if self.is_complete else [r for r in self.ranks if r not in self._proposals]
 
-    def put(self, proposals: Iterable[StepProposal]) -> None:
-        """Set the proposals of some of the awaited ranks, in place of earlier ones."""
+    def put(self, proposals: Iterable[StepProposal]) -> bool:
+        """Set the proposals of some of these ranks, in place of earlier ones.
+
+        Returns whether any of them has changed.
+        """
+        has_changed = False
         for proposal in proposals:
+            has_changed = has_changed or self._proposals.get(proposal.rank) != proposal
             self._proposals[proposal.rank] = proposal
+        return has_changed
 
     def clear(self) -> None:
         """Drop all proposals, which were for a step that was decided."""

@@ -42,6 +42,11 @@ class StepTree:
     ranks_below: Mapping[str, frozenset[int]]
     """For each child that runs attention, its attention rank and those of its children."""
 
+    @property
+    def depth(self) -> int:
+        """Number of messages by which a header comes from the leader: 0 on the leader, 1 or 2."""
+        return 0 if not self.parent else 1 if self.parent == self.leader else 2
+
     @classmethod
     def of(cls, generation: Generation, name: str) -> Self:
         """Return the place of the worker ``name``.

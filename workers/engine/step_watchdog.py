@@ -1,8 +1,9 @@
 """Detects that a rank has rows to run but no step starts.
 
 The watchdog is the last resort for failures in which no connection breaks and no worker stalls. The
-leader waits for proposals. The other ranks wait for the leader, with twice the leader's limit. The
-limits are longer after a step with rows, as a peer may still run them.
+leader waits for proposals. The other ranks wait for the worker that sends them headers, with twice
+the leader's limit, or three times if this is not the leader: the worker nearest to the failure
+finds it first. The limits are longer after a step with rows, as a peer may still run them.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ class StepWatchdog:
         self._wanted_at: float | None = None
 
     def overdue_s(
-        self, *, wants: bool, leads: bool, last_rows: int, last_commit: float, now: float
+        self, *, wants: bool, depth: int, last_rows: int, last_commit: float, now: float
     ) -> float | None:
         """Return the seconds for which this rank has waited for a step; None within the limit.
 
-        ``wants``: this rank has rows to run. ``leads``: this rank is the leader. ``last_rows``:
-        rows of all ranks in the previous step. ``last_commit`` and ``now``: monotonic times.
+        ``wants``: this rank, or one below it in the tree, has rows to run. ``depth``: see
+        ``StepTree``. ``last_rows``: rows of all ranks in the previous step. ``last_commit`` and
+        ``now``: monotonic times.
         """
         if not wants:
             self._wanted_at = None
@@ -35,7 +37,7 @@ class StepWatchdog:
         if self._wanted_at is None:
             self._wanted_at = now
         waited_s = now - max(self._wanted_at, last_commit)
-        limit_s = (1.0 if leads else 2.0) * self._limit_s + last_rows * ROW_LIMIT_S
+        limit_s = (1 + depth) * self._limit_s + last_rows * ROW_LIMIT_S
         return waited_s if waited_s > limit_s else None
 
     def begin(self) -> None:

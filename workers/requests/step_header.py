@@ -2,7 +2,7 @@
 
 After each step, every attention rank proposes the rows that it wants to run next
 (``workers.engine.step_proposals``). The leader (the lowest attention rank) decides
-(``workers.engine.leader``) and sends one header to all ranks.
+(``workers.engine.leader``), and its header reaches all ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from workers.requests.traced import MAX_TRACED, Parents
 
 MAX_ROWS = 1 << 24
 """Maximum number of rows that a rank can propose or be granted."""
+MAX_RANKS = 1 << 15
+"""Maximum number of attention ranks."""
 MAX_MICRO_BATCHES = 2
 """Maximum number of micro-batches of a step."""
 Rows = Annotated[int, Meta(ge=0, le=MAX_ROWS)]
@@ -65,7 +67,7 @@ class Grants(Message, frozen=True, kw_only=True, array_like=True, dict=True):
     ranks. Iteration yields (rank, grant) pairs in ascending order of the ranks.
     """
 
-    ranks: bytes
+    ranks: Annotated[bytes, Meta(max_length=4 * MAX_RANKS)]
     """Attention ranks in ascending order."""
     numbers: bytes
     """Decode rows of all ranks, then their prompt rows, then their draft rows."""

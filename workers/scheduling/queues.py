@@ -34,7 +34,8 @@ class SequenceQueues:
         """Number of prompt tokens of waiting requests, counted once for all choices."""
         self.num_changes = 0
         """Number of changes of the lists, and of commits, since the start. While it stays the same,
-        so does the result of ``runnable``."""
+        so does the result of ``runnable``: beams become idle or continue only at the end of a
+        commit, before the next intent."""
         self._with_output: set[SequenceState] = set()
 
     @property

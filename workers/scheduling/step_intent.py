@@ -66,7 +66,7 @@ class StepIntent:
         return sequence.request.tenant in self.left_out_tenants
 
     def with_restriction(self, restriction: Restriction) -> StepIntent:
-        """Return a copy of this intent with another restriction.
+        """Return this intent, or a copy of it, with a restriction.
 
         Requests may have been paused between the proposal and the grant.
         """

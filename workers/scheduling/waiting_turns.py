@@ -55,7 +55,8 @@ class WaitingTurns:
             del self._queues[tenant], self._latest[tenant]
 
     def __iter__(self) -> Iterator[SequenceState]:
-        """Yield the waiting sequences of all tenants in turn; do not add or remove meanwhile."""
+        """Yield the waiting sequences of all tenants in turn. No sequence may be added, removed or
+        charged meanwhile."""
         if len(self._queues) <= 1:
             for queue in self._queues.values():
                 yield from queue

@@ -2,7 +2,7 @@
 
 A data frame (ROWS, OUTPUTS) carries one or two parts (tensors of rows), a part with 4-byte elements
 first. The header has the number of rows of each part. Step frames (PROPOSAL, HEADER) carry
-``StepProposal`` or ``StepHeader``. All header fields are checked before the payload is read.
+``StepProposals`` or ``StepHeader``. All header fields are checked before the payload is read.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ VERSION: Final = 1
 _HEADER: Final = struct.Struct("!4sBBIQBHBBIIIx")
 HEADER_BYTES: Final = _HEADER.size
 MAX_STEP_FRAME_BYTES: Final = 1 << 20
-"""Maximum payload in bytes of a frame with a step proposal or header, enough for 65535 ranks."""
+"""Maximum payload in bytes of a frame with step proposals or a header, enough for 32768 ranks."""
 
 
 class FrameKind(IntEnum):
     PROPOSAL = 1
-    """Step proposal of an attention rank to the leader."""
+    """Step proposals of attention ranks, on the way to the leader."""
     HEADER = 2
     ROWS = 3
     """Rows of an attention rank to an expert rank (dispatch)."""

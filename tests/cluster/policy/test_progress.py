@@ -66,6 +66,16 @@ def test_a_chain_of_waits_ends_at_the_late_worker() -> None:
     assert late(leader, pace("attention-1", 1.0, "expert-1"), pace("expert-1")) == ("expert-1",)
 
 
+def test_an_idle_worker_that_sends_headers_on_is_not_late() -> None:
+    """A leaf wants a step; the worker above it only waits for the leader, or for what that waits
+    for."""
+    leaf, above = pace("attention-6", 1.0, "attention-2"), pace("attention-2", None, "attention-0")
+    assert late(pace("attention-0"), above, leaf) == ("attention-0",)
+    leader = pace("attention-0", 1.0, "expert-1")
+    assert late(leader, above, leaf, pace("expert-1")) == ("expert-1",)
+    assert late(pace("attention-0", None, "attention-2"), above, leaf) == ("attention-2",)
+
+
 def test_where_two_wait_for_each_other_attention_tells() -> None:
     waiting = pace("attention-0", 1.0, "expert-1")
     assert late(waiting, pace("expert-1", 1.0, "attention-0")) == ("expert-1",)

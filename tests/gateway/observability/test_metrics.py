@@ -9,6 +9,7 @@ import httpx
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.harness.large_snapshot import load_of_banks, snapshot_of
 from cluster.config.gateway import GatewaySection
 from cluster.controller.metrics import ControllerMetrics
 from gateway.observability.metrics import GatewayMetrics
@@ -292,6 +293,29 @@ def test_a_large_model_has_few_series_unless_asked() -> None:
     metrics = GatewayMetrics("dots", lambda: None, None, lambda: load)
     families = text_string_to_metric_families(metrics.render().decode())
     assert sum(len(family.samples) for family in families) < MOST_SERIES
+
+
+def test_a_scrape_of_a_large_cluster_is_small() -> None:
+    snapshot, load = snapshot_of(64, 64), load_of_banks(61, 384)
+    metrics = GatewayMetrics("model", lambda: snapshot, load=lambda: load)
+    for rank in range(64):
+        metrics.engine(str(rank)).observe("time_to_first_token_seconds", 0.5)
+        metrics.engine(str(rank)).count("prompt_tokens", 5)
+    text = metrics.render().decode()
+    assert len(text) < 2_000_000
+    families = {
+        family.name.removeprefix("expertmesh:"): family
+        for family in text_string_to_metric_families(text)
+    }
+    shown = families["time_to_first_token_seconds"].samples
+    counts = {s.labels["engine"]: s.value for s in shown if s.name.endswith("_count")}
+    assert counts == {**{str(rank): 1 for rank in range(16)}, "rest": 48}
+    assert {s.labels["engine"] for s in families["prompt_tokens"].samples} == set(
+        map(str, range(64))
+    )
+    timed = {s.labels["worker"] for s in families["attention_compute_seconds"].samples}
+    assert timed == {f"attention-{rank}" for rank in range(16)}
+    assert len(families["num_requests_running"].samples) == 64
 
 
 def test_requests_are_counted(stack: Stack) -> None:

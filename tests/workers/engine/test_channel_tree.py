@@ -9,13 +9,15 @@ import pytest
 from benchmarks.harness.stalls import wait_until
 from cluster.core.errors import PeerLostError
 from tests.workers.engine.test_step_channel import LIMIT_S, Cluster, make_proposal, send
-from workers.engine.step_proposals import PROPOSALS
+from workers.engine.step_proposals import PROPOSALS, StepProposals
 from workers.requests.step_header import HEADERS, Grant, Grants, StepHeader
 from workers.scheduling.step_plan import RowsWanted
 from workers.transport.frames import FrameKind
 
 LEAF, ITS_PARENT = 4, 1
 EXPERT_OF_PARENT = 7 + 0
+
+NOTHING = StepProposals(generation=1, step=1, proposals=())
 
 
 @pytest.fixture
@@ -64,6 +66,8 @@ def test_the_leader_knows_which_rank_is_missing(cluster: Cluster) -> None:
     for connections in (cluster.all_connections[0], cluster.all_connections[ITS_PARENT]):
         loop = connections.loop
         wait_until(lambda loop=loop: loop.awaited == ("attention-4",), "the wait")  # type: ignore[misc]
+    assert leader.is_wanted
+    assert [cluster.channels[r].depth for r in (0, ITS_PARENT, LEAF)] == [0, 1, 2]
     assert parent.missing_workers() == leader.missing_workers() == ["attention-4"]
     assert cluster.channels[6].missing_workers() == ["attention-3"]
     assert cluster.channels[3].missing_workers() == ["attention-0"]
@@ -99,6 +103,7 @@ def test_a_header_has_arrived_when_all_below_say_so(cluster: Cluster) -> None:
     ("sender", "receiver", "data", "kind", "reason"),
     [
         (LEAF, 0, PROPOSALS.encode(make_proposal(4)), FrameKind.PROPOSAL, r"ranks \[4\] from"),
+        (LEAF, 2, PROPOSALS.encode(NOTHING), FrameKind.PROPOSAL, r"ranks \[\] from"),
         (2, 0, PROPOSALS.encode(make_proposal(4)), FrameKind.PROPOSAL, r"ranks \[4\] from"),
         (
             2,

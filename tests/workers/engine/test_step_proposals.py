@@ -32,7 +32,9 @@ def test_a_table_is_complete_with_all_of_its_ranks() -> None:
     table.put([StepProposal.of(7, ALONE), StepProposal.of(2, RowsWanted(4))])
     assert table.missing() == [0]
     assert not table.is_complete
-    table.put([StepProposal.of(0, RowsWanted(1)), StepProposal.of(7, RowsWanted(5))])
+    changed = [StepProposal.of(0, RowsWanted(1)), StepProposal.of(7, RowsWanted(5))]
+    assert table.put(changed)
+    assert not table.put(changed)
     assert table.is_complete
     assert [(p.rank, p.decode_rows) for p in table.in_order] == [(0, 1), (2, 4), (7, 5)]
     table.clear()

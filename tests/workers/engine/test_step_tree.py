@@ -28,12 +28,14 @@ def test_every_worker_is_reached_once_and_every_rank_proposes_once(sizes: tuple[
     generation = generation_of(*sizes)
     trees = trees_of(generation)
     assert {tree.leader for tree in trees.values()} == {"attention-0"}
+    assert trees["attention-0"].depth == 0
     reached, ranks, queue = ["attention-0"], [0], ["attention-0"]
     assert not trees["attention-0"].parent
     while queue:
         tree = trees[(name := queue.pop())]
         for child in tree.children:
             assert trees[child].parent == name
+            assert trees[child].depth == tree.depth + 1
             assert (child in tree.inner) == bool(trees[child].children)
             if child.startswith("attention"):
                 own = tree.ranks_below[child]

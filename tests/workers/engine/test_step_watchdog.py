@@ -12,19 +12,21 @@ def overdue(
     *,
     last_rows: int = 0,
     last_commit: float = 0.0,
-    **is_so: bool,
+    wants: bool = True,
+    depth: int = 0,
 ) -> bool:
-    facts = {"wants": True, "leads": True} | is_so
-    found = watchdog.overdue_s(last_rows=last_rows, last_commit=last_commit, now=now, **facts)
+    found = watchdog.overdue_s(
+        wants=wants, depth=depth, last_rows=last_rows, last_commit=last_commit, now=now
+    )
     return found is not None
 
 
-def test_the_leader_waits_for_two_limits_and_the_others_for_four() -> None:
-    for leads, limit_s in ((True, 4.0), (False, 8.0)):
+def test_a_rank_waits_longer_the_further_it_is_from_the_leader() -> None:
+    for depth, limit_s in ((0, 4.0), (1, 8.0), (2, 12.0)):
         watchdog = StepWatchdog(2.0)
-        assert not overdue(watchdog, 100.0, leads=leads)
-        assert not overdue(watchdog, 100.0 + limit_s, leads=leads)
-        assert overdue(watchdog, 100.1 + limit_s, leads=leads)
+        assert not overdue(watchdog, 100.0, depth=depth)
+        assert not overdue(watchdog, 100.0 + limit_s, depth=depth)
+        assert overdue(watchdog, 100.1 + limit_s, depth=depth)
 
 
 def test_rows_of_the_step_before_may_still_be_computed() -> None:

@@ -111,11 +111,12 @@ class EngineSteps:
         return outputs
 
     def _check_overdue(self, rows: RowsWanted) -> None:
-        """Raise ``PeerLostError`` if this rank has rows but no step has started for too long."""
+        """Raise ``PeerLostError`` if no step has started for too long for the rows of this rank, or
+        of one below it in the tree."""
         channel = self._context.channel
         waited_s = self._watchdog.overdue_s(
-            wants=rows.decode_rows + rows.prefill_rows > 0,
-            leads=channel.is_leader,
+            wants=rows.decode_rows + rows.prefill_rows > 0 or channel.is_wanted,
+            depth=channel.depth,
             last_rows=channel.last_rows,
             last_commit=self._context.membership.last_commit,
             now=time.monotonic(),
@@ -137,6 +138,10 @@ class EngineSteps:
         return min(IDLE_WAIT_S, self._context.config.transport.lease_s * _COMMIT_SHARE)
 
     def _needs_commit(self) -> bool:
-        """Whether an empty step must renew all leases, because the controller is silent."""
-        known = max(self._context.contact_at(), self._context.membership.last_commit)
+        """Whether an empty step must renew all leases, because the controller is silent, and the
+        one before has arrived everywhere."""
+        membership = self._context.membership
+        if membership.last_shared_commit < membership.last_commit:
+            return False
+        known = max(self._context.contact_at(), membership.last_commit)
         return time.monotonic() - known > self._context.config.transport.lease_s * _COMMIT_SHARE
