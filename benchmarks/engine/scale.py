@@ -11,6 +11,8 @@ steps in the fastest of ten parts of a run:
     scheduler   intent and plan of a worker with 256 running and 4,000 waiting sequences of 1,000
                 tenants, which does not depend on the members
     admission   a gateway's admission of a request while 10,000 of 1,000 tenants wait
+    loss        a controller's decision after the loss of an expert worker, with its orders to the
+                others, for a model with 61 layers of 384 experts
     scrape      a gateway's answer to Prometheus, for a model with 61 layers of 384 experts
     rank        header, proposal, grants and scheduler together, of which the growth is printed
 
@@ -39,7 +41,11 @@ from benchmarks.harness.large_snapshot import load_of_banks, snapshot_of
 from benchmarks.harness.mesh import CPU, FakeBank, make_bank, make_connections, make_placement
 from cluster.cli.terminal.arguments import count
 from cluster.cli.terminal.output import table
+from cluster.core.control_codec import encode
+from cluster.core.frames import NewGeneration
+from cluster.core.placement import BankShape, contiguous
 from cluster.core.topology import Generation, Member
+from cluster.policy.coverage import ExpertHoldings, decide_members
 from gateway.calls.admission import Admission
 from gateway.calls.tenant_queues import CallDemand
 from gateway.observability.metrics import GatewayMetrics
@@ -282,6 +288,27 @@ def admission_us(calls: int, num_waiting: int = 10_000, num_tenants: int = 1_000
     return _typical_us(taken)
 
 
+def loss_us(num_members: int, num_layers: int = 61, num_experts: int = 384) -> float:
+    """Return the CPU time from the loss of an expert worker to the encoded orders of a controller.
+
+    Another worker has a free slot for each expert that is lost, and loads it.
+    """
+    generation = _generation(num_members)
+    shapes = [BankShape(bank="mlp", layer=i, num_experts=num_experts) for i in range(num_layers)]
+    placement = contiguous(shapes, num_members // 2, num_redundant=1)
+    holdings = ExpertHoldings(current=placement, desired=placement)
+    left = [m for m in generation.members if m.name != "expert-1"]
+    taken = []
+    for _ in range(5):
+        began = time.thread_time_ns()
+        stage = decide_members(left, holdings, 1).stage
+        assert stage is not None
+        next_generation = generation.successor(left)
+        encode(NewGeneration(term=1, generation=next_generation, placement=stage.placement))
+        taken.append(time.thread_time_ns() - began)
+    return min(taken) / 1e3
+
+
 def scrape_us(num_members: int, num_layers: int = 61, num_experts: int = 384) -> float:
     """Return the CPU time in which a gateway renders its metrics and those of all workers."""
     half = num_members // 2
@@ -313,6 +340,7 @@ def measure(members: Sequence[int], steps: int) -> list[ScaleCost]:
             "header": header,
             "proposal": proposal,
             "grants": grants_us(number, steps),
+            "loss": loss_us(number),
             "scrape": scrape_us(number),
             **{what: run() for what, run in alone.items()},
         }

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.adapter_table import AdapterTable
-from cluster.controller.controller_memory import ControllerMemory, History, LostWorker
+from cluster.controller.controller_memory import ControllerMemory, History, LostWorker, plain_memory
 from cluster.controller.drain_operation import Drain
 from cluster.controller.effects import Effect, ReleasePlaces, SendFrame
 from cluster.controller.host_disks import HostDisks
@@ -30,7 +30,6 @@ from cluster.controller.operations import Operations
 from cluster.controller.scale_operation import Scale
 from cluster.controller.traces import ChangeTraces, OpenTrace
 from cluster.controller.workers import WorkerTable
-from cluster.core.codec import to_plain
 from cluster.core.frames import (
     ControlFrame,
     ControllerSnapshot,
@@ -304,7 +303,7 @@ class Cluster:
                 term=self.term,
                 version=self.version,
                 controller=self.identity,
-                memory=to_plain(self.memory()),
+                memory=plain_memory(self.memory()),
                 places=self.places.names(),
             )
             self.effects.insert(0, SendFrame(frame, tuple(r.name for r in self.workers.alive())))

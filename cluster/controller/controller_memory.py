@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
-from msgspec import field
+from msgspec import field, structs
 
 from cluster.controller.drain_operation import Drain
 from cluster.controller.operations import Operation
 from cluster.controller.scale_operation import Scale
-from cluster.core.codec import Message
+from cluster.core.codec import Message, to_plain
 from cluster.core.frames import AdapterRecord
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import AdapterState, WorkerState
@@ -148,3 +149,17 @@ class ControllerMemory(Message, frozen=True, kw_only=True):
     adapters: tuple[KeptAdapter, ...] = ()
     has_ordered_adapters: bool = False
     """Whether workers may have received a command about adapters."""
+
+
+def plain_memory(memory: ControllerMemory) -> dict[str, Any]:
+    """Return a controller's memory as plain data, for ``ControllerSnapshot.memory``."""
+    plain: dict[str, Any] = to_plain(structs.replace(memory, desired=None))
+    if memory.desired is not None:
+        plain["desired"] = _plain_placement(memory.desired)
+    return plain
+
+
+@lru_cache(maxsize=2)
+def _plain_placement(placement: ExpertPlacement) -> Any:
+    """Convert a placement, which stays the same in most changes of a cluster. Do not change it."""
+    return to_plain(placement)

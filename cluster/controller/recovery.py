@@ -213,8 +213,11 @@ class Recovery:
         cluster.note(cause, decision.effect, now)
 
     def _order(self, loads: Sequence[SlotFill], members: Sequence[Member], now: float) -> None:
+        by_device: dict[int, list[SlotFill]] = {}
+        for load in loads:
+            by_device.setdefault(load.device, []).append(load)
         for member in members:
-            if own := [f for f in loads if member.holds_experts and f.device == member.device]:
+            if member.holds_experts and (own := by_device.get(member.device)):
                 self.reloads.send(member.name, own, now)
 
     def _run_if_complete(self, now: float) -> None:

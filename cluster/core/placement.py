@@ -17,9 +17,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from msgspec.structs import replace
 
 from cluster.core.codec import Message, to_plain
@@ -49,6 +51,35 @@ class BankPlacement(Message, frozen=True, kw_only=True):
     """Device that computes the decode tokens of each expert, as ``[logical expert]``."""
 
     def __post_init__(self) -> None:
+        if not self._is_valid():
+            self._refuse()
+
+    def _is_valid(self) -> bool:
+        """Whether the fields keep all rules. Every worker checks every placement, in which a large
+        model has tens of thousands of slots, so columns are compared at once."""
+        num_experts, rows = self.num_experts, self.physical_to_logical
+        lengths = [len(row) for row in rows]
+        if lengths != [len(row) for row in self.split] or len(self.decode_device) != num_experts:
+            return False
+        slots = np.array([*chain.from_iterable(rows)], np.int64)
+        filled = slots != FREE_SLOT
+        experts = slots[filled]
+        if not len(experts) or experts.min() < 0 or experts.max() >= num_experts:
+            return False
+        devices = np.repeat(np.arange(len(rows)), lengths)[filled]
+        shares = np.array([*chain.from_iterable(self.split)], np.float64)[filled]
+        holds = np.zeros((len(rows), num_experts), bool)
+        holds[devices, experts] = True
+        decode = np.array(self.decode_device, np.int64)
+        if decode.min() < 0 or decode.max() >= len(rows) or not (shares >= 0).all():
+            return False
+        totals = np.bincount(experts, shares, num_experts)
+        is_decoded = holds[decode, np.arange(num_experts)].all()
+        is_once = np.count_nonzero(holds) == len(experts)
+        return bool(is_once and is_decoded and (abs(totals - 1.0) <= 1e-6).all())
+
+    def _refuse(self) -> None:
+        """Raise ``ConfigError`` with the first rule that the fields break."""
         where = f"placement of bank {self.bank} layer {self.layer}"
         shares = [0.0] * self.num_experts
         holders: list[list[int]] = [[] for _ in range(self.num_experts)]
@@ -172,30 +203,40 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         the lowest device that holds the expert becomes the decode device. ``decode_device``, if
         given, sets all decode devices.
         """
-        share = {(d, expert): self.split[d][slot] for d, slot, expert in self.copies()}
-        totals = [0.0] * self.num_experts
-        copies = [0] * self.num_experts
-        for device, row in enumerate(rows):
-            for expert in row:
-                if expert != FREE_SLOT:
-                    totals[expert] += share.get((device, expert), 0.0)
-                    copies[expert] += 1
-
-        def part(device: int, expert: int) -> float:
-            if expert == FREE_SLOT:
-                return 0.0
-            total = totals[expert]
-            return share.get((device, expert), 0.0) / total if total > 0 else 1.0 / copies[expert]
-
+        maps = tuple(tuple(map(int, row)) for row in rows)
         decode = decode_device or [
-            d if expert in rows[d] else next(i for i, row in enumerate(rows) if expert in row)
+            d if expert in maps[d] else next(i for i, row in enumerate(maps) if expert in row)
             for expert, d in enumerate(self.decode_device)
         ]
         return replace(
-            self,
-            physical_to_logical=tuple(tuple(map(int, row)) for row in rows),
-            split=tuple(tuple(part(d, expert) for expert in row) for d, row in enumerate(rows)),
-            decode_device=tuple(decode),
+            self, physical_to_logical=maps, split=self._shares(maps), decode_device=tuple(decode)
+        )
+
+    def _shares(self, rows: Sequence[tuple[int, ...]]) -> tuple[tuple[float, ...], ...]:
+        """Return the shares of copies in other slots. Shares of experts whose copies stay where
+        they are do not change."""
+        slots = self.physical_to_logical
+        before = [dict(zip(*each, strict=True)) for each in zip(slots, self.split, strict=True)]
+        before += [{}] * (len(rows) - len(before))
+        pairs = (pair for pair in zip_longest(slots, rows, fillvalue=()) if pair[0] != pair[1])
+        moved = set(chain.from_iterable(chain.from_iterable(pairs))) - {FREE_SLOT}
+        totals, copies = dict.fromkeys(moved, 0.0), dict.fromkeys(moved, 0)
+        for known, row in zip(before, rows, strict=False):
+            for expert in moved.intersection(row):
+                totals[expert] += known.get(expert, 0.0)
+                copies[expert] += 1
+
+        def part(known: Mapping[int, float], expert: int) -> float:
+            share = 0.0 if expert == FREE_SLOT else known.get(expert, 0.0)
+            if expert not in moved:
+                return share
+            return share / totals[expert] if totals[expert] > 0 else 1.0 / copies[expert]
+
+        return tuple(
+            self.split[device]
+            if device < len(slots) and row == slots[device] and moved.isdisjoint(row)
+            else tuple([part(before[device], expert) for expert in row])
+            for device, row in enumerate(rows)
         )
 
     def without_devices(self, lost: frozenset[int]) -> BankPlacement | None:

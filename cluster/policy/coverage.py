@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
+from itertools import chain
 
 from msgspec import structs
 
@@ -223,22 +225,25 @@ class _Bank:
 
         Source: longest processing time first (Graham 1969).
         """
-        copies = Counter(expert for row in self._rows for expert in row)
-        burden = [
-            sum(self._weights[e] / copies[e] for e in row if e != FREE_SLOT) for row in self._rows
-        ]
+        copies = Counter(chain.from_iterable(self._rows))
+        parts = [weight / max(copies[e], 1) for e, weight in enumerate(self._weights)]
+        parts.append(0.0)  # of ``FREE_SLOT``
+        burden = [sum(map(parts.__getitem__, row)) for row in self._rows]
+        room = [(burden[d], d) for d in self._loaders if self._free_slot(d) is not None]
+        heapify(room)
         loads = []
         for expert in sorted(self.without_copy(), key=lambda e: (-self._weights[e], e)):
-            places = ((burden[d], d, self._free_slot(d)) for d in self._loaders)
-            room = [(work, device, slot) for work, device, slot in places if slot is not None]
             if not room:
                 break
-            _, device, slot = min(room)
+            work, device = heappop(room)
+            slot = self._free_slot(device)
+            assert slot is not None, "a device in the heap has room"
             row = self._rows[device]
             row += [FREE_SLOT] * (slot + 1 - len(row))
             row[slot] = expert
-            burden[device] += self._weights[expert]
             loads.append(SlotFill(bank=self._index, device=device, slot=slot, expert=expert))
+            if self._free_slot(device) is not None:
+                heappush(room, (work + self._weights[expert], device))
         return loads
 
     def _free_slot(self, device: int) -> int | None:
@@ -254,25 +259,23 @@ class _Bank:
         """
         if tuple(map(tuple, self._rows)) == self._current.physical_to_logical:
             return self._current
-        holders: list[list[int]] = [[] for _ in range(self._desired.num_experts)]
-        for device, row in enumerate(self._rows):
-            for expert in row:
-                if expert != FREE_SLOT:
-                    holders[expert].append(device)
-        decode: list[int] = []
-        for expert, devices in enumerate(holders):
-            decode.append(self._decode_device(devices, expert, decode))
+        held = [set(row) for row in self._rows]
+        decode = list(self._desired.decode_device)
+        moved = [e for e, device in enumerate(decode) if e not in held[device]]
+        for expert in moved:
+            decode[expert] = self._decode_device(held, expert, decode[:expert])
         return self._desired.with_slots(self._rows, decode)
 
-    def _decode_device(self, places: Sequence[int], expert: int, others: Sequence[int]) -> int:
-        """Return the decode device for an expert, one of ``places`` (devices with a copy).
+    def _decode_device(self, held: Sequence[set[int]], expert: int, others: Sequence[int]) -> int:
+        """Return the decode device for an expert that the desired device does not hold.
 
-        The desired device comes first, then the current one, then the device that serves the fewest
-        of the earlier experts, whose decode devices are ``others``.
+        The current device comes first, then the device that serves the fewest of the earlier
+        experts, which have the decode devices ``others``. ``held``: experts of each device.
         """
-        for device in (self._desired.decode_device[expert], self._current.decode_device[expert]):
-            if device in places:
-                return device
+        current = self._current.decode_device[expert]
+        if current < len(held) and expert in held[current]:
+            return current
+        places = (device for device, experts in enumerate(held) if expert in experts)
         return min(places, key=lambda d: (others.count(d), d))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from cluster.core.errors import ConfigError
 from cluster.core.placement import (
@@ -230,3 +231,48 @@ def test_experts_that_a_device_lacks() -> None:
         *((0, 1, 3), (0, 2, 0)),
         *((1, 0, 2), (1, 1, 3), (1, 2, 0), (1, 3, 1)),
     ]
+
+
+class UncheckedPlacement(BankPlacement, frozen=True, kw_only=True):
+    """A placement that may break rules."""
+
+    def __post_init__(self) -> None:
+        """Check nothing."""
+
+
+def test_columns_and_rules_agree_on_what_is_valid() -> None:
+    """A placement is checked as a whole; the rules only say what is wrong."""
+    rng = random.Random(3)
+    num_valid = 0
+    for _ in range(600):
+        bank = contiguous([BankShape(bank="mlp", layer=0, num_experts=6)], 3, 1).banks[0]
+        rows: list[Any] = [list(row) for row in bank.physical_to_logical]
+        split: list[Any] = [list(row) for row in bank.split]
+        decode: list[Any] = list(bank.decode_device)
+        for _ in range(rng.randint(0, 2)):
+            device = rng.randrange(min(len(rows), len(split)))
+            change = rng.randrange(6)
+            if change == 0:
+                rows[device][rng.randrange(len(rows[device]))] = rng.randint(-2, 6)
+            elif change == 1:
+                split[device][rng.randrange(len(split[device]))] = rng.choice([0.5, -1.0, math.nan])
+            elif change == 2:
+                decode[rng.randrange(5)] = rng.randint(-1, 3)
+            elif change == 3:
+                rng.choice([rows[device], split[device], decode]).pop()
+            elif change == 4:
+                rng.choice([rows, split]).pop()
+        fields = {
+            "physical_to_logical": tuple(map(tuple, rows)),
+            "split": tuple(map(tuple, split)),
+            "decode_device": tuple(decode),
+        }
+        made = UncheckedPlacement(**{**structs.asdict(bank), **fields})
+        try:
+            made._refuse()
+        except ConfigError:
+            assert not made._is_valid(), fields
+        else:
+            num_valid += 1
+            assert made._is_valid(), fields
+    assert 50 < num_valid < 550
