@@ -213,8 +213,8 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         )
 
     def _shares(self, rows: Sequence[tuple[int, ...]]) -> tuple[tuple[float, ...], ...]:
-        """Return the shares of copies in other slots. Shares of experts whose copies stay where
-        they are do not change."""
+        """Return the shares of copies in other slots. The shares of an expert stay the same if its
+        copies do."""
         slots = self.physical_to_logical
         before = [dict(zip(*each, strict=True)) for each in zip(slots, self.split, strict=True)]
         before += [{}] * (len(rows) - len(before))
