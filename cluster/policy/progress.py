@@ -63,7 +63,7 @@ def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
 def _ends_of_chains(
     names: Iterable[str], waits_for: Mapping[str, Sequence[str]]
 ) -> tuple[str, ...]:
-    """Return the members that wait for none, and for which ``names`` wait or which are in it.
+    """Return the members at the ends of the chains of waits that begin with ``names``.
 
     An idle worker that sends headers on waits for its parent, and is not itself late.
     """

@@ -66,7 +66,7 @@ class StepIntent:
         return sequence.request.tenant in self.left_out_tenants
 
     def with_restriction(self, restriction: Restriction) -> StepIntent:
-        """Return this intent, or a copy of it, with a restriction.
+        """Return this intent with a restriction, as a copy if the restriction is another.
 
         Requests may have been paused between the proposal and the grant.
         """
