@@ -68,6 +68,8 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     ),
     "workers/engine/leader.py": ("workers/engine/test_leader.py",),
     "workers/engine/micro_batches.py": ("workers/engine/test_micro_batches.py",),
+    "workers/engine/step_proposals.py": ("workers/engine/test_step_proposals.py",),
+    "workers/engine/step_tree.py": ("workers/engine/test_step_tree.py",),
     "workers/engine/prefill_cap.py": ("workers/engine/test_prefill_cap.py",),
     "workers/kv/block_pool.py": ("workers/kv/test_block_pool.py",),
     "workers/kv/eviction.py": ("workers/kv/test_eviction.py",),
@@ -110,7 +112,10 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         ),
         _SCHEDULING,
     ),
-    "workers/scheduling/fairness.py": ("workers/scheduling/test_fairness.py",),
+    "workers/scheduling/fairness.py": (
+        "workers/scheduling/test_fairness.py",
+        "workers/scheduling/test_waiting_turns.py",
+    ),
     "workers/scheduling/kv_waits.py": ("workers/scheduling/test_kv_waits.py",),
     "workers/scheduling/seat_reserve.py": ("workers/scheduling/test_seat_reserve.py",),
     "workers/scheduling/step_plan.py": (

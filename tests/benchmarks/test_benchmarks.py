@@ -329,6 +329,13 @@ def test_costs_of_large_clusters_are_rows_of_json(capsys: pytest.CaptureFixture[
         assert costs["rank"] == pytest.approx(sum(costs[w] for w in scale.OF_A_RANK), abs=0.5)
 
 
+def test_prompts_of_paced_workers_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.engine import prompt_scaling
+
+    assert prompt_scaling.main(["--workers", "1", "2", "--prompts", "1"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["1", "2"]
+
+
 def test_caches_of_both_types_are_measured() -> None:
     text = kv_cache.section(quick=True)
     assert text.startswith("## KV cache in fp8")

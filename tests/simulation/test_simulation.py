@@ -44,7 +44,7 @@ def test_seeds_keep_every_promise_and_use_every_feature(part: range) -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "num"), [("10+4", 2), pytest.param("12+6", 40, marks=pytest.mark.slow)]
+    ("members", "num"), [("10+4", 1), pytest.param("12+6", 40, marks=pytest.mark.slow)]
 )
 def test_seeds_of_a_cluster_with_a_second_hop(members: str, num: int) -> None:
     found = run("--members", members, "--num", str(num), "--jobs", "2")

@@ -79,7 +79,7 @@ class SequenceAdmission:
         """
         blocks, running = self._blocks, self._queues.running
         seats = self._budget.max_num_seqs - len(running)
-        if not self._queues.waiting or seats <= 0 or max_rows <= 0:
+        if not self._queues.waiting or not seats:
             return
         free = blocks.num_free - blocks.reserve(running)
         is_solo = restriction.solo_request is not None

@@ -92,6 +92,17 @@ class SequenceQueues:
         self._with_output.discard(sequence)
         self._count_waiting(sequence, -1)
 
+    def check_integrity(self, served: ServedTokens) -> None:
+        """Assert that all counts are those of the lists, and the turns those of ``served``; for
+        tests."""
+        running, waiting = self.running, self.waiting
+        assert self.running_by_tenant == Counter(s.request.tenant for s in running)
+        assert self.num_beams_running == sum(s.params.beams is not None for s in running)
+        tokens = sum(s.prompt_length for s in waiting if s.first_choice is None)
+        assert self.num_waiting_tokens == tokens
+        assert self._with_output <= set(waiting)
+        assert list(self.turns) == list(served.in_turn(waiting)), "turns are out of order"
+
     def _count_waiting(self, sequence: SequenceState, sign: int) -> None:
         self.num_changes += 1
         if sequence.first_choice is None:

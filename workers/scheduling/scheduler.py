@@ -250,6 +250,7 @@ class Scheduler:
         """
         planned = () if plan is None else plan.rows
         self._blocks.check_integrity(self.queues.running, others, planned)
+        self.queues.check_integrity(self._served)
         for sequence in self.queues.waiting:
             assert not sequence.blocks
             assert sequence.seat is None

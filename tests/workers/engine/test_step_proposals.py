@@ -21,6 +21,7 @@ def message(*proposals: StepProposal) -> StepProposals:
 def test_proposals_survive_the_wire() -> None:
     alone = StepProposal.of(3, ALONE)
     assert alone.num_rows == 12
+    assert StepProposal.of(3, RowsWanted(decode_rows=2, draft_rows=2)).draft_rows == 2
     proposals = message(alone, StepProposal.of(5, RowsWanted(1)))
     assert PROPOSALS.decode(PROPOSALS.encode(proposals)) == proposals
     assert (alone.parents, alone.is_alone, alone.edge_share) == ((b"a" * 24,), True, 250)

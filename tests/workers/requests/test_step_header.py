@@ -6,7 +6,7 @@ import pytest
 from msgspec import structs
 
 from cluster.core.errors import ProtocolError
-from workers.requests.step_header import HEADERS, Grant, Grants, StepHeader, pack
+from workers.requests.step_header import HEADERS, MAX_ROWS, Grant, Grants, StepHeader, pack
 from workers.requests.traced import MAX_TRACED
 
 
@@ -46,6 +46,35 @@ def test_there_is_a_number_in_each_column_for_each_rank() -> None:
         Grants(ranks=pack([0, 1]), numbers=pack([0] * 5), totals=Grant())
     with pytest.raises(ValueError, match="sorted by rank"):
         Grants(ranks=b"123", numbers=b"", totals=Grant())
+
+
+def test_grants_are_those_of_each_rank() -> None:
+    each = {
+        1: Grant(decode_rows=5, prefill_rows=7, draft_rows=2),
+        4: Grant(decode_rows=4, draft_rows=4),
+        9: Grant(decode_rows=MAX_ROWS, prefill_rows=3, draft_rows=1),
+    }
+    grants = Grants.of(each)
+    assert dict(grants) == each
+    assert [*grants.positions] == [1, 4, 9]
+    assert [grants.of_rank(rank).num_decodes for rank in (1, 4, 9, 5)] == [3, 0, MAX_ROWS - 1, 0]
+    assert grants.totals == Grant(decode_rows=MAX_ROWS + 9, prefill_rows=10, draft_rows=7)
+    assert list(grants.rows) == [12, 4, MAX_ROWS + 3]
+    with pytest.raises(ValueError, match=f"rows are {MAX_ROWS + 1}"):
+        Grants.of({0: Grant(decode_rows=MAX_ROWS + 1)})
+
+
+@pytest.mark.parametrize("num_rows", range(10))
+def test_the_halves_of_all_ranks_are_those_of_each(num_rows: int) -> None:
+    grants = Grants.of({0: Grant(prefill_rows=num_rows), 1: Grant(decode_rows=1)})
+    two = StepHeader(
+        generation=1, step=1, epoch=1, oldest_epoch=1, grants=grants, num_micro_batches=2
+    )
+    for micro_batch in (0, 1):
+        counts = [two.rows(rank, micro_batch) for rank in (0, 1)]
+        assert list(two.edge_counts(micro_batch)) == counts
+    assert sum(two.edge_counts(0)) + sum(two.edge_counts(1)) == num_rows + 1
+    assert structs.replace(two, bucket=max(two.edge_counts(0))).edge_counts(1)
 
 
 def test_the_counts_of_all_ranks_are_those_of_each() -> None:
