@@ -29,6 +29,8 @@ from cluster.core.errors import ConfigError
 
 FREE_SLOT = -1
 """Value that stands for the expert of an empty slot."""
+_MAX_TABLE = 1 << 24
+"""Maximum number of (device, expert) pairs for which a table is allocated."""
 
 
 class BankPlacement(Message, frozen=True, kw_only=True):
@@ -55,13 +57,22 @@ class BankPlacement(Message, frozen=True, kw_only=True):
             self._refuse()
 
     def _is_valid(self) -> bool:
-        """Whether the fields keep all rules. Every worker checks every placement, in which a large
-        model has tens of thousands of slots, so columns are compared at once."""
+        """Whether the fields keep all rules; False also if ``_refuse`` must decide.
+
+        Every worker checks every placement, in which a large model has tens of thousands of slots,
+        so columns are compared at once.
+        """
         num_experts, rows = self.num_experts, self.physical_to_logical
         lengths = [len(row) for row in rows]
         if lengths != [len(row) for row in self.split] or len(self.decode_device) != num_experts:
             return False
-        slots = np.array([*chain.from_iterable(rows)], np.int64)
+        if len(rows) * num_experts > _MAX_TABLE:
+            return False
+        try:
+            slots = np.array([*chain.from_iterable(rows)], np.int64)
+            decode = np.array(self.decode_device, np.int64)
+        except OverflowError:
+            return False
         filled = slots != FREE_SLOT
         experts = slots[filled]
         if not len(experts) or experts.min() < 0 or experts.max() >= num_experts:
@@ -70,7 +81,6 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         shares = np.array([*chain.from_iterable(self.split)], np.float64)[filled]
         holds = np.zeros((len(rows), num_experts), bool)
         holds[devices, experts] = True
-        decode = np.array(self.decode_device, np.int64)
         if decode.min() < 0 or decode.max() >= len(rows) or not (shares >= 0).all():
             return False
         totals = np.bincount(experts, shares, num_experts)
@@ -79,7 +89,7 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         return bool(is_once and is_decoded and (abs(totals - 1.0) <= 1e-6).all())
 
     def _refuse(self) -> None:
-        """Raise ``ConfigError`` with the first rule that the fields break."""
+        """Raise ``ConfigError`` with the first rule that the fields break, if they break one."""
         where = f"placement of bank {self.bank} layer {self.layer}"
         shares = [0.0] * self.num_experts
         holders: list[list[int]] = [[] for _ in range(self.num_experts)]

@@ -225,6 +225,8 @@ class _Bank:
 
         Source: longest processing time first (Graham 1969).
         """
+        if not (lacking := self.without_copy()):
+            return []
         copies = Counter(chain.from_iterable(self._rows))
         parts = [weight / max(copies[e], 1) for e, weight in enumerate(self._weights)]
         parts.append(0.0)  # of ``FREE_SLOT``
@@ -232,7 +234,7 @@ class _Bank:
         room = [(burden[d], d) for d in self._loaders if self._free_slot(d) is not None]
         heapify(room)
         loads = []
-        for expert in sorted(self.without_copy(), key=lambda e: (-self._weights[e], e)):
+        for expert in sorted(lacking, key=lambda e: (-self._weights[e], e)):
             if not room:
                 break
             work, device = heappop(room)

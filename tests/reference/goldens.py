@@ -182,6 +182,7 @@ BF16_VARIANTS = (
     "qwen35moe-base",
     "qwen35moe-official-like",
 )
+"""Variants with a bfloat16 run of transformers."""
 FIRST_BF16 = frozenset({name.split("-")[0]: name for name in reversed(BF16_VARIANTS)}.values())
 """One of each family."""
 BY_TURNS = tuple(
@@ -193,7 +194,6 @@ BY_TURNS = tuple(
 """Those of the first three families, which take turns."""
 IN_CLUSTERS = BY_TURNS[:10]
 """Those that are served by clusters of all kinds where others are computed in one process."""
-"""Variants with a bfloat16 run of transformers."""
 NUM_PROMPTS = 8
 NUM_NEW_TOKENS = 32
 MAX_MODEL_LEN = 192

@@ -276,3 +276,12 @@ def test_columns_and_rules_agree_on_what_is_valid() -> None:
             num_valid += 1
             assert made._is_valid(), fields
     assert 50 < num_valid < 550
+
+
+@pytest.mark.parametrize("field", ["physical_to_logical", "decode_device"])
+def test_numbers_that_no_machine_counts_with_break_a_rule(field: str) -> None:
+    bank = contiguous(BANKS, 2).banks[0]
+    maps: Any = getattr(bank, field)
+    first = (1 << 63, *maps[0][1:]) if field == "physical_to_logical" else 1 << 63
+    with pytest.raises(ConfigError):
+        structs.replace(bank, **{field: (first, *maps[1:])})

@@ -144,7 +144,7 @@ FEW = pytest.mark.parametrize(
         pytest.param("jetmoe-untied-top3-eps", "float32", marks=pytest.mark.slow),
     ],
 )
-"""The first families, and every dtype."""
+"""The first families; in the long tier, in every dtype."""
 
 
 @FEW

@@ -55,6 +55,7 @@ CONTROLLER = "controller"
 _PREFIX_BYTES = 4
 _CHUNK_BYTES = 1 << 16
 _RETRY_S = 0.1
+_LEAST_S = 0.01  # shortest time for a connection
 _REFUSED_S = 0.5
 _RETRY_LIMIT_S = 1.0  # short, so that the lease is checked between two attempts
 _FLUSH_S = 1.0
@@ -122,10 +123,10 @@ class ControlClient:
         deadline = time.monotonic() + self._connect_timeout_s
         while self._first is None:
             try:
-                self._first = self._connect(deadline - time.monotonic())
+                self._first = self._connect(max(deadline - time.monotonic(), _LEAST_S))
             except (PeerLostError, ProtocolError) as err:
                 was_closed = type(err.__cause__) in (ConnectionError, ConnectionResetError)
-                if not was_closed or time.monotonic() + _RETRY_S >= deadline:
+                if not was_closed or self._closing or time.monotonic() + _RETRY_S >= deadline:
                     self._wakeup.close()
                     raise
                 self._wakeup.wait(_RETRY_S)
