@@ -82,7 +82,12 @@ def test_a_header_has_arrived_when_all_below_say_so(cluster: Cluster) -> None:
     leader, parent = cluster.channels[0], cluster.channels[ITS_PARENT]
     for channel in cluster.channels[:7]:
         channel.propose(RowsWanted())
-    assert cluster.wait_all(0.2) == [None] * 11
+
+    def is_known() -> bool:
+        assert cluster.wait_all(0.05) == [None] * 11
+        return not leader.missing_workers()
+
+    wait_until(is_known, "all proposals")
     leader.propose(RowsWanted(), even_empty=True)
     assert None not in cluster.wait_all()
     assert not leader.is_settled
