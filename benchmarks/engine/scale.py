@@ -9,14 +9,15 @@ steps in the fastest of ten parts of a run:
     proposal    what each rank does to propose its rows
     grants      an expert worker's preparation of a step: rows of each attention rank
     scheduler   intent and plan of a worker with 256 running and 4,000 waiting sequences of 1,000
-                tenants, which does not depend on the members
+                tenants
     admission   a gateway's admission of a request while 10,000 of 1,000 tenants wait
     loss        a controller's decision after the loss of an expert worker, with its orders to the
                 others, for a model with 61 layers of 384 experts
     scrape      a gateway's answer to Prometheus, for a model with 61 layers of 384 experts
     rank        header, proposal, grants and scheduler together, of which the growth is printed
 
-Messages of the layers are not counted.
+Scheduler and admission do not depend on the members, and are measured once. Messages of the layers
+are not counted.
 """
 
 from __future__ import annotations
@@ -28,11 +29,10 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 
@@ -328,10 +328,7 @@ def measure(members: Sequence[int], steps: int) -> list[ScaleCost]:
     """Return all costs in clusters of the given sizes."""
     files, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, min(4096, most_files)), most_files))
-    alone: dict[str, Callable[[], float]] = {
-        "scheduler": partial(scheduler_us, steps),
-        "admission": partial(admission_us, steps),
-    }
+    alone = {"scheduler": scheduler_us(steps), "admission": admission_us(steps)}
     found = []
     for number in members:
         header, proposal = rank_us(number, steps)
@@ -342,7 +339,7 @@ def measure(members: Sequence[int], steps: int) -> list[ScaleCost]:
             "grants": grants_us(number, steps),
             "loss": loss_us(number),
             "scrape": scrape_us(number),
-            **{what: run() for what, run in alone.items()},
+            **alone,
         }
         costs["rank"] = sum(costs[what] for what in OF_A_RANK)
         found += [ScaleCost(what, number, round(us, 1)) for what, us in costs.items()]

@@ -36,7 +36,7 @@ def load_document(cluster: Cluster | None) -> dict[str, Any]:
     holders = cluster.workers.by_device(cluster.placement.num_devices)
     domains = [r.member.domain or r.member.node if r else "" for r in holders]
     for bank, entry in zip(cluster.placement.banks, document["banks"], strict=True):
-        entry["at_risk"] = bank.num_at_risk(domains)
+        entry["at_risk"] = view.num_at_risk(bank, domains)
     return {**document, "workers": [r.name if r and not r.is_lost else None for r in holders]}
 
 

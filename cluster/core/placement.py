@@ -8,17 +8,13 @@ Example, one bank of 4 experts on 2 devices with one redundant expert each (3 ex
 
 ``split`` is the share of an expert's prefill tokens that each copy gets. ``decode_device`` is the
 only device that serves an expert's decode tokens, as prefill and decode are balanced separately.
-Placement files have the format of ``expertmesh plan placement --json``.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,10 +59,9 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         so columns are compared at once.
         """
         num_experts, rows = self.num_experts, self.physical_to_logical
-        lengths = [len(row) for row in rows]
-        if lengths != [len(row) for row in self.split] or len(self.decode_device) != num_experts:
-            return False
-        if len(rows) * num_experts > _MAX_TABLE:
+        lengths = [*map(len, rows)]
+        is_even = lengths == [*map(len, self.split)] and len(self.decode_device) == num_experts
+        if not is_even or len(rows) * num_experts > _MAX_TABLE:
             return False
         try:
             slots = np.array([*chain.from_iterable(rows)], np.int64)
@@ -140,16 +135,6 @@ class BankPlacement(Message, frozen=True, kw_only=True):
             for slot, expert in enumerate(slots):
                 if expert != FREE_SLOT:
                     yield device, slot, expert
-
-    def num_at_risk(self, domains: Sequence[str]) -> int:
-        """Return the number of experts whose copies are all in one failure domain.
-
-        ``domains``: failure domain of each device.
-        """
-        found: list[set[str]] = [set() for _ in range(self.num_experts)]
-        for device, _, expert in self.copies():
-            found[expert].add(domains[device])
-        return sum(len(where) == 1 for where in found)
 
     def holders(self, expert: int) -> tuple[int, ...]:
         """Return the devices that hold a copy of an expert, ascending."""
@@ -408,31 +393,3 @@ def contiguous(
             )
         )
     return ExpertPlacement(epoch=epoch, banks=tuple(placed))
-
-
-def load_placement(path: Path, banks: Sequence[BankShape], num_devices: int) -> ExpertPlacement:
-    """Read a placement file and check it against the model and the number of devices.
-
-    Raises ``ConfigError`` with the name of the file and the rule that the file breaks.
-    """
-    wrong = partial(ConfigError, "placement_file", path.name)
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as err:
-        raise wrong(f"cannot be read: {err}") from err
-    by_key = {(b.bank, b.layer): b.num_experts for b in banks}
-    try:
-        found = ExpertPlacement.from_dict(data, by_key)
-    except ConfigError as err:
-        raise wrong(f"breaks a rule: {err}") from err
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as err:
-        raise wrong(f"is not a placement: {err!r}") from err
-    order = {(b.bank, b.layer): b for b in found.banks}
-    if set(order) != set(by_key):
-        raise wrong(f"must have exactly the model's banks {sorted(by_key)}")
-    for key, bank in order.items():
-        if bank.num_devices != num_devices:
-            raise wrong(f"bank {key} has {bank.num_devices} devices, the cluster has {num_devices}")
-        if bank.num_experts != by_key[key]:
-            raise wrong(f"bank {key} must have {by_key[key]} experts")
-    return ExpertPlacement(epoch=found.epoch, banks=tuple(order[b.bank, b.layer] for b in banks))

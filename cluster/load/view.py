@@ -89,6 +89,17 @@ def balancedness_of(loads: Sequence[Sequence[float]]) -> float | None:
     return means / peaks if peaks > 0 else None
 
 
+def num_at_risk(bank: BankPlacement, domains: Sequence[str]) -> int:
+    """Return the number of a bank's experts with all copies in one failure domain.
+
+    ``domains``: failure domain of each device.
+    """
+    found: list[set[str]] = [set() for _ in range(bank.num_experts)]
+    for device, _, expert in bank.copies():
+        found[expert].add(domains[device])
+    return sum(len(where) == 1 for where in found)
+
+
 def placement_report(
     placement: ExpertPlacement, load: LoadTracker, profile: LoadProfile | None
 ) -> dict[str, Any]:

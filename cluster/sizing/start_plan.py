@@ -17,7 +17,8 @@ from cluster.core.codec import to_plain
 from cluster.core.holders import ExpertHolder
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.node_labels import ROLE
-from cluster.core.placement import ExpertPlacement, contiguous, load_placement
+from cluster.core.placement import ExpertPlacement, contiguous
+from cluster.core.placement_file import load_placement
 from cluster.core.topology import Member
 from cluster.planner import mesh
 from cluster.planner.base import PlannedDevice, PlannedTopology, planned_device

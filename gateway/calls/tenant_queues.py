@@ -220,7 +220,7 @@ class TenantQueues:
 
 
 class _Rows:
-    """Named columns of equal length, with zeros in a new row."""
+    """Named columns of equal length."""
 
     def __init__(self, **columns: type[np.generic]) -> None:
         self._columns = {name: np.zeros(16, kind) for name, kind in columns.items()}
@@ -230,17 +230,14 @@ class _Rows:
         return self._columns[name]
 
     def take(self) -> int:
-        """Return a free row with zeros. The columns may become other arrays."""
+        """Return a free row, in which the caller sets all columns. They may become other arrays."""
         if not self._free:
             length = len(next(iter(self._columns.values())))
             self._columns = {
                 n: np.concatenate((c, np.zeros_like(c))) for n, c in self._columns.items()
             }
             self._free = list(reversed(range(length, 2 * length)))
-        row = self._free.pop()
-        for column in self._columns.values():
-            column[row] = 0
-        return row
+        return self._free.pop()
 
     def free(self, row: int) -> None:
         """Free a row, and set it to zeros, so that it does not count in sums."""

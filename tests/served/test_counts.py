@@ -122,7 +122,7 @@ class Client:
 
 @pytest.fixture
 def client(keyed: Served) -> Client:
-    """At a server that nobody else asks meanwhile; its operator sees series by expert, too."""
+    """No other test sends requests meanwhile. The client is the operator, who sees all series."""
     return Client(keyed)
 
 

@@ -44,11 +44,11 @@ def decide_header(
 
     Returns None if no rank wants a row, unless ``even_empty``, or with ``idle_size``: then the step
     has only padding of this size, so that it is captured. ``proposals`` must be complete. Decode
-    rows are always granted. Prefill rows are capped at
-    ``max_prefill_rows`` over all ranks. The first rank to get prefill rows rotates with the step
-    number, so that no rank starves. ``micro_batches`` is applied to the granted rows. A proposal
-    for a solo step (rows of only one request) gets the whole step; if there are several, the choice
-    rotates with the step number. If no rank has prefill rows, decode rows are padded to one of
+    rows are always granted. Prefill rows are capped at ``max_prefill_rows`` over all ranks. The
+    first rank to get prefill rows rotates with the step number, so that no rank starves.
+    ``micro_batches`` is applied to the granted rows. A proposal for a solo step (rows of only one
+    request) gets the whole step; if there are several, the choice rotates with the step number. If
+    no rank has prefill rows, decode rows are padded to one of
     ``buckets`` and the rows on an edge are limited (``limit_edges``). A step with prefill rows is
     exact, unless ``has_static_prompts``: then every expert rank receives all rows, and no host must
     wait for their number.

@@ -67,7 +67,7 @@ class Grants(Message, frozen=True, kw_only=True, array_like=True, dict=True):
     ranks. Iteration yields (rank, grant) pairs in ascending order of the ranks.
     """
 
-    ranks: Annotated[bytes, Meta(max_length=4 * MAX_RANKS)]
+    ranks: Annotated[bytes, Meta(max_length=_SIZE * MAX_RANKS)]
     """Attention ranks in ascending order."""
     numbers: bytes
     """Decode rows of all ranks, then their prompt rows, then their draft rows."""

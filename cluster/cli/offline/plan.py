@@ -16,7 +16,8 @@ from cluster.cli.terminal.arguments import CommandParsers, count, fraction_or_0,
 from cluster.cli.terminal.output import save, show, table
 from cluster.core.checks import check
 from cluster.core.load_profile import LoadProfile, load_profile
-from cluster.core.placement import ExpertPlacement, load_placement
+from cluster.core.placement import ExpertPlacement
+from cluster.core.placement_file import load_placement
 from cluster.planner import eplb, mesh
 from cluster.planner.assess import assess, contiguous_plan
 from cluster.planner.base import Plan, PlannedTopology, PlanOptions

@@ -18,8 +18,8 @@ from cluster.core.placement import (
     BankShape,
     ExpertPlacement,
     contiguous,
-    load_placement,
 )
+from cluster.core.placement_file import load_placement
 
 BANKS = [BankShape(bank="mlp", layer=layer, num_experts=8) for layer in range(2)]
 
@@ -212,14 +212,6 @@ def test_survivors_divide_the_lost_share_in_proportion() -> None:
         [0.2, 0.4 / 0.9],
     ]
     assert left.decode_device == (1, 3)
-
-
-def test_experts_in_one_failure_domain_are_at_risk() -> None:
-    bank = BankPlacement.from_maps(
-        bank="mlp", layer=0, num_experts=3, physical_to_logical=[[0, 1], [2, 1], [-1, -1]]
-    )
-    assert bank.num_at_risk(["a", "b", "c"]) == 2
-    assert bank.num_at_risk(["a", "a", "a"]) == 3
 
 
 def test_experts_that_a_device_lacks() -> None:

@@ -11,6 +11,7 @@ from cluster.load.tracker import LoadTracker
 from cluster.load.view import (
     balancedness_of,
     load_document,
+    num_at_risk,
     placement_report,
     slot_tokens,
 )
@@ -139,3 +140,11 @@ def test_averages_are_rounded_to_a_tenth_of_a_token() -> None:
     load.tick(20.0)
     (bank,) = load_document(PLACEMENT, load, PROFILE, "demo", 2)["banks"]
     assert bank["average"] == [4.5, 7.1, 9.2]
+
+
+def test_experts_in_one_failure_domain_are_at_risk() -> None:
+    bank = BankPlacement.from_maps(
+        bank="mlp", layer=0, num_experts=3, physical_to_logical=[[0, 1], [2, 1], [-1, -1]]
+    )
+    assert num_at_risk(bank, ["a", "b", "c"]) == 2
+    assert num_at_risk(bank, ["a", "a", "a"]) == 3

@@ -13,7 +13,8 @@ import pytest
 from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.load_profile import LoadProfile
-from cluster.core.placement import BankShape, load_placement
+from cluster.core.placement import BankShape
+from cluster.core.placement_file import load_placement
 from tests.cluster.cli.exits import exit_code
 from tests.cluster.planner.planner_cases import make_profile
 
