@@ -30,7 +30,8 @@ SPAN_ID_BYTES = TRACE_ID_BYTES + 8
 SpanIdBytes = Annotated[bytes, msgspec.Meta(min_length=SPAN_ID_BYTES, max_length=SPAN_ID_BYTES)]
 _MISFITS = (msgspec.MsgspecError, ValueError, LookupError, RecursionError)
 """Errors that a decoder raises for invalid data."""
-_INTEGERS = ("u1", "u2", "u4", "u8")
+_INTEGERS = {kind: np.dtype(f"<{kind}") for kind in ("u1", "u2", "u4", "u8")}
+_ArrayOnWire = tuple[tuple[int, ...], str, bytes]
 MAX_NUMBERS = 1 << 22
 """Maximum number of values of an array in a message."""
 
@@ -97,10 +98,10 @@ def _array_to_wire(array: Any) -> Any:
 
 
 def _array_from_wire(_: type, wire: Any) -> np.ndarray[Any, Any]:
-    shape, kind, data = msgspec.convert(wire, tuple[tuple[int, ...], str, bytes])
+    shape, kind, data = msgspec.convert(wire, _ArrayOnWire)
     if kind not in _INTEGERS or min(shape, default=0) < 0 or math.prod(shape) > MAX_NUMBERS:
         raise ValueError(f"no array of type {kind} and shape {shape}")
-    array = np.frombuffer(data, dtype=f"<{kind}").reshape(shape).astype(np.int64)
-    if int(array.min(initial=0)) < 0:
+    array = np.frombuffer(data, _INTEGERS[kind]).reshape(shape).astype(np.int64)
+    if kind == "u8" and int(array.min(initial=0)) < 0:
         raise ValueError("counts must be below 2**63")
     return array

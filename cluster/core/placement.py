@@ -12,6 +12,7 @@ only device that serves an expert's decode tokens, as prefill and decode are bal
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -143,7 +144,8 @@ class BankPlacement(Message, frozen=True, kw_only=True):
     @property
     def replica_count(self) -> tuple[int, ...]:
         """Number of copies of each expert, as ``[logical expert]``."""
-        return tuple(len(self.logical_to_physical(e)) for e in range(self.num_experts))
+        counts = Counter(chain.from_iterable(self.physical_to_logical))
+        return tuple(counts[expert] for expert in range(self.num_experts))
 
     def logical_to_physical(self, expert: int) -> tuple[tuple[int, int], ...]:
         """Return (device, expert slot) of all copies of an expert, by device."""

@@ -7,6 +7,7 @@ their mean device loads divided by the sum of their largest device loads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,22 @@ def slot_tokens(bank: BankPlacement, load: CopyLoad, phase: Phase | None = None)
     ``phase`` None: prefill and decode together. ``load`` must be counted in the epoch of ``bank``,
     because its counts are by copy.
     """
-    tokens = [[0] * len(slots) for slots in bank.physical_to_logical]
-    by_copy, by_expert = load.prefill.tolist(), load.decode.tolist()
-    seen = [0] * bank.num_experts
-    for device, slot, expert in bank.copies():
-        if phase != "decode" and seen[expert] < len(by_copy[expert]):
-            tokens[device][slot] += by_copy[expert][seen[expert]]
-        seen[expert] += 1
-        if phase != "prefill" and device == bank.decode_device[expert]:
-            tokens[device][slot] += by_expert[expert]
-    return tokens
+    lengths = [*map(len, bank.physical_to_logical)]
+    slots = np.array([*chain.from_iterable(bank.physical_to_logical)], np.int64)
+    tokens, filled = np.zeros(len(slots), np.int64), np.flatnonzero(slots != FREE_SLOT)
+    experts = slots[filled]
+    if phase != "decode":
+        order = np.argsort(experts, kind="stable")
+        by_expert, copy = experts[order], np.empty_like(experts)
+        copy[order] = np.arange(len(order)) - np.searchsorted(by_expert, by_expert)
+        counted = copy < load.prefill.shape[1]
+        tokens[filled[counted]] = load.prefill[experts[counted], copy[counted]]
+    if phase != "prefill":
+        devices = np.repeat(np.arange(len(lengths)), lengths)[filled]
+        decodes = np.array(bank.decode_device, np.int64)[experts] == devices
+        tokens[filled[decodes]] += load.decode[experts[decodes]]
+    flat = iter(tokens.tolist())
+    return [[*islice(flat, length)] for length in lengths]
 
 
 def achieved_loads(
@@ -216,4 +223,7 @@ def _of_holders(bank: BankPlacement, loads: Sequence[float]) -> list[float]:
 
 def _numbers(counts: Floats) -> list[float]:
     """Return counts rounded to a tenth, whole numbers as integers."""
+    whole = counts.astype(np.int64)
+    if (whole == counts).all():
+        return list(whole.tolist())
     return [int(c) if c.is_integer() else round(c, 1) for c in counts.tolist()]
