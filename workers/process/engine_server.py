@@ -58,8 +58,9 @@ HELLO_TIMEOUT_S = 5.0
 """Time limit for each message of the handshake."""
 HANDSHAKE_LIMIT_S = 10.0
 """Time limit for the whole handshake, and for gRPC's own handshake."""
-MAX_HANDSHAKES = 32
-"""Maximum number of unfinished handshakes."""
+MAX_HANDSHAKES = 256
+"""Maximum number of unfinished handshakes; one more ends the oldest, so that callers without the
+cluster token keep no gateway out."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -183,8 +184,7 @@ class EngineServer:
         task = asyncio.current_task()
         assert task is not None, "gRPC runs every handler in a task"
         if len(self._handshakes) >= MAX_HANDSHAKES:
-            many = f"{MAX_HANDSHAKES} handshakes are not finished"
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, many)
+            self._end_handshake(next(iter(self._handshakes)))
         handshake = WorkerHandshake(self._token, self._facts().worker, self._release)
         self._handshakes[task] = time.monotonic()
         try:
@@ -259,8 +259,11 @@ class EngineServer:
         """Cancel handshakes that exceed their limit because the caller does not read."""
         for task, since in list(self._handshakes.items()):
             if now - since > HANDSHAKE_LIMIT_S:
-                del self._handshakes[task]
-                task.cancel()
+                self._end_handshake(task)
+
+    def _end_handshake(self, task: asyncio.Task[object]) -> None:
+        del self._handshakes[task]
+        task.cancel()
 
     def _encode_all_kv(self) -> bytes:
         return FROM_ENGINE.encode(self._kv.whole())

@@ -20,7 +20,7 @@ from workers.transport.handshake import ConnectorHandshake, ListenerHandshake, P
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING = 128
+MAX_PENDING = 256
 """Maximum number of accepted connections without proof of the cluster token; one more closes the
 oldest."""
 _CONNECT_ATTEMPTS = 3

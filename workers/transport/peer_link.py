@@ -38,9 +38,9 @@ from workers.transport.socket_io import receive_bytes, receive_exactly, time_lef
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 32
-"""Maximum number of concurrent connections of a ``PeerServer``: several workers may copy sessions
-from a server while other workers fetch blocks for requests."""
+MAX_CONNECTIONS = 256
+"""Maximum number of concurrent connections of a ``PeerServer``: all workers of a large cluster may
+copy experts or sessions from a server while others fetch blocks for requests."""
 COUNT: Final = struct.Struct("!H")
 """Wire format of the number of requested items and of the number of kept items."""
 MAX_ITEMS: Final = 2**16 - 1
