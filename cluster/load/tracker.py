@@ -93,6 +93,9 @@ class LoadTracker:
     def __init__(self, section: LoadSection, now: float) -> None:
         self._section = section
         self._reports: dict[str, LoadReport] = {}
+        self._totals: LoadSums | None = None
+        self._copies: tuple[int, dict[BankKey, CopyLoad]] | None = None
+        """Results of ``totals`` and, with its epoch, of ``copies``; None after a new report."""
         self._left = _NOTHING
         """Load that workers which have left reported, without those in ``_reports``."""
         self._older: set[str] = set()
@@ -125,6 +128,7 @@ class LoadTracker:
         known = self._reports.get(worker)
         if report is not None and (known is None or report.rows >= known.rows):
             self._reports[worker] = report
+            self._totals = self._copies = None
             if worker in self._older:
                 self._older.remove(worker)
                 sums = self._base.sums.combined(1.0, _sum_of([report]), 1.0)
@@ -140,6 +144,7 @@ class LoadTracker:
         if gone:
             load = _sum_of([self._reports.pop(name) for name in gone])
             self._left = self._left.combined(1.0, load, 1.0)
+            self._totals = None
 
     def tick(self, now: float) -> LoadWindow | None:
         """End the current window if its time is over; return the ended window if it had load, else
@@ -173,11 +178,15 @@ class LoadTracker:
     def totals(self) -> LoadSums:
         """Return the load since the cluster's start, including the load that lost workers
         reported."""
-        return self._left.combined(1.0, _sum_of(self._reports.values()), 1.0)
+        if self._totals is None:
+            self._totals = self._left.combined(1.0, _sum_of(self._reports.values()), 1.0)
+        return self._totals
 
     def copies(self, epoch: int) -> dict[BankKey, CopyLoad]:
         """Return the load of each copy of the experts in a placement epoch, by bank; empty unless
         it is the newest epoch."""
+        if self._copies is not None and self._copies[0] == epoch:
+            return self._copies[1]
         found: dict[BankKey, CopyLoad] = {}
         for report in self._reports.values() if epoch == self.epoch else ():
             for key, counts in report.banks.items() if report.epoch == epoch else ():
@@ -185,6 +194,7 @@ class LoadTracker:
                 known = found.get(key)
                 more = CopyLoad(prefill=prefill, decode=decode)
                 found[key] = known.plus(prefill, decode) if known is not None else more
+        self._copies = epoch, found
         return found
 
     def sums(self, source: Source) -> LoadSums:
