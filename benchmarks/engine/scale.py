@@ -14,6 +14,8 @@ steps in the fastest of ten parts of a run:
     loss        a controller's decision after the loss of an expert worker, with its orders to the
                 others, for a model with 61 layers of 384 experts
     scrape      a gateway's answer to Prometheus, for a model with 61 layers of 384 experts
+    start, beats, load, status, page
+                work of a controller and of a page of the dashboard (``scale_control``)
     rank        header, proposal, grants and scheduler together, of which the growth is printed
 
 Scheduler and admission do not depend on the members, and are measured once. Messages of the layers
@@ -36,6 +38,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from benchmarks.engine.scale_control import control_us
 from benchmarks.harness.both_roles import Alone
 from benchmarks.harness.large_snapshot import load_of_banks, snapshot_of
 from benchmarks.harness.mesh import CPU, FakeBank, make_bank, make_connections, make_placement
@@ -339,6 +342,7 @@ def measure(members: Sequence[int], steps: int) -> list[ScaleCost]:
             "grants": grants_us(number, steps),
             "loss": loss_us(number),
             "scrape": scrape_us(number),
+            **control_us(number),
             **alone,
         }
         costs["rank"] = sum(costs[what] for what in OF_A_RANK)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,12 @@ from cluster.actors.tasks import Background
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.cluster import Cluster
 from cluster.controller.controller import Controller
-from cluster.controller.documents import load_document, placement_document, snapshot_before_start
+from cluster.controller.documents import (
+    SharedDocuments,
+    load_document,
+    placement_document,
+    snapshot_before_start,
+)
 from cluster.core.errors import (
     ConflictError,
     NotReadyError,
@@ -71,6 +78,7 @@ class ControllerActor:
         self.runner = ControllerRunner(group, self._background)
         self._gateways = self.runner.gateways
         self._starting = asyncio.Lock()
+        self._documents = SharedDocuments()
         self._handoff = Handoff(self.runner, self._set_up_log)
 
     async def start(
@@ -181,16 +189,16 @@ class ControllerActor:
 
     async def placement(self) -> dict[str, Any]:
         """Return placement, current load and balancedness of all banks (``placement --json``)."""
-        return placement_document(await self._fresh_cluster())
+        return self._document(placement_document, await self._fresh_cluster())
 
     async def load(self) -> dict[str, Any]:
         """Return token counts of experts and expert copies, and balancedness (``load --json``)."""
-        return load_document(await self._fresh_cluster())
+        return self._document(load_document, await self._fresh_cluster())
 
     async def numbers(self) -> dict[str, Any]:
         """Return the ``snapshot`` and ``load`` documents, with current stats of every worker."""
         cluster = await self._fresh_cluster()
-        return {"snapshot": self._snapshot(), "load": load_document(cluster)}
+        return {"snapshot": self._snapshot(), "load": self._document(load_document, cluster)}
 
     async def begin(self, kind: str, command: dict[str, Any]) -> dict[str, Any]:
         """Begin a client's command (see ``Commands.begin``); return the operation or the adapter.
@@ -242,6 +250,11 @@ class ControllerActor:
             state = ClusterState.STOPPED
             await self._background.wait(lambda: controller.cluster.state is state, _STOP_LIMIT_S)
         await self.runner.stop()
+
+    def _document(
+        self, make: Callable[[Cluster | None], dict[str, Any]], cluster: Cluster | None
+    ) -> dict[str, Any]:
+        return self._documents.get(make, cluster, time.monotonic())
 
     def _set_up_log(self, form: logs.LogForm = "text") -> None:
         if self._has_process:

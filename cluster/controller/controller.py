@@ -8,6 +8,7 @@ monotonic seconds.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Any
@@ -16,6 +17,7 @@ from cluster.controller.adapters import Adapters
 from cluster.controller.autoscale import Autoscaling
 from cluster.controller.cluster import Cluster
 from cluster.controller.commands import Commands
+from cluster.controller.documents import SHARED_S, is_large_cluster
 from cluster.controller.draining import Draining
 from cluster.controller.effects import EndAllWorkers, EndWorkers
 from cluster.controller.failover import CollectedState, continue_with
@@ -26,15 +28,22 @@ from cluster.controller.rebalancing import Rebalancing
 from cluster.controller.recovery import Recovery
 from cluster.controller.scale import Scaling
 from cluster.controller.settings import ControllerSettings
+from cluster.controller.start_times import StartTimes
 from cluster.controller.workers import WorkerRecord
 from cluster.core import frames
 from cluster.core.errors import ProtocolError
 from cluster.core.states import ClusterState, WorkerState
-from cluster.policy.coverage import describe_members
+from cluster.policy.coverage import describe_members, listed
 from cluster.policy.progress import STEPS_WAIT
 
 logger = logging.getLogger(__name__)
 
+PROGRESS_S = 0.1
+"""Shortest time between two versions of the state that differ only in the progress of starts.
+
+Without it, a caller that waits for changes gets the state of all workers for each progress report
+of each worker.
+"""
 CALL_AGAIN_S = 0.2
 """Seconds in which a worker must reconnect after its control connection closed; else it is lost."""
 
@@ -56,6 +65,10 @@ class Controller:
         self.autoscaling = Autoscaling(self.cluster, self.scaling)
         self.following = NodeFollower(self.cluster, self.scaling)
         self.adapters = Adapters(self.cluster)
+        self._start_times = StartTimes(cluster.began_at)
+        self._requested_at = -math.inf
+        self._progress_version = 0  # version of the state before the newest progress of a start
+        self._progress_at = -math.inf
         self.commands = Commands(
             cluster=self.cluster,
             draining=self.draining,
@@ -77,6 +90,8 @@ class Controller:
             cluster.send(frames.Shutdown(reason=record.reason or "the cluster is ending"), name)
             return
         self.detection.heard(record, now)
+        if cluster.state is ClusterState.STARTING:
+            self._start_times.take(name, frame, now)
         record.disconnected = ""  # it has connected again
         match frame:
             case frames.Heartbeat():
@@ -104,14 +119,14 @@ class Controller:
             case frames.Register():
                 record.register(frame)
                 record.since = now
-                cluster.touch()
+                self._progress_version = cluster.version
                 if why := cluster.workers.incompatibility(name, cluster.generation):
                     self.lost({name: why}, now)
                 else:
                     self.adapters.registered(record)
             case frames.LoadProgress():
                 record.load(frame)
-                cluster.touch()
+                self._progress_version = cluster.version
             case frames.WorkerReady():
                 record.ready(frame)
                 self._worker_ready(record, now)
@@ -177,7 +192,7 @@ class Controller:
             cluster.round.drop_reports(name)
         cluster.send_snapshot()  # before any generation without them
         if cluster.state is ClusterState.STARTING:
-            self.fail_start("; ".join(f"{n}: {r}" for n, r in fresh.items()), now)
+            self.fail_start(listed([f"{n}: {r}" for n, r in fresh.items()], "; "), now)
         elif cluster.is_up:
             for name, reason in fresh.items():
                 cluster.send(frames.Shutdown(reason=f"declared lost: {reason}"), name)
@@ -197,6 +212,9 @@ class Controller:
     def tick(self, now: float) -> None:
         """Check all time limits of the controller. Called several times a second."""
         self.detection.credit_own_pause(now)
+        if self._progress_version == self.cluster.version and now - self._progress_at >= PROGRESS_S:
+            self._progress_at = now
+            self.cluster.touch()
         self.draining.tick(now)
         if self.cluster.scale is not None:
             self.lost(self.scaling.tick(self.cluster.scale, now), now)
@@ -238,13 +256,18 @@ class Controller:
     # ---- queries --------------------------------------------------------------------------
 
     def request_status(self, now: float) -> None:
-        """Request new stats from all registered workers.
+        """Request new stats from all registered workers, and the expert load of attention workers.
 
-        ``cluster.workers.status_complete`` is true once all of them have replied.
+        ``cluster.workers.status_complete`` is true once all of them have replied. In a large
+        cluster, nothing is requested within ``SHARED_S`` of the last request, and expert load only
+        comes with heartbeats.
         """
-        if not self.cluster.is_up:
+        is_large = is_large_cluster(self.cluster)
+        if not self.cluster.is_up or (is_large and now - self._requested_at < SHARED_S):
             return
-        request = frames.StatusRequest(token=next(self.cluster.order_numbers))
+        self._requested_at = now
+        number = next(self.cluster.order_numbers)
+        request = frames.StatusRequest(token=number, has_load=not is_large)
         asked = [r for r in self.cluster.workers.alive() if r.state is not WorkerState.STARTING]
         for record in asked:
             record.pending_status_token = request.token
@@ -265,6 +288,7 @@ class Controller:
             "placement_epoch": cluster.placement.epoch,
             "experts_complete": cluster.membership.experts_complete,
             "late_workers": list(cluster.late),
+            "start": self._start_times.to_list(),
             "results": cluster.generation.agreement.to_dict(),
             "model": dict(cluster.workers.model),
             "rebalance": self.rebalancing.to_dict(),
@@ -272,7 +296,7 @@ class Controller:
             "adapters": cluster.adapters.to_list(),
             "workers": [r.to_dict(cluster.num_slots) for r in cluster.workers],
             "problems": [
-                *([f"{STEPS_WAIT} {', '.join(cluster.late)}"] if cluster.late else ()),
+                *([f"{STEPS_WAIT} {listed(cluster.late)}"] if cluster.late else ()),
                 *self.recovery.problems(self.detection.last_tick),
                 *describe_low(
                     [

@@ -209,8 +209,9 @@ class ReportCollector:
             generation=generation,
             placement=placement,
             frames_by_worker=whole,
-            memory=max(
-                (from_plain(r.memory, ControllerMemory) for r in reports), key=lambda m: m.version
+            memory=from_plain(
+                max((r.memory for r in reports), key=lambda m: m.get("version", 0)),
+                ControllerMemory,
             ),
         )
 

@@ -17,6 +17,7 @@ from cluster.controller.settings import ControllerSettings
 from cluster.controller.workers import WorkerRecord
 from cluster.core.frames import Heartbeat, PeerLost
 from cluster.core.states import ClusterState, WorkerState
+from cluster.policy.coverage import listed
 from cluster.policy.failure import (
     PeerReport,
     confirm_losses,
@@ -209,7 +210,7 @@ class FailureDetector:
         elif cluster.is_forming and now - cluster.round.began_at >= _FORMING_S:
             late = tuple(cluster.round.late())
         if late != cluster.late:
-            names = ", ".join(late)
+            names = listed(late)
             logger.warning("steps wait for %s" if late else "steps continue%s", names)
             cluster.late = late
             cluster.touch()

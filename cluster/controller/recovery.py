@@ -22,9 +22,9 @@ from cluster.controller.traces import OpenTrace
 from cluster.core.frames import ExpertsLoaded, GenerationReady
 from cluster.core.holders import expert_holders
 from cluster.core.states import ClusterState, WorkerState
-from cluster.core.topology import Member, Role
+from cluster.core.topology import LARGE_CLUSTER, Member, Role
 from cluster.planner.stages import SlotFill
-from cluster.policy.coverage import ExpertHoldings, decide_members, describe_losses
+from cluster.policy.coverage import ExpertHoldings, decide_members, describe_losses, listed
 from cluster.policy.places import place_of
 from cluster.tracing.names import LOST_WORKERS, RECOVERY
 
@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 _ROOM_WAIT_S = 10.0
 _MAX_RETRY_S = 60.0
+_JOIN_PAUSE = 10.0
+"""Shortest time between a generation of a large cluster and the next one in which workers join, as
+a multiple of the time for which steps paused for the former."""
+_MAX_JOIN_PAUSE_S = 5.0
 
 
 class RecoveryProblem(StrEnum):
@@ -58,6 +62,8 @@ class Recovery:
         """Trace of the running recovery; None if no recovery runs."""
         self._retry_s = limits.retry_s
         self._retry_at = 0.0
+        self._join_at: float | None = None
+        """Monotonic time until which workers that are ready wait to join; None without a wait."""
         self.reloads = ExpertLoadCommands(cluster)
         """Commands to load experts that recovery has sent and workers have not answered yet."""
 
@@ -113,10 +119,15 @@ class Recovery:
     def ready(self, now: float) -> None:
         """Form a generation with the workers that have become ready, unless one is forming.
 
-        Workers that scaling adds join together, once all of them are ready.
+        Workers that scaling adds join together, once all of them are ready. In a large cluster,
+        workers that become ready one after the other join together, so that the others serve for
+        most of the time (``_JOIN_PAUSE``).
         """
         if not self._cluster.can_accept_operations or self._cluster.round.phase is Phase.FORMING:
             return
+        if self._cluster.runs and self._join_at is not None and now < self._join_at:
+            return
+        self._join_at = None
         members = self._cluster.round.members
         known = {m.name for m in members}
         if self._cluster.unready_workers():
@@ -127,7 +138,7 @@ class Recovery:
             if r.state is WorkerState.READY and r.may_join and r.name not in known
         ]
         if fresh:
-            names = ", ".join(m.name for m in fresh)
+            names = listed([m.name for m in fresh])
             verb = "is" if len(fresh) == 1 else "are"
             orders = ", ".join(self._orders_behind(fresh))
             order = f" ({orders})" if orders else ""
@@ -184,8 +195,8 @@ class Recovery:
             self._cannot_load(reload, limit, now)
         if self._cluster.round.phase is not Phase.FORMING:
             self._start_workers(now)
-        if self._cluster.round.phase is Phase.STALLED:
-            self.ready(now)  # workers may have become ready while forming
+        if self._cluster.round.phase is Phase.STALLED or self._join_at is not None:
+            self.ready(now)  # workers may have become ready while forming or waiting
         if self._cluster.round.phase is Phase.STALLED:
             if self._barred and now >= self._retry_at:  # a worker may be able to load now
                 self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
@@ -250,6 +261,9 @@ class Recovery:
             self._lost.clear()
         self._barred.clear()
         self._retry_s = self._limits.retry_s
+        if len(cluster.round.members) > LARGE_CLUSTER:
+            pause_s = _JOIN_PAUSE * (now - cluster.round.began_at)
+            self._join_at = now + min(pause_s, _MAX_JOIN_PAUSE_S)
         self.ready(now)
 
     def _settle(self) -> None:

@@ -165,6 +165,8 @@ class StatusRequest(ControlFrame, frozen=True, kw_only=True):
     """Controller -> worker: requests current stats. ``StatusReply`` repeats ``token``."""
 
     token: int
+    has_load: bool = True
+    """Whether attention workers reply with their expert load, too."""
 
 
 class StatusReply(ControlFrame, frozen=True, kw_only=True):
@@ -173,7 +175,7 @@ class StatusReply(ControlFrame, frozen=True, kw_only=True):
     token: int
     stats: dict[str, float] = field(default_factory=dict)
     expert_load: LoadReport | None = None
-    """Expert load, always set by attention workers; None from other workers."""
+    """Expert load of an attention worker, if requested; None from other workers."""
 
 
 class PeerLost(ControlFrame, frozen=True, kw_only=True):

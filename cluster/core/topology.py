@@ -9,6 +9,9 @@ from typing import Literal
 from cluster.core.arithmetic import ArithmeticAgreement, ArithmeticOffer, agree
 from cluster.core.codec import Message
 
+LARGE_CLUSTER = 16
+"""Number of workers above which texts sum up workers by role, and callers share stats that are up
+to a second old."""
 Role = Literal["attention", "expert", "colocated"]
 """Role of a worker. A ``colocated`` worker has both roles, and the same rank in both pools."""
 

@@ -27,6 +27,9 @@ from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.core.topology import Member, Role
 from cluster.planner.stages import SlotFill, Stage
 
+MAX_LISTED = 8
+"""Maximum number of workers that a text about a change lists."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertHoldings:
@@ -150,7 +153,13 @@ def decide_members(
 
 def describe_losses(lost: Mapping[str, str]) -> str:
     """Describe lost workers (name -> reason), as ``lost expert-0: closed; lost expert-2: ...``."""
-    return "; ".join(f"lost {name}: {reason}" for name, reason in sorted(lost.items()))
+    return listed([f"lost {name}: {reason}" for name, reason in sorted(lost.items())], "; ")
+
+
+def listed(texts: Sequence[str], separator: str = ", ") -> str:
+    """Join texts; of more than ``MAX_LISTED`` only the first, as ``a, b and 9 more``."""
+    rest = len(texts) - MAX_LISTED
+    return separator.join(texts[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def describe_members(members: Sequence[Member]) -> str:

@@ -278,7 +278,8 @@ class ControlClient:
         if isinstance(frame, HeartbeatAck):
             self._lease.acknowledge(frame.number)
         elif isinstance(frame, StatusRequest):
-            self.send(replace(self._status(), token=frame.token))
+            left_out = {} if frame.has_load else {"expert_load": None}
+            self.send(replace(self._status(), token=frame.token, **left_out))
         else:
             self._on_frame(frame)
 
