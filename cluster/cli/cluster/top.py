@@ -6,7 +6,8 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from heapq import nlargest
 from typing import Any
 
 from cluster.cli.terminal.arguments import CommandParsers, seconds
@@ -14,6 +15,7 @@ from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import table, write_json, write_line, write_result
 from cluster.config.gateway import VLLM_PREFIX
+from cluster.core.topology import LARGE_CLUSTER
 
 DEFAULT_INTERVAL_S = 1.0
 _NAMES = (
@@ -117,6 +119,8 @@ def make_document(
 
 def _text(document: Mapping[str, Any]) -> str:
     header = ("NAME", "STATE", "NODE", "RUNNING", "WAITING", "KV", "ROWS/S", "BUSY")
+    workers: Sequence[dict[str, Any]] = document["workers"]
+    shown = _busiest(workers)
     rows = [
         (
             *(w["name"], w["state"], w["node"]),
@@ -125,10 +129,25 @@ def _text(document: Mapping[str, Any]) -> str:
             _rate_text(w["rows_per_s"]),
             _percent(w["busy"]),
         )
-        for w in document["workers"]
+        for w in shown
     ]
     tokens = f"{document['state']}: {document['tokens_per_s']:.0f} tokens/s of prompts and answers"
+    if len(shown) < len(workers):
+        tokens += f"\nthe {len(shown)} busiest of {len(workers)} workers; --json shows all"
     return f"{tokens}\n\n{table(header, rows)}"
+
+
+def _busiest(workers: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Return all workers or, in a large cluster, the busiest of each pool."""
+    if len(workers) <= LARGE_CLUSTER:
+        return workers
+    attention = [w for w in workers if w["kv_usage"] is not None]
+    others = [w for w in workers if w["kv_usage"] is None]
+    num_each = LARGE_CLUSTER // 2
+    return [
+        *nlargest(num_each, attention, key=lambda w: (w["waiting"] or 0, w["rows_per_s"] or 0)),
+        *nlargest(num_each, others, key=lambda w: (w["busy"] or 0, w["rows_per_s"] or 0)),
+    ]
 
 
 def _rate_text(value: float | None) -> str:
