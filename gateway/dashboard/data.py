@@ -14,8 +14,12 @@ from gateway.cluster.client_view import client_samples
 from gateway.cluster.shared_result import SharedResult
 from gateway.observability.samples import TOTALS, Sample, merge_samples
 
-_LEFT_OUT = ("metrics", "version")
+_LEFT_OUT = ("metrics", "version", "changes")
 """Fields of the status that the page does not use."""
+_STATS = ("num_requests_running", "num_requests_waiting")
+"""Stats of a worker that the page shows."""
+MAX_EVENTS = 100
+"""Maximum number of events that the page shows, the newest ones."""
 _AGE_S = 1.0
 """Seconds for which pages share a result, which the controller collects from all workers."""
 
@@ -26,15 +30,16 @@ class PageData:
     def __init__(self, gateway: Gateway, keys: KeyRing) -> None:
         self._gateway = gateway
         self._keys = keys
-        self._snapshot = SharedResult(gateway.numbers.snapshot, _AGE_S)
+        self._snapshot = SharedResult(self._ask_snapshot, _AGE_S)
         self._load = SharedResult(self._ask_load, _AGE_S)
 
     async def state(self) -> dict[str, Any]:
         """Return the state of the cluster (as ``status --json``) and the counts of all replicas,
         including ended ones.
 
-        Adds ``sees_experts``, whether the key may see the load of experts, and ``scheme``, the
-        URL scheme of the gateway's own ports, without regard to proxies.
+        Leaves out what the page does not show: most stats of workers, and old events. Adds
+        ``sees_experts``, whether the key may see the load of experts, and ``scheme``, the URL
+        scheme of the gateway's own ports, without regard to proxies.
         """
         snapshot, replicas = await asyncio.gather(
             self._snapshot.get(), self._gateway.status.replicas.call("summary")
@@ -47,7 +52,7 @@ class PageData:
             "schema": 1,
             "time": time.time(),
             "sees_experts": is_whole,
-            "status": {name: part for name, part in status.items() if name not in _LEFT_OUT},
+            "status": status,
             "scheme": "https" if self._gateway.limits.has_tls else "http",
             "started": min(one["created"] for one in (*replicas.values(), *ended)),
             "counters": {
@@ -82,6 +87,19 @@ class PageData:
         check_operator(self._keys, NUMBERS_BY_EXPERT)
         load, placement = await self._load.get()
         return _bank(load, placement, number)
+
+    async def _ask_snapshot(self) -> dict[str, Any] | None:
+        """Return the parts of the cluster's state that the page shows; None if none is known."""
+        snapshot = await self._gateway.numbers.snapshot()
+        if snapshot is None:
+            return None
+        shown = {name: part for name, part in snapshot.items() if name not in _LEFT_OUT}
+        shown["history"] = list(snapshot.get("history", ()))[-MAX_EVENTS:]
+        shown["workers"] = [
+            {**one, "stats": {name: one["stats"][name] for name in _STATS if name in one["stats"]}}
+            for one in snapshot.get("workers", ())
+        ]
+        return shown
 
     async def _ask_load(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Return load and placement. Raises ``NotReadyError`` if their epochs differ."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 import gateway.dashboard
+from benchmarks.harness.large_snapshot import snapshot_of
 from cluster.config.gateway import GatewaySection
 from cluster.tracing.gateway_counts import GatewayCounts, GatewayRecord
+from gateway.dashboard.data import MAX_EVENTS, PageData
 from gateway.dashboard.sampler import Sampler
 from tests.gateway.stack import WAIT_S, Stack, complete, running_stack
 
@@ -97,6 +102,36 @@ def test_the_state_has_what_all_replicas_counted(stack: Stack) -> None:
     assert after["status"]["state"] == "SERVING"
     assert "metrics" not in after["status"]
     assert after["scheme"] == "http", "of the gateway's own ports, for links past a proxy"
+
+
+def test_the_state_of_a_large_cluster_is_small_and_shared(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """128 workers and 256 events, for pages that are open at the same time."""
+    known = stack.http.get("/dashboard/api/state").json()["status"]
+    entries = [{"cause": f"expert-{number} is ready", "effect": "x" * 99} for number in range(256)]
+    snapshot = {**known, **snapshot_of(64, 64), "history": entries, "changes": entries}
+    asked = []
+
+    async def ask() -> dict[str, object]:
+        asked.append(1)
+        return snapshot
+
+    monkeypatch.setattr(stack.gateway.numbers, "snapshot", ask)
+    data = PageData(stack.gateway, stack.gateway.keys)
+
+    async def ask_twice() -> tuple[dict[str, Any], dict[str, Any]]:
+        return await asyncio.gather(data.state(), data.state())
+
+    one, other = stack.run(ask_twice())
+    assert len(asked) == 1
+    assert one["status"] == other["status"]
+    assert len(json.dumps(one)) < 80_000 < len(json.dumps(snapshot)) // 5
+    workers = one["status"]["workers"]
+    assert len(workers) == 128
+    assert workers[0]["stats"].keys() == {"num_requests_running", "num_requests_waiting"}
+    assert one["status"]["history"] == entries[-MAX_EVENTS:]
+    assert "changes" not in one["status"]
 
 
 def take_sample(stack: Stack, sampler: Sampler, time_s: float) -> None:
