@@ -20,7 +20,13 @@ from msgspec.structs import replace
 
 from cluster.config.cluster import ClusterConfig
 from cluster.controller.adapter_table import AdapterTable
-from cluster.controller.controller_memory import ControllerMemory, History, LostWorker, plain_memory
+from cluster.controller.controller_memory import (
+    ControllerMemory,
+    History,
+    LostWorker,
+    memory_keepers,
+    plain_memory,
+)
 from cluster.controller.drain_operation import Drain
 from cluster.controller.effects import Effect, ReleasePlaces, SendFrame
 from cluster.controller.host_disks import HostDisks
@@ -82,6 +88,7 @@ class Cluster:
         self.effects: list[Effect] = []
         """Effects (actions for the controller actor) that the current event has added so far."""
         self._is_remembered = True
+        self._sent_places: tuple[str, ...] = ()
         self.term = term
         self.identity = identity
         """Identity of this controller, to distinguish controllers that claim the same term."""
@@ -227,7 +234,7 @@ class Cluster:
             self.touch()
 
     def send_snapshot(self) -> None:
-        """Make the next ``take_effects`` first send the controller snapshot to all live workers."""
+        """Make the next ``take_effects`` first send the controller snapshot to live workers."""
         self.touch()
         self._is_remembered = False
 
@@ -298,15 +305,18 @@ class Cluster:
     def take_effects(self) -> list[Effect]:
         """Remove and return the pending effects, in the order in which to carry them out."""
         if not self._is_remembered:
-            self.sent_version = self.version
+            alive = self.workers.alive()
+            is_known = self._sent_places == self.places.names()  # else all workers learn them
+            keepers = memory_keepers(alive) if is_known else tuple(r.name for r in alive)
+            self.sent_version, self._sent_places = self.version, self.places.names()
             frame = ControllerSnapshot(
                 term=self.term,
                 version=self.version,
                 controller=self.identity,
                 memory=plain_memory(self.memory()),
-                places=self.places.names(),
+                places=self._sent_places,
             )
-            self.effects.insert(0, SendFrame(frame, tuple(r.name for r in self.workers.alive())))
+            self.effects.insert(0, SendFrame(frame, keepers))
         effects, self.effects, self._is_remembered = self.effects, [], True
         return effects
 

@@ -5,10 +5,11 @@ The workers store a ``ControllerMemory`` as plain data.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from msgspec import field, structs
@@ -16,11 +17,12 @@ from msgspec import field, structs
 from cluster.controller.drain_operation import Drain
 from cluster.controller.operations import Operation
 from cluster.controller.scale_operation import Scale
+from cluster.controller.workers import WorkerRecord
 from cluster.core.codec import Message, to_plain
 from cluster.core.frames import AdapterRecord
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import AdapterState, WorkerState
-from cluster.core.topology import Member
+from cluster.core.topology import LARGE_CLUSTER, Member
 from cluster.policy.places import ClosedPlace
 
 _KEPT = 256
@@ -149,6 +151,22 @@ class ControllerMemory(Message, frozen=True, kw_only=True):
     adapters: tuple[KeptAdapter, ...] = ()
     has_ordered_adapters: bool = False
     """Whether workers may have received a command about adapters."""
+
+
+def memory_keepers(workers: Sequence[WorkerRecord]) -> tuple[str, ...]:
+    """Return the names of those of the live ``workers`` that store the next ``ControllerMemory``.
+
+    In a large cluster these are ``LARGE_CLUSTER`` workers on as many hosts as possible, since the
+    memory may contain a placement, and a restarted controller uses the newest memory of any worker.
+    """
+    if len(workers) <= LARGE_CLUSTER:
+        return tuple(record.name for record in workers)
+    by_node, order = Counter[str](), []
+    for record in workers:
+        if record.state is not WorkerState.STARTING:  # it may not have connected yet
+            order.append((by_node[record.member.node], record.name))
+            by_node[record.member.node] += 1
+    return tuple(name for _, name in sorted(order, key=itemgetter(0))[:LARGE_CLUSTER])
 
 
 def plain_memory(memory: ControllerMemory) -> dict[str, Any]:

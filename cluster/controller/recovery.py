@@ -120,7 +120,7 @@ class Recovery:
         """Form a generation with the workers that have become ready, unless one is forming.
 
         Workers that scaling adds join together, once all of them are ready. In a large cluster,
-        workers that become ready one after the other join together, so that the others serve for
+        workers that become ready at different times join together, so that the others serve for
         most of the time (``_JOIN_PAUSE``).
         """
         if not self._cluster.can_accept_operations or self._cluster.round.phase is Phase.FORMING:

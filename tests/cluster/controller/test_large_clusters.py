@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from benchmarks.harness.large_cluster import NUM_REPORTS, LargeCluster
+from benchmarks.harness.members import members_of
 from cluster.cli.cluster.info import _status_text
 from cluster.controller.cluster import Cluster
 from cluster.controller.documents import SharedDocuments, load_document
 from cluster.controller.effects import SendFrame
-from cluster.core.frames import StatusRequest
+from cluster.core.frames import ControlFrame, ControllerSnapshot, StatusRequest
+from cluster.core.topology import LARGE_CLUSTER
 from cluster.policy.coverage import MAX_LISTED, describe_losses, listed
 from tests.cluster.controller.fakes_cluster import FakeCluster
 
@@ -32,6 +35,31 @@ def test_a_start_sends_one_generation_and_a_state_for_each_pause() -> None:
     ready = 10
     assert few.num_versions <= 2 * NUM_REPORTS + 10 + ready
     assert many.num_versions - few.num_versions == ready
+
+
+def test_some_workers_keep_the_memory_of_a_large_cluster() -> None:
+    """All workers learn the term and the places; later changes are only on 16 hosts."""
+    crowd = {f"attention-{rank}": "one" for rank in range(4)}
+    names = [member.name for member in members_of({"attention": 12, "expert": 8})]
+    cluster = FakeCluster(12, 8, hosts={**{name: name for name in names}, **crowd})
+    cluster.serve()
+    firsts = {name for name, frames in cluster.link.sent.items() if _memories(frames)}
+    assert len(firsts) == 20
+    before = {name: len(_memories(frames)) for name, frames in cluster.link.sent.items()}
+    cluster.known.send_snapshot()
+    after = {name: len(_memories(frames)) for name, frames in cluster.link.sent.items()}
+    told = {name for name, number in after.items() if number > before[name]}
+    assert len(told) == LARGE_CLUSTER
+    assert len(told & crowd.keys()) == 1
+    cluster.disconnect(min(told))
+    version = cluster.known.sent_version
+    kept = [name for name, fs in cluster.link.sent.items() if version in _memories(fs)]
+    assert len(kept) == LARGE_CLUSTER, "another worker takes the place of the lost one"
+
+
+def _memories(frames: Sequence[ControlFrame]) -> list[int]:
+    """Versions of the memories that a worker has got."""
+    return [frame.version for frame in frames if isinstance(frame, ControllerSnapshot)]
 
 
 def test_the_stages_of_a_start_are_in_the_status() -> None:
