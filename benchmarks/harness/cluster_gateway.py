@@ -142,6 +142,12 @@ class ClusterGateway:
         """Start a call of one prompt and one choice (on the event loop)."""
         return await self._gateway.start(replace(call, timeout_s=LIMIT_S), name)
 
+    async def serve(self, call: GenerateCall, name: str) -> Answer:
+        """Serve a call of one prompt and one choice to its end (on the event loop)."""
+        streams = Streams([Answer()])
+        await streams.collect([await self.begin(call, name)])
+        return streams.answers[0]
+
     def spawn(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         """Start a coroutine on the loop, from another thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -39,11 +39,13 @@ H100 = DeviceSpec(
     read_share=0.8,
     kernel_s=1.0e-6,
     launch_s=6.3e-6,
+    compute_share=0.4,
 )
 """H100 SXM: 3.35 TB/s of HBM3, 989 TFLOPS, NVLink of 900 GB/s. Also used for unknown GPUs.
 
 Measured (docs/results/gpu.md): the kernels of experts read 2.7 TB/s with 64 rows; a small kernel
-takes 1.0 us in a CUDA graph, and 6.3 us if the host launches it.
+takes 1.0 us in a CUDA graph, and 6.3 us if the host launches it. OLMoE-1B-7B computes prompts at
+half of 800 TFLOPS, the rate of a large product.
 """
 A100 = replace(
     H100, name="NVIDIA A100", bandwidth_bytes_s=2.039e12, flops_s=312e12, link_bytes_s=300e9

@@ -75,10 +75,16 @@ class DeviceSpec:
     """Seconds to start a kernel of a CUDA graph."""
     launch_s: float = 0.0
     """Seconds to start a kernel, or an NCCL message, that the host launches without a graph."""
+    compute_share: float = 1.0
+    """Fraction of ``flops_s`` that the products of a step with many rows reach."""
 
     def read_s(self, num_bytes: float) -> float:
         """Return the seconds in which kernels read ``num_bytes`` from memory."""
         return num_bytes / (self.bandwidth_bytes_s * self.read_share)
+
+    def compute_s(self, operations: float) -> float:
+        """Return the seconds in which products take ``operations``."""
+        return operations / (self.flops_s * self.compute_share)
 
     def share(self, part: float) -> DeviceSpec:
         """Return a worker that owns ``part`` of the device.
@@ -201,7 +207,7 @@ def expert_step(
     """Return the seconds of one bank on the most loaded device, for ``batch`` rows of all ranks."""
     activated = activated_experts(bank.probabilities, batch)
     read_s = device.read_s(activated * bank.memory_bytes(itemsize))
-    compute_s = 2.0 * batch * bank.top_k * bank.expert_values / device.flops_s
+    compute_s = device.compute_s(2.0 * batch * bank.top_k * bank.expert_values)
     return max(read_s, compute_s) / num_devices / balancedness
 
 
@@ -237,19 +243,19 @@ def disaggregated_step(
     def micro_batches(m: int) -> StepTime:
         rows = batch / m
         attention_s = attention_step(model, rows / num_attention, context_tokens, device)
-        attention_s += _message_s(model, num_experts, device)
+        attention_s += message_s(model, num_experts, device)
         experts_s = _experts(model, rows, num_experts, device, balancedness)
-        experts_s += _message_s(model, num_attention, device)
+        experts_s += message_s(model, num_attention, device)
         # the smaller pool has the busiest link: all rows pass through each pool
         narrow = min(num_attention, num_experts)
-        exchange_s = _exchange(model, rows / narrow, num_experts, 1.0, device)
-        device_s = max(m * attention_s, m * experts_s, attention_s + experts_s + exchange_s)
+        moved_s = exchange_s(model, rows / narrow, num_experts, 1.0, device)
+        device_s = overlapped_s(attention_s, experts_s, moved_s, m)
         return StepTime(
             layout=f"{num_attention} attention + {num_experts} expert workers",
             num_micro_batches=m,
             attention_s=attention_s,
             experts_s=experts_s,
-            exchange_s=exchange_s,
+            exchange_s=moved_s,
             host_s=host_s,
             step_s=device_s + host_s,
         )
@@ -277,20 +283,20 @@ def colocated_step(
     def micro_batches(m: int) -> StepTime:
         rows = batch / m
         attention_s = attention_step(model, rows / num_workers, context_tokens, device)
-        attention_s += _message_s(model, others, device)
+        attention_s += message_s(model, others, device)
         experts_s = _experts(model, rows, num_workers, device, balancedness)
-        experts_s += _message_s(model, others, device)
+        experts_s += message_s(model, others, device)
         away = others / num_workers
-        exchange_s = _exchange(model, rows / num_workers, num_workers, away, device)
-        work_s = attention_s + experts_s
+        moved_s = exchange_s(model, rows / num_workers, num_workers, away, device)
+        device_s = overlapped_s(attention_s, experts_s, moved_s, m, is_colocated=True)
         return StepTime(
             layout=f"{num_workers} colocated workers",
             num_micro_batches=m,
             attention_s=attention_s,
             experts_s=experts_s,
-            exchange_s=exchange_s,
+            exchange_s=moved_s,
             host_s=host_s,
-            step_s=max(m * work_s, work_s + exchange_s) + host_s,
+            step_s=device_s + host_s,
         )
 
     return _fastest(micro_batches)
@@ -302,7 +308,19 @@ def _fastest(micro_batches: Callable[[int], StepTime]) -> StepTime:
     return min(steps, key=lambda step: step.step_s)
 
 
-def _message_s(model: ModelSize, num_peers: int, device: DeviceSpec) -> float:
+def overlapped_s(
+    attention_s: float, experts_s: float, exchange_s: float, m: int, is_colocated: bool = False
+) -> float:
+    """Return the seconds of ``m`` micro-batches from the times of one.
+
+    On colocated workers, attention and experts take turns.
+    """
+    work_s = attention_s + experts_s
+    busy_s = work_s if is_colocated else max(attention_s, experts_s)
+    return max(m * busy_s, work_s + exchange_s)
+
+
+def message_s(model: ModelSize, num_peers: int, device: DeviceSpec) -> float:
     """Return the seconds of work for a micro-batch's messages to and from all peers."""
     launch_s = 0.0 if model.is_captured else device.launch_s
     return 2 * num_peers * model.num_exchanges * (device.message_s + launch_s)
@@ -326,7 +344,7 @@ def _experts(
     )
 
 
-def _exchange(
+def exchange_s(
     model: ModelSize, rows: float, num_devices: int, away: float, device: DeviceSpec
 ) -> float:
     """Return the seconds of dispatch and combine over one worker's link.

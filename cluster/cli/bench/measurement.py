@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.bench.document import document_of
-from cluster.cli.bench.tally import Tally
 from cluster.cli.bench.workload import BenchTarget, Workload, run_workload
 from cluster.cli.bench.workload_options import options_of
 from cluster.cli.terminal.output import note
 from cluster.cli.terminal.progress import Progress
+from cluster.workload.tally import Tally
 
 _TICK_S = 0.2
 _LATE_MS = 10.0

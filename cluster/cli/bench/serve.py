@@ -10,7 +10,6 @@ from typing import Any
 from cluster.cli.bench import compare
 from cluster.cli.bench.document import add_save, format_number, require_folder, show_and_save
 from cluster.cli.bench.measurement import Measurement, warn_if_late
-from cluster.cli.bench.tally import MEASURES
 from cluster.cli.bench.targets import grpc_target, http_target
 from cluster.cli.bench.workload import warm_up
 from cluster.cli.bench.workload_options import add_workload_options, make_workload
@@ -19,6 +18,7 @@ from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import table
 from cluster.cli.terminal.progress import Progress
+from cluster.workload.tally import MEASURES
 
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "E2E latency"}
 _COLUMNS = ("mean", "median", "p90", "p99")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cluster.cli.bench.arrivals import Arrival
-from cluster.cli.bench.tally import CompletedRequest, Tally
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.workload.arrivals import Arrival
+from cluster.workload.tally import CompletedRequest, Tally
 
 
 class RequestFailed(CommandError):

@@ -1,13 +1,13 @@
-"""``plan simulate``: simulates the gain of rebalancing under a changing load."""
+"""``plan simulate``: simulates a cluster that serves requests, or the gain of rebalancing."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import mean
 
+from cluster.cli.offline.plan_serving import add_serving, run_serving
 from cluster.cli.terminal.arguments import (
     CommandParsers,
     count,
@@ -15,6 +15,7 @@ from cluster.cli.terminal.arguments import (
     fraction_or_0,
     not_negative,
 )
+from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import show, table
 from cluster.cli.terminal.progress import Progress
 from cluster.planner.base import PlannedTopology
@@ -32,16 +33,24 @@ _COST = ExpertStepCost()
 
 def add_simulate(kinds: CommandParsers) -> None:
     parser = kinds.add(
-        "simulate", run_simulate, "simulate rebalancing policies under a changing load"
+        "simulate",
+        run_simulate,
+        "simulate a cluster that serves requests, or rebalancing under a changing load",
     )
-    add_devices(parser, redundant=1)
-    text = "File of load profiles, one per line; each line is the load of one window"
-    parser.add_argument("--trace", type=Path, required=True, help=text)
+    add_serving(parser)
+    text = "Number of hosts, among which the workers are divided; the network matters above 1"
+    parser.add_argument("--nodes", type=count, default=1, help=text)
+    policies = parser.add_argument_group("rebalancing")
+    text = "Number of expert workers; simulates rebalancing policies and no requests"
+    policies.add_argument("--devices", type=count, help=text)
+    text = "Number of spare expert slots per device and layer"
+    policies.add_argument("--redundant", type=count_or_0, default=1, help=text)
     text = "Simulate only this policy (default: all)"
-    parser.add_argument("--policy", choices=POLICIES, help=text)
+    policies.add_argument("--policy", choices=POLICIES, help=text)
     text = "Largest share of the expert slots that mesh may change in a window"
-    parser.add_argument("--max-move-fraction", type=fraction_or_0, default=0.05, help=text)
-    cost = parser.add_argument_group("times and sizes of a device; defaults: dots.llm1 on an H100")
+    policies.add_argument("--max-move-fraction", type=fraction_or_0, default=0.05, help=text)
+    text = "rebalancing: times and sizes of a device; defaults: dots.llm1 on an H100"
+    cost = parser.add_argument_group(text)
     text = "Time in microseconds for an activated expert slot"
     cost.add_argument("--slot-us", type=not_negative, default=_COST.slot_s * 1e6, help=text)
     text = "Time in microseconds for a row in an expert"
@@ -54,17 +63,24 @@ def add_simulate(kinds: CommandParsers) -> None:
         cost.add_argument(f"--{phase}-tokens", type=count, default=rows, help=text)
 
 
-def add_devices(parser: argparse.ArgumentParser, redundant: int = 0) -> None:
+def add_devices(parser: argparse.ArgumentParser) -> None:
     """Add the options that describe the devices to plan for."""
     parser.add_argument("--devices", type=count, required=True, help="Number of expert workers")
     text = "Number of hosts, among which the devices are divided"
     parser.add_argument("--nodes", type=count, default=1, help=text)
     text = "Number of spare expert slots per device and layer"
-    parser.add_argument("--redundant", type=count_or_0, default=redundant, help=text)
+    parser.add_argument("--redundant", type=count_or_0, default=0, help=text)
 
 
 def run_simulate(args: argparse.Namespace) -> int:
+    """Simulate requests, or rebalancing if ``--devices`` is given."""
+    return run_serving(args) if args.devices is None else run_policies(args)
+
+
+def run_policies(args: argparse.Namespace) -> int:
     """Print the simulated times of each rebalancing policy in each window of the trace."""
+    if args.trace is None:
+        raise CommandError(ExitCode.USAGE, "--devices needs --trace, a file of load profiles")
     step = ExpertStepCost(
         slot_s=args.slot_us * 1e-6,
         token_s=args.token_us * 1e-6,

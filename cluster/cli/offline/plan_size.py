@@ -15,12 +15,12 @@ from cluster.cli.terminal.output import note, show, table
 from cluster.config.resources import WorkerShare
 from cluster.core.errors import CheckpointError
 from cluster.core.load_profile import load_profile
-from cluster.launch.checkpoint_check import CheckpointCheck
-from cluster.launch.model_source import find_model
+from cluster.launch.checkpoint_check import CheckpointCheck, CheckpointFacts
+from cluster.launch.model_source import ModelSource, find_model
 from cluster.sizing.devices import worker_device
 from cluster.sizing.gpus import gpu_spec
 from cluster.sizing.pool_sizes import PoolChoice, size_pools
-from cluster.sizing.roofline import DeviceSpec, StepTime
+from cluster.sizing.roofline import DeviceSpec, ModelSize, StepTime
 
 BATCHES = (1, 8, 32, 128, 512)
 FORMULA = """\
@@ -49,6 +49,13 @@ def add_size(kinds: CommandParsers) -> None:
     )
     text = "Mean tokens of context of a sequence"
     parser.add_argument("--context-tokens", type=not_negative, default=1024.0, help=text)
+    add_hardware(parser)
+    text = "Number of hosts; the network matters above 1"
+    parser.add_argument("--nodes", type=count, default=1, help=text)
+
+
+def add_hardware(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe the load of the experts and a worker, for ``read_hardware``."""
     text = "Load profile of the experts (default: equal load)"
     parser.add_argument("--profile", type=Path, help=text)
     text = "Mean expert load of all workers divided by that of the busiest"
@@ -64,8 +71,6 @@ def add_size(kinds: CommandParsers) -> None:
     )
     text = "Number of cores of a CPU worker"
     hardware.add_argument("--cores", type=positive, default=1.0, help=text)
-    text = "Number of hosts; the network matters above 1"
-    hardware.add_argument("--nodes", type=count, default=1, help=text)
     text = "Memory bandwidth in GB/s (default: the device's)"
     hardware.add_argument("--bandwidth-gb-s", type=positive, help=text)
     text = "Rate of dense products in TFLOPS (default: the device's)"
@@ -85,19 +90,9 @@ def parse_whole_numbers(text: str) -> tuple[int, ...]:
 
 def run_size(args: argparse.Namespace) -> int:
     """Print the best pool sizes for each batch size."""
-    changes = given_device_fields(args)
-    try:
-        source = find_model(args.model, note)
-        facts = CheckpointCheck(source.folder, os.environ, allow_bare=True).result()
-    except CheckpointError as err:
-        raise CommandError(ExitCode.FAILED, str(err)) from err
-    gpu = gpu_spec(args.gpu) if args.gpu else gpu_spec(facts.gpu, facts.gpu_bandwidth_bytes_s)
-    has_gpu = bool(args.gpu or facts.gpu)
-    kind: Literal["cpu", "cuda"] = args.device or ("cuda" if has_gpu else "cpu")
-    share = WorkerShare(cpus=args.cores, gpus=1.0 if kind == "cuda" else 0.0, device=kind)
-    device = replace(worker_device(share, args.nodes, gpu), **changes)
+    source, facts, device = read_hardware(args)
     found = size_pools(
-        facts.size("auto", load_profile(args.profile) if args.profile is not None else None),
+        model_size(args, facts),
         args.batch,
         args.context_tokens,
         num_workers=args.workers,
@@ -111,9 +106,32 @@ def run_size(args: argparse.Namespace) -> int:
         "batches": [_document(choice) for choice in found],
     }
     heading = (
-        f"{source.name} on {args.workers} workers of one {device.name} each: {_device_text(device)}"
+        f"{source.name} on {args.workers} workers of one {device.name} each: {device_text(device)}"
     )
     return show(args, document, lambda: _text(found), heading)
+
+
+def read_hardware(args: argparse.Namespace) -> tuple[ModelSource, CheckpointFacts, DeviceSpec]:
+    """Return the model, its facts, and the characteristics of a worker.
+
+    Raises ``CommandError`` if the model cannot be read.
+    """
+    changes = given_device_fields(args)
+    try:
+        source = find_model(args.model, note)
+        facts = CheckpointCheck(source.folder, os.environ, allow_bare=True).result()
+    except CheckpointError as err:
+        raise CommandError(ExitCode.FAILED, str(err)) from err
+    gpu = gpu_spec(args.gpu) if args.gpu else gpu_spec(facts.gpu, facts.gpu_bandwidth_bytes_s)
+    has_gpu = bool(args.gpu or facts.gpu)
+    kind: Literal["cpu", "cuda"] = args.device or ("cuda" if has_gpu else "cpu")
+    share = WorkerShare(cpus=args.cores, gpus=1.0 if kind == "cuda" else 0.0, device=kind)
+    return source, facts, replace(worker_device(share, args.nodes, gpu), **changes)
+
+
+def model_size(args: argparse.Namespace, facts: CheckpointFacts) -> ModelSize:
+    """Return the sizes of the model, with the load of its experts if ``--profile`` is given."""
+    return facts.size("auto", load_profile(args.profile) if args.profile is not None else None)
 
 
 def given_device_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -180,7 +198,7 @@ def _step(step: StepTime | None) -> str:
     return f"{1e3 * step.step_s:.3g} ({times}{parts}; {1e3 * step.host_s:.3g})"
 
 
-def _device_text(device: DeviceSpec) -> str:
+def device_text(device: DeviceSpec) -> str:
     return (
         f"{device.bandwidth_bytes_s / 1e9:.0f} GB/s memory, {device.flops_s / 1e12:.3g} TFLOPS, "
         f"kernels read at {device.read_share:.0%} of the memory's rate, "

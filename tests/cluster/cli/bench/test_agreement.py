@@ -16,11 +16,11 @@ from statistics import mean, quantiles
 import pytest
 from aiohttp import web
 
-from cluster.cli.bench.arrivals import poisson
 from cluster.cli.bench.http_target import HttpTarget
-from cluster.cli.bench.tally import Tally
 from cluster.cli.bench.workload import Workload, run_workload
 from cluster.cli.terminal.client import Client
+from cluster.workload.arrivals import poisson
+from cluster.workload.tally import Tally
 
 WITHIN = 0.02
 FIRST_S, GAP_S, TOKENS = 0.3, 0.15, 6

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli.bench.arrivals import Arrival, poisson, read_trace
 from cluster.cli.bench.workload import Workload
+from cluster.workload.arrivals import Arrival, poisson, read_trace
 
 MOONCAKE = """\
 {"timestamp": 3000, "input_length": 1500, "output_length": 20, "hash_ids": [7, 8, 9]}

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from cluster.cli.bench.tally import CompletedRequest, Distribution, Tally
+from cluster.workload.tally import CompletedRequest, Distribution, Tally
 
 
 def test_quantiles_to_half_a_percent() -> None:

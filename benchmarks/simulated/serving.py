@@ -1,0 +1,356 @@
+"""``plan simulate`` beside real clusters: ``python -m benchmarks.simulated.serving [--json]``.
+
+Real clusters serve random requests through a real gateway, and the simulation predicts the same
+requests: equal arrivals, lengths and limits. On a laptop all workers share the same cores, so each
+worker is paced: it takes the time that the roofline gives a slow device for the rows that it has in
+fact, and waits if it computes them faster. The work of the hosts and their messages is measured
+in each cluster with paces near 0: a step with one row and a step with many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import wraps
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.cluster_gateway import ClusterGateway, gateway_of
+from benchmarks.harness.serving_cluster import ThreadCluster, make_config, serving
+from benchmarks.serving.throughput import TINY, random_model
+from cluster.cli.terminal.arguments import count, positive
+from cluster.cli.terminal.output import table
+from cluster.config.cluster import EngineSection
+from cluster.launch.checkpoint_check import CheckpointCheck
+from cluster.simulation.serving import ServingSimulation, work_of
+from cluster.sizing.mixed_step import PoolSizes, StepTimes
+from cluster.sizing.roofline import DeviceSpec, HostTime, ModelSize, activation_shares
+from cluster.workload.arrivals import Arrival
+from cluster.workload.tally import CompletedRequest, Tally
+from gateway.core.call import CallKind, GenerateCall
+from workers.dispatch.expert_server import ExpertServer
+from workers.engine.micro_batches import MicroBatchRule
+from workers.engine.model_runner import ModelRunner
+
+LAYOUTS = ((1, 1), (1, 2), (2, 3))
+"""Attention and expert workers."""
+MODEL = replace(TINY, experts=16, top_k=4)
+ENGINE: dict[str, Any] = {
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 128,
+    "kv_cache_bytes": 64 << 20,
+    "enable_prefix_caching": False,
+}
+DEVICE = DeviceSpec(
+    name="paced device",
+    bandwidth_bytes_s=24e6,
+    flops_s=260e6,
+    link_bytes_s=1e12,
+    latency_s=0.0,
+    message_s=0.0,
+)
+"""So slow that a step of decodes takes some tens of milliseconds with the small model."""
+_HOST_ROWS = 8
+_HOST_TOKENS = 40
+_NUM_FIRST = 15
+RATES = (1.0, 2.0, 3.0, 4.0)
+"""Requests per second."""
+MEASURES = ("tokens_per_s", "ttft_ms", "itl_ms")
+"""Compared fields of ``Served``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """What clients measured, or would measure."""
+
+    tokens_per_s: float
+    """Output tokens from the first arrival to the last token."""
+    ttft_ms: float
+    """Mean time to the first token."""
+    itl_ms: float
+    """Mean time between tokens."""
+
+    @classmethod
+    def of(cls, tally: Tally, seconds: float) -> Served:
+        found = tally.results(seconds)
+        return cls(
+            tokens_per_s=found["output_tokens_per_s"],
+            ttft_ms=found["ttft_ms"]["mean"],
+            itl_ms=found["itl_ms"]["mean"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A real cluster and its prediction under one arrival rate."""
+
+    layout: str
+    rate_per_s: float
+    host: HostTime
+    """Measured without paces."""
+    real: Served
+    predicted: Served
+
+    def columns(self) -> list[str]:
+        """Return real value, prediction and their ratio of each measure."""
+        pairs = ((getattr(self.real, name), getattr(self.predicted, name)) for name in MEASURES)
+        return [f"{real:.4g}, {said:.4g}, {said / real:.2f}" for real, said in pairs]
+
+
+def make_arrivals(number: int, rate_per_s: float, seed: int) -> list[Arrival]:
+    """Return Poisson arrivals of prompts of 16 to 160 tokens and outputs of 8 to 48."""
+    draw = random.Random(seed)
+    due_s, found = 0.0, []
+    for _ in range(number):
+        found.append(Arrival(due_s, draw.randint(16, 160), draw.randint(8, 48)))
+        due_s += draw.expovariate(rate_per_s)
+    return found
+
+
+@dataclass(slots=True)
+class Pace:
+    """Times that the paced workers take."""
+
+    device: DeviceSpec
+    model: ModelSize
+    times: StepTimes
+
+    @classmethod
+    def of(cls, device: DeviceSpec, model: ModelSize, pools: PoolSizes) -> Pace:
+        return cls(device, model, StepTimes(model, pools, device))
+
+    def expert_s(self, bank: int, num_slots: int, num_pairs: int) -> float:
+        """Return the seconds of a bank on a worker with so many activated slots and pairs."""
+        size = self.model.banks[bank]
+        read_s = num_slots * self.device.read_s(size.memory_bytes(self.model.itemsize))
+        return max(read_s, self.device.compute_s(2.0 * num_pairs * size.expert_values))
+
+
+class PacedCluster:
+    """A real cluster with a gateway, and paces for its workers."""
+
+    def __init__(self, cluster: ThreadCluster, gateway: ClusterGateway, pace: Pace) -> None:
+        self._cluster = cluster
+        self._gateway = gateway
+        self._pace = pace
+        for rank in range(self._num_ranks):
+            _pace_attention(cluster.group.attention(f"attention-{rank}").engine.runner, pace)
+        for server in self._servers():
+            _pace_experts(server, pace)
+
+    def measure_host(self) -> tuple[HostTime, float]:
+        """Measure steps without paces: with one row, and with many, of each attention worker.
+
+        Returns also the seconds from a client to a worker and back, outside of steps.
+        """
+        one_s, many_s = self._step_s(1), self._step_s(_HOST_ROWS)
+        row_s = max(0.0, many_s - one_s) / (_HOST_ROWS - 1)
+        entry_s = statistics.median(self._first_s(number) for number in range(_NUM_FIRST)) - one_s
+        return HostTime(step_s=one_s - row_s, row_s=row_s), max(entry_s, 0.0)
+
+    def choices(self) -> list[list[float]]:
+        """Return how often rows have chosen each expert, by bank."""
+        counts = [server.counters.token_counts for server in self._servers()]
+        return [torch.cat(parts).tolist() for parts in zip(*counts, strict=True)]
+
+    def serve(self, arrivals: Sequence[Arrival], name: str) -> Served:
+        """Serve requests at their times."""
+        return self._gateway.run(self._serve(arrivals, name))
+
+    @property
+    def _num_ranks(self) -> int:
+        return self._cluster.config.workers.num_attention_ranks
+
+    def _servers(self) -> Iterator[ExpertServer]:
+        for rank in range(self._cluster.config.workers.num_expert_workers):
+            role = self._cluster.group.workers[f"expert-{rank}"].roles.experts
+            assert role is not None
+            yield role.server
+
+    async def _serve(self, arrivals: Sequence[Arrival], name: str) -> Served:
+        clock, tally = time.monotonic, Tally({})
+        start = clock() + 0.05
+
+        async def serve_one(number: int, arrival: Arrival) -> None:
+            await asyncio.sleep(start + arrival.due_s - clock())
+            began = clock()
+            tally.begin(began - start - arrival.due_s)
+            answer = await self._gateway.serve(_call(arrival, number), f"{name}-{number}")
+            pieces = [at - began for at in answer.times]
+            lengths = arrival.input_len, answer.num_tokens
+            tally.take(CompletedRequest(pieces, pieces[-1], *lengths))
+
+        async with asyncio.TaskGroup() as group:
+            for number, arrival in enumerate(arrivals):
+                group.create_task(serve_one(number, arrival))
+        return Served.of(tally, clock() - start)
+
+    def _step_s(self, num_rows: int) -> float:
+        """Return the median time between tokens of ``num_rows`` requests at each worker."""
+        arrival = Arrival(0.0, 8, _HOST_TOKENS)
+        calls = [_call(arrival, number) for number in range(num_rows * self._num_ranks)]
+        gaps = [
+            after - before
+            for answer in self._gateway.answer(calls)
+            for before, after in pairwise(answer.times)
+        ]
+        return statistics.median(gaps)
+
+    def _first_s(self, number: int) -> float:
+        """Return the time to the first token of a request without others."""
+        began = time.monotonic()
+        (answer,) = self._gateway.answer([_call(Arrival(0.0, 8, 1), number)])
+        return answer.times[0] - began
+
+
+def _call(arrival: Arrival, number: int) -> GenerateCall:
+    return GenerateCall(
+        kind=CallKind.COMPLETION,
+        prompts=(tuple(arrival.prompt(1000, f"prompt {number}")),),
+        max_tokens=arrival.output_len,
+        ignore_eos=True,
+        token_ids_only=True,
+        temperature=1.0,
+        seed=number,
+    )
+
+
+def _pace_attention(runner: ModelRunner, pace: Pace) -> None:
+    run: Callable[..., Any] = runner.run
+
+    @wraps(run)
+    def paced(header: Any, plan: Any, **more: Any) -> Any:
+        runner.on_compute()  # else outputs would wait for the pace
+        time.sleep(pace.times.attention_s(work_of(plan), pace.model))
+        return run(header, plan, **more)
+
+    runner.run = paced  # type: ignore[method-assign]
+
+
+def _pace_experts(server: ExpertServer, pace: Pace) -> None:
+    """Serve exchanges by torch, as native code has no place for a pace, and pace them."""
+    static, exact = server._static, server._exact
+    server._serving_of = lambda step: (  # type: ignore[method-assign]
+        exact if step.header.exact else static
+    )
+    for serving_rows in (static, exact):
+        for name in ("_sum", "_compute"):
+            setattr(serving_rows, name, _paced(getattr(serving_rows, name), pace))
+
+
+def _paced(compute: Callable[..., Any], pace: Pace) -> Callable[..., Any]:
+    @wraps(compute)
+    def paced(bank: Any, exchange: Any, batch: Any) -> Any:
+        began = time.monotonic()
+        outputs = compute(bank, exchange, batch)
+        here = batch.slots[batch.slots >= 0]
+        busy_s = pace.expert_s(bank.index, len(here.unique()), len(here))
+        time.sleep(max(0.0, began + busy_s - time.monotonic()))
+        return outputs
+
+    return paced
+
+
+def simulated(
+    times: StepTimes,
+    pools: PoolSizes,
+    arrivals: Sequence[Arrival],
+    kv_bytes_per_token: int,
+    entry_s: float,
+) -> Served:
+    """Predict what the clients measure."""
+    engine = EngineSection(**ENGINE)
+    simulation = ServingSimulation(
+        times,
+        engine,
+        num_attention=pools.num_attention,
+        num_kv_blocks=engine.num_kv_blocks(kv_bytes_per_token, MODEL.max_positions),
+        max_model_len=MODEL.max_positions,
+        micro_batches=MicroBatchRule(),
+        entry_s=entry_s,
+    )
+    tally = Tally({})
+    simulation.run(arrivals, tally, lambda: None)
+    return Served.of(tally, simulation.now_s)
+
+
+def measure(
+    checkpoint: Path, pools: PoolSizes, rates: Sequence[float], number: int, repeats: int
+) -> Iterator[Comparison]:
+    """Yield each rate's median of the repeats, real and predicted."""
+    facts = CheckpointCheck(checkpoint, os.environ).result()
+    cluster = ThreadCluster(
+        make_config(checkpoint, pools.num_attention, pools.num_experts, engine=ENGINE)
+    )
+    with serving(cluster), gateway_of(cluster) as gateway:
+        model = facts.size("auto", None)
+        pace = Pace.of(replace(DEVICE, bandwidth_bytes_s=1e15, flops_s=1e18), model, pools)
+        paced = PacedCluster(cluster, gateway, pace)
+        host, entry_s = paced.measure_host()
+        chosen = zip(model.banks, paced.choices(), strict=True)
+        banks = (replace(b, activation=activation_shares(n, b.top_k)) for b, n in chosen)
+        pace.model = model = replace(model, banks=tuple(banks))
+        pace.device = DEVICE
+        pace.times = times = StepTimes(model, pools, replace(DEVICE, host=host))
+        paced.serve(make_arrivals(4, 10.0, 99), "warm-up")
+        for rate in rates:
+            real, predicted = [], []
+            for repeat in range(repeats):
+                arrivals = make_arrivals(number, rate, repeat)
+                real.append(paced.serve(arrivals, f"{rate}-{repeat}"))
+                kv_bytes = facts.kv_bytes_per_token("auto")
+                predicted.append(simulated(times, pools, arrivals, kv_bytes, entry_s))
+            yield Comparison(pools.text, rate, host, _median(real), _median(predicted))
+
+
+def _median(runs: Sequence[Served]) -> Served:
+    by_name = {name: [getattr(run, name) for run in runs] for name in MEASURES}
+    return Served(**{name: statistics.median(values) for name, values in by_name.items()})
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulated.serving")
+    parser.add_argument("--rates", type=positive, nargs="+", default=RATES, metavar="REQUESTS/S")
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="A+E", type=_layout)
+    parser.add_argument("--requests", type=count, default=60, metavar="N", help="of a run (60)")
+    parser.add_argument("--repeats", type=count, default=5, metavar="N", help="of a rate (5)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each row")
+    return parser
+
+
+def _layout(text: str) -> tuple[int, int]:
+    attention, _, experts = text.partition("+")
+    return count(attention), count(experts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure all layouts, and print a row for each rate."""
+    args = make_parser().parse_args(arguments)
+    rows = []
+    with random_model(MODEL) as checkpoint:
+        for attention, experts in args.layouts:
+            pools = PoolSizes(num_attention=attention, num_experts=experts)
+            for found in measure(checkpoint, pools, args.rates, args.requests, args.repeats):
+                if args.json:
+                    print(json.dumps(asdict(found)), flush=True)
+                rows.append([f"{attention} + {experts}", f"{found.rate_per_s:g}", *found.columns()])
+    if not args.json:
+        heads = [f"{name}: REAL, PREDICTED, RATIO" for name in ("TOKENS/S", "TTFT MS", "ITL MS")]
+        sys.stdout.write(table(["LAYOUT", "REQUESTS/S", *heads], rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4 @@
+"""Requests of a workload with their times, and statistics of their outcome. Pure.
+
+Imports numpy only.
+"""
