@@ -32,7 +32,7 @@ from cluster.sizing.roofline import (
 )
 
 _NUM_SAMPLES = 64
-"""Random choices of experts, of which the busiest worker's work is averaged."""
+"""Number of random choices of experts; the mean of the busiest worker's work is used."""
 _EXACT_ROWS = 64
 """Numbers of rows up to this are computed as they are, larger ones in steps of about 3%."""
 

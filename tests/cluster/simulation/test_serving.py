@@ -72,7 +72,7 @@ def test_concurrency_is_limited() -> None:
     tally = run(make_simulation(max_concurrency=2), [Arrival(0.0, 8, 8)] * 6)
     assert tally.peak_in_flight == 2
     assert tally.late_ms.count == 6
-    assert tally.late_ms.quantile(1.0) > 0
+    assert (tally.late_ms.quantile(1.0) or 0.0) > 1.0
 
 
 def test_more_attention_workers_serve_more_prompts() -> None:
