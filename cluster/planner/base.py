@@ -59,6 +59,8 @@ class PlannedTopology:
     """Devices by their index in the placement."""
     num_redundant: int = 0
     """Number of spare slots per bank on each device that has no ``num_expert_slots``."""
+    has_one_domain: bool = False
+    """Whether all devices can fail together; if so, ``domains`` has one domain for each device."""
 
     def __post_init__(self) -> None:
         check(bool(self.devices), "num_devices", 0, "must be at least 1")
@@ -245,7 +247,7 @@ def planned_topology(
         else PlannedDevice(num_expert_slots=0)
         for d in range(placement.num_devices)
     )
-    return PlannedTopology(devices=devices)
+    return PlannedTopology(devices=devices, has_one_domain=not is_spread)
 
 
 def equally_large(profile: LoadProfile) -> Iterator[tuple[BankLoad, ...]]:

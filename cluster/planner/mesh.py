@@ -41,7 +41,7 @@ from cluster.planner.peak import lower_peaks
 from cluster.planner.search import (
     PlacedBanks,
     SearchGoal,
-    lacks_nodes,
+    num_on_one_node,
     search,
     solve,
     spread_over_nodes,
@@ -120,6 +120,21 @@ def resolved(
     """
     options = PlanOptions(max_move_fraction=0.0)
     return placement.with_shares(plan(profile, topology, placement.packed(), options).placement)
+
+
+def num_at_risk(profile: LoadProfile, topology: PlannedTopology, placement: ExpertPlacement) -> int:
+    """Return the number of experts with copies in one failure domain, where slots allow two.
+
+    0 if all devices are in one failure domain. Raises ``ConfigError`` if ``placement`` has other
+    banks or devices.
+    """
+    if topology.has_one_domain:
+        return 0
+    placed = placed_groups(profile, topology, placement, "placement")
+    return sum(
+        int(num_on_one_node(found.slots, group.limits, group.load.shape[1]).sum())
+        for group, found in zip(_groups(profile, topology), placed, strict=True)
+    )
 
 
 def move_budget(current: ExpertPlacement | None, options: PlanOptions) -> int:
@@ -207,7 +222,7 @@ def _from_current(
         fresh = _from_scratch(group, options, None)
         gain = cost.balancedness(fresh.slot_loads, limits.speeds)
         gain = gain - cost.balancedness(result.slot_loads, limits.speeds)
-        lacks = lacks_nodes(result.slots, limits, group.load.shape[1])
+        lacks = num_on_one_node(result.slots, limits, group.load.shape[1]) > 0
         result = _mixed(group, result, fresh, (gain > _WORTH_A_NEW_PLAN) | lacks, slots)
     return _finished(group, result, options)
 

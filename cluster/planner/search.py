@@ -222,10 +222,10 @@ def spread_over_nodes(
     return now, used
 
 
-def lacks_nodes(slots: Ints, limits: Limits, num_experts: int) -> Bools:
-    """Return whether each bank has an expert on one node that must be on two, [num_banks]."""
+def num_on_one_node(slots: Ints, limits: Limits, num_experts: int) -> Ints:
+    """Return the number of experts in each bank on one node that must be on two, [num_banks]."""
     return np.array(
-        [limits.two_nodes and bool(_on_one_node(bank, limits, num_experts)) for bank in slots]
+        [limits.two_nodes * len(_on_one_node(bank, limits, num_experts)) for bank in slots]
     )
 
 

@@ -7,6 +7,8 @@ and moves of single experts within the budget. With the times of experts (``clus
     cost              = most bytes into a device / rate x _MOVE_SLOWDOWN + stages x _SWITCH_S
 
 The change with the largest ``gain x horizon - cost`` > 0 is made if its gain is >= _LEAST_GAIN.
+A change that leaves fewer experts with all copies in one failure domain takes precedence, whatever
+it gains: recovery from the loss of a domain reads the experts at risk from disk.
 """
 
 from __future__ import annotations
@@ -100,7 +102,10 @@ def decide_placement(
     scales = _CandidateEvaluator(load, topology, current.packed(), section, step)
     time_now = scales.seconds(scales.current)
     found = [scales.weighed(plan, time_now) for plan in scales.candidates()]
-    best = max(found, key=lambda d: d.gain_s - d.cost_s)
+    best = max(found, key=lambda d: (-scales.num_at_risk(d.target), d.gain_s - d.cost_s))
+    num_spread = scales.num_at_risk(scales.current) - scales.num_at_risk(best.target)
+    if num_spread > 0:
+        return replace(best, reason=f"{num_spread} experts get a copy in a second failure domain")
     if best.gain_s <= best.cost_s or 1.0 - best.time_ratio < _LEAST_GAIN:
         reason = f"{best.gain_s:.2f} s won within {section.horizon_s:g} s, {best.cost_s:.2f} s lost"
         return replace(best, action="none", reason=reason, target=current, num_moves=0, num_bytes=0)
@@ -170,6 +175,10 @@ class _CandidateEvaluator:
             gain_s=max(1.0 - ratio, 0.0) * self.section.horizon_s,
             cost_s=most_bytes / self.section.bytes_per_s * _MOVE_SLOWDOWN + stages * _SWITCH_S,
         )
+
+    def num_at_risk(self, placement: ExpertPlacement) -> int:
+        """Return the number of experts that lack a possible copy in a second failure domain."""
+        return mesh.num_at_risk(self.load.profile, self.topology, placement)
 
     def seconds(self, placement: ExpertPlacement) -> float:
         """Return the predicted time of the experts' work for one row, in seconds.
