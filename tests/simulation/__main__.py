@@ -12,13 +12,13 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from tests.simulation.bugs import BUGS
 from tests.simulation.faults import KINDS, LARGE_KINDS
 from tests.simulation.kernel import Kernel
-from tests.simulation.scenario import draw_scenario
+from tests.simulation.scenario import draw_scenario, enlarged
 from tests.simulation.shrinking import describe, outcome_of, shrink
 from tests.simulation.world import World
 
@@ -90,7 +90,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
     scenario = draw_scenario(seed, kinds, bug.features if bug is not None else None)
     if options.members:
         attention, _, experts = options.members.partition("+")
-        scenario = replace(scenario, num_attention=int(attention), num_experts=int(experts))
+        scenario = enlarged(scenario, int(attention), int(experts))
     world = World(scenario, print if options.verbose else None)
     with bug.plant() if bug is not None else nullcontext():
         text = outcome_of(world)

@@ -80,10 +80,13 @@ class Actors:
         nodes: Nodes,
         *,
         may_move: bool,
+        rack_of: Callable[[str], str],
     ) -> None:
-        """``may_move``: the room of a dead node is found again on others; else it is waited for."""
+        """``may_move``: the room of a dead node is found again on others; else it is waited for.
+        ``rack_of``: the failure domain of a host.
+        """
         self._kernel, self._net, self._nodes = kernel, net, nodes
-        self._may_move = may_move
+        self._may_move, self._rack_of = may_move, rack_of
         self._rooms: dict[tuple[Role, int], str] = {}
         """The host with the room that is reserved for a role and rank."""
         self.added: set[str] = set()
@@ -231,7 +234,11 @@ class Actors:
         """A node starts the process."""
         if actor.is_dead or actor.worker is not None or actor.node is not node or node.has_ended:
             return
-        worker = SimWorker(self._kernel, node.host, self.new_pid(), actor.member, actor.arguments)
+        config, member, address, others = actor.arguments
+        if not actor.member.node:  # see ``workers.process.worker.actor``
+            member = {**member, "domain": self._rack_of(node.host)}
+        arguments = config, member, address, others
+        worker = SimWorker(self._kernel, node.host, self.new_pid(), actor.member, arguments)
         actor.worker = self.workers[actor.name] = self.ever[actor.name] = worker
         worker.process.on_death.append(partial(self._ended, actor, worker))
         self._nodes.tell(node.host, actor.come_up)

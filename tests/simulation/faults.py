@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import inf
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from cluster.actors.handoff import FIND_LIMIT_S
 from cluster.core.errors import ExpertMeshError
 from tests.simulation.disk import files
+from tests.simulation.domains import Domains
 from tests.simulation.file_disk import FAILURES, Ailment
 from tests.simulation.kernel import Process, Thread
 from tests.simulation.nodes import HEAD, Node
 from tests.simulation.ray import Hosts
+from tests.simulation.scenario import RACK_FAULTS
 from tests.simulation.toy_adapters import ADAPTERS
 from workers.engine.step_tree import StepTree
 
@@ -62,12 +64,14 @@ LINK_FAULTS = (
 ORDERS = ("drain_worker", "drain_node", "rebalance", "reload_adapter", "scale", "scale")
 KINDS = (*PROCESS_FAULTS, *DISK_FAULTS, *LINK_FAULTS, *ORDERS)
 """Faults that scenarios draw from; those named twice come more often."""
-LARGE_KINDS = (*KINDS, "kill_inner", "kill_inner", "pause_inner", "isolate_inner", "kill_rack")
-"""Those of a cluster in which headers take a second hop."""
+INNER_FAULTS = ("kill_inner", "kill_inner", "pause_inner", "isolate_inner", "kill_inner_and_leader")
+LARGE_KINDS = (*KINDS, *INNER_FAULTS, "kill_rack", "kill_rack_in_change", *RACK_FAULTS)
+"""Those of a cluster in which headers take a second hop, and with racks."""
 _SLOWS_CALLS = {
     "pause_worker",
     "pause_inner",
     "isolate_inner",
+    "isolate_domain",
     "pause_thread",
     "pause_host",
     "slow_machine",
@@ -81,6 +85,10 @@ _SHORT_S = 0.2
 """A pause of this time is no reason to end a worker."""
 _RACK = 8
 """Workers that share a rack."""
+_SOON_S = 0.004
+"""Time between two looks whether a generation forms."""
+_CHANGE_S = 8.0
+"""Longest time until one forms."""
 _LOOK_S = 0.05
 """Time between two looks whether a new worker runs."""
 _SICK_S = 3.0
@@ -100,6 +108,7 @@ class Faults:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.domains = Domains(world)
         self._paused: dict[Process, float] = {}
         """Processes that were paused, and when the last of their pauses ends."""
         self._held: list[Thread] = []
@@ -199,6 +208,65 @@ class Faults:
         for worker in rack:
             with suppress(_NothingToHitError):
                 self._kill(worker.process)
+
+    def kill_half(self, fault: Fault) -> None:
+        """The expert workers of a rack at once, which are half of all."""
+        workers = self.domains.workers_of(fault.where)
+        self._lose_rack([w for w in workers if w.args.member.holds_experts])
+
+    def kill_domain(self, fault: Fault) -> None:
+        """All workers of a rack at once, at every second number with the controller."""
+        if fault.other % 2:
+            with suppress(_NothingToHitError):
+                self._replaceable_controller().kill()
+        self._lose_rack(self.domains.workers_of(fault.where))
+
+    def _lose_rack(self, workers: list[SimWorker]) -> None:
+        if not workers:
+            raise _NothingToHitError
+        self.domains.lose(workers)
+        for worker in workers:
+            with suppress(_NothingToHitError):
+                self._kill(worker.process)
+
+    def isolate_domain(self, fault: Fault) -> None:
+        """The hosts of a rack reach each other and no others."""
+        rack = self.domains.hosts_of_last_rack()
+        self._blame(*rack)
+        for host in rack:
+            self._isolate(host, fault.lasts_s, rack)
+
+    def kill_inner_and_leader(self, fault: Fault) -> None:
+        """The leader, and a worker that sends headers on; at every second number first that one."""
+        leaders = {
+            StepTree.of(worker.worker.membership.generation, worker.name).leader
+            for worker in self._workers()
+        }
+        found = [w.process for w in self._workers() if w.name in leaders]
+        pair = [self._inner(fault.where), *found]
+        for process in pair if fault.other % 2 else pair[::-1]:
+            with suppress(_NothingToHitError):
+                self._kill(process)
+
+    def kill_rack_in_change(self, fault: Fault) -> None:
+        """A worker dies; while the others form the next generation, a rack dies, too, in every
+        second one with the controller.
+        """
+        self._kill(self._worker(fault.where))
+        self._when_forming(fault, self._world.kernel.now + _CHANGE_S)
+
+    def _when_forming(self, fault: Fault, until: float) -> None:
+        kernel, cluster = self._world.kernel, self.domains.cluster
+        if cluster is None or not cluster.is_forming:
+            if kernel.now < until and not self.is_healed:
+                kernel.after(_SOON_S, self._when_forming, fault, until)
+            return
+        if fault.other % 2:
+            with suppress(_NothingToHitError):
+                self._replaceable_controller().kill()
+        kernel.after(
+            _SOON_S * (fault.other % 10), self._begin_more, replace(fault, kind="kill_rack")
+        )
 
     def pause_inner(self, fault: Fault) -> None:
         """A worker that sends headers on to others stands still."""
@@ -607,10 +675,11 @@ class Faults:
         if self._world.kernel.now >= self._paused[process]:
             process.resume()
 
-    def _isolate(self, host: str, lasts_s: float) -> None:
+    def _isolate(self, host: str, lasts_s: float, reached: Sequence[str] = ()) -> None:
+        """A host reaches only itself and those in ``reached``."""
         net = self._world.net
         for other in self._hosts():
-            if other != host:
+            if other not in (host, *reached):
                 for pair in ((host, other), (other, host)):
                     net.block(*pair)
                     self._world.kernel.after(lasts_s, net.heal, *pair)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from heapq import heappop, heappush
@@ -60,6 +61,8 @@ class Kernel:
         self._calls_left = 0
         """Such calls until the next one that does."""
         self.num_events = 0
+        self.num_writes: Counter[str] = Counter()
+        """By worker, matrices written into expert slots, and slots given back."""
         self.failures: list[str] = []
         """What product code must never do: unexpected errors of loops and threads."""
         self.on_running: Callable[[], object] = int

@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import torch
 
+import cluster.controller.recovery
 import workers.dispatch.expert_server
 import workers.experts.transfer.loading
 import workers.experts.transfer.rate_limit
@@ -34,6 +35,7 @@ import workers.transport.peer_link
 import workers.transport.socket_io  # noqa: F401
 from cluster.core.topology import Generation
 from tests.simulation.disk import SimReader, ToyCheckpoint, entries, size_and_change, stamp
+from tests.simulation.domains import checked_decisions
 from tests.simulation.file_disk import SimFile
 from tests.simulation.gateways import WatchedQueue
 from tests.simulation.kernel import Kernel
@@ -214,6 +216,7 @@ def _of_this(kernel: Kernel) -> list[tuple[Any, str, Any]]:
     """The same of one simulation."""
     return [
         (Membership, "_set_state", _watched(vars(Membership)["_set_state"], kernel)),
+        (cluster.controller.recovery, "decide_members", checked_decisions(kernel)),
         (Generation, "attention", _Remembered(vars(Generation)["attention"])),
         (time, "monotonic", kernel.monotonic),
         (time, "time", kernel.time),

@@ -70,8 +70,11 @@ class SimRay:
 
     def __init__(self, kernel: Kernel, net: Network, scenario: Scenario) -> None:
         self.kernel, self.net, self._hosts = kernel, net, scenario.hosts
+        self._num_racks = scenario.num_racks
         self.nodes = Nodes(kernel, net, scenario.node_limit_s)
-        self.actors = Actors(kernel, net, self.nodes, may_move=scenario.may_move)
+        self.actors = Actors(
+            kernel, net, self.nodes, may_move=scenario.may_move, rack_of=self.rack_of
+        )
         self.nodes.add(HEAD)
         counts: tuple[tuple[Role, int], ...] = (
             ("attention", scenario.num_attention),
@@ -99,6 +102,13 @@ class SimRay:
             return HEAD
         return f"host-{number}" if are_two else f"{role}-{rank}"
 
+    def rack_of(self, host: str) -> str:
+        """The failure domain of a host, by its label; empty without one."""
+        number = host.rpartition("-")[2]
+        if not self._num_racks:
+            return ""
+        return f"rack-{int(number) % self._num_racks if number.isdigit() else 0}"
+
     def resources_of(self, node: Node) -> NodeResources:
         """What a node has: where each worker has a host of its own, room for one, by its label."""
         role = node.host.partition("-")[0] if self._hosts.are_followed and node.host != HEAD else ""
@@ -106,7 +116,7 @@ class SimRay:
             node_id=node.node_id,
             address=node.host,
             cpus=1.0 if role else self._cpus,
-            labels=NodeLabels(role=role),
+            labels=NodeLabels(role=role, domain=self.rack_of(node.host)),
         )
 
     def claim(self) -> int:
@@ -209,6 +219,7 @@ class SimGroup:
                 rank=rank,
                 device=rank if holds_experts(role) else -1,
                 node=self._ray.host_of(role, rank),
+                domain=self._ray.rack_of(self._ray.host_of(role, rank)),
             )
             for role, number in workers.pools.items()
             for rank in range(number)

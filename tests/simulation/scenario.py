@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.simulation.asks import REQUEST_LIMIT_S, Ask
 from tests.simulation.features import FEATURES, with_chance, with_features
 from tests.simulation.ray import Hosts
-from tests.simulation.toy_model import VOCAB
+from tests.simulation.toy_model import NUM_EXPERTS, VOCAB
 
 SPAN_S = 12.0
 """Time in which requests come and faults happen."""
@@ -18,6 +19,8 @@ _NODE_LIMITS_S = (4.0, 7.5, 65.0)
 """Ray's limits for a silent node: a short one, that of ``expertmesh node``, and Ray's own, which
 outlasts every fault."""
 KV_DISK_FAULT = "fail_kv_disk"
+RACK_FAULTS = ("kill_half", "kill_domain", "isolate_domain")
+NUM_RACKS = 2
 _TOPICS = 4
 """What requests are about, one after the other."""
 _BURST_S = 2.0
@@ -80,6 +83,8 @@ class Scenario:
     """The room of a dead node is found again on other hosts; else it is waited for."""
     features: frozenset[str]
     """Names of ``FEATURES`` that its requests and its cluster use."""
+    num_racks: int = 0
+    """Racks between which the hosts are divided, each a failure domain; 0: hosts have no label."""
 
     @property
     def keeps_on_disk(self) -> bool:
@@ -118,6 +123,22 @@ def draw_scenario(
         node_limit_s=rng.choice(_NODE_LIMITS_S) * rng.uniform(0.8, 1.2),
         may_move=rng.random() < 0.5,
         features=chosen,
+    )
+
+
+def enlarged(scenario: Scenario, num_attention: int, num_experts: int) -> Scenario:
+    """The scenario with so many workers; with faults of racks it has two racks, and slots for two
+    copies of each expert.
+    """
+    scenario = replace(scenario, num_attention=num_attention, num_experts=num_experts)
+    if not any(fault.kind in RACK_FAULTS for fault in scenario.faults):
+        return scenario
+    of_a_rack = math.ceil(NUM_EXPERTS / (num_experts // NUM_RACKS))
+    return replace(
+        scenario,
+        num_racks=NUM_RACKS,
+        num_redundant=of_a_rack - math.ceil(NUM_EXPERTS / num_experts),
+        hosts=Hosts.MIXED if scenario.hosts is Hosts.ONE else scenario.hosts,
     )
 
 

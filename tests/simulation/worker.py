@@ -37,6 +37,8 @@ class ToySlots(ExpertSlots):
     def _written(self, bank: int, slot: int) -> None:
         """A matrix is stored in a slot, or a slot is given back."""
         membership, kernel = self._worker.membership, Kernel.current
+        if kernel is not None and not kernel.is_over:
+            kernel.num_writes[self._worker.member.name] += 1
         if not membership.is_running or kernel is None or kernel.is_over:
             return
         slots = membership.epochs.current.banks[bank].physical_to_logical

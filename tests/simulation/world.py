@@ -207,6 +207,7 @@ class World:
     def _check_runnable(self) -> None:
         """At most one generation can run: looked at whenever a worker begins to run one."""
         runnable = self._runnable()
+        self.faults.domains.runs(max((number for number, _ in runnable), default=0))
         if len(runnable) > 1:
             self.kernel.failures.append(f"generations {sorted(runnable)} can all run")
 
@@ -277,6 +278,8 @@ class World:
         if controller is None or not self._serves(controller):
             raise Broken(f"the cluster does not serve again: {self._state(controller)}")
         self._check_ends()
+        if problem := self.faults.domains.problem():
+            raise Broken(problem)
         for outcome in self._living_outcomes():
             if not outcome.is_over:
                 raise Broken(f"{outcome.ask.name} does not end ({outcome.num_tokens} tokens)")
