@@ -6,7 +6,7 @@ The workers store a ``ControllerMemory`` as plain data.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
@@ -156,17 +156,26 @@ class ControllerMemory(Message, frozen=True, kw_only=True):
 def memory_keepers(workers: Sequence[WorkerRecord]) -> tuple[str, ...]:
     """Return the names of those of the live ``workers`` that store the next ``ControllerMemory``.
 
-    In a large cluster these are ``LARGE_CLUSTER`` workers on as many hosts as possible, since the
-    memory may contain a placement, and a restarted controller uses the newest memory of any worker.
+    In a large cluster these are ``LARGE_CLUSTER`` workers in as many failure domains, and there on
+    as many hosts, as possible, since the memory may contain a placement, and a restarted controller
+    uses the newest memory of any worker.
     """
     if len(workers) <= LARGE_CLUSTER:
         return tuple(record.name for record in workers)
-    by_node, order = Counter[str](), []
-    for record in workers:
-        if record.state is not WorkerState.STARTING:  # it may not have connected yet
-            order.append((by_node[record.member.node], record.name))
-            by_node[record.member.node] += 1
-    return tuple(name for _, name in sorted(order, key=itemgetter(0))[:LARGE_CLUSTER])
+    # a starting worker may not have connected yet
+    members = [r.member for r in workers if r.state is not WorkerState.STARTING]
+    by_host = _spread(members, lambda member: member.node)
+    by_domain = _spread(by_host, lambda member: member.domain or member.node)
+    return tuple(member.name for member in by_domain[:LARGE_CLUSTER])
+
+
+def _spread(members: Iterable[Member], place: Callable[[Member], str]) -> list[Member]:
+    """Return the members so that the first of them are in as many places as possible."""
+    counts, order = Counter[str](), []
+    for member in members:
+        order.append((counts[place(member)], member))
+        counts[place(member)] += 1
+    return [member for _, member in sorted(order, key=itemgetter(0))]
 
 
 def plain_memory(memory: ControllerMemory) -> dict[str, Any]:

@@ -261,6 +261,7 @@ class Recovery:
             self._lost.clear()
         self._barred.clear()
         self._retry_s = self._limits.retry_s
+        self._join_at = None
         if len(cluster.round.members) > LARGE_CLUSTER:
             pause_s = _JOIN_PAUSE * (now - cluster.round.began_at)
             self._join_at = now + min(pause_s, _MAX_JOIN_PAUSE_S)

@@ -35,6 +35,8 @@ from workers.scheduling.step_intent import Restriction
 from workers.scheduling.step_plan import StepPlan
 
 _TOKEN = 5
+_MAX_EMPTY = 100
+"""Steps without rows in a row, for example after preemptions; more are an endless loop."""
 _NO_RESTRICTION = Restriction()
 
 
@@ -123,11 +125,16 @@ class ServingSimulation:
 
         ``tick`` is called after each step. A request that no worker can hold fails.
         """
-        waiting = deque(arrivals)
+        waiting, num_empty = deque(arrivals), 0
         while waiting or self._served:
             self._take(waiting, tally)
-            if not self._step(tally) and waiting:
-                self.now_s = max(self.now_s, waiting[0].due_s + self._entry_s)
+            if self._step(tally):
+                num_empty = 0
+            else:
+                num_empty += bool(self._served)
+                assert num_empty < _MAX_EMPTY, "requests are served, but none gets rows"
+                if waiting:
+                    self.now_s = max(self.now_s, waiting[0].due_s + self._entry_s)
             tick()
 
     def _take(self, waiting: deque[Arrival], tally: Tally) -> None:

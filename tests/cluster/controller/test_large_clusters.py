@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,13 @@ from benchmarks.harness.large_cluster import NUM_REPORTS, LargeCluster
 from benchmarks.harness.members import members_of
 from cluster.cli.cluster.info import _status_text
 from cluster.controller.cluster import Cluster
+from cluster.controller.controller_memory import memory_keepers
 from cluster.controller.documents import SharedDocuments, load_document
 from cluster.controller.effects import SendFrame
+from cluster.controller.workers import WorkerRecord
 from cluster.core.frames import ControlFrame, ControllerSnapshot, StatusRequest
-from cluster.core.topology import LARGE_CLUSTER
+from cluster.core.states import WorkerState
+from cluster.core.topology import LARGE_CLUSTER, Member
 from cluster.policy.coverage import MAX_LISTED, describe_losses, listed
 from tests.cluster.controller.fakes_cluster import FakeCluster
 
@@ -55,6 +59,26 @@ def test_some_workers_keep_the_memory_of_a_large_cluster() -> None:
     version = cluster.known.sent_version
     kept = [name for name, fs in cluster.link.sent.items() if version in _memories(fs)]
     assert len(kept) == LARGE_CLUSTER, "another worker takes the place of the lost one"
+
+
+def test_the_memory_survives_the_loss_of_a_rack() -> None:
+    """The keepers are in all racks and on hosts of their own; rack 0 has the first names."""
+    records = []
+    for number in range(64):
+        member = Member(
+            name=f"expert-{number}",
+            role="expert",
+            rank=number,
+            device=number,
+            node=f"host-{number // 2}",
+            domain=f"rack-{number // 16}",
+        )
+        records.append(
+            WorkerRecord(member=member, heard_at=0.0, progress_at=0.0, state=WorkerState.READY)
+        )
+    keepers = {int(name.partition("-")[2]) for name in memory_keepers(records)}
+    assert Counter(number // 16 for number in keepers) == dict.fromkeys(range(4), 4)
+    assert len({number // 2 for number in keepers}) == LARGE_CLUSTER
 
 
 def _memories(frames: Sequence[ControlFrame]) -> list[int]:
