@@ -321,7 +321,7 @@ def test_costs_of_large_clusters_are_rows_of_json(capsys: pytest.CaptureFixture[
     assert scale.main(["--json", "--members", "4", "12", "--steps", "3"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = ["leader", "header", "proposal", "grants", "loss", "scrape"]
-    names += ["scheduler", "admission", "rank"]
+    names += ["start", "beats", "load", "status", "page", "scheduler", "admission", "rank"]
     assert [(r["what"], r["members"]) for r in rows] == [(w, n) for n in (4, 12) for w in names]
     assert all(row["us"] > 0 for row in rows)
     for number in range(0, len(rows), len(names)):
