@@ -98,7 +98,7 @@ class Comparison:
     layout: str
     rate_per_s: float
     host: HostTime
-    """Measured without paces."""
+    """Measured with paces near 0."""
     real: Served
     predicted: Served
 
@@ -131,7 +131,7 @@ class Pace:
         return cls(device, model, StepTimes(model, pools, device))
 
     def expert_s(self, bank: int, num_slots: int, num_pairs: int) -> float:
-        """Return the seconds of a bank on a worker with so many activated slots and pairs."""
+        """Return the seconds of ``num_pairs`` pairs in ``num_slots`` slots of a bank."""
         size = self.model.banks[bank]
         read_s = num_slots * self.device.read_s(size.memory_bytes(self.model.itemsize))
         return max(read_s, self.device.compute_s(2.0 * num_pairs * size.expert_values))
@@ -143,14 +143,13 @@ class PacedCluster:
     def __init__(self, cluster: ThreadCluster, gateway: ClusterGateway, pace: Pace) -> None:
         self._cluster = cluster
         self._gateway = gateway
-        self._pace = pace
         for rank in range(self._num_ranks):
             _pace_attention(cluster.group.attention(f"attention-{rank}").engine.runner, pace)
         for server in self._servers():
             _pace_experts(server, pace)
 
     def measure_host(self) -> tuple[HostTime, float]:
-        """Measure steps without paces: with one row, and with many, of each attention worker.
+        """Measure steps with paces near 0: with one row, and with many, of each worker.
 
         Returns also the seconds from a client to a worker and back, outside of steps.
         """
