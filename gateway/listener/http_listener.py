@@ -17,6 +17,9 @@ from gateway.listener.listening_socket import HANDSHAKE_S, listen, refuse_new_co
 from gateway.listener.timed_protocol import HEAD_LIMIT_S, TimedHttpProtocol
 
 _START_LIMIT_S = 10.0
+_MAX_ACCEPTS = 16
+"""Maximum number of connections that are accepted in one iteration of the event loop, so that open
+streams continue while thousands of clients connect."""
 
 
 class HttpListener:
@@ -61,6 +64,7 @@ class HttpListener:
             **uvicorn_options(section),
         )
         self._server = _Uvicorn(config, self._make_protocol)
+        self._idle: dict[TimedHttpProtocol, None] = {}
         self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -78,7 +82,7 @@ class HttpListener:
     def _make_protocol(self) -> TimedHttpProtocol:
         server = self._server
         protocol = TimedHttpProtocol(server.config, server.server_state, {})
-        protocol.max_connections = self.max_connections
+        protocol.max_connections, protocol.idle = self.max_connections, self._idle
         return protocol
 
     async def start(self) -> int:
@@ -140,11 +144,13 @@ class _Uvicorn(uvicorn.Server):
                 self._make_protocol,
                 sock=listener,
                 ssl=config.ssl,
-                backlog=config.backlog,
+                backlog=_MAX_ACCEPTS,  # of asyncio, which also sets the socket's
                 ssl_handshake_timeout=limit_s,
             )
             for listener in sockets or ()
         ]
+        for listener in sockets or ():
+            listener.listen(config.backlog)
         self.started = True
 
     def stop_listening(self) -> None:

@@ -28,15 +28,16 @@ class TimedHttpProtocol(BoundedHttpProtocol):
     """Closes a connection whose client does not send or read in time."""
 
     max_connections = 256
-    """Maximum connections of the server; a further one ends the oldest idle connection."""
+    """Maximum connections of the server; a further one ends the connection idle for longest."""
+    idle: dict[TimedHttpProtocol, None]
+    """All idle connections of the server (see ``is_idle``), the longest idle first. Shared by all
+    connections, and set by ``HttpListener``."""
     _timer: asyncio.TimerHandle | None = None
     _is_between_requests = False
     _has_begun_head = False
     _has_whole_request = False
     _num_new_bytes = 0
     """Bytes of the body that arrived since the timer was set."""
-    since_s = 0.0
-    """Time at which the connection was made, by the event loop's clock."""
 
     @property
     def is_serving(self) -> bool:
@@ -53,24 +54,31 @@ class TimedHttpProtocol(BoundedHttpProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.since_s = self.loop.time()
         self._wait(HEAD_LIMIT_S)
+        self.idle[self] = None
         if len(self.connections) > self.max_connections:
-            self._end_oldest_idle()
+            self._end_longest_idle()
 
-    def _end_oldest_idle(self) -> None:
-        """End the oldest idle connection, or this one if none is idle."""
-        protocols = (one for one in self.connections if isinstance(one, TimedHttpProtocol))
-        open_ones = [one for one in protocols if not one.transport.is_closing()]
-        if len(open_ones) > self.max_connections:
-            idle = (one for one in open_ones if one.is_idle)
-            min(idle, key=lambda one: one.since_s, default=self).transport.abort()
+    def _end_longest_idle(self) -> None:
+        """End the connection that is idle for longest, perhaps this one. It leaves the server's
+        connections at once, as its socket is closed."""
+        oldest = next(iter(self.idle))
+        del self.idle[oldest]
+        self.connections.discard(oldest)
+        oldest.transport.abort()
+
+    def _update_idle(self) -> None:
+        if self.is_idle and self in self.connections:
+            self.idle.setdefault(self)
+        else:
+            self.idle.pop(self, None)
 
     def data_received(self, data: bytes) -> None:
         if self._is_between_requests:
             self._is_between_requests = False
             self._wait(HEAD_LIMIT_S)
         super().data_received(data)
+        self._update_idle()
 
     def on_message_begin(self) -> None:
         self._has_begun_head, self._has_whole_request = True, False
@@ -98,10 +106,20 @@ class TimedHttpProtocol(BoundedHttpProtocol):
         if self._has_whole_request and not self.is_serving:  # no pipelined request has begun
             self._is_between_requests = True
             self._wait(IDLE_LIMIT_S)
+        self._update_idle()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._update_idle()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._update_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_waiting()
+        self._update_idle()
 
     def _wait(self, limit_s: float) -> None:
         self._stop_waiting()
