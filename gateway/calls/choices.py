@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -33,7 +34,9 @@ class PromptResults:
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    prompt: Prompt
+    parent: weakref.ref[Prompt]
+    """The prompt, to which only the call has references, so that all is freed when the call ends
+    and not by the next full garbage collection."""
     number: int
     text: ChoiceText
     finish: Finish | None = None
@@ -42,6 +45,12 @@ class Choice:
     last_token_s: float | None = None
     first_token_s: float | None = None
     first_timings: Timings | None = None
+
+    @property
+    def prompt(self) -> Prompt:
+        prompt = self.parent()
+        assert prompt is not None, "the call has its prompts until its end"
+        return prompt
 
     @property
     def last_timings(self) -> Timings | None:
@@ -90,7 +99,7 @@ class Choice:
         )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Prompt:
     """One prompt of a running call, its engine request and its choices."""
 
@@ -139,7 +148,7 @@ def make_prompt(
             _answer_region(call),
             call.stop_token_ids if call.stops_in_answer else (),
         )
-        prompt.choices.append(Choice(prompt, number, text))
+        prompt.choices.append(Choice(weakref.ref(prompt), number, text))
     return prompt
 
 

@@ -28,12 +28,13 @@ class RequestLog:
 
     def end(self, status: str) -> None:
         """Write the log line of the request. ``status`` is the HTTP or gRPC status."""
+        running, self.running = self.running, None  # timers of the connection keep this entry
         if not logger.isEnabledFor(logging.INFO):
             return
         now_s = time.monotonic()
         fields: dict[str, Any] = {"port": self._port, "route": self._name, "status": status}
         fields["ms"] = _ms(now_s - self._began_s)
-        if (running := self.running) is not None:
+        if running is not None:
             usage = running.usage
             fields["prompt_tokens"] = usage.prompt_tokens
             fields["output_tokens"] = usage.completion_tokens

@@ -211,6 +211,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
         if self.closed_s:
             return
         self.closed_s = time.monotonic()
+        self.queue.on_overflow = lambda: None  # no cycle with the call
         self.held.close()
         for prompt in self._prompts.values():
             if prompt.submission is not None:

@@ -172,6 +172,7 @@ class HttpMiddleware:
         except Exception as err:
             await self._send_error(err, path, request_id, responder)
         finally:
+            del scope["state"][_RESPONDER]  # its reference to the scope would make a cycle
             if caller is not None:
                 caller.leave(time.monotonic())
             status = status or responder.status or 500
