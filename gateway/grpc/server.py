@@ -31,7 +31,9 @@ HANDSHAKE_LIMIT_S = 10
 IDLE_LIMIT_S = 75
 """Longest time in seconds of a connection without a call, even while headers of a call arrive."""
 MAX_CONNECTIONS = 4096
-"""Maximum number of connections of one port; gRPC closes further ones."""
+"""Default maximum number of connections of one port; gRPC closes further ones."""
+MIN_STREAMS = 1024
+"""Maximum number of concurrent calls of one connection, unless ``max_queue`` is larger."""
 _METADATA_BYTES = 16 * 1024
 """Maximum size of a call's metadata: names, values, 32 bytes per entry, including gRPC's own."""
 
@@ -50,8 +52,13 @@ def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[st
     ]
 
 
-def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
-    """Return server options for limits and keepalive.
+def server_options(
+    so_reuseport: bool = True,
+    max_connections: int = MAX_CONNECTIONS,
+    max_streams: int = MIN_STREAMS,
+) -> list[tuple[str, int]]:
+    """Return server options for limits and keepalive; ``max_streams`` is of one connection, and
+    of all calls that have not begun.
 
     A silent connection is closed after an unanswered keepalive ping. A connection that sends bytes
     but no complete call is closed after ``IDLE_LIMIT_S``.
@@ -68,11 +75,13 @@ def server_options(so_reuseport: bool = True) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.max_concurrent_streams", 1024),
+        ("grpc.max_concurrent_streams", max_streams),
+        ("grpc.server.max_pending_requests", max_streams),  # above it, gRPC cancels calls
+        ("grpc.server.max_pending_requests_hard_limit", 3 * max_streams),
         ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_LIMIT_S),
         ("grpc.http2.settings_timeout", 1000 * HANDSHAKE_LIMIT_S),
         ("grpc.max_connection_idle_ms", 1000 * IDLE_LIMIT_S),
-        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.max_allowed_incoming_connections", max_connections),
         ("grpc.so_reuseport", int(so_reuseport)),
     ]
 
@@ -157,9 +166,14 @@ class ServicePort:
 class GrpcServer(ServicePort):
     """Serves ``Inference``. The health status is the gateway's readiness."""
 
-    def __init__(self, gateway: Gateway, host: str, port: int) -> None:
+    def __init__(
+        self, gateway: Gateway, host: str, port: int, max_connections: int = MAX_CONNECTIONS
+    ) -> None:
         procedures = InferenceProcedures(gateway)
-        age_s = gateway.tuning.connection_age_s
+        age_s, max_calls = gateway.tuning.connection_age_s, gateway.limits.max_queue + _SPARE_CALLS
+        options = server_options(
+            max_connections=max_connections, max_streams=max(MIN_STREAMS, max_calls)
+        )
         super().__init__(
             gateway,
             SERVICE,
@@ -167,8 +181,8 @@ class GrpcServer(ServicePort):
             gateway.keys,
             host,
             port,
-            options=[*server_options(), *age_options(gateway.limits.request_timeout_s, age_s)],
-            max_calls=gateway.limits.max_queue + _SPARE_CALLS,
+            options=[*options, *age_options(gateway.limits.request_timeout_s, age_s)],
+            max_calls=max_calls,
         )
         self._watcher: asyncio.Task[None] | None = None
 

@@ -155,3 +155,11 @@ def test_calls_may_take_a_year() -> None:
         assert found.choices[0].text
         response = stack.http.post("/v1/completions", json={"prompt": "hello"})
     assert response.status_code == 200
+
+
+def test_all_calls_of_a_burst_can_wait_on_one_connection() -> None:
+    """gRPC cancels calls at random once more than 1,000 have not begun."""
+    options = dict(server_options(max_streams=10_000))
+    assert options["grpc.max_concurrent_streams"] == 10_000
+    assert options["grpc.server.max_pending_requests"] >= 10_000
+    assert options["grpc.server.max_pending_requests_hard_limit"] >= 10_000
