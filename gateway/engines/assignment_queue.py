@@ -103,7 +103,9 @@ class AssignmentQueue:
         by_cost: list[tuple[int, Submission]] = []
         for entry in waiting:
             with self._isolate(entry):
-                by_cost.append((self._router.num_missing(entry, ready), entry))
+                is_alone = len(waiting) == 1  # there is nothing to sort
+                cost = 0 if is_alone else self._router.num_missing(entry, ready)
+                by_cost.append((cost, entry))
         for _, entry in sorted(by_cost, key=lambda pair: pair[0]):
             if not entry.is_waiting or now_s >= entry.deadline_s:
                 continue

@@ -21,7 +21,12 @@ from gateway.engines.stream_events import (
     StreamEvents,
     TokensReceived,
 )
-from gateway.engines.submission import RequestStage, Submission, without_first
+from gateway.engines.submission import (
+    CountedLoad,
+    RequestStage,
+    Submission,
+    without_first,
+)
 from workers.requests.block_hash import KvEvents
 from workers.requests.request import Queued, SoloStage, SoloStep, StepOutput, TokenOutput
 from workers.requests.wire import Abort, EngineHello, FromEngine, KvPressure, Paused, Prefetched
@@ -45,8 +50,7 @@ class EngineClient:
         self.node = stream.endpoint.node
         self.stream = stream
         self.load = WorkerLoad(name=self.worker)
-        """Load of this gateway's requests at the worker. ``RequestRouter`` sets the field
-        ``outstanding_tokens``."""
+        """Load of this gateway's requests at the worker."""
         self._events = events
         self._submissions: dict[str, Submission] = {}
 
@@ -54,11 +58,6 @@ class EngineClient:
     def hello(self) -> EngineHello | None:
         """Facts about the worker from the handshake; None before it and after the stream's end."""
         return self.stream.hello
-
-    @property
-    def outstanding_tokens(self) -> int:
-        """Number of tokens that this gateway's requests at the worker may still need."""
-        return sum(entry.outstanding_tokens for entry in self._submissions.values())
 
     @property
     def submissions(self) -> list[Submission]:
@@ -125,12 +124,14 @@ class EngineClient:
 
     def _update_load(self, entry: Submission) -> None:
         """Update the request's part of the worker's load."""
-        now = (0, 0)
+        before, now = entry.counted_load, CountedLoad()
         if entry.stream is self:
             is_new, choices = entry.is_computing, len(entry.open_choices)
-            now = (entry.missing_tokens if is_new else 0, 0 if is_new else choices)
-        self.load.queued_tokens += now[0] - entry.counted_load[0]
-        self.load.num_decoding += now[1] - entry.counted_load[1]
+            queued, num_decoding = entry.missing_tokens if is_new else 0, 0 if is_new else choices
+            now = CountedLoad(queued, num_decoding, entry.outstanding_tokens)
+        self.load.queued_tokens += now.queued_tokens - before.queued_tokens
+        self.load.num_decoding += now.num_decoding - before.num_decoding
+        self.load.outstanding_tokens += now.outstanding_tokens - before.outstanding_tokens
         entry.counted_load = now
 
     def _end_prompt(self, entry: Submission) -> None:
@@ -216,9 +217,13 @@ class EngineClient:
             return False
         fresh = without_first(output, repeated) if repeated else output
         is_first, is_last = entry.is_computing, fresh.finish_reason is not None
+        may_change = is_first or is_last or not any(entry.outputs)
         self._end_prompt(entry)
-        entry.deliver(fresh)
-        if is_first or is_last:
+        if not may_change:  # the choice continues to decode
+            self.load.outstanding_tokens -= len(fresh.token_ids)
+            entry.counted_load.outstanding_tokens -= len(fresh.token_ids)
+        entry.deliver(fresh)  # which may abort the request
+        if may_change:
             self._update_load(entry)
         if is_first and entry.open_choices:
             self._report(RequestChange.PROMPT_COMPUTED, entry)

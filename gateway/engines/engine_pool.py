@@ -144,7 +144,7 @@ class EnginePool:
         ``deadline_s`` is by ``time.monotonic``. Requests that arrive together are routed
         together, the request with the fewest tokens to compute first.
         """
-        if not self.clients:
+        if not self.workers.is_any_ready:
             return None
         entry = Submission(request, sink, deadline_s)
         if hashes:

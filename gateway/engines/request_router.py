@@ -52,8 +52,6 @@ class RequestRouter:
                 self.kv, hashes, loads, self._num_routed, tokens, size, session_worker
             )
         else:
-            for client in clients.values():
-                client.load.outstanding_tokens = client.outstanding_tokens
             choice = pick_worker(loads, self._policy, self._num_routed)
         self._num_routed += 1
         entry.missing_tokens = max(tokens - choice.cached_tokens, 0)

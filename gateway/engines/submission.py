@@ -63,6 +63,15 @@ class AssignedStream(Protocol):
         """Abort a request at the worker, or only ``choices`` if not empty."""
 
 
+@dataclass(slots=True)
+class CountedLoad:
+    """Part of a worker's load (``router.WorkerLoad``) that one request causes."""
+
+    queued_tokens: int = 0
+    num_decoding: int = 0
+    outstanding_tokens: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Submission:
     """One request and its mutable state in the gateway, from its first assignment to its end.
@@ -113,8 +122,8 @@ class Submission:
     """Worker from which the request's worker may fetch prompt blocks; empty if none."""
     is_computing: bool = False
     """Whether the request is at a worker that has not sent an output for it."""
-    counted_load: tuple[int, int] = (0, 0)
-    """The request's part of its worker's load: (tokens to compute, decoding sequences)."""
+    counted_load: CountedLoad = field(default_factory=CountedLoad)
+    """The request's part of its worker's load."""
 
     def __post_init__(self) -> None:
         choices = self.request.n

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from gateway.cluster.view import AttentionEndpoint
 from gateway.engines.engine_client import EngineClient
@@ -28,9 +28,16 @@ class WorkerRegistry:
     @property
     def ready(self) -> list[EngineClient]:
         """Clients of connected workers that accept requests, sorted by worker name."""
+        return sorted(self._accepting(), key=lambda client: client.worker)
+
+    @property
+    def is_any_ready(self) -> bool:
+        """Whether a connected worker accepts requests."""
+        return any(True for _ in self._accepting())
+
+    def _accepting(self) -> Iterator[EngineClient]:
         clients = self.clients.values()
-        ready = (c for c in clients if c.hello is not None and c.worker not in self.leaving)
-        return sorted(ready, key=lambda client: client.worker)
+        return (c for c in clients if c.hello is not None and c.worker not in self.leaving)
 
     @property
     def submissions(self) -> list[Submission]:
@@ -43,17 +50,19 @@ class WorkerRegistry:
 
     def can_any_run(self, entry: Submission) -> bool:
         """Whether a worker that accepts requests can run this request."""
-        return any(self.can_run(entry, client) for client in self.ready)
+        return any(self.can_run(entry, client) for client in self._accepting())
 
     def has_adapter(self, key: str) -> bool:
         """Whether any worker can run requests with the adapter ``key``, or with the base model if
         ``key`` is empty. True if no connected worker accepts requests.
         """
-        ready = self.ready
+        if not self.lacking:
+            return True
+        ready = list(self._accepting())
         return not ready or any(key not in self.lacking.get(c.worker, ()) for c in ready)
 
     def num_seats(self, max_num_seqs: int) -> int:
         """Number of sequences that all workers together can run: ``max_num_seqs`` per worker, or
         the number of decoding sequences for a worker that is short of KV blocks.
         """
-        return sum(client.num_seats(max_num_seqs) for client in self.ready)
+        return sum(client.num_seats(max_num_seqs) for client in self._accepting())

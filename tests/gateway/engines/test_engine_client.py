@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
+from collections.abc import Callable
 from typing import Any, Self
 
 import grpc
@@ -41,9 +43,11 @@ class ListSink:
     def __init__(self) -> None:
         self.outputs: list[TokenOutput] = []
         self.errors: list[ExpertMeshError] = []
+        self.on_put: Callable[[], None] = lambda: None
 
     def put(self, output: TokenOutput) -> None:
         self.outputs.append(output)
+        self.on_put()
 
     def fail(self, error: ExpertMeshError) -> None:
         self.errors.append(error)
@@ -165,14 +169,43 @@ def test_a_gap_means_another_attempt(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_outstanding_tokens_follow_the_work() -> None:
     client, _ = _client()
-    assert client.outstanding_tokens == 3 + 20
+    assert client.load.outstanding_tokens == 3 + 20
     _step(client, _output(0, 0, 5))
-    assert client.outstanding_tokens == 19
+    assert client.load.outstanding_tokens == 19
     _step(client, _output(0, 1, 6, end=True))
-    assert client.outstanding_tokens == 10
+    assert client.load.outstanding_tokens == 10
     _step(client, _output(1, 0, 6, end=True))
-    assert client.outstanding_tokens == 0
+    assert client.load.outstanding_tokens == 0
     assert client.take_submissions() == []
+
+
+def test_the_load_has_the_outstanding_tokens_of_every_request() -> None:
+    """Counted as they change: a sum over all requests for each new one would walk all of them."""
+    draw = random.Random(2)
+    for _ in range(200):
+        client, _ = _client()
+        (entry,) = client.submissions
+        for _ in range(draw.randint(1, 12)):
+            choice = draw.randrange(2)
+            if draw.random() < 0.1:
+                client.abort("r", draw.choice([(), (choice,)]))
+            elif draw.random() < 0.1 and entry.stream is client:
+                client.detach(entry)  # moves away and returns
+                client.submit(entry)
+            else:
+                index, is_end = len(entry.outputs[choice]), draw.random() < 0.1
+                _step(client, _output(choice, index, *[5] * draw.randint(0, 3), end=is_end))
+            expected = sum(one.outstanding_tokens for one in client.submissions)
+            assert client.load.outstanding_tokens == expected
+
+
+def test_a_request_that_is_aborted_while_it_gets_a_token_has_no_load() -> None:
+    client, sink = _client()
+    _step(client, _output(0, 0, 5))
+    sink.on_put = lambda: client.abort("r")
+    _step(client, _output(0, 1, 5))
+    assert client.submissions == []
+    assert client.load.outstanding_tokens == client.load.num_decoding == 0
 
 
 def test_aborted_choices_get_no_more_output() -> None:
