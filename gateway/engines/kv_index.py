@@ -1,8 +1,12 @@
 """Index of cached prefixes by attention worker, built from the workers' block events. Pure.
 
-One table maps the hash of a block to the bit set of the workers that have the block. The hash is
-of the block's tokens and all tokens before it. A worker that has a block also has the blocks before
-it, as the pool evicts the ends of sequences first. A search may therefore skip blocks.
+Tables map the hash of a block to the bit set of the workers that have the block. The hash is of the
+block's tokens and all tokens before it. A worker that has a block also has the blocks before it, as
+the pool evicts the ends of sequences first. A search may therefore skip blocks.
+
+No operation stops the event loop for long: there are many small tables, as a dict of millions of
+blocks takes seconds to grow; and the blocks of a dropped worker are removed a few at a time.
+Memory: about 135 bytes for each cached block of each worker.
 
 From the routing of a prompt until the events arrive, its blocks count as expected at the worker,
 because requests with a common prefix often arrive together.
@@ -11,7 +15,7 @@ because requests with a common prefix often arrive together.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +24,10 @@ from workers.requests.block_hash import KvEvents
 _SKIP_BLOCKS = 16
 """Number of blocks that a search skips at once if all workers with the preceding blocks also have
 the last skipped block."""
+_NUM_TABLES = 256
+"""Number of tables. A block is in the table with the number that is the last byte of its hash."""
+_REMOVED_AT_A_TIME = 2048
+"""Number of blocks of dropped workers that each message about blocks removes, in about 1 ms."""
 
 
 @dataclass(slots=True)
@@ -35,20 +43,31 @@ class KvIndex:
     """Index of the KV blocks that each worker has, by the short hash of a block."""
 
     def __init__(self) -> None:
-        self._holders: dict[bytes, int] = {}
+        self._tables: list[dict[bytes, int]] = [{} for _ in range(_NUM_TABLES)]
         self._workers: dict[str, _Worker] = {}
-        self._all_bits = 0
+        self._dropped: deque[_Worker] = deque()  # with blocks in the tables
+        self._all_bits = 0  # of the workers, without the dropped ones
+        self._used_bits = 0  # of both
         self._names: dict[int, str] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of different blocks in the tables, including blocks of dropped workers only."""
+        return sum(map(len, self._tables))
 
     def apply(self, worker: str, events: KvEvents) -> bool:
         """Apply a worker's message about its blocks; return False if earlier messages are missing.
 
         In this case the known blocks of the worker remain until it sends its complete list.
         """
+        self._remove_dropped(len(events.stored))  # so that full lists in a row need no more memory
         known = self._workers.get(worker)
         if events.is_whole:
-            known = known or self._add(worker)
-            self._forget(known, known.reported - set(events.stored))
+            expected = Counter[bytes]() if known is None else known.expected.copy()
+            self.drop(worker)
+            known = self._add(worker)
+            known.expected = expected
+            self._hold(known, expected)
         elif known is None or events.number != known.number + 1:
             return False
         known.number = events.number
@@ -83,8 +102,8 @@ class KvIndex:
         """Remove a worker and its blocks from the index."""
         if (known := self._workers.pop(worker, None)) is not None:
             self._all_bits &= ~known.bit
-            for name in known.reported | known.expected.keys():
-                self._clear(name, known.bit)
+            self._dropped.append(known)
+            self._remove_dropped()
 
     def matches(self, hashes: Sequence[bytes]) -> dict[str, int]:
         """Return, by worker, the number of leading blocks of ``hashes`` that the worker has.
@@ -93,14 +112,15 @@ class KvIndex:
 
         Example: a has blocks 1 to 3, b has block 1. Hashes of blocks 1, 2, 9 give b: 1, a: 2.
         """
-        look, names, found = self._holders.get, self._names, dict[str, int]()
+        tables, names, found = self._tables, self._names, dict[str, int]()
         have, depth = self._all_bits, 0
         while have and depth < len(hashes):
-            if look(hashes[min(depth + _SKIP_BLOCKS, len(hashes)) - 1], 0) & have == have:
+            last = hashes[min(depth + _SKIP_BLOCKS, len(hashes)) - 1]
+            if tables[last[-1]].get(last, 0) & have == have:
                 depth += _SKIP_BLOCKS
                 continue
             for place, name in enumerate(hashes[depth : depth + _SKIP_BLOCKS], depth):
-                still = look(name, 0) & have
+                still = tables[name[-1]].get(name, 0) & have
                 if still != have:  # some worker has no further blocks
                     ended, have = have ^ still, still
                     if not place:
@@ -142,16 +162,34 @@ class KvIndex:
             workers ^= bit
 
     def _add(self, worker: str) -> _Worker:
-        bit = ~self._all_bits & (self._all_bits + 1)  # the lowest free bit
+        bit = ~self._used_bits & (self._used_bits + 1)  # the lowest free bit
         self._all_bits |= bit
+        self._used_bits |= bit
         self._workers[worker] = known = _Worker(bit)
         self._names[bit] = worker
         return known
 
+    def _remove_dropped(self, num_stored: int = 0) -> None:
+        """Remove some blocks of dropped workers, at least ``num_stored``; their bits are free after
+        the last block."""
+        for _ in range(max(num_stored, _REMOVED_AT_A_TIME)):
+            if not self._dropped:
+                return
+            known = self._dropped[0]
+            if known.reported:
+                self._clear(known.reported.pop(), known.bit)
+            elif known.expected:
+                self._clear(known.expected.popitem()[0], known.bit)
+            else:
+                self._used_bits &= ~known.bit
+                self._dropped.popleft()
+
     def _hold(self, known: _Worker, hashes: Iterable[bytes]) -> None:
-        holders, bit = self._holders, known.bit
+        tables, bit = self._tables, known.bit
         for name in hashes:
-            holders[name] = holders.get(name, 0) | bit
+            table = tables[name[-1]]
+            others = table.get(name)
+            table[name] = bit if others is None else others | bit  # one object for all blocks
 
     def _forget(self, known: _Worker, hashes: Iterable[bytes]) -> None:
         for name in hashes:
@@ -161,8 +199,9 @@ class KvIndex:
                     self._clear(name, known.bit)
 
     def _clear(self, name: bytes, bit: int) -> None:
-        left = self._holders.get(name, 0) & ~bit
+        table = self._tables[name[-1]]
+        left = table.get(name, 0) & ~bit
         if left:
-            self._holders[name] = left
+            table[name] = left
         else:
-            self._holders.pop(name, None)
+            table.pop(name, None)

@@ -7,6 +7,9 @@ import math
 from workers.kv.block_pool import HashChanges
 from workers.requests.block_hash import SHORT_BYTES, KvEvents
 
+_BLOCKS_PER_MESSAGE = 4096
+"""Maximum number of blocks in each message of a full list, which a gateway handles in 5 ms."""
+
 
 class KvFeed:
     """Makes numbered messages: changes, or the full list for a gateway that lacks earlier ones."""
@@ -34,12 +37,20 @@ class KvFeed:
             num_free=self.num_free,
         )
 
-    def whole(self) -> KvEvents:
-        """Return a message with all blocks."""
-        return KvEvents(
-            number=self._number,
-            is_whole=True,
-            stored=tuple(self._known),
-            fetch_cost=self.fetch_cost,
-            num_free=self.num_free,
-        )
+    def whole(self) -> list[KvEvents]:
+        """Return messages with all blocks, the last with the number of the last change.
+
+        A gateway handles other messages between them.
+        """
+        known = tuple(self._known)
+        starts = range(0, max(len(known), 1), _BLOCKS_PER_MESSAGE)
+        return [
+            KvEvents(
+                number=self._number - len(starts) + place,
+                is_whole=place == 1,
+                stored=known[start : start + _BLOCKS_PER_MESSAGE],
+                fetch_cost=self.fetch_cost,
+                num_free=self.num_free,
+            )
+            for place, start in enumerate(starts, 1)
+        ]

@@ -198,7 +198,7 @@ class EngineServer:
         if self._admitted <= self._fence:
             await context.abort(grpc.StatusCode.ABORTED, _MAY_NOT_SERVE)
         stream = self._streams.open(handshake.gateway, task.cancel)
-        stream.put(self._encode_all_kv())
+        self._put_all_kv(stream.name)
         reader = asyncio.create_task(self._read(messages, stream))
         try:
             yield hello
@@ -222,7 +222,7 @@ class EngineServer:
             async for data in messages:
                 message = TO_ENGINE.decode(data)
                 if isinstance(message, KvResync):
-                    self._streams.put(stream.name, self._encode_all_kv())
+                    self._put_all_kv(stream.name)
                 else:
                     self._streams.handle_message(
                         message, stream, time.monotonic(), self._hashes(message)
@@ -265,8 +265,9 @@ class EngineServer:
         del self._handshakes[task]
         task.cancel()
 
-    def _encode_all_kv(self) -> bytes:
-        return FROM_ENGINE.encode(self._kv.whole())
+    def _put_all_kv(self, name: str) -> None:
+        for events in self._kv.whole():
+            self._streams.put(name, FROM_ENGINE.encode(events))
 
     def _send_kv(
         self, changes: HashChanges, fetch_cost: float, num_free: int, has_changed: bool

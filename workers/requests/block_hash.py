@@ -123,7 +123,8 @@ class KvEvents(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     number: int
     """Number of the message, one more than in the previous message. A gap means lost messages."""
     is_whole: bool = False
-    """Whether ``stored`` has all cached blocks, which replace all blocks that the gateway knows."""
+    """Whether ``stored`` replaces all blocks that the gateway knows. If it has only some of the
+    cached blocks, the next messages have the others."""
     stored: tuple[bytes, ...] = ()
     """Short hashes of blocks that were added to the prefix cache."""
     removed: tuple[bytes, ...] = ()
