@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.writelines(json.dumps(row) + "\n" for row in found)
         return 0
     heads = [name.upper().replace("_", " ") for name in found[0]]
-    sys.stdout.write(table(heads, [list(row.values()) for row in found]))
+    sys.stdout.write(table(heads, [list(row.values()) for row in found]) + "\n")
     return 0
 
 

@@ -46,7 +46,7 @@ class PacedEngine:
         """Monotonic time of each step."""
         self._wake = threading.Event()
         self._inbox = Inbox(self._wake.set)
-        self._server = EngineServer("127.0.0.1", TOKEN, self._inbox, _hello)
+        self._server = EngineServer("127.0.0.1", TOKEN, self._inbox, hello_of)
         self._server.admit_streams(1)
         self._owners: dict[int, tuple[str, Request]] = {}
 
@@ -100,9 +100,10 @@ class PacedEngine:
         yield from by_gateway.items()
 
 
-def _hello() -> EngineHello:
+def hello_of(worker: str = WORKER) -> EngineHello:
+    """Description of a small model on a worker, with prefix caching."""
     return EngineHello(
-        worker=WORKER,
+        worker=worker,
         generation=1,
         max_model_len=MAX_MODEL_LEN,
         vocab_size=256,

@@ -26,7 +26,7 @@ _STREAMS_PER_CHANNEL = 512
 
 
 class HttpStreams:
-    """Open completion streams of one port, of which ``read`` records when tokens arrive."""
+    """Open completion streams of one port; ``read`` records when tokens arrive."""
 
     def __init__(self, port: int, num_streams: int) -> None:
         self._port = port

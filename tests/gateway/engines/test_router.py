@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 
+from benchmarks.engine.kv_index import Router
 from gateway.engines.kv_index import KvIndex
 from gateway.engines.router import (
     DECODE_TOKENS,
@@ -189,3 +191,21 @@ def test_a_fetch_costs_what_the_worker_lacks(own: int, queued_tokens: float, fet
 def test_a_worker_with_more_than_the_peer_does_not_fetch() -> None:
     loads = [WorkerLoad(name="a", queued_tokens=100_000), WorkerLoad(name="b")]
     assert _fetching(loads, a=500, b=501) == Route(loads[1], 501)
+
+
+@pytest.mark.parametrize("num_workers", [2, 64])
+def test_a_request_that_comes_alone_is_looked_up_once(
+    monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    router, num_lookups = Router(num_workers), 0
+    matches, names = router.kv.matches, [number.to_bytes(8, "big") for number in range(20)]
+    router.kv.apply("attention-01", KvEvents(number=0, is_whole=True, stored=tuple(names)))
+
+    def counted(hashes: Sequence[bytes]) -> dict[str, int]:
+        nonlocal num_lookups
+        num_lookups += 1
+        return matches(hashes)
+
+    monkeypatch.setattr(router.kv, "matches", counted)
+    assert [router.assign(i, names).worker for i in range(5)] == ["attention-01"] * 5
+    assert num_lookups == 5
