@@ -8,7 +8,6 @@ the same application.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import sys
@@ -39,6 +38,7 @@ from gateway.http.serve_paths import APP_NAME as APP_NAME
 from gateway.listener.connection_limits import raise_file_limit
 from gateway.listener.http_listener import HttpListener
 from gateway.offload.malloc_trim import start_trimming
+from gateway.offload.young_garbage import collect_often
 from gateway.protocols import build_public_app
 from gateway.state.store import open_in_time, open_store
 from gateway.state.sweeper import StateSweeper
@@ -56,10 +56,6 @@ _LEAVING_POLL_S = 0.1
 _SWITCH_INTERVAL_S = 0.0005
 """Longest time in seconds that a thread holds Python's GIL while the event loop waits for it. The
 loop releases the GIL at each system call, a dozen times per small request."""
-_GC_THRESHOLDS = (300, 1, 10_000)
-"""Thresholds of Python's garbage collector, by default 700, 10 and 10. With 10,000 open streams, a
-collection of the second generation took 50 ms and a full one more than a second, in which no stream
-got a token. Now the second one takes 2 ms. Full ones are rare: ended calls leave no cycles."""
 _HEALTH_CHECK_PERIOD_S = 1.0
 """Interval in seconds of Serve's health checks, its only way to detect a dead replica."""
 
@@ -202,8 +198,7 @@ class GatewayReplica:
 def tune_process() -> None:
     """Set the garbage collector, the memory allocator and the GIL for many open streams."""
     start_trimming()
-    gc.freeze()  # the garbage collector then skips all modules
-    gc.set_threshold(*_GC_THRESHOLDS)
+    collect_often()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 

@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import psutil
+import uvloop
 
 from benchmarks.harness.distributed import free_ports
 from benchmarks.harness.engine_stream import TOKEN
@@ -127,7 +128,8 @@ def _worker(pipe: Connection, num_streams: int, tokens_per_s: int) -> None:
 
 def _gateway(pipe: Connection, address: str, section: GatewaySection) -> None:
     """Process of a gateway: sends a message when it is ready, and ends when it receives one."""
-    asyncio.run(_serve(pipe, address, section))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as in Ray's actors
+        runner.run(_serve(pipe, address, section))
 
 
 async def _serve(pipe: Connection, address: str, section: GatewaySection) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from benchmarks.harness.paced_engine import MAX_MODEL_LEN, prompt_of
+from cluster.core.grpc_poller import keep_grpc_poller
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import SamplingParams, TokenIds
@@ -86,6 +87,7 @@ class GrpcStreams:
         self._loop.run_until_complete(self._open(is_open))
 
     async def _open(self, is_open: Callable[[], bool]) -> None:
+        keep_grpc_poller()
         options = [("grpc.use_local_subchannel_pool", 1)]
         for place in range(self._num_streams):
             if not place % _STREAMS_PER_CHANNEL:

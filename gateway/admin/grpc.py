@@ -14,6 +14,7 @@ from gateway.grpc.handlers import Procedure
 from gateway.grpc.server import ServicePort, server_options
 
 _MAX_CALLS = 256
+_MAX_CONNECTIONS = 256
 
 
 class AdminGrpcServer(ServicePort):
@@ -35,7 +36,7 @@ class AdminGrpcServer(ServicePort):
             gateway.admin_keys,
             host,
             port,
-            options=server_options(so_reuseport=shared),
+            options=server_options(shared, _MAX_CONNECTIONS),
             max_calls=_MAX_CALLS,
             endless=("WatchCluster",),
         )

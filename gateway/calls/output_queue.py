@@ -97,6 +97,10 @@ class OutputQueue:
         if self._error is not None:
             raise self._error.with_traceback(None)  # without the frames of other calls
 
+    def forget_error(self) -> None:
+        """Forget the error of an ended call: the error's frames refer to this queue."""
+        self._error = None
+
     async def take(self, timeout_s: float) -> list[TokenOutput]:
         """Wait for outputs and return all waiting outputs; an empty list after ``timeout_s``.
 

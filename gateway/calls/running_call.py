@@ -97,6 +97,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+        self.queue.forget_error()
 
     @property
     def prompts(self) -> Collection[Prompt]:

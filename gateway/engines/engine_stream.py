@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from workers.requests.wire import (
 
 PING_S = 1.0
 """Interval in seconds between two pings of a gateway to a worker."""
+_CHECKS_PER_PING = 4
+"""Checks of a worker's silence in the time between two pings."""
 SILENCE_LIMIT_S = 5.0
 """Seconds without a message or ping reply from a worker after which its stream is ended."""
 _CHANNEL_OPTIONS = (
@@ -164,16 +167,16 @@ class EngineStream:
             yield TO_ENGINE.encode(message)
 
     async def _ping(self, call: _Call) -> None:
-        number = 0
-        while True:
-            began_s = time.monotonic()
-            await asyncio.sleep(self._ping_s)
-            late_s = time.monotonic() - began_s - self._ping_s
-            if late_s > self._ping_s:  # this process stalled; messages may be unread
-                self._heard_s += late_s
-            if time.monotonic() - self._heard_s > self._silence_limit_s:
-                self._is_silent = True
-                call.cancel()
-                return
-            number += 1
+        check_s = self._ping_s / _CHECKS_PER_PING
+        for number in itertools.count(1):
+            for _ in range(_CHECKS_PER_PING):
+                began_s = time.monotonic()
+                await asyncio.sleep(check_s)
+                now_s = time.monotonic()
+                # while this process is late, messages may be unread
+                self._heard_s = min(now_s, self._heard_s + now_s - began_s - check_s)
+                if now_s - self._heard_s > self._silence_limit_s:
+                    self._is_silent = True
+                    call.cancel()
+                    return
             self.send(Ping(number=number))

@@ -49,6 +49,7 @@ class KvIndex:
         self._all_bits = 0  # of the workers, without the dropped ones
         self._used_bits = 0  # of both
         self._names: dict[int, str] = {}
+        self._lacking: set[str] = set()  # workers whose full list is on its way
 
     @property
     def num_blocks(self) -> int:
@@ -58,7 +59,8 @@ class KvIndex:
     def apply(self, worker: str, events: KvEvents) -> bool:
         """Apply a worker's message about its blocks; return False if earlier messages are missing.
 
-        In this case the known blocks of the worker remain until it sends its complete list.
+        In this case the known blocks of the worker remain until the first part of its full list,
+        and messages before it are ignored.
         """
         self._remove_dropped(len(events.stored))  # so that full lists in a row need no more memory
         known = self._workers.get(worker)
@@ -69,7 +71,9 @@ class KvIndex:
             known.expected = expected
             self._hold(known, expected)
         elif known is None or events.number != known.number + 1:
-            return False
+            is_first = worker not in self._lacking
+            self._lacking.add(worker)
+            return not is_first
         known.number = events.number
         self._forget(known, events.removed)
         known.reported.update(events.stored)
@@ -100,6 +104,7 @@ class KvIndex:
 
     def drop(self, worker: str) -> None:
         """Remove a worker and its blocks from the index."""
+        self._lacking.discard(worker)
         if (known := self._workers.pop(worker, None)) is not None:
             self._all_bits &= ~known.bit
             self._dropped.append(known)

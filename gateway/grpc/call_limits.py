@@ -11,7 +11,7 @@ import contextlib
 import math
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from gateway.core.errors import ErrorReport, SlowClientError
 from gateway.core.tuning import GatewayTuning
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Callable[[Any, Context], Awaitable[None]]
+"""Serves a call: the stream of its requests, which no handler here uses, and the call itself."""
 
 MAX_UNREAD_PER_CONNECTION = 32
 """Maximum number of ended calls of one connection whose last message the client has not read. gRPC
@@ -30,6 +32,27 @@ MAX_STREAMS = 64
 """Maximum number of endless streams (``WatchCluster``, reflection) of one port."""
 _BURST_S = 1.0
 """Age in seconds from which a call may be ended in favour of newer calls."""
+
+
+def freed_when_aborted(serve: Handler) -> Handler:
+    """Make a handler whose calls are freed when they are aborted.
+
+    gRPC keeps the error of ``context.abort`` in the state of the call. With the frames of the
+    error's traceback, which refer to the call, that is a cycle that only the garbage collector
+    frees.
+    """
+
+    async def handle(requests: Any, context: Context) -> None:
+        try:
+            await serve(requests, context)
+        except grpc.aio.AbortError as err:
+            del requests, context
+            cause, err.__context__ = err.__context__, None
+            while cause is not None:
+                cause.__traceback__, cause = None, cause.__context__
+            raise err.with_traceback(None) from None
+
+    return handle
 
 
 class CallPool:
@@ -205,8 +228,7 @@ class BoundedStream:
     ) -> None:
         """End the call. Raises gRPC's error unless a message waits for the client.
 
-        Clears the traceback frames of ``error``, which may contain the client's message. gRPC keeps
-        errors and their calls in a reference cycle that is collected late.
+        Clears the traceback frames of ``error``, which may contain the client's message.
         """
         chained: BaseException | None = error
         while chained is not None:

@@ -17,7 +17,7 @@ from gateway.auth.auth import KeyRing
 from gateway.calls.gateway import Gateway
 from gateway.core.errors import RouteError
 from gateway.grpc.call import GrpcCall, text_metadata
-from gateway.grpc.call_limits import CallLimits, Context
+from gateway.grpc.call_limits import CallLimits, Context, freed_when_aborted
 from gateway.grpc.health import HEALTH_SERVICE
 from gateway.grpc.messages import read_message
 
@@ -80,6 +80,7 @@ class KeyInterceptor(_Interceptor):
         """Wrap a library's handler of streams in the limits of the port."""
         answers_of: Any = handler.stream_stream
 
+        @freed_when_aborted
         async def serve(requests: Any, context: Context) -> None:
             call = GrpcCall(
                 self._gateway, *names, context, self._keys, self._limits, REFLECTION_LIMIT_S
@@ -102,6 +103,7 @@ class KeyInterceptor(_Interceptor):
         It counts the call and ends it with ``error``, or with the error of the caller's key.
         """
 
+        @freed_when_aborted
         async def refuse(_: Any, context: Context) -> None:
             async with GrpcCall(self._gateway, *names, context, self._keys, self._limits).served():
                 raise error
@@ -158,6 +160,7 @@ def service_handlers(
                 async for piece in answers:
                     await call.write(piece.SerializeToString())
 
+        @freed_when_aborted
         async def serve(_: Any, context: Context) -> None:
             call = GrpcCall(gateway, *names, context, keys, limits, stream_s)
             async with call.served():

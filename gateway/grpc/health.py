@@ -19,7 +19,14 @@ from grpc_health.v1 import health_pb2 as pb
 
 from cluster.core.errors import ExpertMeshError, RequestError, UnknownNameError
 from gateway.core.errors import report_error
-from gateway.grpc.call_limits import BoundedStream, CallPool, Context, UnreadCalls
+from gateway.grpc.call_limits import (
+    BoundedStream,
+    CallPool,
+    Context,
+    Handler,
+    UnreadCalls,
+    freed_when_aborted,
+)
 
 HEALTH_SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
 MAX_REQUEST_BYTES = 1024
@@ -78,9 +85,8 @@ class HealthService:
         handlers = {name: make(self._served(method)) for name, method in methods.items()}
         return grpc.method_handlers_generic_handler(HEALTH_SERVICE, handlers)
 
-    def _served(
-        self, method: Callable[[str, BoundedStream], Awaitable[None]]
-    ) -> Callable[[Any, Context], Awaitable[None]]:
+    def _served(self, method: Callable[[str, BoundedStream], Awaitable[None]]) -> Handler:
+        @freed_when_aborted
         async def serve(_: Any, context: Context) -> None:
             stream = BoundedStream(context, READ_LIMIT_S, self._write_limit_s, self._unread)
             try:

@@ -32,8 +32,11 @@ IDLE_LIMIT_S = 75
 """Longest time in seconds of a connection without a call, even while headers of a call arrive."""
 MAX_CONNECTIONS = 4096
 """Default maximum number of connections of one port; gRPC closes further ones."""
-MIN_STREAMS = 1024
-"""Maximum number of concurrent calls of one connection, unless ``max_queue`` is larger."""
+_MAX_STREAMS = 1024
+"""Maximum number of concurrent calls of one connection; clients keep further ones back."""
+_MIN_PENDING, _PENDING_SPARE = 1000, 2000
+"""gRPC's defaults: number of calls that may wait until they are accepted, and number of further
+calls. It cancels some of these at random."""
 _METADATA_BYTES = 16 * 1024
 """Maximum size of a call's metadata: names, values, 32 bytes per entry, including gRPC's own."""
 
@@ -55,10 +58,10 @@ def age_options(longest_call_s: float, connection_age_s: float) -> list[tuple[st
 def server_options(
     so_reuseport: bool = True,
     max_connections: int = MAX_CONNECTIONS,
-    max_streams: int = MIN_STREAMS,
+    max_pending: int = _MIN_PENDING,
 ) -> list[tuple[str, int]]:
-    """Return server options for limits and keepalive; ``max_streams`` is of one connection, and
-    of all calls that have not begun.
+    """Return server options for limits and keepalive. ``max_pending``: calls that may wait until
+    they are accepted.
 
     A silent connection is closed after an unanswered keepalive ping. A connection that sends bytes
     but no complete call is closed after ``IDLE_LIMIT_S``.
@@ -75,9 +78,9 @@ def server_options(
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.max_concurrent_streams", max_streams),
-        ("grpc.server.max_pending_requests", max_streams),  # above it, gRPC cancels calls
-        ("grpc.server.max_pending_requests_hard_limit", 3 * max_streams),
+        ("grpc.max_concurrent_streams", _MAX_STREAMS),
+        ("grpc.server.max_pending_requests", max_pending),
+        ("grpc.server.max_pending_requests_hard_limit", max_pending + _PENDING_SPARE),
         ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_LIMIT_S),
         ("grpc.http2.settings_timeout", 1000 * HANDSHAKE_LIMIT_S),
         ("grpc.max_connection_idle_ms", 1000 * IDLE_LIMIT_S),
@@ -134,6 +137,7 @@ class ServicePort:
         self._gateway = gateway
         self._service = service.full_name
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        keep_grpc_poller()
         self.limits = limits = CallLimits.of(gateway.tuning, max_calls)
         self.health = HealthService((service.full_name,), limits.unread)
         self._server = grpc.aio.server(
@@ -146,7 +150,6 @@ class ServicePort:
 
     async def start(self, is_ready: bool = True) -> int:
         """Bind the port and serve; return the port. Raises ``StartError``."""
-        keep_grpc_poller()
         try:
             self.port = bind(self._server, self._address, self._gateway.limits)
         except RuntimeError as err:
@@ -171,9 +174,8 @@ class GrpcServer(ServicePort):
     ) -> None:
         procedures = InferenceProcedures(gateway)
         age_s, max_calls = gateway.tuning.connection_age_s, gateway.limits.max_queue + _SPARE_CALLS
-        options = server_options(
-            max_connections=max_connections, max_streams=max(MIN_STREAMS, max_calls)
-        )
+        max_pending = min(max(_MIN_PENDING, max_calls), _MAX_OPTION - _PENDING_SPARE)
+        options = server_options(max_connections=max_connections, max_pending=max_pending)
         super().__init__(
             gateway,
             SERVICE,

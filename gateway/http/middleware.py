@@ -172,7 +172,7 @@ class HttpMiddleware:
         except Exception as err:
             await self._send_error(err, path, request_id, responder)
         finally:
-            del scope["state"][_RESPONDER]  # its reference to the scope would make a cycle
+            scope["state"].pop(_RESPONDER, None)  # its reference to the scope would make a cycle
             if caller is not None:
                 caller.leave(time.monotonic())
             status = status or responder.status or 500
@@ -239,6 +239,7 @@ async def run_until_disconnect(
     finally:  # no await, as this task may be cancelled; both tasks end by themselves
         watch.cancel()
         task.cancel()
+        del task  # it has the error that has this frame
 
 
 class CancellableEndpoint(ABC, Generic[Parsed]):

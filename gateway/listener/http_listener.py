@@ -18,8 +18,8 @@ from gateway.listener.timed_protocol import HEAD_LIMIT_S, TimedHttpProtocol
 
 _START_LIMIT_S = 10.0
 _MAX_ACCEPTS = 16
-"""Maximum number of connections that are accepted in one iteration of the event loop, so that open
-streams continue while thousands of clients connect."""
+"""Maximum number of connections that asyncio accepts in one iteration of the event loop, so that
+open streams continue while thousands of clients connect. uvloop accepts one."""
 
 
 class HttpListener:

@@ -166,15 +166,14 @@ class GatewayStreams:
     def drop_silent(self, now: float, checked_at: float) -> None:
         """Drop silent gateways: a message to one could block its stream indefinitely.
 
-        ``checked_at`` is the time of the last check. If it is long ago, this process was paused
-        and messages may be unread: the pause does not count as silence.
+        ``checked_at`` is the time of the last check. While this process is late, messages may be
+        unread: that time does not count as silence.
         """
         late_s = now - checked_at - self.check_interval_s
         for stream in tuple(self._streams.values()):
             if stream.last_message_at is None:
                 continue
-            if late_s > self.check_interval_s:
-                stream.last_message_at = min(now, stream.last_message_at + late_s)
+            stream.last_message_at = min(now, stream.last_message_at + max(0.0, late_s))
             if now - stream.last_message_at > self._limit_s:
                 self._drop(stream, f"no message for more than {self._limit_s:g} s")
 

@@ -3,39 +3,115 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
+from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import pytest
 
 from gateway.calls.running_call import RunningCall
+from gateway.grpc.call import GrpcCall
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
 from protos.types_pb2 import SamplingParams, TokenIds
 from tests.gateway.stack import Stack, post, running_stack
 
+STREAM = {"prompt": "hello", "max_tokens": 3, "stream": True}
+REQUEST = GenerateRequest(
+    token_ids=TokenIds(ids=[5, 6]), sampling_params=SamplingParams(max_tokens=3)
+)
+FREED = (RunningCall, GrpcCall)
+
 
 def call_http(stack: Stack) -> None:
     for streams in (False, True):
-        answer = post(stack, "/v1/completions", prompt="hello", max_tokens=3, stream=streams)
+        answer = post(stack, "/v1/completions", **STREAM | {"stream": streams})
         assert answer.status_code == 200
 
 
+def call_http_in_vain(stack: Stack) -> None:
+    with failing(stack):
+        post(stack, "/v1/completions", **STREAM)
+
+
+def leave_http(stack: Stack) -> None:
+    with paused(stack), closing(HTTPConnection(urlsplit(stack.url).netloc)) as connection:
+        headers = {"content-type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(STREAM), headers)
+        stack.wait_for(lambda: bool(stack.engine.running), "the request")
+    stack.wait_for(lambda: not stack.engine.running, "its end")
+
+
 def call_grpc(stack: Stack) -> None:
-    params = SamplingParams(max_tokens=3)
     with grpc.insecure_channel(stack.grpc_target) as channel:
-        stub = InferenceStub(channel)
-        list(
-            stub.GenerateStream(
-                GenerateRequest(token_ids=TokenIds(ids=[5, 6]), sampling_params=params)
-            )
-        )
+        list(InferenceStub(channel).GenerateStream(REQUEST))
 
 
-@pytest.mark.parametrize("call", [call_http, call_grpc])
+def call_grpc_in_vain(stack: Stack) -> None:
+    with (
+        failing(stack),
+        grpc.insecure_channel(stack.grpc_target) as channel,
+        pytest.raises(grpc.RpcError),
+    ):
+        list(InferenceStub(channel).GenerateStream(REQUEST))
+
+
+def call_grpc_wrongly(stack: Stack) -> None:
+    wrong = GenerateRequest(sampling_params=SamplingParams(max_tokens=3))
+    with grpc.insecure_channel(stack.grpc_target) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            InferenceStub(channel).Generate(wrong)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/expertmesh.v1.Inference/Unknown", bytes, bytes)(b"")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def leave_grpc(stack: Stack) -> None:
+    with paused(stack), grpc.insecure_channel(stack.grpc_target) as channel:
+        call: Any = InferenceStub(channel).GenerateStream(REQUEST)
+        stack.wait_for(lambda: bool(stack.engine.running), "the request")
+        call.cancel()
+        stack.wait_for(lambda: not stack.engine.running, "its end")
+
+
+@contextmanager
+def failing(stack: Stack) -> Iterator[None]:
+    """Calls fail at the worker."""
+    stack.engine.error = ("it broke", "internal_error")
+    yield
+    stack.engine.error = None
+
+
+@contextmanager
+def paused(stack: Stack) -> Iterator[None]:
+    """The worker sends no tokens."""
+    stack.engine.is_paused = True
+    yield
+    stack.engine.is_paused = False
+
+
+CALLS = (
+    call_http,
+    call_http_in_vain,
+    leave_http,
+    call_grpc,
+    call_grpc_in_vain,
+    call_grpc_wrongly,
+    leave_grpc,
+)
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_a_call_is_freed_at_its_end(call: Callable[[Stack], None]) -> None:
     with running_stack() as stack:
+        call_http(stack)
         call(stack)
+        stack.wait_no_requests()
         gc.collect()
         gc.disable()
         try:
@@ -48,4 +124,4 @@ def test_a_call_is_freed_at_its_end(call: Callable[[Stack], None]) -> None:
 
 
 def num_calls() -> int:
-    return sum(type(one) is RunningCall for one in gc.get_objects())
+    return sum(type(one) in FREED for one in gc.get_objects())

@@ -27,7 +27,7 @@ REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 def test_connections_leave_files_for_everything_else(num_files: int) -> None:
     http, grpc = limits.connection_limits(num_files)
     assert http > grpc > 0
-    assert num_files - http - grpc >= min(512, num_files // 8)
+    assert num_files - http - grpc == min(1024, num_files // 2)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,17 @@ def test_the_limit_on_files_is_raised_as_far_as_needed(
     with caplog.at_level(logging.WARNING):
         found = raise_file_limit()
     assert set_limits == ([] if raised is None else [(raised, hard)])
-    assert found == (ConnectionLimits(3072, 512) if has_warning else (12_288, 3584))
-    assert ("hard limit on open files is 4096" in caplog.text) is has_warning
+    assert found == (ConnectionLimits(2304, 768) if has_warning else (11_520, 3840))
+    assert ("at most 4096 files can be open" in caplog.text) is has_warning
+
+
+def test_a_system_that_refuses_more_files_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(kind: int, pair: tuple[int, int]) -> None:
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert raise_file_limit() == limits.connection_limits(1024)
 
 
 class Streams:

@@ -67,6 +67,15 @@ def test_what_was_said_while_we_stood_still_is_waited_for(inbox: Inbox) -> None:
     assert _dropped(streams, inbox, 44.1, 43.1) == ["a"]
 
 
+def test_time_in_which_we_are_late_again_and_again_is_no_silence(inbox: Inbox) -> None:
+    streams = GatewayStreams(inbox, 5.0)
+    streams.handle_message(Ping(number=1), streams.open("a", lambda: None), 10.0)
+    now, each = 10.0, 1.9 * streams.check_interval_s
+    while now < 18.0:
+        now += each
+        assert _dropped(streams, inbox, now, now - each) == []
+
+
 @pytest.fixture
 def inbox() -> Inbox:
     return Inbox(lambda: None)
