@@ -43,8 +43,9 @@ def keep_grpc_poller() -> None:
 
 def _handle_all(pipe: socket.socket, handle: Callable[[], None]) -> None:
     """Call ``handle``, which reads one byte, for each byte of ``pipe``."""
-    num_bytes = array.array("i", [0])
-    fcntl.ioctl(pipe, termios.FIONREAD, num_bytes)
+    num_bytes = array.array("i", [1])
+    with suppress(OSError):  # another version of gRPC may have no pipe
+        fcntl.ioctl(pipe, termios.FIONREAD, num_bytes)
     with suppress(BlockingIOError):  # another loop may have read bytes
         for _ in range(num_bytes[0]):
             handle()

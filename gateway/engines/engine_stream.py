@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
@@ -168,15 +167,19 @@ class EngineStream:
 
     async def _ping(self, call: _Call) -> None:
         check_s = self._ping_s / _CHECKS_PER_PING
-        for number in itertools.count(1):
-            for _ in range(_CHECKS_PER_PING):
-                began_s = time.monotonic()
-                await asyncio.sleep(check_s)
-                now_s = time.monotonic()
-                # while this process is late, messages may be unread
-                self._heard_s = min(now_s, self._heard_s + now_s - began_s - check_s)
-                if now_s - self._heard_s > self._silence_limit_s:
-                    self._is_silent = True
-                    call.cancel()
-                    return
-            self.send(Ping(number=number))
+        number, now_s = 0, time.monotonic()
+        ping_at_s = now_s + self._ping_s
+        while True:
+            due_s = now_s + check_s
+            await asyncio.sleep(check_s)
+            now_s = time.monotonic()
+            # while this process is late, messages may be unread
+            self._heard_s = min(now_s, self._heard_s + now_s - due_s)
+            if now_s - self._heard_s > self._silence_limit_s:
+                self._is_silent = True
+                call.cancel()
+                return
+            if now_s >= ping_at_s:
+                number += 1
+                self.send(Ping(number=number))
+                ping_at_s = now_s + self._ping_s

@@ -74,6 +74,7 @@ class KvIndex:
             is_first = worker not in self._lacking
             self._lacking.add(worker)
             return not is_first
+        self._lacking.discard(worker)
         known.number = events.number
         self._forget(known, events.removed)
         known.reported.update(events.stored)

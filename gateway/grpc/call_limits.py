@@ -147,8 +147,10 @@ class UnreadCalls:
 
 
 async def _abort(context: Context, report: ErrorReport, trailers: Any) -> None:
-    with contextlib.suppress(grpc.aio.BaseError):  # abort always raises
+    try:
         await context.abort(report.grpc_code, report.message, trailers)
+    except grpc.aio.BaseError as err:  # abort always raises
+        err.__traceback__ = None  # see ``freed_when_aborted``
 
 
 @dataclass(slots=True)

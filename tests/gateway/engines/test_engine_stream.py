@@ -52,11 +52,13 @@ def test_a_worker_is_not_silent_while_the_gateway_is_late(
         monkeypatch.setattr(asyncio, "sleep", clock.sleep)
         await stream._ping(call)
 
-    async def run() -> None:
+    async def run() -> int:
         endpoint = AttentionEndpoint("attention-0", "127.0.0.1:1", 1)
-        pinging = asyncio.create_task(ping(EngineStream(endpoint, token="", gateway="a"), call))
-        await asyncio.wait([pinging])
+        stream = EngineStream(endpoint, token="", gateway="a")
+        await asyncio.wait([asyncio.create_task(ping(stream, call))])
+        return stream._outgoing.qsize()
 
     monkeypatch.setattr(engine_stream, "time", clock)
-    asyncio.run(run())
+    num_pings = asyncio.run(run())
+    assert num_pings >= min(limit_s, SILENCE_LIMIT_S) / 2, "the worker must not miss the gateway"
     assert call.is_cancelled is is_silent

@@ -40,12 +40,16 @@ def test_missed_messages_ask_for_the_complete_list() -> None:
     assert index.apply("a", _whole(*prompt[:2]))
     assert index.apply("a", KvEvents(number=8, stored=(prompt[2],)))
     assert not index.apply("a", KvEvents(number=10, stored=(prompt[3],)))
+    assert index.apply("a", KvEvents(number=11, stored=(prompt[3],))), "it is asked for once"
     assert index.matches(prompt) == {"a": 3}
     assert index.apply("a", KvEvents(number=12, is_whole=True, stored=(prompt[0],)))
     assert index.matches(prompt) == {"a": 1}
     assert index.apply("a", KvEvents(number=13, removed=(prompt[0], prompt[3])))
     assert index.matches(prompt) == {}
     assert not index.num_blocks
+    assert not index.apply("a", KvEvents(number=15))
+    index.drop("a")
+    assert not index.apply("a", KvEvents(number=16)), "it may be another process"
 
 
 def test_what_was_routed_is_expected_until_it_is_settled() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from gateway.offload import young_garbage
 from gateway.offload.long_work import GC_PAUSE
 from gateway.offload.young_garbage import collect_often
 
@@ -31,6 +32,20 @@ def test_young_cycles_are_collected_at_once() -> None:
         collect_often()
         gone = asyncio.Event()
         weakref.finalize(Node(), gone.set)
+        await asyncio.wait_for(gone.wait(), 60)
+
+    asyncio.run(make())
+
+
+def test_old_cycles_are_collected_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(young_garbage, "_FULL_PERIOD_S", 0.2)
+
+    async def make() -> None:
+        collect_often()
+        node, gone = Node(), asyncio.Event()
+        weakref.finalize(node, gone.set)
+        gc.collect()  # it is old now
+        del node
         await asyncio.wait_for(gone.wait(), 60)
 
     asyncio.run(make())
