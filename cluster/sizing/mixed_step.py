@@ -28,7 +28,6 @@ from cluster.sizing.roofline import (
     StepTime,
     exchange_s,
     message_s,
-    overlapped_s,
 )
 
 _NUM_SAMPLES = 64
@@ -118,16 +117,14 @@ class StepTimes:
             host_s = max(host_s, device.host.expert_s)
         attention_s += message_s(model, peers[0], device)
         experts_s += message_s(model, peers[1], device)
-        moved_s = exchange_s(model, sent, pools.num_experts, away, device)
-        device_s = overlapped_s(attention_s, experts_s, moved_s, m, pools.is_colocated)
-        return StepTime(
-            layout=pools.text,
-            num_micro_batches=m,
+        return StepTime.of(
+            pools.text,
+            m,
             attention_s=attention_s,
             experts_s=experts_s,
-            exchange_s=moved_s,
+            exchange_s=exchange_s(model, sent, pools.num_experts, away, device),
             host_s=host_s,
-            step_s=device_s + host_s,
+            is_colocated=pools.is_colocated,
         )
 
     def attention_s(self, rank: RankRows, model: ModelSize, m: int = 1) -> float:

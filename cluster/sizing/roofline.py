@@ -173,6 +173,35 @@ class StepTime:
     step_s: float
     """Seconds of the whole step with all its micro-batches and the host's time."""
 
+    @classmethod
+    def of(
+        cls,
+        layout: str,
+        m: int,
+        *,
+        attention_s: float,
+        experts_s: float,
+        exchange_s: float,
+        host_s: float,
+        is_colocated: bool = False,
+    ) -> StepTime:
+        """Compute the time of ``m`` micro-batches from the times of one and the host's time.
+
+        On colocated workers, attention and experts take turns.
+        """
+        work_s = attention_s + experts_s
+        busy_s = work_s if is_colocated else max(attention_s, experts_s)
+        device_s = max(m * busy_s, work_s + exchange_s)
+        return cls(
+            layout=layout,
+            num_micro_batches=m,
+            attention_s=attention_s,
+            experts_s=experts_s,
+            exchange_s=exchange_s,
+            host_s=host_s,
+            step_s=device_s + host_s,
+        )
+
 
 def activated_experts(probabilities: Iterable[float], batch: float) -> float:
     """Return the expected number of experts that at least one of ``batch`` rows chooses.
@@ -248,16 +277,13 @@ def disaggregated_step(
         experts_s += message_s(model, num_attention, device)
         # the smaller pool has the busiest link: all rows pass through each pool
         narrow = min(num_attention, num_experts)
-        moved_s = exchange_s(model, rows / narrow, num_experts, 1.0, device)
-        device_s = overlapped_s(attention_s, experts_s, moved_s, m)
-        return StepTime(
-            layout=f"{num_attention} attention + {num_experts} expert workers",
-            num_micro_batches=m,
+        return StepTime.of(
+            f"{num_attention} attention + {num_experts} expert workers",
+            m,
             attention_s=attention_s,
             experts_s=experts_s,
-            exchange_s=moved_s,
+            exchange_s=exchange_s(model, rows / narrow, num_experts, 1.0, device),
             host_s=host_s,
-            step_s=device_s + host_s,
         )
 
     return _fastest(micro_batches)
@@ -287,16 +313,14 @@ def colocated_step(
         experts_s = _experts(model, rows, num_workers, device, balancedness)
         experts_s += message_s(model, others, device)
         away = others / num_workers
-        moved_s = exchange_s(model, rows / num_workers, num_workers, away, device)
-        device_s = overlapped_s(attention_s, experts_s, moved_s, m, is_colocated=True)
-        return StepTime(
-            layout=f"{num_workers} colocated workers",
-            num_micro_batches=m,
+        return StepTime.of(
+            f"{num_workers} colocated workers",
+            m,
             attention_s=attention_s,
             experts_s=experts_s,
-            exchange_s=moved_s,
+            exchange_s=exchange_s(model, rows / num_workers, num_workers, away, device),
             host_s=host_s,
-            step_s=device_s + host_s,
+            is_colocated=True,
         )
 
     return _fastest(micro_batches)
@@ -306,18 +330,6 @@ def _fastest(micro_batches: Callable[[int], StepTime]) -> StepTime:
     """Return the step with the faster number of micro-batches; the smaller number if equal."""
     steps = map(micro_batches, range(1, MAX_MICRO_BATCHES + 1))
     return min(steps, key=lambda step: step.step_s)
-
-
-def overlapped_s(
-    attention_s: float, experts_s: float, exchange_s: float, m: int, is_colocated: bool = False
-) -> float:
-    """Return the seconds of ``m`` micro-batches from the times of one.
-
-    On colocated workers, attention and experts take turns.
-    """
-    work_s = attention_s + experts_s
-    busy_s = work_s if is_colocated else max(attention_s, experts_s)
-    return max(m * busy_s, work_s + exchange_s)
 
 
 def message_s(model: ModelSize, num_peers: int, device: DeviceSpec) -> float:
