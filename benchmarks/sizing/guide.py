@@ -23,12 +23,9 @@ from benchmarks.sizing.layouts import (
 )
 from cluster.launch.checkpoint_check import CheckpointCheck
 from cluster.sizing.gpus import H100
-from cluster.sizing.mode_choice import bank_sizes
-from cluster.sizing.roofline import ModelSize
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "sizing.md"
 NODES = (A100_NODE, H100_NODE, H200_NODE)
-BFLOAT16 = 2
 _CHOICES = (
     ("OLMoE-1B-7B-0924", "OLMoE-1B-7B", 1),
     ("jetmoe-8b", "JetMoE-8B", 1),
@@ -72,13 +69,7 @@ def guide() -> str:
 def known_model(folder: str) -> SizedModel:
     """The numbers of a public checkpoint, in bfloat16."""
     facts = CheckpointCheck(MODELS / folder, os.environ, allow_bare=True).result()
-    size = ModelSize(
-        banks=bank_sizes(facts.banks, None),
-        attention_values=facts.attention_values,
-        kv_bytes_per_token=facts.kv_bytes_per_token("bfloat16"),
-        state_bytes=facts.state_bytes,
-        itemsize=BFLOAT16,
-    )
+    size = facts.size("bfloat16", None)
     return SizedModel(size=size, attention_weights=facts.attention_weights)
 
 

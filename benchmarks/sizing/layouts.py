@@ -1,9 +1,9 @@
 """Layouts of GPUs for a model, with their memory and predicted speed. Pure.
 
 A layout is whole nodes of 8 GPUs, split into attention and expert workers of one GPU each. On one
-node every split with two workers of each is compared; on several a pool is whole nodes, two of them
-for experts. Of those that fit into memory the one with the most tokens a second is taken, by the
-roofline of ``cluster.sizing.roofline``.
+node every split with two workers of each is compared; on several a pool is whole nodes, from three
+nodes on at least two of them for experts. Of those that fit into memory the one with the most
+tokens a second is taken, by the roofline of ``cluster.sizing.roofline``.
 """
 
 from __future__ import annotations
@@ -117,26 +117,36 @@ class Layout:
         return self.num_nodes * GPUS_PER_NODE / self.tokens_per_s / 3600 * 1e6
 
 
-def best_layout(model: SizedModel, node: NodeKind, num_nodes: int) -> Layout:
-    """Return the fastest layout that fits. Raises ``ConfigError`` if no layout fits."""
-    found = list(_layouts(model, node, num_nodes))
+def best_layout(
+    model: SizedModel, node: NodeKind, num_nodes: int, max_seqs: int = MAX_SEQS
+) -> Layout:
+    """Return the fastest layout that fits, with up to ``max_seqs`` sequences for each GPU.
+
+    Raises ``ConfigError`` if no layout fits.
+    """
+    found = list(_layouts(model, node, num_nodes, max_seqs))
     if not found:
         raise ConfigError("num_nodes", num_nodes, f"of {node.name} are too few for the model")
     return max(found, key=lambda layout: layout.tokens_per_s)
 
 
-def _layouts(model: SizedModel, node: NodeKind, num_nodes: int) -> Iterator[Layout]:
+def _layouts(
+    model: SizedModel, node: NodeKind, num_nodes: int, max_seqs: int
+) -> Iterator[Layout]:
     first, step = (2, 1) if num_nodes == 1 else (GPUS_PER_NODE, GPUS_PER_NODE)
     total = num_nodes * GPUS_PER_NODE
     num_logical = min(bank.num_experts for bank in model.size.banks)
-    for num_attention in range(first, total - 2 * step + 1, step):
+    fewest = step if num_nodes == 2 else 2 * step
+    for num_attention in range(first, total - fewest + 1, step):
         if total - num_attention <= num_logical:
-            layout = _layout(model, node, num_nodes, num_attention)
+            layout = _layout(model, node, num_nodes, num_attention, max_seqs)
             if layout.num_seqs > 0 and layout.expert_bytes <= MEMORY_SHARE * node.memory_bytes:
                 yield layout
 
 
-def _layout(model: SizedModel, node: NodeKind, num_nodes: int, num_attention: int) -> Layout:
+def _layout(
+    model: SizedModel, node: NodeKind, num_nodes: int, num_attention: int, max_seqs: int
+) -> Layout:
     size = model.size
     num_experts = num_nodes * GPUS_PER_NODE - num_attention
     own = math.ceil(min(bank.num_experts for bank in size.banks) / num_experts)
@@ -152,7 +162,7 @@ def _layout(model: SizedModel, node: NodeKind, num_nodes: int, num_attention: in
     state_tokens = math.ceil(_STATES * size.state_bytes / size.kv_bytes_per_token)
     kv_tokens -= math.ceil(_CACHED_STATES * size.state_bytes / size.kv_bytes_per_token)
     num_seqs = min(
-        MAX_SEQS * num_nodes * GPUS_PER_NODE,
+        max_seqs * num_nodes * GPUS_PER_NODE,
         num_attention * kv_tokens // (CONTEXT_TOKENS + state_tokens),
     )
     kv_tokens -= math.ceil(num_seqs / num_attention) * state_tokens
