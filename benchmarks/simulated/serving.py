@@ -4,7 +4,7 @@ Real clusters serve random requests through a real gateway, and the simulation p
 requests: equal arrivals, lengths and limits. On a laptop all workers share the same cores, so each
 worker is paced: it takes the time that the roofline gives a slow device for the rows that it has in
 fact, and waits if it computes them faster. The work of the hosts and their messages is measured
-in each cluster with paces near 0: a step with one row and a step with many.
+in each cluster with paces near 0: steps with one row and steps with many.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from cluster.cli.terminal.output import table
 from cluster.config.cluster import EngineSection
 from cluster.launch.checkpoint_check import CheckpointCheck
 from cluster.simulation.serving import ServingSimulation, work_of
-from cluster.sizing.mixed_step import PoolSizes, StepTimes
-from cluster.sizing.roofline import DeviceSpec, HostTime, ModelSize, activation_shares
+from cluster.sizing.mixed_step import PoolSizes, RankRows, StepTimes
+from cluster.sizing.roofline import DeviceSpec, HostTime, ModelSize, StepTime, activation_shares
 from cluster.workload.arrivals import Arrival
 from cluster.workload.tally import CompletedRequest, Tally
 from gateway.core.call import CallKind, GenerateCall
@@ -97,8 +97,8 @@ class Comparison:
 
     layout: str
     rate_per_s: float
-    host: HostTime
-    """Measured with paces near 0."""
+    hosts: tuple[HostTime, ...]
+    """Measured with paces near 0, if one attention worker has rows, if two have, and so on."""
     real: Served
     predicted: Served
 
@@ -137,6 +137,21 @@ class Pace:
         return max(read_s, self.device.compute_s(2.0 * num_pairs * size.expert_values))
 
 
+class SharedCores(StepTimes):
+    """Times of steps if all workers share the cores, so that the hosts of each slow the others."""
+
+    def __init__(
+        self, model: ModelSize, pools: PoolSizes, device: DeviceSpec, hosts: Sequence[HostTime]
+    ) -> None:
+        """``hosts``: times if one attention worker has rows, if two have, and so on."""
+        super().__init__(model, pools, device)
+        self._each = [StepTimes(model, pools, replace(device, host=host)) for host in hosts]
+
+    def step(self, ranks: Sequence[RankRows], **options: Any) -> StepTime:
+        """Return the time of a step with the hosts' time for as many workers."""
+        return self._each[len(ranks) - 1].step(ranks, **options)
+
+
 class PacedCluster:
     """A real cluster with a gateway, and paces for its workers."""
 
@@ -148,15 +163,18 @@ class PacedCluster:
         for server in self._servers():
             _pace_experts(server, pace)
 
-    def measure_host(self) -> tuple[HostTime, float]:
-        """Measure steps with paces near 0: with one row, and with many, of each worker.
+    def measure_hosts(self) -> tuple[tuple[HostTime, ...], float]:
+        """Measure steps with paces near 0: with a row on one worker, on two and so on, and with
+        many rows on each.
 
         Returns also the seconds from a client to a worker and back, outside of steps.
         """
-        one_s, many_s = self._step_s(1), self._step_s(_HOST_ROWS)
-        row_s = max(0.0, many_s - one_s) / (_HOST_ROWS - 1)
-        entry_s = statistics.median(self._first_s(number) for number in range(_NUM_FIRST)) - one_s
-        return HostTime(step_s=one_s - row_s, row_s=row_s), max(entry_s, 0.0)
+        ones_s = [self._step_s(number) for number in range(1, self._num_ranks + 1)]
+        many_s = self._step_s(_HOST_ROWS * self._num_ranks)
+        row_s = max(0.0, many_s - ones_s[-1]) / (_HOST_ROWS - 1)
+        first_s = statistics.median(self._first_s(number) for number in range(_NUM_FIRST))
+        hosts = (HostTime(step_s=one_s - row_s, row_s=row_s) for one_s in ones_s)
+        return tuple(hosts), max(first_s - ones_s[0], 0.0)
 
     def choices(self) -> list[list[float]]:
         """Return how often rows have chosen each expert, by bank."""
@@ -195,10 +213,11 @@ class PacedCluster:
                 group.create_task(serve_one(number, arrival))
         return Served.of(tally, clock() - start)
 
-    def _step_s(self, num_rows: int) -> float:
-        """Return the median time between tokens of ``num_rows`` requests at each worker."""
+    def _step_s(self, num_calls: int) -> float:
+        """Return the median time between tokens of ``num_calls`` requests, which the gateway
+        spreads over the attention workers."""
         arrival = Arrival(0.0, 8, _HOST_TOKENS)
-        calls = [_call(arrival, number) for number in range(num_rows * self._num_ranks)]
+        calls = [_call(arrival, number) for number in range(num_calls)]
         gaps = [
             after - before
             for answer in self._gateway.answer(calls)
@@ -296,12 +315,12 @@ def measure(
         model = facts.size("auto", None)
         pace = Pace.of(replace(DEVICE, bandwidth_bytes_s=1e15, flops_s=1e18), model, pools)
         paced = PacedCluster(cluster, gateway, pace)
-        host, entry_s = paced.measure_host()
+        hosts, entry_s = paced.measure_hosts()
         chosen = zip(model.banks, paced.choices(), strict=True)
         banks = (replace(b, activation=activation_shares(n, b.top_k)) for b, n in chosen)
         pace.model = model = replace(model, banks=tuple(banks))
         pace.device = DEVICE
-        pace.times = times = StepTimes(model, pools, replace(DEVICE, host=host))
+        pace.times = times = SharedCores(model, pools, DEVICE, hosts)
         paced.serve(make_arrivals(4, 10.0, 99), "warm-up")
         for rate in rates:
             real, predicted = [], []
@@ -310,7 +329,7 @@ def measure(
                 real.append(paced.serve(arrivals, f"{rate}-{repeat}"))
                 kv_bytes = facts.kv_bytes_per_token("auto")
                 predicted.append(simulated(times, pools, arrivals, kv_bytes, entry_s))
-            yield Comparison(pools.text, rate, host, _median(real), _median(predicted))
+            yield Comparison(pools.text, rate, hosts, _median(real), _median(predicted))
 
 
 def _median(runs: Sequence[Served]) -> Served:

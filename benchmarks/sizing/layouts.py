@@ -130,9 +130,7 @@ def best_layout(
     return max(found, key=lambda layout: layout.tokens_per_s)
 
 
-def _layouts(
-    model: SizedModel, node: NodeKind, num_nodes: int, max_seqs: int
-) -> Iterator[Layout]:
+def _layouts(model: SizedModel, node: NodeKind, num_nodes: int, max_seqs: int) -> Iterator[Layout]:
     first, step = (2, 1) if num_nodes == 1 else (GPUS_PER_NODE, GPUS_PER_NODE)
     total = num_nodes * GPUS_PER_NODE
     num_logical = min(bank.num_experts for bank in model.size.banks)
