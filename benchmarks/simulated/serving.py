@@ -4,7 +4,7 @@ Real clusters serve random requests through a real gateway, and the simulation p
 requests: equal arrivals, lengths and limits. On a laptop all workers share the same cores, so each
 worker is paced: it takes the time that the roofline gives a slow device for the rows that it has in
 fact, and waits if it computes them faster. The work of the hosts and their messages is measured
-in each cluster with paces near 0: steps with one row and steps with many.
+before each run, in steps with one row and in steps with many: it is the time beyond the paces.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ DEVICE = DeviceSpec(
     message_s=0.0,
 )
 """So slow that a step of decodes takes some tens of milliseconds with the small model."""
-_HOST_ROWS = 8
+_PROMPT_LEN, _HOST_ROWS = 8, 8
 _HOST_TOKENS = 40
 _NUM_FIRST = 15
 RATES = (1.0, 2.0, 3.0, 4.0)
@@ -98,7 +98,7 @@ class Comparison:
     layout: str
     rate_per_s: float
     hosts: tuple[HostTime, ...]
-    """Measured with paces near 0, if one attention worker has rows, if two have, and so on."""
+    """Of the last run; if one attention worker has rows, if two have, and so on."""
     real: Served
     predicted: Served
 
@@ -158,23 +158,26 @@ class PacedCluster:
     def __init__(self, cluster: ThreadCluster, gateway: ClusterGateway, pace: Pace) -> None:
         self._cluster = cluster
         self._gateway = gateway
+        self._pace = pace
         for rank in range(self._num_ranks):
             _pace_attention(cluster.group.attention(f"attention-{rank}").engine.runner, pace)
         for server in self._servers():
             _pace_experts(server, pace)
 
     def measure_hosts(self) -> tuple[tuple[HostTime, ...], float]:
-        """Measure steps with paces near 0: with a row on one worker, on two and so on, and with
-        many rows on each.
+        """Measure how much longer steps take than their paces: with a row on one worker, on two and
+        so on, and with many rows on each.
 
         Returns also the seconds from a client to a worker and back, outside of steps.
         """
-        ones_s = [self._step_s(number) for number in range(1, self._num_ranks + 1)]
-        many_s = self._step_s(_HOST_ROWS * self._num_ranks)
+        ones_s = [self._host_s(1, number) for number in range(1, self._num_ranks + 1)]
+        many_s = self._host_s(_HOST_ROWS, self._num_ranks)
         row_s = max(0.0, many_s - ones_s[-1]) / (_HOST_ROWS - 1)
         first_s = statistics.median(self._first_s(number) for number in range(_NUM_FIRST))
+        prompt = RankRows(num_rows=_PROMPT_LEN, num_drawn=1, context_tokens=_PROMPT_LEN)
+        step_s = self._pace.times.step([prompt], has_prefill=True).step_s + ones_s[0]
         hosts = (HostTime(step_s=one_s - row_s, row_s=row_s) for one_s in ones_s)
-        return tuple(hosts), max(first_s - ones_s[0], 0.0)
+        return tuple(hosts), max(first_s - step_s, 0.0)
 
     def choices(self) -> list[list[float]]:
         """Return how often rows have chosen each expert, by bank."""
@@ -213,22 +216,25 @@ class PacedCluster:
                 group.create_task(serve_one(number, arrival))
         return Served.of(tally, clock() - start)
 
-    def _step_s(self, num_calls: int) -> float:
-        """Return the median time between tokens of ``num_calls`` requests, which the gateway
-        spreads over the attention workers."""
-        arrival = Arrival(0.0, 8, _HOST_TOKENS)
-        calls = [_call(arrival, number) for number in range(num_calls)]
+    def _host_s(self, num_rows: int, num_workers: int) -> float:
+        """Return the median time between tokens of ``num_rows`` requests on each of some workers,
+        among which the gateway divides them, without the paces."""
+        arrival = Arrival(0.0, _PROMPT_LEN, _HOST_TOKENS)
+        calls = [_call(arrival, number) for number in range(num_rows * num_workers)]
         gaps = [
             after - before
             for answer in self._gateway.answer(calls)
             for before, after in pairwise(answer.times)
         ]
-        return statistics.median(gaps)
+        context = num_rows * (_PROMPT_LEN + _HOST_TOKENS // 2)
+        rows = RankRows(num_rows=num_rows, num_drawn=num_rows, context_tokens=context)
+        paced = self._pace.times.step([rows] * num_workers, has_prefill=False)
+        return max(0.0, statistics.median(gaps) - paced.step_s)
 
     def _first_s(self, number: int) -> float:
         """Return the time to the first token of a request without others."""
         began = time.monotonic()
-        (answer,) = self._gateway.answer([_call(Arrival(0.0, 8, 1), number)])
+        (answer,) = self._gateway.answer([_call(Arrival(0.0, _PROMPT_LEN, 1), number)])
         return answer.times[0] - began
 
 
@@ -315,18 +321,18 @@ def measure(
         model = facts.size("auto", None)
         pace = Pace.of(replace(DEVICE, bandwidth_bytes_s=1e15, flops_s=1e18), model, pools)
         paced = PacedCluster(cluster, gateway, pace)
-        hosts, entry_s = paced.measure_hosts()
+        paced.serve(make_arrivals(_NUM_FIRST, 100.0, 99), "warm-up")
         chosen = zip(model.banks, paced.choices(), strict=True)
         banks = (replace(b, activation=activation_shares(n, b.top_k)) for b, n in chosen)
         pace.model = model = replace(model, banks=tuple(banks))
-        pace.device = DEVICE
-        pace.times = times = SharedCores(model, pools, DEVICE, hosts)
-        paced.serve(make_arrivals(4, 10.0, 99), "warm-up")
+        pace.device, pace.times = DEVICE, StepTimes(model, pools, DEVICE)
         for rate in rates:
             real, predicted = [], []
             for repeat in range(repeats):
                 arrivals = make_arrivals(number, rate, repeat)
+                hosts, entry_s = paced.measure_hosts()
                 real.append(paced.serve(arrivals, f"{rate}-{repeat}"))
+                times = SharedCores(model, pools, DEVICE, hosts)
                 kv_bytes = facts.kv_bytes_per_token("auto")
                 predicted.append(simulated(times, pools, arrivals, kv_bytes, entry_s))
             yield Comparison(pools.text, rate, hosts, _median(real), _median(predicted))
