@@ -171,7 +171,7 @@ async def _serve(pipe: Connection, address: str, section: GatewaySection) -> Non
 
 
 def _client(pipe: Connection, protocol: Protocol, port: int, num_streams: int) -> None:
-    """Process of the client: opens the streams, then reads until it is told to end."""
+    """Process of the client: opens the streams, and reads until the pipe has a message."""
     gc.disable()
     kind: type[HttpStreams | GrpcStreams] = HttpStreams if protocol == "http" else GrpcStreams
     streams = kind(port, num_streams)

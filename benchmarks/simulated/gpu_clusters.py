@@ -2,9 +2,9 @@
 
 For each model and number of GPUs, the layout of ``benchmarks.sizing`` that fits into memory and
 decodes fastest serves three loads in virtual time: prompts only, decodes only, and both as one
-cluster serves them, with as many requests at once as its KV cache holds. Beside each load of long
-prompts stands what it would be if NCCL sent all messages of an exchange in one kernel: with many
-GPUs, the cost of a message is the least certain assumption.
+cluster serves them, with as many requests at once as its KV cache holds. Each cluster is predicted
+twice: with the measured cost of single messages, and as if NCCL sent all messages of an exchange in
+one kernel. With many GPUs, the cost of a message is the least certain assumption.
 """
 
 from __future__ import annotations

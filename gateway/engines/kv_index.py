@@ -4,8 +4,8 @@ Tables map the hash of a block to the bit set of the workers that have the block
 block's tokens and all tokens before it. A worker that has a block also has the blocks before it, as
 the pool evicts the ends of sequences first. A search may therefore skip blocks.
 
-No operation stops the event loop for long: there are many small tables, as a dict of millions of
-blocks takes seconds to grow; and the blocks of a dropped worker are removed a few at a time.
+The event loop must not stop for long. Therefore there are many small tables, as a dict of millions
+of blocks takes seconds to grow, and each message removes only a few blocks of dropped workers.
 Memory: about 135 bytes for each cached block of each worker.
 
 From the routing of a prompt until the events arrive, its blocks count as expected at the worker,

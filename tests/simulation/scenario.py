@@ -127,8 +127,8 @@ def draw_scenario(
 
 
 def enlarged(scenario: Scenario, num_attention: int, num_experts: int) -> Scenario:
-    """The scenario with so many workers; with faults of racks it has two racks, and slots for two
-    copies of each expert.
+    """Return the scenario with other numbers of workers. If it has faults of racks, it gets two
+    racks, and slots for two copies of each expert.
     """
     scenario = replace(scenario, num_attention=num_attention, num_experts=num_experts)
     if not any(fault.kind in RACK_FAULTS for fault in scenario.faults):
