@@ -65,7 +65,7 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         if not is_even or len(rows) * num_experts > _MAX_TABLE:
             return False
         try:
-            slots = np.array([*chain.from_iterable(rows)], np.int64)
+            slots = np.fromiter(chain.from_iterable(rows), np.int64, sum(lengths))
             decode = np.array(self.decode_device, np.int64)
         except OverflowError:
             return False
@@ -73,14 +73,14 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         experts = slots[filled]
         if not len(experts) or experts.min() < 0 or experts.max() >= num_experts:
             return False
-        devices = np.repeat(np.arange(len(rows)), lengths)[filled]
-        shares = np.array([*chain.from_iterable(self.split)], np.float64)[filled]
-        holds = np.zeros((len(rows), num_experts), bool)
-        holds[devices, experts] = True
-        if decode.min() < 0 or decode.max() >= len(rows) or not (shares >= 0).all():
+        shares = np.fromiter(chain.from_iterable(self.split), np.float64, len(slots))[filled]
+        if decode.min() < 0 or decode.max() >= len(rows) or not shares.min() >= 0:  # or NaN
             return False
+        first = np.repeat(np.arange(0, len(rows) * num_experts, num_experts), lengths)[filled]
+        holds = np.zeros(len(rows) * num_experts, bool)
+        holds[first + experts] = True
         totals = np.bincount(experts, shares, num_experts)
-        is_decoded = holds[decode, np.arange(num_experts)].all()
+        is_decoded = holds[decode * num_experts + np.arange(num_experts)].all()
         is_once = np.count_nonzero(holds) == len(experts)
         return bool(is_once and is_decoded and (abs(totals - 1.0) <= 1e-6).all())
 
@@ -195,12 +195,12 @@ class BankPlacement(Message, frozen=True, kw_only=True):
         """Return a placement with other slot contents, in which copies that stay on their device
         keep their roles.
 
-        ``rows``: ``[device][slot]``, with every expert. Shares of removed copies go to the other
-        copies of the expert in proportion. If the decode device of an expert no longer holds it,
-        the lowest device that holds the expert becomes the decode device. ``decode_device``, if
-        given, sets all decode devices.
+        ``rows``: ``[device][slot]``, with every expert; tuples are kept. Shares of removed copies
+        go to the other copies of the expert in proportion. If the decode device of an expert no
+        longer holds it, the lowest device that holds the expert becomes the decode device.
+        ``decode_device``, if given, sets all decode devices.
         """
-        maps = tuple(tuple(map(int, row)) for row in rows)
+        maps = tuple(row if isinstance(row, tuple) else tuple(map(int, row)) for row in rows)
         decode = decode_device or [
             d if expert in maps[d] else next(i for i, row in enumerate(maps) if expert in row)
             for expert, d in enumerate(self.decode_device)
@@ -212,14 +212,17 @@ class BankPlacement(Message, frozen=True, kw_only=True):
     def _shares(self, rows: Sequence[tuple[int, ...]]) -> tuple[tuple[float, ...], ...]:
         """Return the shares of copies in other slots. The shares of an expert stay the same if its
         copies do."""
-        slots = self.physical_to_logical
-        before = [dict(zip(*each, strict=True)) for each in zip(slots, self.split, strict=True)]
-        before += [{}] * (len(rows) - len(before))
+        slots, split = self.physical_to_logical, self.split
         pairs = (pair for pair in zip_longest(slots, rows, fillvalue=()) if pair[0] != pair[1])
         moved = set(chain.from_iterable(chain.from_iterable(pairs))) - {FREE_SLOT}
+        before = {  # of the devices with other shares
+            d: dict(zip(slots[d], split[d], strict=True)) if d < len(slots) else {}
+            for d, row in enumerate(rows)
+            if slots[d : d + 1] != (row,) or not moved.isdisjoint(row)
+        }
         totals, copies = dict.fromkeys(moved, 0.0), dict.fromkeys(moved, 0)
-        for known, row in zip(before, rows, strict=False):
-            for expert in moved.intersection(row):
+        for device, known in before.items():
+            for expert in moved.intersection(rows[device]):
                 totals[expert] += known.get(expert, 0.0)
                 copies[expert] += 1
 
@@ -230,9 +233,9 @@ class BankPlacement(Message, frozen=True, kw_only=True):
             return share / totals[expert] if totals[expert] > 0 else 1.0 / copies[expert]
 
         return tuple(
-            self.split[device]
-            if device < len(slots) and row == slots[device] and moved.isdisjoint(row)
-            else tuple([part(before[device], expert) for expert in row])
+            tuple([part(before[device], expert) for expert in row])
+            if device in before
+            else split[device]
             for device, row in enumerate(rows)
         )
 
@@ -381,9 +384,9 @@ def contiguous(
             start = len(owners)
             owners += [d] * (base + (d < extra))
             own = list(range(start, len(owners)))
-            ring = [(len(owners) + i) % shape.num_experts for i in range(shape.num_experts)]
-            spare = [e for e in ring if e not in own][:num_redundant]
-            slots = own + spare
+            num_others = shape.num_experts - len(own)
+            others = range(len(owners), len(owners) + min(num_redundant, num_others))
+            slots = own + [e % shape.num_experts for e in others]
             maps.append(slots + [FREE_SLOT] * (slots_each - len(slots)))
         placed.append(
             BankPlacement.from_maps(

@@ -192,39 +192,33 @@ class _Bank:
         self._weights = weights
         self._room = self._desired.num_experts if holdings.room is None else holdings.room
         self._loaders = sorted(present - holdings.barred)
-        devices = range(self._desired.num_devices)
-        held = [self._held(holdings, device, present) for device in devices]
-        wanted = {
-            expert
-            for device, row in enumerate(held)
-            for expert in row
-            if expert in self._desired.physical_to_logical[device]
-        }
-        self._rows = [self._used(device, row, wanted) for device, row in enumerate(held)]
+        slots, held = self._desired.physical_to_logical, self._held(holdings, present)
+        pairs = [*zip(held, slots, strict=True)]
+        wanted = set[int]()  # not needed if devices hold only experts that they shall hold
+        if not all(row == want or {FREE_SLOT, *want}.issuperset(row) for row, want in pairs):
+            wanted.update(*(set(row).intersection(want) for row, want in pairs))
+        self._rows = [row if row == want else _used(row, want, wanted) for row, want in pairs]
+        """Experts in the slots of each device; ``fill`` makes lists of rows that it changes."""
 
-    def _held(self, holdings: ExpertHoldings, device: int, present: frozenset[int]) -> list[int]:
-        rows = (holdings.joining.get(device) or holdings.current).banks[self._index]
-        if device >= rows.num_devices:  # scaling has added it
-            return [FREE_SLOT] * len(self._desired.physical_to_logical[device])
-        row = list(rows.physical_to_logical[device])
-        if device not in present:
-            return [FREE_SLOT] * len(row)
+    def _held(self, holdings: ExpertHoldings, present: frozenset[int]) -> Sequence[tuple[int, ...]]:
+        """Return the experts in the slots of each device of the desired placement."""
+        index, desired = self._index, self._desired.physical_to_logical
+        rows = [*self._current.physical_to_logical[: len(desired)]]
+        rows += [(FREE_SLOT,) * len(row) for row in desired[len(rows) :]]  # scaling adds them
+        for device, placement in holdings.joining.items():
+            if device < len(desired):
+                own = placement.banks[index].physical_to_logical[device : device + 1]
+                rows[device] = own[0] if own else (FREE_SLOT,) * len(desired[device])
         for load in holdings.failed:
-            if (load.device, load.bank) == (device, self._index) and load.slot < len(row):
-                row[load.slot] = FREE_SLOT
-        return row
-
-    def _used(self, device: int, row: list[int], wanted: set[int]) -> list[int]:
-        """Return a device's slots without superfluous copies of experts, as short as possible."""
-        desired = self._desired.physical_to_logical[device]
-        used = [e if e in desired or e not in wanted else FREE_SLOT for e in row]
-        while len(used) > len(desired) and used[-1] == FREE_SLOT:
-            used.pop()
-        return used
+            if load.bank == index and load.device < len(rows):
+                row = rows[load.device]
+                if load.slot < len(row):
+                    rows[load.device] = (*row[: load.slot], FREE_SLOT, *row[load.slot + 1 :])
+        return [row if d in present else (FREE_SLOT,) * len(row) for d, row in enumerate(rows)]
 
     def without_copy(self) -> list[int]:
         """Return the experts of which no device holds a copy."""
-        found = {expert for row in self._rows for expert in row}
+        found = set[int]().union(*self._rows)
         return [e for e in range(self._desired.num_experts) if e not in found]
 
     def fill(self) -> list[SlotFill]:
@@ -236,11 +230,12 @@ class _Bank:
         """
         if not (lacking := self.without_copy()):
             return []
-        copies = Counter(chain.from_iterable(self._rows))
-        parts = [weight / max(copies[e], 1) for e, weight in enumerate(self._weights)]
-        parts.append(0.0)  # of ``FREE_SLOT``
-        burden = [sum(map(parts.__getitem__, row)) for row in self._rows]
-        room = [(burden[d], d) for d in self._loaders if self._free_slot(d) is not None]
+        parts = [*self._weights, 0.0]  # the last one is that of ``FREE_SLOT``
+        for expert, num_copies in Counter(chain.from_iterable(self._rows)).items():
+            if num_copies > 1:
+                parts[expert] /= num_copies
+        able = [d for d in self._loaders if self._free_slot(d) is not None]
+        room = [(sum(map(parts.__getitem__, self._rows[d])), d) for d in able]
         heapify(room)
         loads = []
         for expert in sorted(lacking, key=lambda e: (-self._weights[e], e)):
@@ -249,7 +244,7 @@ class _Bank:
             work, device = heappop(room)
             slot = self._free_slot(device)
             assert slot is not None, "a device in the heap has room"
-            row = self._rows[device]
+            row = self._rows[device] = [*self._rows[device]]
             row += [FREE_SLOT] * (slot + 1 - len(row))
             row[slot] = expert
             loads.append(SlotFill(bank=self._index, device=device, slot=slot, expert=expert))
@@ -270,24 +265,35 @@ class _Bank:
         """
         if tuple(map(tuple, self._rows)) == self._current.physical_to_logical:
             return self._current
-        held = [set(row) for row in self._rows]
-        decode = list(self._desired.decode_device)
+        held, decode = [*map(set, self._rows)], [*self._desired.decode_device]
+        num_served, first = Counter[int](), 0
         moved = [e for e, device in enumerate(decode) if e not in held[device]]
         for expert in moved:
-            decode[expert] = self._decode_device(held, expert, decode[:expert])
+            num_served.update(decode[first:expert])
+            decode[expert], first = self._decode_device(held, expert, num_served), expert
         return self._desired.with_slots(self._rows, decode)
 
-    def _decode_device(self, held: Sequence[set[int]], expert: int, others: Sequence[int]) -> int:
+    def _decode_device(
+        self, held: Sequence[set[int]], expert: int, num_served: Counter[int]
+    ) -> int:
         """Return the decode device for an expert that the desired device does not hold.
 
         The current device comes first, then the device that serves the fewest of the earlier
-        experts, which have the decode devices ``others``. ``held``: experts of each device.
+        experts, by ``num_served``. ``held``: experts of each device.
         """
         current = self._current.decode_device[expert]
         if current < len(held) and expert in held[current]:
             return current
         places = (device for device, experts in enumerate(held) if expert in experts)
-        return min(places, key=lambda d: (others.count(d), d))
+        return min(places, key=lambda d: (num_served[d], d))
+
+
+def _used(held: Sequence[int], desired: Sequence[int], wanted: set[int]) -> Sequence[int]:
+    """Return a device's slots without superfluous copies of experts, as short as possible."""
+    used = [e if e in desired or e not in wanted else FREE_SLOT for e in held]
+    while len(used) > len(desired) and used[-1] == FREE_SLOT:
+        used.pop()
+    return used
 
 
 def _missing_text(placement: ExpertPlacement, missing: Missing) -> str:

@@ -95,16 +95,15 @@ class Admission:
 
         Before tokenization, callers pass the smallest possible demand.
         """
-        has_share = self._has_share(demand)
         over = self.num_requests + demand.num_requests - self.max_requests
-        if over > 0 and not has_share:
+        if over > 0 and not self._has_share(demand):
             raise QueueFullError(
                 f"the queue is full: {self.num_requests} requests, at most {self.max_requests} "
                 "(max_queue)",
                 self.retry_after_s(over),
             )
         is_long = self.num_tokens + demand.num_tokens > self.max_tokens
-        if self.num_requests and is_long and not has_share:
+        if self.num_requests and is_long and not self._has_share(demand):
             raise QueueFullError(
                 f"the queue is full: {self.num_tokens} tokens, and this request needs "
                 f"{demand.num_tokens} more, at most {self.max_tokens} (max_queue_tokens)",
@@ -113,7 +112,7 @@ class Admission:
             )
         num_bytes = self.num_bytes + demand.num_bytes
         is_big = self.num_bytes and demand.num_bytes and num_bytes > self.max_prompt_bytes
-        if is_big and not has_share:
+        if is_big and not self._has_share(demand):
             raise QueueFullError(
                 f"the queue is full: {self.num_bytes} bytes of embeddings, and this request needs "
                 f"{demand.num_bytes} more, at most {self.max_prompt_bytes}",

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 from workers.requests.request import Request
 
+_LEAST_WEIGHT = 1e-200
+"""Least weight relative to the highest, so that sequences divided by weights do not overflow."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallDemand:
@@ -94,6 +97,8 @@ class TenantQueues:
         self._entry_rows: dict[tuple[str, int], int] = {}
         self._shared: tuple[float, NDArray[np.float64], NDArray[np.float64]] | None = None
         """Capacity, and waiting tokens of each entry and each tenant, until a demand changes."""
+        self._level = 0.0
+        """Level of the last ``_running``, at which the next one begins its search."""
         self._ahead: dict[tuple[str, int], float] = {}
         """Results of ``tokens_ahead`` for this capacity: a call asks several times."""
 
@@ -161,8 +166,11 @@ class TenantQueues:
             return known
         _, of_entries, of_tenants = self._shared
         entries, weights = self._entries, self._tenants["weight"]
-        own = (entries["tenant"] == row) & (entries["priority"] <= priority)
-        first = float(of_entries[own].sum())
+        if self._held.get((tenant, priority)) == self._totals[tenant]:  # it has no other priority
+            first = float(of_tenants[row])
+        else:
+            own = (entries["tenant"] == row) & (entries["priority"] <= priority)
+            first = float(of_entries[own].sum())
         ahead = np.minimum(of_tenants, first * (weights / weights[row]))
         ahead[row] = first
         self._ahead[tenant, priority] = found = float(ahead.sum())
@@ -180,22 +188,24 @@ class TenantQueues:
     def _running(self, capacity: float) -> NDArray[np.float64]:
         """Return the number of running sequences of each tenant.
 
-        All tenants that want more run ``level`` sequences for each unit of weight. The level rises
-        by what is left by the others, until no other tenant is below it.
+        All tenants that want more run ``level`` sequences for each unit of weight, so that all run
+        ``capacity``. Newton's method finds the level, from that of the last call on: the running
+        sequences are concave in the level, so that it only rises after the first step.
         """
         weights, seats = self._tenants["weight"], self._tenants["seats"]
         if capacity >= seats.sum():
             return seats.copy()
-        weights = weights / weights.max()  # very small ones would overflow
-        wants_more = weights > 0
-        num_more = np.count_nonzero(wants_more)
+        weights = np.maximum(weights / weights.max(), _LEAST_WEIGHT)
+        level, is_first = self._level, True
         while True:
-            left = capacity - seats @ ~wants_more
-            level = left / (weights @ wants_more) if num_more else 0.0
-            wants_more &= seats > level * weights
-            before, num_more = num_more, np.count_nonzero(wants_more)
-            if num_more == before:
-                return np.where(wants_more, level * weights, seats)
+            wants_more = seats > level * weights
+            slope = weights @ wants_more
+            better = (capacity - seats @ ~wants_more) / slope if slope else 0.0
+            if better == level or not (is_first or better > level):
+                self._level = level
+                running: NDArray[np.float64] = np.minimum(seats, level * weights)
+                return running
+            level, is_first = better, False
 
     def _begin(self, tenant: str, priority: int) -> None:
         if tenant not in self._totals:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import add
+from operator import add, mul
 from typing import NamedTuple
 
 from workers.engine.micro_batches import MicroBatchRule
@@ -57,15 +57,16 @@ def decide_header(
     gets 300 rows, rank 3 gets 212 and the others none.
     """
     wanted = proposals.in_order
-    is_idle = not any(p.decode_rows or p.prefill_rows for p in wanted)
-    if is_idle and not even_empty and idle_size is None:
-        return None
     alone = [p.rank for p in wanted if p.is_alone and p.num_rows]
     if alone:
         chosen = alone[step % len(alone)]
         wanted = [p if p.rank == chosen else _NOTHING for p in wanted]
     decode_rows = [p.decode_rows for p in wanted]
-    prefill_rows = _share_prefill([p.prefill_rows for p in wanted], max_prefill_rows, step)
+    prefill_rows = [p.prefill_rows for p in wanted]
+    is_idle = not (any(decode_rows) or any(prefill_rows))
+    if is_idle and not even_empty and idle_size is None:
+        return None
+    prefill_rows = _share_prefill(prefill_rows, max_prefill_rows, step)
     has_prefill = any(prefill_rows)
     rows = list(map(add, decode_rows, prefill_rows)) if has_prefill else decode_rows
     most = max(rows)
@@ -77,7 +78,9 @@ def decide_header(
         bucket = bucket_of(-(-most // num_micro_batches), buckets)
         edge_limit = _edge_limit(wanted, num_micro_batches, bucket, buckets)
     drafts = [p.draft_rows for p in wanted]
-    parents = [(p.rank, p.parents) for p, n in zip(wanted, rows, strict=True) if n]
+    parents: list[tuple[int, Parents]] = []
+    if [p for p in wanted if p.parents]:
+        parents = [(p.rank, p.parents) for p, n in zip(wanted, rows, strict=True) if n]
     return StepHeader(
         generation=generation,
         step=step,
@@ -110,12 +113,9 @@ def _edge_limit(
     wanted: Sequence[StepProposal], num_micro_batches: int, bucket: int, buckets: Sequence[int]
 ) -> int:
     """Return ``StepHeader.edge_limit`` of a step of decodes."""
-    sent = [
-        (bucket or -(-p.decode_rows // num_micro_batches), p.edge_share)
-        for p in wanted
-        if p.decode_rows
-    ]
-    limit = limit_edges(sent)
+    sending = [p for p in wanted if p.decode_rows]
+    rows = [bucket or -(-p.decode_rows // num_micro_batches) for p in sending]
+    limit = limit_edges(rows, [p.edge_share for p in sending])
     if bucket and limit:  # few sizes, because each is a separate capture
         limit = bucket_of(limit, buckets)
         limit = limit if limit < bucket else 0
@@ -159,18 +159,19 @@ def _choose_parents(
     return tuple((rank, parents) for rank, parents in shared if parents)
 
 
-def limit_edges(ranks: Sequence[tuple[int, int]]) -> int:
+def limit_edges(rows: Sequence[int], shares: Sequence[int]) -> int:
     """Return ``StepHeader.edge_limit``: the maximum rows of a micro-batch for each expert rank.
 
-    ``ranks``: (rows in a micro-batch, ``StepProposal.edge_share``) of each attention rank. The
+    ``rows``, ``shares``: rows in a micro-batch and ``StepProposal.edge_share`` of each rank. The
     limit is the largest recent need plus two standard deviations of a Poisson distribution, as the
     need varies like a sum of independent choices. The result is 0 (no limit) if a limit would save
     less than a quarter of the rows, or if the share of a rank with more rows than the limit is
     unknown.
     """
-    needed = max((-(-rows * share // ALL_ROWS) for rows, share in ranks), default=0)
+    needed = -(-max(map(mul, rows, shares), default=0) // ALL_ROWS)
     limit = needed + math.ceil(2 * math.sqrt(needed))
     limit = -(-limit // _ROUNDING) * _ROUNDING
-    max_rows = max((rows for rows, _ in ranks), default=0)
-    is_known = all(share or rows <= limit for rows, share in ranks)
-    return limit if is_known and limit <= max_rows * 3 // 4 else 0
+    is_known = all(shares) or all(
+        share or n <= limit for n, share in zip(rows, shares, strict=True)
+    )
+    return limit if is_known and limit <= max(rows, default=0) * 3 // 4 else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 
 from cluster.core.topology import Generation
 from workers.engine.leader import StepSize, decide_header, step_sizes
@@ -74,7 +75,7 @@ class StepLeader:
         """
         self._observe_step(is_timed)
         generation = self._generation
-        decode_rows = sum(p.decode_rows for p in proposals.in_order)
+        decode_rows = sum(map(attrgetter("decode_rows"), proposals.in_order))
         header = decide_header(
             proposals,
             generation=generation.number,

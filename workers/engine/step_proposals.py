@@ -84,7 +84,8 @@ class ProposalTable:
     def in_order(self) -> list[StepProposal]:
         """The proposals by ascending rank."""
         known = self._proposals
-        return [known[rank] for rank in self.ranks if rank in known]
+        ranks = self.ranks if self.is_complete else [r for r in self.ranks if r in known]
+        return [*map(known.__getitem__, ranks)]
 
     def missing(self) -> list[int]:
         """Return the ranks that have not proposed."""

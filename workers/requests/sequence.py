@@ -157,8 +157,9 @@ class SequenceState:
     @property
     def is_decoding(self) -> bool:
         """Whether only the newest output token is missing from the KV cache."""
-        num_output = len(self.output)  # not ``num_missing``: each step asks every sequence
-        return num_output > 0 and self.prompt_length + num_output - self.num_computed == 1
+        if not self.output:  # not ``num_missing``: each step asks every sequence
+            return False
+        return self.prompt_length + len(self.output) - self.num_computed == 1
 
     @property
     def num_reusable(self) -> int:

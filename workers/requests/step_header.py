@@ -99,12 +99,12 @@ class Grants(Message, frozen=True, kw_only=True, array_like=True, dict=True):
         positions_of(self.ranks)
         if len(self.numbers) != 3 * len(self.ranks):
             raise ValueError("numbers must be 3 for each rank")
-        numbers, length = memoryview(self.numbers).cast(_KIND), len(self.ranks) // _SIZE
         # Each header of each rank is checked: usually, the highest bytes and all drafts are 0.
-        if any(self.numbers[_HIGHEST::_SIZE]) and (most := max(numbers)) > MAX_ROWS:
+        highest, drafts = self.numbers[_HIGHEST::_SIZE], self.numbers[2 * len(self.ranks) :]
+        if highest != bytes(len(highest)) and (most := max(self._unpacked)) > MAX_ROWS:
             raise ValueError(f"rows are {most}, must be <= {MAX_ROWS}")
-        drafts = numbers[2 * length :]
-        if any(drafts) and any(map(int.__gt__, drafts, numbers)):
+        has_drafts = drafts != bytes(len(drafts))
+        if has_drafts and any(map(int.__gt__, memoryview(drafts).cast(_KIND), self._unpacked)):
             raise ValueError("draft_rows must not exceed decode_rows")
 
     def __iter__(self) -> Iterator[tuple[int, Grant]]:
@@ -129,8 +129,12 @@ class Grants(Message, frozen=True, kw_only=True, array_like=True, dict=True):
     @cached_property
     def rows(self) -> Sequence[int]:
         """Number of rows of each rank, in ascending order of the ranks."""
-        numbers, length = memoryview(self.numbers).cast(_KIND), len(self.ranks) // _SIZE
+        numbers, length = self._unpacked, len(self.ranks) // _SIZE
         return tuple(map(add, numbers[:length], numbers[length : 2 * length]))
+
+    @property
+    def _unpacked(self) -> memoryview[int]:
+        return memoryview(self.numbers).cast(_KIND)
 
 
 def pack(numbers: Sequence[int]) -> bytes:

@@ -183,6 +183,28 @@ class BlockManager:
         self._extend(sequence, self._pool.allocate(missing))
         return missing
 
+    def plan_decodes(
+        self, decoding: Iterable[SequenceState], admitted: Sequence[SequenceState]
+    ) -> list[PlannedRows]:
+        """Plan a decode row of each sequence, and allocate its KV block and recurrent state.
+
+        Each sequence must lack only its newest token. ``admitted``: the sequences that the plan
+        admitted. Enough blocks must be free.
+        """
+        size, states, grow = self._block_size, self._states, self.grow
+        return [
+            PlannedRows(
+                s,
+                s.num_computed,
+                1,
+                True,
+                0 if s.num_computed < len(s.blocks) * size else grow(s),  # most continue a block
+                s in admitted,
+                None if states is None else states.plan(s, s.num_computed, 1),
+            )
+            for s in decoding
+        ]
+
     def num_drafts_that_fit(self, sequence: SequenceState) -> int:
         """Number of draft tokens that fit into a sequence's blocks and all free blocks."""
         capacity = (len(sequence.blocks) + self._pool.num_free) * self._block_size

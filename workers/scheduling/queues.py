@@ -45,13 +45,15 @@ class SequenceQueues:
 
     def runnable(self, restriction: Restriction) -> tuple[list[SequenceState], list[SequenceState]]:
         """Return the running sequences that may have rows: the decoding ones, and all others."""
-        decoding: list[SequenceState] = []
-        prefilling: list[SequenceState] = []
-        is_open = restriction.is_open
-        for sequence in self.running:
-            if not sequence.is_idle and (is_open or restriction.allows(sequence)):
-                (decoding if sequence.is_decoding else prefilling).append(sequence)
-        return decoding, prefilling
+        able = self.running
+        if self.num_beams_running:
+            able = [s for s in able if not s.is_idle]
+        if not restriction.is_open:
+            able = [s for s in able if restriction.allows(s)]
+        decoding = [s for s in able if s.is_decoding]
+        if len(decoding) == len(able):
+            return decoding, []
+        return decoding, [s for s in able if not s.is_decoding]
 
     def note_commit(self) -> None:
         """Record that a step was committed, so that other sequences may decode."""

@@ -197,7 +197,7 @@ class Scheduler:
             able = self.admission.admissible(restriction, grant.prefill_rows)
             admissible = [s for s in able if not self._is_left_out(s, intent)]
         decoding, prefilling = self._make_room(intent, grant.decode_rows)
-        rows = [self._decode_rows(s, is_admitted=s in ready) for s in decoding]
+        rows = self._blocks.plan_decodes(decoding, ready)
         left = min(grant.prefill_rows, self._budget.max_rows - len(rows))
         kept = (s for s in prefilling if s.status is SequenceStatus.RUNNING)
         planned = sorted((*kept, *admissible), key=attrgetter("order"))
@@ -298,11 +298,6 @@ class Scheduler:
                 return decoding, prefilling
             self.preemption.preempt_last(intent.restriction)
 
-    def _decode_rows(self, sequence: SequenceState, *, is_admitted: bool) -> PlannedRows:
-        num_new, first = self._blocks.grow(sequence), sequence.num_computed
-        states = self._blocks.move(sequence, first, 1)
-        return PlannedRows(sequence, first, 1, True, num_new, is_admitted, states)
-
     def _prompt_rows(self, sequence: SequenceState, limit: int) -> PlannedRows | None:
         """Plan up to ``limit`` prompt or recomputed rows of a sequence; None if it does not fit."""
         is_admitted = sequence.status is SequenceStatus.WAITING
@@ -317,17 +312,19 @@ class Scheduler:
         self, planned: PlannedRows, tokens: Sequence[int], has_failed: bool
     ) -> Ending | None:
         """Apply the planned rows of one sequence; return why the sequence ended, or None."""
-        sequence, draws_token = planned.sequence, planned.samples_token
+        sequence, count = planned.sequence, planned.count
+        draws_token = planned.is_decode or planned.samples_token
         if sequence.num_cached_tokens is None:
             self.prefixes.count(sequence, planned.first)
-        num_accepted = max(len(tokens) - 1, 0)
-        count = planned.count - len(planned.drafts) + num_accepted
+        if planned.drafts:
+            count += max(len(tokens) - 1, 0) - len(planned.drafts)
         sequence.num_computed += count
         self._served.charge(sequence, count)
         self._blocks.commit(planned, has_failed=has_failed)
         if has_failed:
             return Ending(reason=FinishReason.ERROR)
-        for token in tokens if draws_token else ():
-            sequence.append(token)
+        if draws_token:
+            for token in tokens:
+                sequence.append(token)
         self._blocks.store(planned)
-        return self.ending(sequence) if draws_token else None
+        return self._stop_conditions.ending(sequence) if draws_token else None

@@ -23,14 +23,15 @@ class StopConditions:
 
     def ending(self, sequence: SequenceState) -> Ending | None:
         """Return why the output so far ends the sequence; None if the sequence continues."""
-        params, output = sequence.params, sequence.output
-        if output and len(output) >= params.min_tokens:
+        params, output = sequence.request.params, sequence.output
+        length = len(output)
+        if output and length >= params.min_tokens:
             if output[-1] in self._eos and not params.ignore_eos:
                 return Ending(reason=FinishReason.STOP)
             if output[-1] in params.stop_token_ids:
                 return Ending(reason=FinishReason.STOP, stop_token_id=output[-1])
         if sequence.grammar is not None and sequence.grammar.is_complete:
             return Ending(reason=FinishReason.STOP)
-        if len(output) >= params.max_tokens or sequence.num_tokens >= self._max_model_len:
+        if length >= params.max_tokens or sequence.prompt_length + length >= self._max_model_len:
             return Ending(reason=FinishReason.LENGTH)
         return None

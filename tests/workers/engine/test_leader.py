@@ -307,7 +307,7 @@ def test_every_decided_header_survives_the_wire() -> None:
 def test_edges_have_room_for_what_was_needed_and_two_deviations(
     ranks: list[tuple[int, int]], limit: int
 ) -> None:
-    assert limit_edges(ranks) == limit
+    assert limit_edges([n for n, _ in ranks], [share for _, share in ranks]) == limit
 
 
 def test_edges_are_limited_in_steps_without_prompts() -> None:
