@@ -155,13 +155,22 @@ def predict(
         )
 
 
+def _gpus(text: str) -> int:
+    """Read the GPUs of whole nodes. Raises ``argparse.ArgumentTypeError``."""
+    number = count(text)
+    if number % GPUS_PER_NODE:
+        rule = f"must be a multiple of {GPUS_PER_NODE}, the GPUs of a node"
+        raise argparse.ArgumentTypeError(rule)
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulated.gpu_clusters")
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--gpu", default="H200", choices=NODES)
     text = "multiples of 8"
-    parser.add_argument("--gpus", type=count, nargs="+", default=NUM_GPUS, metavar="N", help=text)
+    parser.add_argument("--gpus", type=_gpus, nargs="+", default=NUM_GPUS, metavar="N", help=text)
     text = "sequences for each GPU, as far as KV fits (64)"
     parser.add_argument("--max-seqs", type=count, default=64, metavar="N", help=text)
     text = "requests for each sequence (3)"

@@ -93,15 +93,16 @@ class ResourceReservation:
         """
         share = resolved_share(workers)
         group = self._added.get(place)
-        if group is not None:
-            return replace(share, cpus=float(group.bundle_specs[0].get("CPU", 0.0)))
-        group = _added_group(place, role, share)
+        if group is None:
+            group = self._added[place] = _added_group(place, role, share)
+        elif not (cpus := float(group.bundle_specs[0].get("CPU", 0.0))):
+            return replace(share, cpus=cpus)
         may_share = workers.has_equal_cpus and not (share.gpus or workers.follow_nodes)
         if may_share and not group.wait(_FREE_SHARE_S):
             remove_placement_group(group)
+            del self._added[place]
             share = replace(share, cpus=0.0)
-            group = _added_group(place, role, share)
-        self._added[place] = group
+            self._added[place] = _added_group(place, role, share)
         return share
 
     def release(self, places: Collection[str]) -> None:

@@ -179,7 +179,8 @@ class BatchRun:
             except UnreachableError:
                 if self._is_lost():
                     raise
-            await asyncio.sleep(min(_MAX_WAIT_S, wait_s if pause_s is None else pause_s))
+            pause_s = wait_s if pause_s is None else max(pause_s, _FIRST_WAIT_S)
+            await asyncio.sleep(min(_MAX_WAIT_S, pause_s))
             wait_s = min(2 * wait_s, _MAX_WAIT_S)
 
     def _is_lost(self) -> bool:

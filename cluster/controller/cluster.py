@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 _LEFT_OPERATIONS = 16
 """Maximum number of operations that a restarted controller gets."""
-_VERSIONS_OF_A_TERM = 1_000_000
+_VERSIONS_OF_A_TERM = 1 << 32
 """Number of snapshot versions reserved for each term, so that a new controller repeats none."""
 
 

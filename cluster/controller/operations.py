@@ -71,6 +71,13 @@ class Operation:
         if state is OperationState.SUCCEEDED:
             self.progress = 1.0
 
+    def limit_end(self, at: float) -> None:
+        """Shift times after time of day ``at`` back: the clock of another controller was ahead."""
+        ahead_s = max(self.started, self.ended) - at
+        if ahead_s > 0:
+            self.started -= ahead_s
+            self.ended = self.ended and self.ended - ahead_s
+
     def to_dict(self) -> dict[str, Any]:
         """Return the operation as plain data with the field names of ``admin.proto``."""
         hidden = ("request_id", "asked")
@@ -203,6 +210,7 @@ class Operations:
         ``goes_on`` are the ids of the operations that continue.
         """
         for operation in newest:
+            operation.limit_end(self.time_of_day(now))
             self.kept.append(operation)
             if operation.is_running and operation.id not in goes_on:
                 why = "the controller was restarted"

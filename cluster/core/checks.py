@@ -35,6 +35,12 @@ def check_each(
         check(value is None or ok(value), f"{prefix}{name}", value, rule)
 
 
+def finite_or_text(number: str) -> float | str:
+    """Return a JSON number, or its text if it exceeds all floats: JSON has no infinity."""
+    value = float(number)
+    return value if math.isfinite(value) else number
+
+
 def is_positive(value: float) -> bool:
     return value > 0
 

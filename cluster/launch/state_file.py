@@ -95,9 +95,17 @@ def state_dir() -> Path:
 
 
 def _folder() -> Path:
-    """Return the folder of all records, which may not exist."""
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "expertmesh"
+    """Return the folder of all records, which may not exist.
+
+    Raises ``ConfigError`` for a user without a home folder.
+    """
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "expertmesh"
+    try:
+        return Path.home() / ".local" / "state" / "expertmesh"
+    except RuntimeError as err:
+        rule = "must be set, as this user has no home folder"
+        raise ConfigError("XDG_STATE_HOME", "", rule) from err
 
 
 def _make(folder: Path) -> None:
@@ -155,7 +163,11 @@ def remove_record(name: str) -> None:
 
 def all_records() -> Iterator[ClusterRecord]:
     """Yield all readable records, sorted by name; none if their folder cannot be made."""
-    for path in sorted(_folder().glob("*.json")):
+    try:
+        folder = _folder()
+    except ConfigError:
+        return
+    for path in sorted(folder.glob("*.json")):
         if not _NAME.fullmatch(path.stem):
             continue  # of another program, such as an editor's lock
         record = read_record(path.stem)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cluster.core.checks import finite_or_text
 from gateway.text.tool_formats.tool_calls import CallDelta, ParsedPiece
 
 Event = dict[str, Any]
@@ -131,8 +132,11 @@ def collect_blocks(events: Iterable[Event]) -> list[Event]:
 
 
 def _input(text: str) -> dict[str, Any]:
+    """Return the object that a model has written, with values that JSON in UTF-8 can have."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_float=finite_or_text, parse_constant=str)
+        written = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass")
+        value = json.loads(written.decode("utf-16", "replace"))
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

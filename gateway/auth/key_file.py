@@ -37,6 +37,7 @@ _POLL_S = 1.0
 _READ_LIMIT_S = 2.0
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
 _MOST = 10**12
+_MIN_WEIGHT, _MAX_WEIGHT = 1e-6, 1e6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +137,9 @@ def _entry(found: Mapping[str, Any], what: str, path: str, setting: str) -> KeyE
     key = _check_key(key, path, setting, what)
     limits = {n: _limit(found[n], n, what, path, setting) for n in _LIMITS if n in found}
     weight = _limit(found.get("weight"), "weight", what, path, setting) or 1.0
+    if not _MIN_WEIGHT <= weight <= _MAX_WEIGHT:
+        rule = f"{what}: weight must be from {_MIN_WEIGHT:g} to {_MAX_WEIGHT:g}"
+        raise ConfigError(setting, path, rule)
     return KeyEntry(
         digest=stored_digest(hash_key(key)), name=name, limits=KeyLimits(**limits), weight=weight
     )

@@ -179,9 +179,9 @@ class EnginePool:
                 end = StreamEnd(f"{type(err).__name__}: {err}", has_died=False)
             finally:
                 announcer.cancel()
-                if clients.get(endpoint.name) is client:
+                if clients.get(endpoint.name) is client:  # else ``update`` has handled it
                     del clients[endpoint.name]
-                self._handle_lost_stream(client, end)
+                    self._handle_lost_stream(client, end)
             logger.warning("stream to %s ended: %s", endpoint.name, end.reason)
             await asyncio.sleep(_RETRY_S)
 

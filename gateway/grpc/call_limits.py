@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -47,9 +46,7 @@ def freed_when_aborted(serve: Handler) -> Handler:
             await serve(requests, context)
         except grpc.aio.AbortError as err:
             del requests, context
-            cause, err.__context__ = err.__context__, None
-            while cause is not None:
-                cause.__traceback__, cause = None, cause.__context__
+            err.__context__ = None
             raise err.with_traceback(None) from None
 
     return handle
@@ -230,12 +227,11 @@ class BoundedStream:
     ) -> None:
         """End the call. Raises gRPC's error unless a message waits for the client.
 
-        Clears the traceback frames of ``error``, which may contain the client's message.
+        Drops the tracebacks of ``error``: their frames refer to the call and the client's message.
         """
         chained: BaseException | None = error
         while chained is not None:
-            traceback.clear_frames(chained.__traceback__)
-            chained = chained.__cause__ or chained.__context__
+            chained.__traceback__, chained = None, chained.__cause__ or chained.__context__
         if self._is_writing:
             await self.unread.end(self.context, report, trailers)
         else:

@@ -59,6 +59,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _num_unread = 0
     _num_head_bytes = 0
     _is_refused = False
+    _refusal = b""
+    """Refusal that is not sent yet: it follows the responses to earlier requests."""
     _stalled: asyncio.TimerHandle | None = None
     _running: RequestResponseCycle | None = None
 
@@ -77,7 +79,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_unread += len(data)
         self._unset_keepalive_if_required()
         self._parse(data)
-        if self._num_unread <= MAX_HEAD_BYTES:
+        if self._is_refused or self._num_unread <= MAX_HEAD_BYTES:
             return
         if self._is_in_head:
             self._reject_headers()
@@ -153,6 +155,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self.flow.resume_reading()  # the last waiting request has begun
+        self._send_refusal()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -190,8 +193,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._respond(b"431 Request Header Fields Too Large", error)
 
     def _respond(self, status: bytes, error: ExpertMeshError) -> None:
-        """Respond in place of the application, and close the connection."""
+        """Respond in place of the application, after earlier requests, and close the connection.
+
+        If the response to the request is being sent, as its body is not valid, it gets no other.
+        """
         self._is_refused = True
+        if self.pipeline and self.cycle.more_body:
+            self.pipeline.popleft()  # this request, which has not begun
+            self.flow.resume_reading()
         content = json.dumps(report_error(error).body()).encode()
         lines = (
             b"HTTP/1.1 " + status,
@@ -202,5 +211,22 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             b"",
             content,
         )
-        self.transport.write(b"\r\n".join(lines))
+        self._refusal = b"\r\n".join(lines)
+        self._send_refusal()
+
+    @property
+    def _is_owed(self) -> bool:
+        """Whether whole requests wait for a response, or for its end."""
+        running = self._running
+        if self.pipeline or running is None or running.response_complete:
+            return bool(self.pipeline)
+        return running is not self.cycle or not running.more_body
+
+    def _send_refusal(self) -> None:
+        if not self._refusal or self._is_owed or self.transport.is_closing():
+            return
+        running = self._running
+        if running is None or running.response_complete or not running.response_started:
+            self.transport.write(self._refusal)
+        self._refusal = b""
         self.transport.close()

@@ -132,15 +132,17 @@ class TimedHttpProtocol(BoundedHttpProtocol):
             self._timer = None
 
     def _end(self) -> None:
-        """End the connection, unless its body grew by ``BODY_STEP_BYTES`` or reading is paused."""
+        """End the connection, unless its body grew by ``BODY_STEP_BYTES``, reading is paused, or
+        responses precede a refusal."""
         self._timer = None
         is_in_body = self.is_serving and not self._has_begun_head
-        if self.flow.read_paused or (is_in_body and self._num_new_bytes >= BODY_STEP_BYTES):
+        is_growing = is_in_body and self._num_new_bytes >= BODY_STEP_BYTES
+        if self.flow.read_paused or is_growing or (self._is_refused and self._is_owed):
             self._wait(BODY_LIMIT_S if is_in_body else HEAD_LIMIT_S)
             return
-        if self.is_serving or not self._has_begun_head:
+        if self._is_refused or not self._has_begun_head:
             self.transport.abort()
             return
         error = DeadlineExceededError(f"the headers did not arrive within {HEAD_LIMIT_S:g} s")
         self._respond(b"408 Request Timeout", error)
-        self._timer = self.loop.call_later(_FLUSH_LIMIT_S, self.transport.abort)
+        self._timer = self.loop.call_later(_FLUSH_LIMIT_S, self._end)

@@ -23,6 +23,12 @@ def test_a_cheaper_message_is_never_slower(capsys: pytest.CaptureFixture[str]) -
     assert dear["input_tokens_per_s_gpu"] == pytest.approx(10 * dear["output_tokens_per_s_gpu"])
 
 
+def test_only_whole_nodes_are_simulated(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_clusters.main(["--gpus", "12"])
+    assert "--gpus: must be a multiple of 8, the GPUs of a node" in capsys.readouterr().err
+
+
 def test_a_model_that_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_clusters.main(["--models", "DeepSeek-V3", "--gpus", "16", "--gpu", "H100"]) == 0
     assert "DeepSeek-V3 on 16: num_nodes (2) of H100-80GB are too few" in capsys.readouterr().err

@@ -78,7 +78,8 @@ def _vocab_size(client: Client) -> int:
         message = f"{client.url} does not report its vocabulary ({err}): give --vocab-size"
         raise CommandError(ExitCode(err.code), message) from err
     try:
-        return int(status["model"]["vocab_size"])
-    except (KeyError, TypeError) as err:
+        facts: Any = status.get("model")
+        return int(facts.get("vocab_size"))
+    except (TypeError, ValueError, AttributeError) as err:
         message = f"the cluster is {status.get('state', 'no cluster')}: its model is not known yet"
         raise CommandError(ExitCode.NOT_READY, message) from err

@@ -61,9 +61,19 @@ def _show_processes(args: argparse.Namespace, admin: AdminClient) -> int:
     """Print the newest log lines in the memory of each process, on any host."""
     seen: dict[str, int] = {}
     found = {}
+    error: CommandError | None = None
     for name in _processes(args):
-        seen[name], lines = admin.log(name, 0)
-        found[name] = _tail(lines, args.tail)
+        try:
+            seen[name], lines = admin.log(name, 0)
+        except CommandError as err:
+            if not args.all or err.code not in (ExitCode.REFUSED, ExitCode.NOT_READY):
+                raise
+            error = err
+            note(f"expertmesh: {name}: {err}")  # it starts or has ended
+        else:
+            found[name] = _tail(lines, args.tail)
+    if error is not None and not found and not args.follow:
+        raise error
     _print(args, "process", found)
     trouble = ""
     while args.follow and not args.json:
@@ -111,7 +121,7 @@ def _print(args: argparse.Namespace, kind: str, found: Mapping[str, Sequence[str
         write_json({"schema": 1, "logs": [{kind: name, "lines": found[name]} for name in found]})
         return
     for name, lines in found.items():
-        write_result(f"==> {name} <==\n" if len(found) > 1 else "")
+        write_result(f"==> {name} <==\n" if len(found) > 1 or args.all else "")
         _print_lines(lines)
 
 

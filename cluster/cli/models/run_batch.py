@@ -18,6 +18,7 @@ from cluster.cli.terminal.client import Client, response_error
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, show
 from cluster.cli.terminal.progress import Progress
+from cluster.core.checks import finite_or_text
 from cluster.core.errors import ConflictError, RequestError
 
 _CONCURRENCY = 32
@@ -133,6 +134,6 @@ class _Sender:
 
 def _parsed(text: bytes) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return json.loads(text, parse_float=finite_or_text, parse_constant=str)
+    except (ValueError, RecursionError):
         return text[:1024].decode(errors="replace")

@@ -53,6 +53,14 @@ def find_record(args: argparse.Namespace) -> state_file.ClusterRecord | None:
     return alive.get(name or state_file.DEFAULT_NAME) or next(iter(alive.values()), None)
 
 
+class _Document(dict[str, Any]):
+    """A JSON object in a response. If a field is missing, the server is no gateway."""
+
+    def __missing__(self, key: str) -> Any:
+        message = f"the server does not answer like an expertmesh gateway: no field {key}"
+        raise CommandError(ExitCode.UNREACHABLE, message)
+
+
 class Client:
     """Sends requests to one URL. Errors become ``CommandError`` with the matching exit code."""
 
@@ -200,7 +208,7 @@ class Client:
         """Return a JSON object. Raises ``CommandError`` for any other text: all documents of a
         gateway are objects."""
         try:
-            document = json.loads(body)
+            document = json.loads(body, object_hook=_Document)
         except (ValueError, RecursionError) as err:
             raise self._unlike_gateway() from err
         if not isinstance(document, dict):

@@ -106,6 +106,23 @@ def test_a_name_that_an_earlier_controller_had_used_takes_no_place_of_another_wo
     assert head.bundles == [-1]  # wherever there is room; bundle 0 is that of expert-0
 
 
+def test_resources_are_released_although_ray_failed_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Group:
+        def wait(self, limit_s: float) -> bool:
+            raise RuntimeError("the head node is away")
+
+    made, removed = Group(), list[object]()
+    monkeypatch.setattr(resource_reservation, "_added_group", lambda *place: made)
+    monkeypatch.setattr(resource_reservation, "remove_placement_group", removed.append)
+    room = resource_reservation.ResourceReservation()
+    with pytest.raises(RuntimeError, match="away"):
+        room.add("expert-2", "expert", WorkersSection(has_equal_cpus=True, cpus_per_worker=1.0))
+    room.release(["expert-2"])
+    assert removed == [made]
+
+
 def test_a_worker_that_is_not_wanted_any_more_is_not_created() -> None:
     """Its scaling was rolled back before Ray knew of it."""
     head = SlowHead(1)

@@ -126,6 +126,23 @@ def test_answers_of_another_batch_are_refused(tmp_path: Path) -> None:
         batch(tmp_path, Server())
 
 
+def test_a_server_that_names_no_pause_is_not_asked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float, wait: Callable[[float], Any] = asyncio.sleep) -> None:
+        pauses.append(seconds)
+        await wait(0.0)
+
+    write_lines(tmp_path / "in", [line("id-0")])
+    monkeypatch.setattr(run, "_FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    server = Server(id_0=[BatchResponse(status, {}, retry_after_s=0.0) for status in (429, 503)])
+    assert batch(tmp_path, server).completed == 1
+    assert pauses.count(0.5) == 2
+
+
 def test_a_full_or_restarting_server_is_asked_again(tmp_path: Path) -> None:
     write_lines(tmp_path / "in", [line(one) for one in IDS])
     gone = UnreachableError("gone")

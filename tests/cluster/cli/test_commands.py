@@ -245,6 +245,11 @@ _WHOLE = "HTTP/1.1 200 X\r\n\r\n"
         (["status"], _WHOLE + "[" * 9999, "does not answer like an exp"),
         (["tokenize", "a"], f"{_WHOLE}[1]", "does not answer like an exp"),
         (["generate", "a"], f"{_WHOLE}data: [1]\n\n", "does not answer like an exp"),
+        (["tokenize", "a"], _WHOLE + "{}", "an expertmesh gateway: no field"),
+        (["workers"], _WHOLE + "{}", "an expertmesh gateway: no field workers"),
+        (["events"], _WHOLE + "{}", "an expertmesh gateway: no field events"),
+        (["placement"], _WHOLE + "{}", "an expertmesh gateway: no field"),
+        (["load"], _WHOLE + "{}", "an expertmesh gateway: no field"),
         (["status"], _CUT.format(200), "ended before it was complete"),
         (["status"], _CUT.format(500), "ended before it was complete"),
         (

@@ -707,3 +707,11 @@ def test_a_short_difference_means_nothing() -> None:
         cluster.send("expert-0", beat_of(cluster))
         cluster.tick(0.5)
     assert cluster.known.generation.number == 1
+
+
+def test_the_versions_of_a_later_controller_are_higher() -> None:
+    """Gateways drop older versions; a controller that ran for months has had many."""
+    first = FakeCluster(1, 2)
+    first.known.version += 100_000_000
+    second = Cluster(first.members, first.placement, CONFIG, now=0.0, term=2)
+    assert second.version > first.known.version

@@ -167,6 +167,16 @@ def test_a_signal_that_came_before_is_followed() -> None:
     assert operation["target"] == "expert-2"
 
 
+def test_an_operation_did_not_end_in_the_future() -> None:
+    """The clock of the earlier controller was a day ahead."""
+    earlier, later = Operations(1, 86400.0, lambda: None), Operations(2, 0.0, lambda: None)
+    order = RebalanceCommand(request_id="a", dry_run=True)
+    earlier.end(earlier.begin(order, "", 1.0), OperationState.FAILED, "no", 2.0)
+    later.restore(earlier.kept, 3.0)
+    operation = later.find("rebalance-1.1")
+    assert (operation.started, operation.ended) == (2.0, 3.0)
+
+
 def test_what_else_was_under_way_has_failed() -> None:
     forgotten = Operations(2, 0.0, lambda: None)
     first = Operations(1, 0.0, lambda: None)

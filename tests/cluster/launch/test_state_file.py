@@ -55,6 +55,17 @@ def test_a_record_survives_the_file(state_home: Path) -> None:
     assert state_file.read_record("one") is None
 
 
+def test_a_user_without_a_home_has_no_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert list(state_file.all_records()) == []
+    with pytest.raises(ConfigError, match="must be set, as this user has no home folder"):
+        state_file.write_record(record("one"))
+
+
 def test_a_record_is_old_or_new_whatever_the_disk_does(
     state_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

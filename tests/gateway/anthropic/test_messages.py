@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from cluster.config.gateway import GatewaySection
+from gateway.anthropic.blocks import collect_blocks
 from gateway.core.tool_use import ToolCallFormat
 from gateway.core.tuning import GatewayTuning
 from tests.gateway.fakes import MAX_MODEL_LEN, saying, tiny_tokenizer
@@ -183,6 +184,19 @@ def test_calls_are_blocks_of_their_own(messages_stack: Stack) -> None:
     }
     assert (second["name"], second["input"]) == ("now", {})
     assert message["stop_reason"] == "tool_use"
+
+
+def test_arguments_that_json_cannot_have_are_replaced() -> None:
+    """The response could not be encoded: JSON has no infinity, and UTF-8 no surrogates."""
+    block = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {}}
+    written = r'{"a": 1e999, "b": NaN, "c": 2.5, "\ud800": "\udfff"}'
+    delta = {"type": "input_json_delta", "partial_json": written}
+    events = [
+        {"type": "content_block_start", "index": 0, "content_block": block},
+        {"type": "content_block_delta", "index": 0, "delta": delta},
+    ]
+    (found,) = collect_blocks(events)
+    assert found["input"] == {"a": "1e999", "b": "NaN", "c": 2.5, "\ufffd": "\ufffd"}
 
 
 def test_white_space_alone_is_no_block(messages_stack: Stack) -> None:

@@ -90,6 +90,8 @@ def test_a_key_file_is_lines_or_yaml_or_json(tmp_path: Path) -> None:
         ("keys: [{sha256: s3cret}]", "64 hex digits"),
         ("keys: [{key: s3cret, max_concurrent: 0}]", "max_concurrent must be a number above 0"),
         ("keys: [{key: s3cret, weight: -1}]", "weight must be a number above 0"),
+        ("keys: [{key: s3cret, weight: 1.0e-7}]", "weight must be from 1e-06 to 1e+06"),
+        ("keys: [{key: s3cret, weight: 1000001}]", "weight must be from 1e-06 to 1e+06"),
         ("keys: [{key: s3cret, max_concurrent: 1.5}]", "max_concurrent must be a number above 0"),
         ("keys: [{key: s3cret, tokens_per_minute: .inf}]", "tokens_per_minute must be a number"),
         ("keys: [{key: s3cret, tokens_per_minute: .nan}]", "tokens_per_minute must be a number"),

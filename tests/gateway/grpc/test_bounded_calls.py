@@ -150,9 +150,11 @@ def test_idle_watches_keep_no_other_call_out(keyed: Stack) -> None:
     keyed.wait_for(lambda: len(pool) == 0, "the end of all watches")
 
 
-def test_watches_above_the_limit_end_the_oldest_of_the_largest_connection(keyed: Stack) -> None:
+def test_watches_above_the_limit_end_the_oldest_of_the_largest_connection(
+    keyed: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pool = keyed.grpc_server.health.watches
-    pool._burst_s = 0.0
+    monkeypatch.setattr(pool, "_burst_s", 0.0)
     with (
         grpc.insecure_channel(keyed.grpc_target) as channel,
         Http2Client(keyed.grpc_target, window=1000) as idle,
@@ -161,7 +163,9 @@ def test_watches_above_the_limit_end_the_oldest_of_the_largest_connection(keyed:
             health_pb2.HealthCheckRequest(), timeout=WAIT_S
         )
         assert next(watch).status == SERVING
-        streams = [idle.call(WATCH, request_for("")) for _ in range(MAX_WATCHES + 1)]
+        streams = [idle.call(WATCH, request_for("")) for _ in range(2)]
+        idle.wait_for(lambda: all(map(idle.data, streams)), "the first message of the oldest")
+        streams += [idle.call(WATCH, request_for("")) for _ in range(MAX_WATCHES - 1)]
         for stream in streams[:2]:
             assert idle.wait_status(stream) == CODES.RESOURCE_EXHAUSTED.value[0]
         idle.wait_for(lambda: all(map(idle.data, streams)), "the first message of each")
@@ -171,19 +175,21 @@ def test_watches_above_the_limit_end_the_oldest_of_the_largest_connection(keyed:
         keyed.call(lambda: keyed.controller.change(late_workers=[]))
         assert next(watch).status == SERVING
         watch.cancel()
-    pool._burst_s = 1.0
 
 
-def test_checks_without_a_message_keep_no_check_out(keyed: Stack) -> None:
+def test_checks_without_a_message_keep_no_check_out(
+    keyed: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = keyed.grpc_server.health.reads
-    reads._burst_s = 0.0
+    monkeypatch.setattr(reads, "_burst_s", 0.0)
     with Http2Client(keyed.grpc_target) as silent:
-        streams = [silent.call(CHECK, None) for _ in range(MAX_READS + 5)]
+        streams = [silent.call(CHECK, None) for _ in range(5)]
+        keyed.wait_for(lambda: len(reads) == 5, "the oldest calls")
+        streams += [silent.call(CHECK, None) for _ in range(MAX_READS)]
         for stream in streams[:5]:
             assert silent.wait_status(stream) == CODES.RESOURCE_EXHAUSTED.value[0]
         check_served(keyed)
     keyed.wait_for(lambda: len(reads) == 0, "the end of all checks")
-    reads._burst_s = 1.0
 
 
 def test_names_are_checked_before_anything_is_kept(keyed: Stack) -> None:
@@ -240,9 +246,11 @@ def test_a_message_that_is_refused_is_not_kept(keyed: Stack, path: str, key: Any
         gc.enable()
 
 
-def test_idle_streams_of_reflection_keep_no_call_out(keyed: Stack) -> None:
+def test_idle_streams_of_reflection_keep_no_call_out(
+    keyed: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limits = keyed.grpc_server.limits
-    limits.streams._burst_s = 0.0
+    monkeypatch.setattr(limits.streams, "_burst_s", 0.0)
     with Http2Client(keyed.grpc_target, window=100_000) as idle:
         streams = [idle.call(REFLECTION, None, KEY) for _ in range(2 * MAX_STREAMS)]
 
@@ -261,7 +269,6 @@ def test_idle_streams_of_reflection_keep_no_call_out(keyed: Stack) -> None:
             found = list(stub.ServerReflectionInfo(asks, metadata=KEY, timeout=WAIT_S))
             assert found[0].list_services_response.service
     keyed.wait_for(lambda: len(limits.streams) == 0, "the end of all streams")
-    limits.streams._burst_s = 1.0
 
 
 def test_idle_streams_of_events_keep_no_admin_call_out(keyed: Stack) -> None:

@@ -111,7 +111,7 @@ class DiskWriter:
             if len(self._waiting) == MAX_WAITING:
                 skipped = self._waiting.popleft()
                 if self._opened is not None:
-                    self._opened.num_skipped += len(skipped.names)
+                    self._opened.skip(skipped)
             self._waiting.append(use)
             self._changed.notify_all()
 

@@ -93,7 +93,12 @@ class Tier(ABC):
         """Make the turn's items evictable."""
         with self._lock:
             self._order.end(turn)
-        self.num_skipped += sum(name not in self._here for name, _ in turn.use.items)
+        self.skip(turn.use)
+
+    def skip(self, use: TurnUse) -> None:
+        """Count the items of a turn that the tier lacks, and will not get."""
+        with self._lock:
+            self.num_skipped += sum(name not in self._here for name, _ in use.items)
 
     def read(self, name: bytes) -> Tensor | None:
         """Return the data of an item, uint8 in CPU memory. None if it is missing or corrupt."""

@@ -137,7 +137,7 @@ class TurnCopier:
             num_here = len(self._tiers.tiers_of(use.names))
             use = replace(use, names=use.names[:num_here], states=())
         if len(self._waiting) == MAX_TURNS:
-            self._tiers.host.num_skipped += len(use.names)
+            self._tiers.host.skip(use)
             return
         self._schedule(_Copy(use, has_ended=True))
 

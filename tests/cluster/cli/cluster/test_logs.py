@@ -163,6 +163,19 @@ def test_logs_of_processes_on_any_host(
     assert found == [{"process": name, "lines": [f"from {name}"]} for name in names]
 
 
+def test_a_worker_that_starts_hides_no_other_logs(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.open_admin()
+    refusal = (404, {"error": {"message": "no worker 'attention-0' runs"}})
+    answers: list[tuple[int, Any]] = [(200, {"number": 1, "lines": [text]}) for text in "ab"]
+    gateway.admin = [answers[0], refusal, answers[1]]
+    assert main(["--url", gateway.url, "logs", "--all"]) == ExitCode.OK
+    shown = capsys.readouterr()
+    assert shown.out == "==> controller <==\na\n==> expert-0 <==\nb\n"
+    assert shown.err == "expertmesh: attention-0: no worker 'attention-0' runs\n"
+
+
 def test_logs_of_processes_go_on(
     gateway: FakeGateway,
     capsys: pytest.CaptureFixture[str],

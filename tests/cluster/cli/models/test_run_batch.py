@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.harness.stalls import wait_until
 from cluster.cli.main import main
+from cluster.cli.models import run_batch
 from cluster.cli.terminal.exit_codes import ExitCode
 from tests.cluster.batches.files import line, read_lines, write_lines
 from tests.cluster.cli.fake_gateway import FakeGateway
@@ -146,3 +147,9 @@ def test_a_server_that_is_away(tmp_path: Path, capsys: pytest.CaptureFixture[str
     words += [str(tmp_path / "out"), "--give-up-after", "0.01"]
     assert main(words) == ExitCode.UNREACHABLE
     assert "0 of 1 requests answered; rerun to send the others" in capsys.readouterr().err
+
+
+def test_numbers_that_json_cannot_have_are_texts() -> None:
+    """The response could not be written to the file."""
+    assert run_batch._parsed(b'{"a": [NaN, 1e999, 0.5]}') == {"a": ["NaN", "1e999", 0.5]}
+    assert run_batch._parsed(b"[" * 20_000) == "[" * 1024

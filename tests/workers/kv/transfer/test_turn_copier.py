@@ -127,6 +127,18 @@ def test_too_many_turns_are_left_out(copying: Copying, monkeypatch: pytest.Monke
     assert copying.num_skipped == NUM_BLOCKS + 1
 
 
+def test_blocks_that_the_tier_has_are_not_skipped(
+    copying: Copying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn_copier, "MAX_TURNS", 1)
+    serve(copying.local, request_of())
+    copying.settle()
+    serve(copying.local, request_of("other", prompt=PROMPT[::-1]))
+    serve(copying.local, request_of("again"))  # no room in the queue
+    copying.settle()
+    assert copying.num_skipped == 0
+
+
 def test_a_turn_that_cannot_be_ended_does_not_end_the_worker(
     copying: Copying, monkeypatch: pytest.MonkeyPatch
 ) -> None:
