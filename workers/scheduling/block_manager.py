@@ -119,7 +119,8 @@ class BlockManager:
     def can_grow(self, decoding: Sequence[SequenceState]) -> bool:
         """Whether enough blocks are free for the next row of all sequences in ``decoding``."""
         has_enough = self._pool.can_allocate(len(decoding))  # each needs one block at most
-        return has_enough or self._pool.can_allocate(sum(map(self._num_missing, decoding)))
+        missing = (self._num_blocks_for(s.num_tokens) - len(s.blocks) for s in decoding)
+        return has_enough or self._pool.can_allocate(sum(missing))
 
     def can_fork(self, child: SequenceState, running: Sequence[SequenceState]) -> bool:
         """Whether enough blocks are free for ``child``, a forked beam, to run in the next step.
@@ -132,9 +133,6 @@ class BlockManager:
         """Return the number of KV blocks that a sequence needs at its maximum length."""
         read = sequence.prompt_length + sequence.params.max_tokens - 1  # the last token gets no row
         return self._num_blocks_for(min(read, self._max_model_len))
-
-    def _num_missing(self, decoding: SequenceState) -> int:
-        return self._num_blocks_for(decoding.num_tokens) - len(decoding.blocks)
 
     # Changes
 
