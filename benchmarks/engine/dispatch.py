@@ -88,6 +88,9 @@ class ExpertLaps:
     def __init__(self) -> None:
         self.us: list[float] = []
 
+    def fork(self) -> ExpertLaps:
+        return self
+
     def begin_step(self, header: StepHeader) -> bool:
         return True
 

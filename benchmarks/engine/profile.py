@@ -45,6 +45,9 @@ class StepSums:
         self._steps: Counter[str] = Counter()
         self._ns: dict[str, Counter[str]] = {}
 
+    def fork(self) -> StepSums:
+        return self
+
     def begin_step(self, header: StepHeader) -> bool:
         """Every step counts."""
         self._phase = "prefill" if header.prefill_rows else "decode"

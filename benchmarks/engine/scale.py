@@ -140,9 +140,9 @@ def _send(sender: PeerConnections, name: str, kind: FrameKind, step: int, data: 
 
 def _drain(peer: PeerConnections) -> None:
     """Take the next step frame that the measured worker has sent to ``peer``."""
-    while not peer.step_frames:
+    while not peer.step_frames():
         peer.poll(1.0)
-    peer.step_frames.popleft()
+    peer.step_frames().popleft()
 
 
 def _settle() -> None:
@@ -196,7 +196,7 @@ def rank_us(num_members: int, steps: int) -> tuple[float, float]:
             _drain(parent)
             data = HEADERS.encode(_header(num_members, step))
             _send(parent, name, FrameKind.HEADER, step, data)
-            while not connections.step_frames:
+            while not connections.step_frames():
                 connections.poll(1.0)
             began = time.thread_time_ns()
             header = channel.wait(10.0)

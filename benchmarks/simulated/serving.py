@@ -39,9 +39,9 @@ from cluster.sizing.roofline import DeviceSpec, HostTime, ModelSize, StepTime, a
 from cluster.workload.arrivals import Arrival
 from cluster.workload.tally import CompletedRequest, Tally
 from gateway.core.call import CallKind, GenerateCall
-from workers.dispatch.expert_server import ExpertServer
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.model_runner import ModelRunner
+from workers.process.roles.experts import ExpertRole
 
 LAYOUTS = ((1, 1), (1, 2), (2, 3))
 """Attention and expert workers."""
@@ -161,8 +161,8 @@ class PacedCluster:
         self._pace = pace
         for rank in range(self._num_ranks):
             _pace_attention(cluster.group.attention(f"attention-{rank}").engine.runner, pace)
-        for server in self._servers():
-            _pace_experts(server, pace)
+        for role in self._experts():
+            _pace_experts(role, pace)
 
     def measure_hosts(self) -> tuple[tuple[HostTime, ...], float]:
         """Measure how much longer steps take than their paces: with a row on one worker, on two and
@@ -181,7 +181,7 @@ class PacedCluster:
 
     def choices(self) -> list[list[float]]:
         """Return how often rows have chosen each expert, by bank."""
-        counts = [server.counters.token_counts for server in self._servers()]
+        counts = [role.servers[0].counters.token_counts for role in self._experts()]
         return [torch.cat(parts).tolist() for parts in zip(*counts, strict=True)]
 
     def serve(self, arrivals: Sequence[Arrival], name: str) -> Served:
@@ -192,11 +192,11 @@ class PacedCluster:
     def _num_ranks(self) -> int:
         return self._cluster.config.workers.num_attention_ranks
 
-    def _servers(self) -> Iterator[ExpertServer]:
+    def _experts(self) -> Iterator[ExpertRole]:
         for rank in range(self._cluster.config.workers.num_expert_workers):
             role = self._cluster.group.workers[f"expert-{rank}"].roles.experts
             assert role is not None
-            yield role.server
+            yield role
 
     async def _serve(self, arrivals: Sequence[Arrival], name: str) -> Served:
         clock, tally = time.monotonic, Tally({})
@@ -206,7 +206,7 @@ class PacedCluster:
             await asyncio.sleep(start + arrival.due_s - clock())
             began = clock()
             tally.begin(began - start - arrival.due_s)
-            answer = await self._gateway.serve(_call(arrival, number), f"{name}-{number}")
+            answer = await self._gateway.serve(make_call(arrival, number), f"{name}-{number}")
             pieces = [at - began for at in answer.times]
             lengths = arrival.input_len, answer.num_tokens
             tally.take(CompletedRequest(pieces, pieces[-1], *lengths))
@@ -220,7 +220,7 @@ class PacedCluster:
         """Return the median time between tokens of ``num_rows`` requests on each of some workers,
         among which the gateway divides them, without the paces."""
         arrival = Arrival(0.0, _PROMPT_LEN, _HOST_TOKENS)
-        calls = [_call(arrival, number) for number in range(num_rows * num_workers)]
+        calls = [make_call(arrival, number) for number in range(num_rows * num_workers)]
         gaps = [
             after - before
             for answer in self._gateway.answer(calls)
@@ -234,11 +234,12 @@ class PacedCluster:
     def _first_s(self, number: int) -> float:
         """Return the time to the first token of a request without others."""
         began = time.monotonic()
-        (answer,) = self._gateway.answer([_call(Arrival(0.0, _PROMPT_LEN, 1), number)])
+        (answer,) = self._gateway.answer([make_call(Arrival(0.0, _PROMPT_LEN, 1), number)])
         return answer.times[0] - began
 
 
-def _call(arrival: Arrival, number: int) -> GenerateCall:
+def make_call(arrival: Arrival, number: int) -> GenerateCall:
+    """Return the call of a completion; ``number`` selects the prompt."""
     return GenerateCall(
         kind=CallKind.COMPLETION,
         prompts=(tuple(arrival.prompt(1000, f"prompt {number}")),),
@@ -262,24 +263,28 @@ def _pace_attention(runner: ModelRunner, pace: Pace) -> None:
     runner.run = paced  # type: ignore[method-assign]
 
 
-def _pace_experts(server: ExpertServer, pace: Pace) -> None:
-    """Serve exchanges by torch, as native code has no place for a pace, and pace them."""
-    static, exact = server._static, server._exact
-    server._serving_of = lambda step: (  # type: ignore[method-assign]
-        exact if step.header.exact else static
-    )
-    for serving_rows in (static, exact):
-        for name in ("_sum", "_compute"):
-            setattr(serving_rows, name, _paced(getattr(serving_rows, name), pace))
+def _pace_experts(role: ExpertRole, pace: Pace) -> None:
+    """Serve exchanges by Python, as native code has no place for a pace, and pace them."""
+    for server in role.servers:
+        server._native.begin_step = server._static.begin_step  # type: ignore[method-assign]
+        server._native.serve = server._static.serve  # type: ignore[method-assign]
+    for bank in role.slots.banks:
+        rows, pairs = bank.compute_rows, bank.compute
+        paced = _paced(rows, pace, bank.spec.index, lambda args: args[2])
+        bank.compute_rows = paced  # type: ignore[method-assign]
+        paced = _paced(pairs, pace, bank.spec.index, lambda args: args[3])
+        bank.compute = paced  # type: ignore[method-assign]
 
 
-def _paced(compute: Callable[..., Any], pace: Pace) -> Callable[..., Any]:
+def _paced(
+    compute: Callable[..., Any], pace: Pace, bank: int, slots_of: Callable[[Any], torch.Tensor]
+) -> Callable[..., Any]:
     @wraps(compute)
-    def paced(bank: Any, exchange: Any, batch: Any) -> Any:
+    def paced(*args: Any) -> Any:
         began = time.monotonic()
-        outputs = compute(bank, exchange, batch)
-        here = batch.slots[batch.slots >= 0]
-        busy_s = pace.expert_s(bank.index, len(here.unique()), len(here))
+        outputs = compute(*args)
+        here = [slot for slot in slots_of(args).flatten().tolist() if slot >= 0]
+        busy_s = pace.expert_s(bank, len(set(here)), len(here))
         time.sleep(max(0.0, began + busy_s - time.monotonic()))
         return outputs
 

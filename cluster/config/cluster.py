@@ -232,6 +232,15 @@ class ClusterConfig:
         is_refused = self.transport.transport == "collective" and 0 < gpus < 1
         rule = f"needs gpus_per_worker of at least 1, not {gpus:g}: NCCL takes one worker a GPU"
         check(not is_refused, "transport", self.transport.transport, rule)
+        number = self.workers.num_prefill_workers
+        rule = "needs transport sockets: torch.distributed connects one group of attention workers"
+        check(number is None or not self.is_collective, "num_prefill_workers", number, rule)
+        moves = self.engine.enable_prefix_caching and self.engine.kv_fetch_limit_s > 0
+        rule = "needs enable_prefix_caching and kv_fetch_limit_s: a prompt moves as cached blocks"
+        check(number is None or moves, "num_prefill_workers", number, rule)
+        follows = self.workers.follow_nodes or self.autoscale.autoscale != "off"
+        rule = "must be left out with follow_nodes and autoscale, which know one pool of attention"
+        check(number is None or not follows, "num_prefill_workers", number, rule)
         self.autoscale.check_pools(self.workers.mode, self.workers.pools)
         rule = "must be off or dry-run with follow_nodes: the nodes decide the numbers"
         is_refused = self.workers.follow_nodes and self.autoscale.autoscale == "on"

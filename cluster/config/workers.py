@@ -14,7 +14,7 @@ from cluster.core.checks import (
     is_not_negative,
     is_positive,
 )
-from cluster.core.topology import Role
+from cluster.core.topology import Role, StepGroup
 
 Mode = Literal["disaggregated", "colocated", "local", "auto"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -34,6 +34,11 @@ class WorkersSection:
     """Reason why ``auto`` chose this mode; empty if the mode was given."""
     num_attention_workers: int | None = None
     """Number of attention workers; by default 1, in colocated mode ``num_expert_workers``."""
+    num_prefill_workers: int | None = None
+    """Number of attention workers that compute prompts, in a step group of their own; given
+    together with ``num_decode_workers``. By default all attention workers are one group."""
+    num_decode_workers: int | None = None
+    """Number of attention workers that decode; see ``num_prefill_workers``."""
     num_expert_workers: int = 2
     """Number of expert workers; in colocated mode of all workers, in local mode without effect."""
     num_redundant_experts: int = 0
@@ -72,6 +77,7 @@ class WorkersSection:
         check_choice("device", self.device, Device)
         check_choice("kernels", self.kernels, Kernels)
         check_choice("device_speed", self.device_speed, DeviceSpeed)
+        self._check_groups()
         at_least_one = (
             ("num_attention_workers", self.num_attention_ranks),
             ("num_expert_workers", 1 if self.mode == "local" else self.num_expert_workers),
@@ -99,9 +105,35 @@ class WorkersSection:
         rule = "must not exceed 1: a worker computes on one GPU, without tensor parallelism"
         check_each(self, "gpus_per_worker", lambda gpus: gpus <= 1, rule)
 
+    def _check_groups(self) -> None:
+        prefill, decode = self.num_prefill_workers, self.num_decode_workers
+        if prefill is None and decode is None:
+            return
+        for name, value in (("num_prefill_workers", prefill), ("num_decode_workers", decode)):
+            check(value is not None, name, value, "must be given, as the other step group is")
+        check_each(self, "num_prefill_workers num_decode_workers", is_at_least_1, "must be >= 1")
+        rule = "must be disaggregated with num_prefill_workers"
+        check(self.mode == "disaggregated", "mode", self.mode, rule)
+        rule = "must be left out with num_prefill_workers and num_decode_workers"
+        value = self.num_attention_workers
+        check(value is None, "num_attention_workers", value, rule)
+
+    @property
+    def num_step_groups(self) -> int:
+        """Number of groups of attention workers that run steps together."""
+        return 1 if self.num_prefill_workers is None else 2
+
+    def group_of_rank(self, rank: int) -> StepGroup:
+        """Return the step group of an attention rank: the first ranks compute prompts."""
+        if self.num_prefill_workers is None:
+            return ""
+        return "prefill" if rank < self.num_prefill_workers else "decode"
+
     @property
     def num_attention_ranks(self) -> int:
         """Number of workers that run attention."""
+        if self.num_prefill_workers is not None and self.num_decode_workers is not None:
+            return self.num_prefill_workers + self.num_decode_workers
         if self.num_attention_workers is not None:
             return self.num_attention_workers
         return self.num_expert_workers if self.mode == "colocated" else 1

@@ -1,8 +1,9 @@
-"""One change of the placement while serving: load, prepare every member, switch at one step.
+"""One change of the placement while serving: load, prepare every member, switch between two steps.
 
     LOAD      weights go into free slots, in the background, from other workers' memory
     PREPARE   every member learns the maps of the new epoch
-    SWITCH    the leader's next header names the new epoch; afterwards the old one never runs
+    SWITCH    the next header of each step group's leader names the new epoch; afterwards its group
+              never runs the old one
 
 A change that fails before SWITCH has no effect: the epoch in force stays. A new generation ends the
 change at any point: the placement in force is then the old or the new one, and every member can run
@@ -38,7 +39,7 @@ class ChangeState(Enum):
 
     LOAD = "load experts"
     PREPARE = "tell the workers"
-    SWITCH = "switch at one step"
+    SWITCH = "switch at one step of each group"
     DONE = "done"
     FAILED = "failed"
 
@@ -87,6 +88,8 @@ class EpochChange:
         self._deadline = now + limit_s
         self._orders = ExpertLoadCommands(cluster)
         self._unready: set[str] = set()
+        self._switching: set[str] = set()
+        """Leaders that have not switched."""
         for member in self.generation.experts:
             fills = [f for f in stage.fills if f.device == member.device]
             self._order_all(member.name, fills, frozenset(), now)
@@ -134,6 +137,9 @@ class EpochChange:
             case EpochReady() if self.state is ChangeState.PREPARE and self._is_ours(frame):
                 self._ready(name, frame)
             case EpochSwitched() if self.state is ChangeState.SWITCH and self._is_ours(frame):
+                self._switching.discard(name)
+                if self._switching:
+                    return
                 self._enter(ChangeState.DONE)
                 self._cluster.membership.activate(self.stage.placement)
                 self._cluster.touch()
@@ -218,8 +224,14 @@ class EpochChange:
     def _switch(self) -> None:
         self._enter(ChangeState.SWITCH)
         epoch = self.stage.placement.epoch
-        order = SwitchEpoch(generation=self.generation.number, epoch=epoch, oldest_epoch=epoch)
-        self._cluster.send(order, self.generation.leader.name)
+        leaders = [ranks[0].name for ranks in self.generation.groups]
+        self._switching = set(leaders)
+        if len(leaders) > 1:
+            self._cluster.membership.begin_switch(epoch)
+        # While one group runs the new epoch, another one may still run the epoch before.
+        oldest = epoch if len(leaders) == 1 else self._base.epoch
+        order = SwitchEpoch(generation=self.generation.number, epoch=epoch, oldest_epoch=oldest)
+        self._cluster.send(order, *leaders)
 
     def _fail(self, reason: str) -> None:
         self._enter(ChangeState.FAILED)

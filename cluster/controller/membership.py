@@ -130,6 +130,7 @@ class MemberRecords:
     ) -> None:
         self._workers = workers
         self._places = places
+        self._switching = placement.epoch
         self.placement = placement
         """The placement in force, or that of the generation that is forming."""
         self.desired = placement
@@ -152,13 +153,22 @@ class MemberRecords:
         self._highest_epoch = max(self.placement.epoch, self._highest_epoch) + 1
         return self._highest_epoch
 
+    def may_run(self, epoch: int) -> bool:
+        """Whether members may run this placement epoch: the one in force, or one to which the step
+        groups are switching, each with a step of its own."""
+        return epoch in (self.placement.epoch, self._switching)
+
+    def begin_switch(self, epoch: int) -> None:
+        """Record that the step groups of the running generation switch to a placement epoch."""
+        self._switching = epoch
+
     def activate(self, placement: ExpertPlacement) -> None:
         """Put a placement in force, after a step of the running generation has used its epoch.
 
         If the cluster is complete, the placement becomes the desired one too, unless a device has
         no expert in it, as in a drain.
         """
-        self.placement = placement
+        self.placement, self._switching = placement, placement.epoch
         rows = [bank.physical_to_logical for bank in placement.banks]
         devices = self._places.devices() or {0}  # local mode
         uses_all = all(any(set(row[d]) - {FREE_SLOT} for row in rows) for d in devices)
@@ -173,7 +183,7 @@ class MemberRecords:
         if self._highest_epoch > self.placement.epoch:  # workers may know that epoch
             epoch = max(self._highest_epoch + 1, placement.epoch)
             placement = replace(placement, epoch=epoch)
-        self.placement = placement
+        self.placement, self._switching = placement, placement.epoch
         self._stand_by()
 
     def run(self, now: float) -> None:

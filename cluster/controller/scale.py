@@ -146,6 +146,10 @@ class Scaling:
                 rule = f"must not exceed the {most} experts of a bank"
                 raise RequestError(f"{field} ({count}) {rule}", field)
             wanted[role] = pools[role] if count is None else count
+        least = cluster.config.workers.num_prefill_workers or 0
+        if (count := wanted.get("attention", 1)) <= least > 0:
+            rule = f"must exceed the {least} prefill workers, as the others decode"
+            raise RequestError(f"attention ({count}) {rule}", "attention")
         return wanted
 
     def _going(self, wanted: Mapping[Role, int]) -> list[str]:

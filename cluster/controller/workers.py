@@ -162,7 +162,7 @@ class WorkerRecord:
             raise ProtocolError(f"{self.name} registers as {claimed.name!r}")
         if self.state is not WorkerState.STARTING:
             raise DuplicateRegistrationError(f"{self.name} registers again ({self.state.value})")
-        own = (*ADDRESS_FIELDS, "offer", *(() if self.member.node else NODE_FIELDS))
+        own = (*ADDRESS_FIELDS, "offer", "group", *(() if self.member.node else NODE_FIELDS))
         facts = {key: getattr(claimed, key) for key in own}
         node = self.member.node or claimed.node
         self.member = replace(self.member, node=node, pid=claimed.pid, **facts)
@@ -265,6 +265,7 @@ class WorkerRecord:
         return {
             "name": self.name,
             "role": self.member.role,
+            "group": self.member.group or None,
             "rank": self.member.rank,
             "node": self.member.node,
             "pid": self.member.pid or None,

@@ -14,6 +14,9 @@ LARGE_CLUSTER = 16
 to a second old."""
 Role = Literal["attention", "expert", "colocated"]
 """Role of a worker. A ``colocated`` worker has both roles, and the same rank in both pools."""
+StepGroup = Literal["", "decode", "prefill"]
+"""Step group of an attention worker: the workers of a group run steps together, with a leader of
+their own. Empty if all attention workers run steps together, and for expert workers."""
 
 
 def runs_attention(role: Role) -> bool:
@@ -45,6 +48,8 @@ class Member(Message, frozen=True, kw_only=True):
     link_class: str = ""
     """Link class of the worker's node: nodes of one class have fast links to each other; empty: the
     node is a link class of its own."""
+    group: StepGroup = ""
+    """Step group of an attention worker."""
     speed: float = 1.0
     """Relative speed of the worker's device in computing experts."""
     pid: int = 0
@@ -82,7 +87,8 @@ class Member(Message, frozen=True, kw_only=True):
 
 
 class Generation(Message, frozen=True, kw_only=True):
-    """The workers that run steps together. Messages of another generation are ignored."""
+    """The workers that run steps together, in one or several step groups. Messages of another
+    generation are ignored."""
 
     number: int
     """Generation number: 1 for the first generation, and 1 more for each next one."""
@@ -114,6 +120,19 @@ class Generation(Message, frozen=True, kw_only=True):
         """All expert ranks, including colocated workers."""
         return tuple(sorted((m for m in self.members if m.holds_experts), key=attrgetter("rank")))
 
+    @property
+    def groups(self) -> tuple[tuple[Member, ...], ...]:
+        """The attention ranks of each step group, those that decode first."""
+        found: dict[StepGroup, list[Member]] = {}
+        for member in self.attention:
+            found.setdefault(member.group, []).append(member)
+        return tuple(tuple(found[group]) for group in sorted(found))
+
+    def group_of(self, name: str) -> int:
+        """Return the index in ``groups`` of an attention worker's step group; 0 for others."""
+        ranks = enumerate(self.groups)
+        return next((i for i, own in ranks if any(m.name == name for m in own)), 0)
+
     def peers_of(self, role: Role) -> tuple[Member, ...]:
         """Return the workers with which a worker of this role exchanges rows, by rank: the other
         pool, or all workers if it is colocated."""
@@ -121,8 +140,7 @@ class Generation(Message, frozen=True, kw_only=True):
 
     @property
     def leader(self) -> Member:
-        """The attention worker with the lowest rank, which decides on steps and sends the step
-        headers."""
+        """The attention worker with the lowest rank."""
         return self.attention[0]
 
 

@@ -34,10 +34,13 @@ class StepProgress:
     """Seconds for which a requested or running step has not advanced; None without such a step."""
     waits_for: tuple[str, ...] = ()
     """Names of the workers for which the member's step waits."""
+    group: str = ""
+    """Step group of an attention worker; empty if there is one, and for expert workers."""
 
 
 def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
-    """Return the members for which steps wait; none if a step advances or no step is requested.
+    """Return the members for which steps wait; none if a step of each step group advances or no
+    step is requested.
 
     Members that are silent for ``SILENT_S`` are late. If none is, but a step of an attention worker
     stalls, the late members are the ones silent for half of ``SILENT_S``; without any, the ones
@@ -48,10 +51,11 @@ def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
         return silent
     busy = [(p, p.stalled_s) for p in paces if p.stalled_s is not None]
     stalled = [p for p, stalled_s in busy if stalled_s >= STALL_S]
-    if any(s < STALL_S and now - p.heard_at < _FRESH_S for p, s in busy):
+    advancing = {p.group for p, s in busy if s < STALL_S and now - p.heard_at < _FRESH_S}
+    stuck = {p.group for p in stalled if p.runs_attention} - advancing
+    if not stuck:
         return ()
-    if not any(p.runs_attention for p in stalled):
-        return ()
+    stalled = [p for p in stalled if p.group in stuck or not p.runs_attention]
     quiet = tuple(p.name for p in paces if now - p.heard_at >= SILENT_S / 2)
     hung = tuple(p.name for p in stalled if not p.waits_for)
     awaited = dict.fromkeys(name for p in stalled if p.runs_attention for name in p.waits_for)

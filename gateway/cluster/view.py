@@ -76,6 +76,8 @@ class AttentionEndpoint:
     """Keys of adapters that the worker could not load."""
     node: str = field(default="", compare=False)
     """Host of the worker."""
+    group: str = field(default="", compare=False)
+    """Step group of the worker: ``prefill``, ``decode``, or empty if there is one group."""
 
 
 @dataclass(slots=True)
@@ -270,6 +272,7 @@ def attention_endpoints(snapshot: Snapshot) -> list[AttentionEndpoint]:
             engine=str(worker["rank"]),
             is_leaving=worker["state"] == "DRAINING",
             node=worker.get("node") or "",
+            group=worker.get("group") or "",
             lacks=frozenset(
                 adapter["key"]
                 for adapter in snapshot.get("adapters", ())

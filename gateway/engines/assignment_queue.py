@@ -76,9 +76,12 @@ class AssignmentQueue:
         has_other = entry.num_returns == 1 and len(self._workers.ready) > 1
         self.schedule(0.0 if has_other else _REFUSED_RETRY_S)
 
-    def move(self, entry: Submission, target: EngineClient | None, num_new: int) -> None:
+    def move(
+        self, entry: Submission, target: EngineClient | None, num_new: int, kv_peer: str = ""
+    ) -> None:
         """Move a request from its worker to ``target``, or to any worker if ``target`` is None or
-        is being drained. ``target`` must compute the last ``num_new`` tokens of the request.
+        is being drained. ``target`` must compute the last ``num_new`` tokens of the request, after
+        it has fetched KV blocks from the worker ``kv_peer`` if given.
         """
         source = entry.stream
         assert isinstance(source, EngineClient), "a request can move only from a worker"
@@ -88,7 +91,7 @@ class AssignmentQueue:
             self.reassign([entry])
             return
         with self._isolate(entry):
-            entry.kv_peer, entry.missing_tokens = "", num_new
+            entry.kv_peer, entry.missing_tokens = kv_peer, num_new
             self._submit(entry, target, time.monotonic())
 
     def assign_waiting(self) -> None:
@@ -121,6 +124,7 @@ class AssignmentQueue:
 
     def _submit(self, entry: Submission, client: EngineClient, now_s: float) -> None:
         self._router.kv.expect(client.worker, entry.prompt_hashes)
+        entry.pauses = self._router.is_handed_over(entry, client)
         is_again = entry.was_sent
         if is_again:
             entry.next_attempt(now_s)

@@ -48,6 +48,7 @@ class EngineClient:
     def __init__(self, stream: EngineStream, events: StreamEvents) -> None:
         self.worker = stream.endpoint.name
         self.node = stream.endpoint.node
+        self.group = stream.endpoint.group
         self.stream = stream
         self.load = WorkerLoad(name=self.worker)
         """Load of this gateway's requests at the worker."""
@@ -63,6 +64,10 @@ class EngineClient:
     def submissions(self) -> list[Submission]:
         """Unfinished requests of this gateway at the worker."""
         return list(self._submissions.values())
+
+    def find(self, request_id: str) -> Submission | None:
+        """Return an unfinished request of this gateway at the worker; None if it is not there."""
+        return self._submissions.get(request_id)
 
     async def run(self) -> StreamEnd:
         """Handle the worker's messages until the stream ends; return the reason of the end.
@@ -175,6 +180,9 @@ class EngineClient:
         """
         entry = self._submissions.get(solo_step.request_id)
         is_here = entry is not None and entry.attempt == solo_step.attempt
+        if entry is not None and is_here and solo_step.stage is SoloStage.OFFERED:
+            self._report(RequestChange.SUSPECTED, entry)
+            is_here = entry.stream is self
         if entry is not None and is_here and solo_step.stage is SoloStage.CERTAIN:
             entry.set_stage(RequestStage.ALONE)
         elif entry is not None and is_here and solo_step.stage is SoloStage.OVER:
@@ -190,6 +198,8 @@ class EngineClient:
         entry.set_stage(RequestStage.QUEUED)
         if was_alone:
             self._report(RequestChange.QUEUED_ALONE, entry)
+        if entry.pauses:
+            self._report(RequestChange.WILL_PAUSE, entry)
 
     def _deliver_step(self, step: StepOutput) -> None:
         """Pass a step's outputs to their sinks, first tokens of choices before later tokens."""

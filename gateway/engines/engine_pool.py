@@ -18,6 +18,7 @@ from gateway.engines.assignment_queue import AssignmentQueue
 from gateway.engines.disconnects import DisconnectResolver
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.engine_stream import PING_S, SILENCE_LIMIT_S, EngineStream, StreamEnd
+from gateway.engines.hand_overs import HandOvers
 from gateway.engines.kv_index import KvIndex
 from gateway.engines.pause_tracker import PauseTracker
 from gateway.engines.request_mover import RequestMover
@@ -91,6 +92,8 @@ class EnginePool:
         """Measures gaps between the tokens of client streams when the generation changes."""
         self.moves = RequestMover(self.workers, self._router, self.assignments)
         """Moves decoding requests with their KV blocks to other workers."""
+        self.hand_overs = HandOvers(self.workers, self._router, self.assignments)
+        """Hands requests over from the prefill group to the decode group."""
 
     @property
     def clients(self) -> list[EngineClient]:
@@ -126,6 +129,7 @@ class EnginePool:
         for worker in before - workers.leaving:
             self.moves.end(worker)
         for worker in workers.leaving - before:
+            self.hand_overs.end(worker)
             if (client := workers.clients.get(worker)) is not None:
                 self.moves.begin(client)
         if before - workers.leaving or known != workers.lacking:
@@ -198,6 +202,7 @@ class EnginePool:
         """Assign the requests of an ended stream to other workers, or fail them."""
         self.kv.drop(client.worker)
         self.moves.end(client.worker)
+        self.hand_overs.end(client.worker)
         lost = client.take_submissions()
         self.assignments.reassign(self.disconnects.handle_lost_stream(client.worker, lost, end))
         self._notify()
@@ -219,21 +224,29 @@ class EnginePool:
             case MessageReceived(client, KvEvents() as changes):
                 if not self.kv.apply(client.worker, changes):
                     client.stream.send(KvResync())
+                self.hand_overs.note_blocks(client)
             case MessageReceived(client, Prefetched() | Paused() as message):
-                self.moves.take(client, message)
+                is_moving = self.moves.take(client, message)
+                if not is_moving or isinstance(message, Prefetched):
+                    self.hand_overs.take(client, message)
 
     def _handle_change(
         self, change: RequestChange, client: EngineClient, entry: Submission
     ) -> None:
         match change:
+            case RequestChange.WILL_PAUSE:
+                self.hand_overs.note_blocks(client)
             case RequestChange.PROMPT_SETTLED:
                 self.kv.end_expectation(client.worker, entry.prompt_hashes)
+                self.hand_overs.settle(entry, client)
                 if entry.must_be_sent_alone:  # the request has ended
                     self.assignments.schedule()
             case RequestChange.PROMPT_COMPUTED:
-                self._copies.note_prompt(entry, client)
+                if not entry.pauses:  # else the decode worker's blocks will be copied
+                    self._copies.note_prompt(entry, client)
             case RequestChange.RELEASED:
                 self.moves.drop(entry)
+                self.hand_overs.drop(entry)
                 worker = self.workers.clients.get(client.worker)
                 if worker is not None and not entry.open_choices:
                     self._copies.note_end(entry, worker)
@@ -241,6 +254,10 @@ class EnginePool:
                 self.assignments.requeue(entry)
             case RequestChange.QUEUED_ALONE:
                 self.assignments.assign_waiting()
+            case RequestChange.SUSPECTED:
+                entry.is_suspect = True
+                if self._router.must_leave_to_run_alone(entry, client):
+                    self.assignments.move(entry, None, 0)
             case RequestChange.KV_PRESSURE:
                 self.moves.on_kv_pressure(entry, client)
 

@@ -140,21 +140,25 @@ class RequestMover:
         for move in [m for m in self._moves.values() if m.target.worker == worker]:
             self._restart(move)
 
-    def take(self, client: EngineClient, message: Prefetched | Paused) -> None:
+    def take(self, client: EngineClient, message: Prefetched | Paused) -> bool:
         """Advance a move after a message of ``client``: the target has fetched the blocks
         (``Prefetched``), or the source has paused the request after its last output (``Paused``).
+
+        Returns whether the request of the message moves.
         """
-        move = self._moves.get(message.request_id)
+        if (move := self._moves.get(message.request_id)) is None:
+            return False
         if isinstance(message, Prefetched):
             self._note_prefetched(move, client, message)
-        elif move is not None and move.source is client and move.stage is _Stage.PAUSED:
+        elif move.source is client and move.stage is _Stage.PAUSED:
             self._finish(move)
+        elif move.source is client:  # it was to be handed over; the move needs more blocks first
+            client.stream.send(Pause(request_id=message.request_id, is_cancelled=True))
+        return True
 
-    def _note_prefetched(
-        self, move: _Move | None, target: EngineClient, message: Prefetched
-    ) -> None:
+    def _note_prefetched(self, move: _Move, target: EngineClient, message: Prefetched) -> None:
         fetches = (_Stage.BLOCKS, _Stage.LAST_BLOCK)
-        if move is None or move.target is not target or move.stage not in fetches:
+        if move.target is not target or move.stage not in fetches:
             return
         if message.attempt != move.entry.attempt or self._is_over(move):
             return
@@ -195,7 +199,7 @@ class RequestMover:
             if not _can_move(entry):
                 self._assignments.move(entry, None, 0)
                 continue
-            target = self._router.pick(entry, self._workers.ready)
+            target = self._router.pick(entry, self._workers.ready, source.group)
             assert target is not None, "there is another worker"
             self._begin_move(entry, source, target)
         if waiting is not None and staying:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.kv_index import KvIndex
@@ -11,10 +12,26 @@ from gateway.engines.session_affinity import SessionAffinity
 from gateway.engines.submission import Submission
 from gateway.engines.worker_registry import WorkerRegistry
 from workers.requests.block_hash import block_hashes
+from workers.requests.request import MAX_DEATHS
 
 FREE_KV_FACTOR = 4
 """Free KV tokens that the target of a move needs, as a multiple of the moving request's tokens.
 Other requests may take blocks before the request arrives, and it must not soon move again."""
+
+
+_MAX_NEAR_SHARE = 0.25
+"""Largest share of a prompt that a decode worker computes, however slow fetches are."""
+
+
+def _of_group(clients: Iterable[EngineClient], group: str) -> list[EngineClient]:
+    return [client for client in clients if group and client.group == group]
+
+
+def _num_needed(entry: Submission, client: EngineClient) -> int:
+    """Return the free KV tokens that a worker must have for a request that is handed over."""
+    tokens = entry.num_known_tokens
+    most = 0 if client.hello is None else client.hello.max_kv_tokens
+    return min(FREE_KV_FACTOR * tokens, max(tokens, most // 2))
 
 
 class RequestRouter:
@@ -33,12 +50,18 @@ class RequestRouter:
         """Index of the KV blocks that each worker has cached."""
         self._affinity = SessionAffinity()
 
-    def pick(self, entry: Submission, ready: Sequence[EngineClient]) -> EngineClient | None:
+    def pick(
+        self, entry: Submission, ready: Sequence[EngineClient], group: str = ""
+    ) -> EngineClient | None:
         """Choose one of the ``ready`` workers for a request; return None if none can run it.
 
-        The last worker of the request is chosen only if no other worker can run the request.
+        The last worker of the request is chosen only if it is the only one left. ``group``: step
+        group of the worker, if any of them can run the request. By default, a worker of the prefill
+        group computes the prompt, unless one of the decode group has almost all of its blocks.
         """
-        clients = {c.worker: c for c in ready if self._workers.can_run(entry, c)}
+        able = [c for c in ready if self._workers.can_run(entry, c)]
+        able = _of_group(able, group) or self._to_compute(entry, able)
+        clients = {client.worker: client for client in able}
         if len(clients) > 1:
             clients.pop(entry.last_worker, None)
         if not clients:
@@ -59,13 +82,75 @@ class RequestRouter:
         self._affinity.put(entry.request, choice.load.name)
         return clients[choice.load.name]
 
+    def pick_to_decode(
+        self, entry: Submission, coming: Counter[EngineClient]
+    ) -> EngineClient | None:
+        """Choose the worker of the decode group that a computed prompt moves to: the one with the
+        fewest tokens to serve, of those with enough free KV. None without such a worker.
+
+        ``coming``: tokens of the requests that are moving to a worker.
+        """
+        able = [
+            client
+            for client in _of_group(self._workers.ready, "decode")
+            if self._workers.can_run(entry, client)
+            and client.load.free_tokens >= _num_needed(entry, client) + coming[client]
+        ]
+        chosen = min(able, key=lambda c: c.load.outstanding_tokens + coming[c], default=None)
+        if chosen is not None:
+            self._affinity.put(entry.request, chosen.worker)
+        return chosen
+
+    def is_handed_over(self, entry: Submission, client: EngineClient) -> bool:
+        """Whether a request moves to a decode worker once ``client`` has computed its prompt."""
+        params, embeds = entry.request.params, entry.request.prompt_embeds
+        if client.group != "prefill" or params.beams is not None or embeds is not None:
+            return False
+        longest = max((len(entry.outputs[choice]) for choice in entry.open_choices), default=0)
+        is_alone = entry.num_deaths >= MAX_DEATHS  # its decode rows may be the cause
+        has_more = params.max_tokens > 1 + longest and not is_alone
+        return has_more and self._is_any_in("decode", entry)
+
+    def must_leave_to_run_alone(self, entry: Submission, client: EngineClient) -> bool:
+        """Whether a suspect must run on a prefill worker, since only one step group may run steps
+        of suspects: if both did, the death of an expert worker would be blamed on both.
+        """
+        return client.group == "decode" and self._is_any_in("prefill", entry)
+
+    def _is_any_in(self, group: str, entry: Submission) -> bool:
+        return any(
+            client.group == group and self._workers.can_run(entry, client)
+            for client in self._workers.ready
+        )
+
+    def _to_compute(self, entry: Submission, able: list[EngineClient]) -> list[EngineClient]:
+        """Return the workers among which to choose for the prompt of a request.
+
+        A decode worker computes what it lacks of a prompt if this takes no longer than to fetch the
+        blocks of the whole prompt, by its measured ``fetch_cost``, and also if it is one block.
+        """
+        prefill, decode = _of_group(able, "prefill"), _of_group(able, "decode")
+        if not prefill or not decode or entry.is_suspect:
+            return prefill or able
+        if self._policy is not RoutingPolicy.KV:
+            return prefill
+        size, tokens = self._set_block_hashes(entry, decode[0]), entry.num_known_tokens
+        matches = self.kv.matches(entry.prompt_hashes)
+        near = [
+            client
+            for client in decode
+            if tokens - matches.get(client.worker, 0) * size
+            <= max(size, tokens * min(client.load.fetch_cost, _MAX_NEAR_SHARE))
+        ]
+        return near or prefill
+
     def pick_with_free_kv(self, entry: Submission, source: EngineClient) -> EngineClient | None:
-        """Choose the worker other than ``source`` with the most free KV tokens; None if no worker
-        has enough for the request."""
-        needed = FREE_KV_FACTOR * entry.num_known_tokens
+        """Choose the worker other than ``source`` with the most free KV tokens, in the decode group
+        if there is one; None if no worker has enough for the request."""
+        needed, ready = FREE_KV_FACTOR * entry.num_known_tokens, self._workers.ready
         others = (
             c
-            for c in self._workers.ready
+            for c in _of_group(ready, "decode") or ready
             if c is not source and c.load.free_tokens >= needed and self._workers.can_run(entry, c)
         )
         return max(others, key=lambda client: client.load.free_tokens, default=None)

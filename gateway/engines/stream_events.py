@@ -20,8 +20,10 @@ class RequestChange(Enum):
     """Change of a request's state at its attention worker."""
 
     QUEUED_ALONE = "the engine has received a request that was sent alone"
+    WILL_PAUSE = "the engine has received a request that will be handed over"
     PROMPT_SETTLED = "its prompt is computed, or the worker will not compute it"
-    PROMPT_COMPUTED = "its prompt is computed, and the worker continues with it"
+    PROMPT_COMPUTED = "its prompt is computed, and it has more tokens to generate"
+    SUSPECTED = "workers died with the request, so that it must run alone"
     KV_PRESSURE = "the worker runs out of KV blocks and would soon preempt the request"
     RETURNED = "the worker has handed back the request, and another worker can run it"
     RELEASED = "the request has left its worker, or has ended"

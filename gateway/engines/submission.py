@@ -39,7 +39,7 @@ class RequestStage(Enum):
     QUEUED = "queued"
     """The engine has queued the request."""
     ALONE = "alone"
-    """The request runs in a solo step, which has rows of no other request."""
+    """The request runs in a solo step, in which its step group has no other rows."""
 
 
 class OutputSink(Protocol):
@@ -102,6 +102,8 @@ class Submission:
     deaths: dict[str, bool] = field(default_factory=dict)
     """Workers that died with the request since its last token; after two deaths it runs alone. The
     value is True if neither the dead worker nor a later worker has acknowledged the request."""
+    is_suspect: bool = False
+    """Whether a worker wants to run the request alone, since its last token."""
     num_returns: int = 0
     """Number of times that workers handed back the request since its last token."""
     replay_cause: ReplayCause = ReplayCause.LOST
@@ -120,6 +122,8 @@ class Submission:
     """Number of tokens that the worker must compute before it decodes, by the KV index."""
     kv_peer: str = ""
     """Worker from which the request's worker may fetch prompt blocks; empty if none."""
+    pauses: bool = False
+    """Whether its worker pauses the request after the next token, to hand it over."""
     is_computing: bool = False
     """Whether the request is at a worker that has not sent an output for it."""
     counted_load: CountedLoad = field(default_factory=CountedLoad)
@@ -144,7 +148,8 @@ class Submission:
 
     @property
     def num_deaths(self) -> int:
-        return len(self.deaths)
+        """Number of workers that died with the request, at least those of a suspect."""
+        return max(len(self.deaths), MAX_DEATHS * self.is_suspect)
 
     @property
     def outstanding_tokens(self) -> int:
@@ -217,7 +222,7 @@ class Submission:
 
     def clear(self) -> None:
         """Forget the deaths of earlier workers, since a step with the request has completed."""
-        self.stage = RequestStage.QUEUED
+        self.stage, self.is_suspect = RequestStage.QUEUED, False
         self.deaths.clear()
 
     def retract_death(self, worker: str) -> None:
@@ -259,6 +264,7 @@ class Submission:
             closed_choices=tuple(sorted(closed)),
             num_deaths=self.num_deaths,
             kv_peer=self.kv_peer,
+            pauses=self.pauses,
             deadline_ms=max(1, int(left_ms)),
         )
 

@@ -188,10 +188,21 @@ class ScriptedEngine:
         for queue in self._queues:
             queue.put_nowait(None)
 
-    async def report_blocks(self, names: Sequence[bytes]) -> None:
+    async def report_blocks(self, names: Sequence[bytes], num_free: int = 0) -> None:
         """Tell gateways that these blocks can be found here, by their short hashes."""
+        events = KvEvents(number=0, is_whole=True, stored=tuple(names), num_free=num_free)
         for queue in self._queues:
-            queue.put_nowait(KvEvents(number=0, is_whole=True, stored=tuple(names)))
+            queue.put_nowait(events)
+
+    async def offer_solo_step(self, request: Request) -> None:
+        """As an engine that wants to run a suspect alone."""
+        name, attempt = request.request_id, request.attempt
+        await self.send(SoloStep(request_id=name, attempt=attempt, stage=SoloStage.OFFERED))
+
+    async def send(self, message: FromEngine) -> None:
+        """Send a message to all gateways."""
+        for queue in self._queues:
+            queue.put_nowait(message)
 
     async def reset_streams(self) -> None:
         """As a firewall that forgets the connections of a living worker."""
@@ -272,6 +283,10 @@ class ScriptedEngine:
                     queue.put_nowait(Queued(request_id=name, attempt=attempt))
                 open_choices = set(range(request.n)) - set(request.closed_choices)
                 self.running[request.request_id] = open_choices
+                self.paused.discard(request.request_id)
+                if request.pauses:
+                    so_far = min(map(len, request.output_so_far), default=0)
+                    self.to_pause[request.request_id] = len(request.prompt) + so_far + 1
                 task = asyncio.create_task(self._run(request, queue))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -294,10 +309,12 @@ class ScriptedEngine:
         scripts = {choice: self.script(request, choice) for choice in range(request.n)}
         so_far = request.output_so_far or ((),) * request.n
         at, width = [len(ids) for ids in so_far], self.tokens_per_output
-        num_steps = 0
+        num_steps, open_choices = 0, self.running[request.request_id]
         await self._wait_to_run_alone(request, queue)
-        while open_choices := self.running.get(request.request_id):
+        while open_choices and self.running.get(request.request_id) is open_choices:
             await asyncio.sleep(self.step_s)
+            if not open_choices:
+                break
             if num_steps == self.pause_after:
                 self.stuck.add(request.request_id)
             length = len(request.prompt) + min(at[choice] for choice in open_choices)
@@ -319,7 +336,8 @@ class ScriptedEngine:
             step = StepOutput(outputs=tuple(outputs))
             for _ in range(2 if self.repeat_outputs else 1):
                 queue.put_nowait(step)
-        self.running.pop(request.request_id, None)
+        if self.running.get(request.request_id) is open_choices:
+            del self.running[request.request_id]
 
     async def _wait_to_run_alone(self, request: Request, queue: Outgoing) -> None:
         """As an engine does with a request that two workers died with."""

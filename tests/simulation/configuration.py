@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 from cluster.config.autoscale import AutoscaleSection
 from cluster.config.cluster import ClusterConfig, EngineSection
@@ -22,6 +23,14 @@ BLOCK_TOKENS = 4
 _BLOCK_BYTES = BLOCK_TOKEN_BYTES * BLOCK_TOKENS
 
 
+def _attention_workers(scenario: Scenario) -> dict[str, Any]:
+    number = scenario.num_attention
+    has_other = scenario.autoscales or scenario.hosts.are_followed
+    if "groups" not in scenario.features or has_other:
+        return {"num_attention_workers": number}
+    return {"num_prefill_workers": number // 2, "num_decode_workers": number - number // 2}
+
+
 def cluster_config(
     scenario: Scenario, state: Path | None = None, kv_disk: Path | None = None
 ) -> ClusterConfig:
@@ -33,7 +42,7 @@ def cluster_config(
         model=ModelSection(path="toy", served_model_name="toy"),
         cluster_token="secret",
         workers=WorkersSection(
-            num_attention_workers=scenario.num_attention,
+            **_attention_workers(scenario),
             num_expert_workers=scenario.num_experts,
             num_redundant_experts=scenario.num_redundant,
             cpus_per_worker=1.0,

@@ -17,6 +17,7 @@ _METRICS = {
     "copies of sessions": 'session_copies_total{outcome="whole"',
 }
 """What workers count, by the beginning of its name."""
+_DECODED = "tokens of decode groups"
 _FAILED = "failed calls of workers' disks"
 OCCURRENCES = (
     *USES,
@@ -24,6 +25,7 @@ OCCURRENCES = (
     "restarted gateways",
     "stored objects",
     "objects read",
+    _DECODED,
     _FAILED,
     "steps ahead",
     "lost steps ahead",
@@ -56,6 +58,8 @@ def occurrences(world: World) -> Counter[str]:
             runner: Any = role.engine.runner
             found["steps ahead"] += runner.num_ahead
             found["lost steps ahead"] += runner.num_lost
+            if worker.worker.member.group == "decode":  # their prompts were computed elsewhere
+                found[_DECODED] += int(role.stats()["generation_tokens_total"])
             for name, value in role.stats().items():
                 for what, begin in _METRICS.items():
                     found[what] += int(value) if name.startswith(begin) else 0

@@ -27,7 +27,9 @@ from workers.kv.tiers import disk
 from workers.kv.tiers.disk import DiskTier
 from workers.kv.tiers.disk_writer import DiskWriter
 from workers.kv.transfer.store import Fetch, KvTransferStore
+from workers.process.control.membership import Membership
 from workers.process.gateway_streams import GatewayStreams
+from workers.process.roles.group_steps import GroupSteps
 from workers.requests import block_hash
 from workers.requests.block_hash import root_hash
 from workers.scheduling.scheduler import Scheduler
@@ -241,7 +243,31 @@ def _in_place() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _own_epoch() -> Iterator[None]:
+    """An expert worker leaves an epoch with the first step group that leaves it."""
+    real = Membership.follow_epoch
+
+    def follow(self: Membership, header: Any, stall_s: float = 0.0, group: int = 0) -> None:
+        self._group_epochs = dict.fromkeys(self._group_epochs, header.epoch)
+        real(self, header, stall_s, group)
+
+    with mock.patch.object(Membership, "follow_epoch", follow):
+        yield
+
+
+def _blocking_group() -> AbstractContextManager[object]:
+    """An expert worker serves a step to its end before it looks at another step group."""
+
+    def next_group(self: GroupSteps, *_: Any) -> int | None:
+        return next(iter(self._deadlines), None)
+
+    return mock.patch.object(GroupSteps, "_next_group", next_group)
+
+
 FEATURE_BUGS: dict[str, Bug] = {
+    "blocking_group": Bug(_blocking_group, _KILLS, MANY, features=("groups",)),
+    "own_epoch": Bug(_own_epoch, ("rebalance", "slow_link"), MANY, features=("groups",)),
     "in_place": Bug(_in_place, ("fail_state", "kill_gateway"), features=("state", "restarts")),
     "silent_disk": Bug(_silent_disk, ("fail_state",), features=("state",)),
     "fresh_grammar": Bug(_fresh_grammar, _KILLS, features=("grammars",)),

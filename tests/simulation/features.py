@@ -111,6 +111,7 @@ FEATURES: dict[str, Callable[[Ask, random.Random], Ask] | None] = {
     "choices": _choices,
     "drafts": _repetitive,
     "grammars": _grammar,
+    "groups": None,
     "restarts": None,
     "state": None,
     "tiers": _turns,

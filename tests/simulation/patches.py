@@ -81,10 +81,9 @@ def _make_identity(args: Any, checkpoint: Any) -> PeerIdentity:
     )
 
 
-def _open_toy_transport(args: Any, connections: Any) -> ToyTransport:
-    return ToyTransport(
-        connections, combine_mode=args.config.engine.combine_mode, device=args.device
-    )
+def _open_toy_transport(args: Any, connections: Any, group: int = 0) -> ToyTransport:
+    mode, device = args.config.engine.combine_mode, args.device
+    return ToyTransport(connections, combine_mode=mode, device=device, group=group)
 
 
 def _getpid() -> int:
@@ -197,7 +196,8 @@ def _everywhere() -> list[tuple[Any, str, Any]]:
             names = _BY_MODULE.keys() & vars(module).keys()
             found += [(module, attribute, _BY_MODULE[attribute]) for attribute in sorted(names)]
     found += [(sys.modules[where], name, stand_in) for where, name, stand_in in _SINGLE]
-    for kind, method in ((Engine, "step"), (ExpertServer, "run_step")):
+    decorated = ((Engine, "step"), (ExpertServer, "start_step"), (ExpertServer, "serve_next"))
+    for kind, method in decorated:
         plain = getattr(kind, method).__wrapped__  # without torch's inference mode
         found.append((kind, method, plain))
     found.append((FileStamp, "of", staticmethod(stamp)))

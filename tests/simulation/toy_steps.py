@@ -348,7 +348,10 @@ class ToyServing(StaticServing):
         with self._side.activity:
             received = self._transport.receive_bytes(Tag(bank.index, 0, 0, "rows"), ranks)
         started = time.monotonic()
-        work(0.005)
+        work(0.003)
+        if self.interleaving is not None and self.interleaving.is_needed():
+            self.interleaving.serve_others()
+        work(0.002)
         self._side.counters.slot_seconds += time.monotonic() - started
         slots: Any = self._side.slots[bank.index]
         contents, filled = slots.values, self._filled_slots(bank.index)
@@ -375,6 +378,7 @@ class ToyExpertServer(ExpertServer):
 
     def _serving_of(self, step: ServedStep) -> ToyServing:
         self._toy: ToyServing = getattr(self, "_toy", ToyServing(self._side, self._transport))
+        self._toy.interleaving = self._interleaving
         return self._toy
 
 

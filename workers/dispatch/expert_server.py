@@ -21,10 +21,12 @@ from workers.dispatch.recording import FixedTables
 from workers.dispatch.row_serving import (
     ExactServing,
     ExpertSide,
+    Interleaving,
     RowServing,
     ServedPlace,
     ServedStep,
     StaticServing,
+    part_rows,
 )
 from workers.dispatch.slot_checker import FilledSlots
 from workers.metrics.activity import Activity
@@ -51,17 +53,20 @@ class ExpertServer:
         activity: Activity | None = None,
         timer: StepTimer | None = None,
         max_kept_rows: int = 0,
+        yields: bool = False,
+        counters: ExpertCounters | None = None,
     ) -> None:
         """``slots``: expert slots by ``BankSpec.index``. ``device_index``: this worker's device
         number in placements (``Member.device``).
 
         On a GPU, steps with known sizes (``has_known_sizes``) are captured as CUDA graphs.
         ``max_kept_rows``: captured steps are kept up to this total number of rows; with 0, one step
-        is kept.
+        is kept. ``yields``: whether the worker also serves other step groups, between exchanges.
+        ``counters``: counters that several servers share; by default the server has its own.
         """
         self.timer = timer or StepTimer()
         """Timer of the laps ``receive``, ``experts`` and ``send`` of each exchange."""
-        self.counters = ExpertCounters()
+        self.counters = counters or ExpertCounters()
         self._transport = transport
         self._activity = activity or Activity()
         self._banks = tuple(banks)
@@ -69,6 +74,8 @@ class ExpertServer:
         self._device_index = device_index
         self._configured_mode = self._combine_mode = combine_mode
         self._has_graphs = device.type == "cuda"
+        self._yields = yields
+        self._interleaving: Interleaving | None = None
         self._epochs = EpochTables[list[FilledSlots]]()
         self._fixed = FixedTables()
         self._filled_source: Sequence[FilledSlots] = ()
@@ -87,14 +94,23 @@ class ExpertServer:
         )
         self._static = StaticServing(side, transport)
         self._exact = ExactServing(side, transport)
-        self._native = NativeServing(side, transport, self._static)
+        self._native = NativeServing(side, transport, self._static, yields=yields)
         self.captured = CapturedServing(side, transport, self._fixed, max_kept_rows)
         """Serves steps on a GPU by CUDA graphs that it captures."""
         self._places: dict[tuple[bool, ...], Sequence[ServedPlace]] = {}
         """Exchanges of a step, by whether each micro-batch has rows."""
         self._called = self._static
+        self._serving: RowServing = self._native
+        self._step_places: Sequence[ServedPlace] = ()
+        self._num_served = 0
         self._step: ServedStep | None = None
         self._is_captured = False
+
+    def set_interleaving(self, interleaving: Interleaving) -> None:
+        """Serve other step groups between parts of large exchanges, on CPUs."""
+        if not self._has_graphs:
+            self._static.interleaving = self._exact.interleaving = interleaving
+            self._interleaving = interleaving
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
         """Add the table of filled slots of a placement's epoch; drop tables of older generations.
@@ -114,21 +130,59 @@ class ExpertServer:
         """
         return self.counters.stats(has_slot_seconds=not self._has_graphs)
 
-    @torch.inference_mode()
     def run_step(self, header: StepHeader) -> None:
-        """Serve all banks and exchanges of a step, in the global order.
+        """Serve all banks and exchanges of a step, in the order that all ranks use.
 
         Raises ``PeerLostError`` and ``GenerationChangedError``, and ``ProtocolError`` for an
         unknown epoch.
         """
+        self.start_step(header)
+        while not self.serve_next():
+            pass
+
+    @torch.inference_mode()
+    def start_step(self, header: StepHeader) -> None:
+        """Start a step; then call ``serve_next`` until it ends. Raises as ``run_step`` does."""
         step = self._begin(header)
-        serving, places = self._serving_of(step), self._places_of(step)
-        serving.begin_step(step, places)
-        served = 0
-        while served < len(places):
-            self.timer.mark(places[served].bank)
-            served = serving.serve(served)
+        self._serving, self._step_places = self._serving_of(step), self._places_of(step)
+        self._serving.begin_step(step, self._step_places)
+        self._num_served = 0
+        self._mark_next()
+
+    @torch.inference_mode()
+    def serve_next(self, *, only_one: bool = False) -> bool:
+        """Serve the next exchange, or several, of the started step; end the step after the last.
+
+        ``only_one``: serve only one exchange. Returns whether the step has ended. Raises as
+        ``run_step`` does.
+        """
+        self._native.only_one = only_one
+        places = self._step_places
+        if self._num_served < len(places):
+            self._num_served = self._serving.serve(self._num_served)
+        if self._num_served < len(places):
+            self._mark_next()
+            return False
         self._end_step()
+        return True
+
+    def _mark_next(self) -> None:
+        """Start the lap in which the worker waits for the rows of the next exchange."""
+        if self._num_served < len(self._step_places):
+            self.timer.mark(self._step_places[self._num_served].bank)
+
+    @property
+    def next_ranks(self) -> Sequence[int]:
+        """Attention ranks that send rows in the next exchange of the started step."""
+        places, step = self._step_places, self._step
+        if step is None or self._num_served >= len(places):
+            return ()
+        return tuple(step.granted[places[self._num_served].micro_batch])
+
+    @property
+    def reads_sockets(self) -> bool:
+        """Whether native code will read the rows of the next exchange from the sockets."""
+        return self._serving is self._native and self._native.is_clear
 
     def _places_of(self, step: ServedStep) -> Sequence[ServedPlace]:
         key = tuple(map(bool, step.granted))
@@ -140,7 +194,15 @@ class ExpertServer:
         """Select the ``RowServing`` that runs a step in ``run_step``."""
         if step.header.exact:
             return self._exact
-        if self._has_graphs and has_known_sizes(step.header, self._banks, step.combine_mode):
+        most = max((sum(granted.values()) for granted in step.granted), default=0)
+        if self._interleaving is not None and most > min(map(part_rows, self._banks)):
+            return self._static  # native code computes an exchange as a whole
+        may_block = not self._yields  # as a replay of the whole step does
+        if (
+            may_block
+            and self._has_graphs
+            and has_known_sizes(step.header, self._banks, step.combine_mode)
+        ):
             return self.captured
         return self._native
 

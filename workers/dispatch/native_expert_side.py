@@ -23,8 +23,17 @@ from workers.transport.transport import DataTransport
 class NativeServing:
     """Serves the exchanges of one expert rank by native code if possible. Data thread only."""
 
-    def __init__(self, side: ExpertSide, transport: DataTransport, static: StaticServing) -> None:
+    def __init__(
+        self,
+        side: ExpertSide,
+        transport: DataTransport,
+        static: StaticServing,
+        *,
+        yields: bool = False,
+    ) -> None:
+        """``yields``: whether the worker also serves other step groups."""
         self._side = side
+        self._yields = yields
         self._transport = transport
         self._static = static
         self._step: ServedStep | None = None
@@ -34,14 +43,24 @@ class NativeServing:
         self._known: dict[tuple[int, int, int], ServerFields] = {}
         self._slots: list[NativeSlots] = []
         self._memory = GrowingBuffer()
+        self._counters: Sequence[torch.Tensor] = ()
+        """Counters to which native code adds in this step, also after a resize."""
         self.fields: list[ServerFields] = []
         """Parameters and results of each exchange of the current step, shared with native code;
         empty if native code cannot run the step."""
+        self.only_one = False
+        """Whether a call serves only one exchange."""
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether native code can serve the next exchange: no bytes wait on edges of the step."""
+        return self._direct is not None and self._direct.are_clear()
 
     def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
         """Begin a step. ``places``: all exchanges to serve, in order."""
         self._static.begin_step(step, places)
         self._step, self._places = step, places
+        self._counters = self._side.counters.token_counts
         self._slots = slots = []
         for place in places:
             own = self._side.slots[place.bank.index].native(place.exchange)
@@ -71,13 +90,18 @@ class NativeServing:
     def serve(self, first: int) -> int:
         """Serve exchanges from index ``first`` on; return the index of the first unserved one.
 
-        Native code serves as many as it can, then Python serves one. Raises ``PeerLostError`` and
+        Native code serves as many as it can, then Python serves one. If this object ``yields``, the
+        method only waits until another socket has data, and Python serves an exchange only if
+        native code cannot begin it. Raises ``PeerLostError`` and
         ``GenerationChangedError``.
         """
+        only_natively = self._yields and self.is_clear
         served = self.serve_natively(first)
         for place, fields in zip(self._places[first:served], self.fields[first:], strict=False):
             self._note(place, fields)
-        return served if served == len(self._places) else self._static.serve(served)
+        if served == len(self._places) or only_natively:
+            return served
+        return self._static.serve(served)
 
     def serve_natively(self, first: int) -> int:
         """Serve exchanges from index ``first`` on; return the index that Python must serve next.
@@ -89,7 +113,7 @@ class NativeServing:
         if direct is None or not direct.are_clear():
             return first
         library = self._slots[first].team.library
-        count, result = serve_exchanges(library, self._servers, first)
+        count, result = serve_exchanges(library, self._servers, first, only_one=self.only_one)
         if result == UNSENT:
             direct.keep_unsent()
         elif count:

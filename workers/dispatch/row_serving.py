@@ -7,8 +7,9 @@ documents the parts of the messages.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -24,6 +25,18 @@ from workers.model.config import BankSpec, ExchangeSpec
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, ExpectedMessage, PartShape, RowMessage, Tag
 
+_PART_ROWS_PER_EXPERT = 8
+"""Mean number of rows of each expert in a part of an exchange. With this number, CPUs take longer
+to compute the rows than to read the weights, which each part reads again."""
+
+
+class Interleaving(NamedTuple):
+    """How an expert worker serves other step groups between parts of an exchange."""
+
+    is_needed: Callable[[], bool]
+    """Returns whether an exchange is divided into parts, as another group runs a step."""
+    serve_others: Callable[[], None]
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertSide:
@@ -37,6 +50,11 @@ class ExpertSide:
     activity: Activity
     counters: ExpertCounters
     checker: SlotChecker
+
+
+def part_rows(bank: BankSpec) -> int:
+    """Return the number of rows of a part of an exchange."""
+    return max(1, _PART_ROWS_PER_EXPERT * bank.num_experts // bank.top_k)
 
 
 class ServedPlace(NamedTuple):
@@ -125,6 +143,8 @@ class StaticServing:
     """Whether received messages carry their row counts, because the header does not give them."""
 
     def __init__(self, side: ExpertSide, transport: DataTransport) -> None:
+        self.interleaving: Interleaving | None = None
+        """Serves other step groups between parts of an exchange, if not None."""
         self._side = side
         self._transport = transport
         self._sums_dtype = side.dtype if transport.sums_are_rounded else torch.float32
@@ -246,7 +266,12 @@ class StaticServing:
             pair_input = self._inputs_of(pairs)
         flat = batch.slots.flatten()
         pair_slot = flat if batch.used.all_here else flat[pairs]
-        return side.slots[bank.index].compute(exchange.index, batch.inputs, pair_input, pair_slot)
+        compute = partial(side.slots[bank.index].compute, exchange.index, batch.inputs)
+        size = part_rows(bank) * bank.top_k
+        if not self._is_divided(len(pairs), size):
+            return compute(pair_input, pair_slot)
+        parts = list(zip(torch.split(pair_input, size), torch.split(pair_slot, size), strict=True))
+        return self._in_parts(lambda i: compute(*parts[i]), len(parts))
 
     def _inputs_of(self, pairs: Tensor) -> Tensor:
         """Return the index of each pair's input, if each (row, slot) pair has its own input."""
@@ -258,9 +283,35 @@ class StaticServing:
         if not batch.used.any_here:
             shape = batch.slots.shape[0], exchange.out_width
             return torch.zeros(shape, dtype=self._sums_dtype, device=self._side.device)
-        return self._side.slots[bank.index].compute_rows(
-            exchange.index, batch.inputs, batch.slots, batch.weights, self._sums_dtype
-        )
+        tensors = batch.inputs, batch.slots, batch.weights
+        compute = partial(self._side.slots[bank.index].compute_rows, exchange.index)
+        size = part_rows(bank)
+        if exchange.per_slot_input or not self._is_divided(len(batch.slots), size):
+            return compute(*tensors, self._sums_dtype)
+        parts = list(zip(*(torch.split(own, size) for own in tensors), strict=True))
+
+        def sums(i: int) -> Tensor:
+            rows, slots, weights = parts[i]
+            if batch.used.all_here or bool((slots >= 0).any()):
+                return compute(rows, slots, weights, self._sums_dtype)
+            return torch.zeros(len(rows), exchange.out_width, dtype=self._sums_dtype)
+
+        return self._in_parts(sums, len(parts))
+
+    def _is_divided(self, number: int, size: int) -> bool:
+        """Whether ``number`` rows or pairs are computed in parts of ``size``."""
+        return number > size and self.interleaving is not None and self.interleaving.is_needed()
+
+    def _in_parts(self, compute: Callable[[int], Tensor], number: int) -> Tensor:
+        """Return the outputs of all parts of an exchange; serve other step groups between them."""
+        outputs = [compute(0)]
+        for index in range(1, number):
+            began = time.monotonic()
+            if self.interleaving is not None:
+                self.interleaving.serve_others()
+            self._side.counters.slot_seconds -= time.monotonic() - began
+            outputs.append(compute(index))
+        return torch.cat(outputs)
 
     def _measure_padding(self, batch: _Batch, rows: ReceivedRows) -> None:
         is_all = batch.used.all_here

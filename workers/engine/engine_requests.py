@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from itertools import chain
 
 from cluster.config.cluster import EngineSection
@@ -136,6 +136,9 @@ class EngineRequests:
         self._active.add_request(request, tuple(grammars))
         self._searches.start(first)
         self.isolation.enter(request.request_id, request.num_deaths)
+        if request.pauses:
+            num_tokens = self._active.num_tokens(request.request_id)
+            self._paused.request_pause(request.request_id, num_tokens + 1)
         self.traced.add(request)
         self._stats.count("prompt_tokens_total", len(request.prompt))
         for sequence, state in grammars.items():
@@ -176,6 +179,19 @@ class EngineRequests:
     def resume(self, request_id: str) -> None:
         """Resume a request that is paused or is to be paused."""
         self._paused.forget(request_id)
+
+    @property
+    def paused(self) -> Set[str]:
+        """Ids of the paused requests."""
+        return self._paused.request_ids
+
+    def block_hashes(self, request_id: str) -> list[list[BlockHash]]:
+        """Return the hashes of the full, computed blocks of each choice of a request."""
+        prefixes = self._scheduler.prefixes
+        return [
+            prefixes.hashes(own, own.num_computed // prefixes.block_size)
+            for own in self._active.sequences(request_id)
+        ]
 
     def take_paused(self) -> list[str]:
         """Pause the requests that have reached their number of tokens, and return their ids.

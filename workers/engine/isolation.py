@@ -3,7 +3,7 @@
     two workers in a row die in a step with the request: it is a suspect and does not run
       ─▶ this worker offers a solo step to the request's gateway, which acknowledges the offer
       ─▶ the step is certain: the gateway records that the request runs alone, and acknowledges
-           ─▶ one step runs, in which the cluster has no other rows
+           ─▶ one step runs, in which the step group has no other rows
                 ─▶ it commits: the request is no longer a suspect
                 ─▶ a third worker dies: the request fails with an error
       ─▶ the step is over: the gateway records that, and acknowledges; others run again
@@ -11,7 +11,9 @@
 If an expert worker dies, the request stays in this engine. If this worker dies, the gateway knows
 from its record which request ran. To keep the record correct at all times, nothing runs on this
 worker between a change and its acknowledgement. Only an offer has a time limit, and the gateway
-records nothing for it. If a gateway disconnects, its requests end. Pure; times are passed in.
+records nothing for it. If a gateway disconnects, its requests end. Gateways move suspects of the
+decode group to the prefill group, so that one step group runs solo steps. Pure; times are passed
+in.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from workers.engine.step_proposals import PROPOSALS, ProposalTable, StepProposal
 from workers.engine.step_tree import StepTree
 from workers.requests.step_header import HEADERS, StepHeader, pack
 from workers.scheduling.step_plan import RowsWanted
-from workers.transport.edge_table import StepFrame
+from workers.transport.edge import StepFrame
 from workers.transport.frames import FrameHeader, FrameKind
 from workers.transport.peer_connections import PeerConnections
 
@@ -38,10 +38,15 @@ so that the leader knows which ranks are missing."""
 class StepChannel:
     """Sends a worker's proposals to the leader, and receives step headers. Data thread only."""
 
-    def __init__(self, connections: PeerConnections, leader: StepLeader) -> None:
-        """``leader`` decides the headers while this worker has the lowest attention rank."""
+    def __init__(
+        self, connections: PeerConnections, leader: StepLeader, group: int | None = None
+    ) -> None:
+        """``leader`` decides the headers while this worker has the lowest attention rank of its
+        step group. ``group``: index in ``Generation.groups``, by default the group of the worker.
+        """
         self._connections = connections
         self._leader = leader
+        self._group = group
         self.highest_step = 0
         """Highest step number of all headers received, in any generation; 0 before the first."""
         self.last_rows = 0
@@ -55,8 +60,11 @@ class StepChannel:
 
     def _begin(self, generation: Generation) -> None:
         me = self._connections.me
-        self._names = {m.rank: m.name for m in generation.attention}
-        self._tree = tree = StepTree.of(generation, me.name)
+        group = generation.group_of(me.name) if self._group is None else self._group
+        members = generation.groups[group] if group < len(generation.groups) else ()
+        self._names = {m.rank: m.name for m in members}
+        self._tree = tree = StepTree.of(generation, me.name, group)
+        self._frames = self._connections.step_frames(self._group or 0)
         ranks = [rank for below in tree.ranks_below.values() for rank in below]
         own = [me.rank] if me.name in self._names.values() else []
         self._table = ProposalTable(sorted((*own, *ranks)))
@@ -146,6 +154,11 @@ class StepChannel:
             self._table.put((StepProposal.of(self._connections.me.rank, rows),))
             self._pass_on(even_empty)
 
+    def take(self) -> StepHeader | None:
+        """Return the next header if it has arrived, else None. Raises ``PeerLostError``."""
+        self._take_step_frames()
+        return self._next_header() if self._headers else None
+
     def wait(self, timeout_s: float) -> StepHeader | None:
         """Wait for the next header; None after ``timeout_s`` or after ``connections.wake``.
 
@@ -177,8 +190,8 @@ class StepChannel:
         return header
 
     def _take_step_frames(self) -> None:
-        while self._connections.step_frames:
-            step_frame = self._connections.step_frames.popleft()
+        while self._frames:
+            step_frame = self._frames.popleft()
             try:
                 self._handle_step_frame(step_frame)
             except ProtocolError as err:

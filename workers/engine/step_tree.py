@@ -14,7 +14,7 @@ of them has up to 15 workers below it. In a small cluster all workers are childr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -48,14 +48,17 @@ class StepTree:
         return 0 if not self.parent else 1 if self.parent == self.leader else 2
 
     @classmethod
-    def of(cls, generation: Generation, name: str) -> Self:
-        """Return the place of the worker ``name``.
+    def of(cls, generation: Generation, name: str, group: int | None = None) -> Self:
+        """Return the place of the worker ``name`` in the tree of a step group, by default its own.
 
-        Only attention ranks have children, as expert workers share no connections.
+        ``group``: index in ``Generation.groups``; expert workers have a place in each tree. Only
+        attention ranks have children, as expert workers share no connections.
         """
-        if not generation.attention:
+        group = generation.group_of(name) if group is None else group
+        if group >= len(generation.groups):
             return cls("", "", (), frozenset(), {})
-        children = _children(generation)
+        attention = generation.groups[group]
+        children = _children(attention, generation.experts)
         parents = {child.name: parent for parent, own in children.items() for child in own}
         below = {
             child.name: frozenset(
@@ -66,17 +69,17 @@ class StepTree:
         }
         own = tuple(child.name for child in children.get(name, ()))
         inner = frozenset(own) & children.keys()
-        return cls(generation.attention[0].name, parents.get(name, ""), own, inner, below)
+        return cls(attention[0].name, parents.get(name, ""), own, inner, below)
 
 
-def _children(generation: Generation) -> dict[str, list[Member]]:
+def _children(attention: Sequence[Member], experts: Sequence[Member]) -> dict[str, list[Member]]:
     """Return the children of each worker that has any."""
-    leader, *others = generation.attention
-    others += [m for m in generation.experts if not m.runs_attention]
+    leader, *others = attention
+    others += [m for m in experts if not m.runs_attention]
     if len(others) <= MAX_DIRECT:
         return {leader.name: others}
     width = math.ceil(_WIDTH * math.sqrt(len(others)))
-    inner = others[: min(width, len(generation.attention) - 1)]
+    inner = others[: min(width, len(attention) - 1)]
     parents = inner if len(inner) == width else [leader, *inner]
     found: dict[str, list[Member]] = {leader.name: list(inner)}
     for number, member in enumerate(others[len(inner) :]):

@@ -41,8 +41,14 @@ class StepMetrics:
     def __init__(self, wait: str | None) -> None:
         self._wait = wait
         self._found: dict[tuple[str, str], Histogram] = {}
+        """Histograms by name and phase, which all forks share."""
         self._phase = ""
         self._bubble_ns = 0
+
+    def fork(self) -> StepMetrics:
+        other = StepMetrics(self._wait)
+        other._found = self._found
+        return other
 
     def begin_step(self, header: StepHeader) -> bool:
         self._phase = "prefill" if header.prefill_rows else "decode"
@@ -71,5 +77,5 @@ class StepMetrics:
     def _observe(self, name: str, time_ns: int) -> None:
         key = (name, self._phase)
         if key not in self._found:
-            self._found = {**self._found, key: Histogram(BUCKETS)}
+            self._found[key] = Histogram(BUCKETS)
         self._found[key].observe(time_ns / 1e9)

@@ -21,6 +21,9 @@ from workers.requests.step_header import StepHeader
 class TimingSink(Protocol):
     """Receives timings; ``StepTrace``, ``StepMetrics`` and ``StepSpans`` are sinks."""
 
+    def fork(self) -> TimingSink:
+        """Return a sink for steps that run between those of this one, with the same records."""
+
     def begin_step(self, header: StepHeader) -> bool:
         """Begin a step; returns whether the sink records its timings."""
 

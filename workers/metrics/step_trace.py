@@ -54,6 +54,9 @@ class StepTrace:
             return None
         return cls(Path(section.trace_dir), worker, section.trace_max_bytes)
 
+    def fork(self) -> StepTrace:
+        return self
+
     def begin_step(self, header: StepHeader) -> bool:
         return True
 

@@ -93,6 +93,9 @@ class StepSpans:
         self._ns: Counter[str] = Counter()
         self._step_ns = 0, 0
 
+    def fork(self) -> StepSpans:
+        return StepSpans(self._record, self._worker, self._rank)
+
     def begin_step(self, header: StepHeader) -> bool:
         if not header.parents:
             return False

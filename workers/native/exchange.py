@@ -62,9 +62,14 @@ def memory_bytes(library: Library, server: ServerFields) -> int:
 
 
 def serve_exchanges(
-    library: Library, servers: ctypes.Array[ctypes.c_void_p], first: int
+    library: Library,
+    servers: ctypes.Array[ctypes.c_void_p],
+    first: int,
+    *,
+    only_one: bool = False,
 ) -> tuple[int, int]:
-    """Serve exchanges from ``first`` on: receive rows, run their experts, send the outputs back.
+    """Serve the exchanges from ``first`` on, or ``only_one``: receive rows, run their experts, send
+    the outputs back.
 
     servers: addresses of ``ServerFields``, one for each exchange. Returns the number of served
     exchanges and a result: 0 if all were served; ``UNEXPECTED`` if the next exchange was not
@@ -74,7 +79,8 @@ def serve_exchanges(
     num_served = ctypes.c_int64()
     start = ctypes.addressof(servers) + first * ctypes.sizeof(ctypes.c_void_p)
     serve = library.functions.exchange_serve
-    result = serve(start, len(servers) - first, ctypes.byref(num_served))
+    count = 1 if only_one else len(servers) - first
+    result = serve(start, count, ctypes.byref(num_served))
     return num_served.value, _checked(result)
 
 

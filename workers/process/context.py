@@ -14,6 +14,7 @@ from cluster.config.model import Quantize
 from cluster.core.checks import check
 from cluster.core.frames import ControlFrame
 from cluster.core.topology import Member
+from workers.engine.group_channels import GroupChannels
 from workers.engine.step_channel import StepChannel
 from workers.experts.slots import torch_reason
 from workers.metrics.activity import Activity
@@ -112,7 +113,12 @@ class WorkerContext:
     """Returns the monotonic time of the newest acknowledged heartbeat."""
     connections: PeerConnections
     channel: StepChannel
+    """Step channel; on an expert worker, the channel of the first step group."""
     transport: DataTransport
+    group_channels: GroupChannels | None = None
+    """On an expert worker of several step groups, the channels of all; else None."""
+    group_transports: Sequence[DataTransport] = ()
+    """On an expert worker, the transports of the step groups after the first."""
     activity: Activity
     timing_sinks: Sequence[TimingSink]
     cleanup: ExitStack
@@ -131,6 +137,10 @@ class WorkerContext:
     def new_timer(self) -> StepTimer:
         """Create a step timer that reports to the metrics and traces of this worker."""
         return StepTimer(*self.timing_sinks)
+
+    def fork_timer(self) -> StepTimer:
+        """Return a timer of steps that run between those of ``new_timer``."""
+        return StepTimer(*(sink.fork() for sink in self.timing_sinks))
 
     def kv_peer(self, name: str) -> PeerEndpoint | None:
         """Address of another worker's KV server; None if this generation has no such worker."""

@@ -89,12 +89,18 @@ def open_connections(
 
 
 def open_transport(
-    args: WorkerArgs, connections: PeerConnections
+    args: WorkerArgs, connections: PeerConnections, group: int = 0
 ) -> SocketTransport | CollectiveTransport:
-    """Open the configured transport, or the default one for the workers' GPUs."""
+    """Open the configured transport, or the default one for the workers' GPUs.
+
+    ``group``: on an expert worker, the index of the step group that uses it.
+    """
     if not args.config.is_collective:
         return SocketTransport(
-            connections, combine_mode=args.config.engine.combine_mode, device=args.device
+            connections,
+            combine_mode=args.config.engine.combine_mode,
+            device=args.device,
+            group=group,
         )
     return CollectiveTransport(
         connections,

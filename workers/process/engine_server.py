@@ -78,6 +78,7 @@ _FREE_CHANGE = 0.25
 """Relative change of the number of free blocks above which it is published at once."""
 _ABORT_LIMIT_S = 1.0
 """Time limit for the last message to a dropped gateway, whose connection may be blocked."""
+_KEPT_HASHES = 64
 GatewayMessage: TypeAlias = StepOutput | SoloStep | Queued | Prefetched | Paused | KvPressure
 """Messages about requests, sent to the gateway that owns them."""
 _MAY_NOT_SERVE = "this worker may not serve now"
@@ -112,6 +113,8 @@ class EngineServer:
         self._streams = GatewayStreams(inbox, silence_limit_s)
         self._handshakes: dict[asyncio.Task[object], float] = {}
         self._kv = KvFeed()
+        self._prompt_hashes: dict[str, tuple[BlockHash, ...]] = {}
+        """Hashes of the blocks of the latest prompts that were prefetched, by request id."""
         self._admitted = 0
         self._fence = -1
         self._loop = asyncio.new_event_loop()
@@ -238,10 +241,17 @@ class EngineServer:
         facts = self._facts()
         size, limit = facts.kv_block_size, facts.kv_length_matters_above
         match message:
-            case Request() if size and len(message.prompt) <= facts.max_model_len:
-                return (tuple(block_hashes(message, size, limit)),)
-            case Prefetch() if size and message.request.output_so_far:
-                request = message.request
+            case Request() as request if size and len(request.prompt) <= facts.max_model_len:
+                return (tuple(block_hashes(request, size, limit)),)
+            case Prefetch(request=request) if size and not request.output_so_far:
+                # Each step of a long prompt causes a prefetch.
+                known = self._prompt_hashes.pop(request.request_id, None)
+                found = tuple(block_hashes(request, size, limit)) if known is None else known
+                self._prompt_hashes[request.request_id] = found
+                if len(self._prompt_hashes) > _KEPT_HASHES:
+                    del self._prompt_hashes[next(iter(self._prompt_hashes))]
+                return (found,)
+            case Prefetch(request=request) if size:
                 choices = set(range(request.n)) - set(request.closed_choices)
                 return tuple(sequence_hashes(request, c, size, limit) for c in sorted(choices))
         return ()

@@ -191,6 +191,9 @@ class Request(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """Parent trace spans of the spans for the request's steps; None if it is not traced."""
     adapter: str = ""
     """Key of the LoRA adapter that the request uses; empty for none."""
+    pauses: bool = False
+    """Whether the worker pauses the request once its shortest choice has a new token, because it
+    then moves to another step group. The worker reports it with ``Paused``."""
 
     @property
     def is_retained(self) -> bool:

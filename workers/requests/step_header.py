@@ -1,8 +1,8 @@
 """The leader's message to all ranks about a step: the rows that each attention rank may run.
 
 After each step, every attention rank proposes the rows that it wants to run next
-(``workers.engine.step_proposals``). The leader (the lowest attention rank) decides
-(``workers.engine.leader``), and its header reaches all ranks.
+(``workers.engine.step_proposals``). The leader (the lowest attention rank of the step group)
+decides (``workers.engine.leader``), and its header reaches all ranks.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ class StepHeader(Message, frozen=True, kw_only=True, array_like=True):
 
     generation: Count
     step: Step
-    """Global step number, which tags messages and keeps increasing when the generation changes."""
+    """Step number, which tags messages and keeps increasing when the generation changes. Each step
+    group numbers its own steps."""
     epoch: Count
     """Placement epoch of the step (version of the expert placement that all ranks use)."""
     oldest_epoch: Count

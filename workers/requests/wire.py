@@ -69,12 +69,12 @@ class EngineHello(Message, frozen=True, kw_only=True):
 class Prefetch(Message, frozen=True, kw_only=True, array_like=True, tag=True):
     """Tells a worker to fetch the KV blocks of a request that will move to this worker.
 
-    The worker ``Request.kv_peer`` has the blocks and still decodes the request. ``Prefetched`` is
-    the reply.
+    The worker ``Request.kv_peer`` has the blocks, or some of a prompt that it still computes.
+    ``Prefetched`` is the reply.
     """
 
     request: Request
-    """The request, with the output so far of all its choices."""
+    """The request, with the output so far of all its choices, if any."""
 
 
 class Prefetched(Message, frozen=True, kw_only=True, array_like=True, tag=True):
@@ -100,7 +100,8 @@ class Pause(Message, frozen=True, kw_only=True, array_like=True, tag=True):
 
 
 class Paused(Message, frozen=True, kw_only=True, array_like=True, tag=True):
-    """Reply to ``Pause``: all outputs of the request were sent, and no step computes its rows."""
+    """Reply to ``Pause`` and ``Request.pauses``: all outputs of the request were sent, and no step
+    computes its rows."""
 
     request_id: str
 

@@ -7,6 +7,7 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,23 @@ from workers.transport.handshake import PeerIdentity
 _READ = selectors.EVENT_READ
 _MAX_BUFFERS = 64
 """Maximum number of buffers that one system call sends."""
+
+
+class StepFrame(NamedTuple):
+    """A received frame with a step proposal or step header, and its sender."""
+
+    sender: PeerIdentity
+    frame: Frame
+
+
+class GroupFrames:
+    """Received step frames of one step group, and the number of its current step."""
+
+    def __init__(self) -> None:
+        self.step_frames: deque[StepFrame] = deque()
+        """Received proposals and step headers of the current generation, in order of arrival."""
+        self.current_step = 0
+        """Number of the current step. Data frames of earlier steps are dropped."""
 
 
 class Edge:
@@ -42,6 +60,8 @@ class Edge:
         self.name = peer.name
         self.generation = generation
         """Generation in which the edge was opened; frames of older generations are invalid."""
+        self.frames = GroupFrames()
+        """Step frames of the peer's step group, on the edge table."""
         self.inbox: deque[Frame] = deque()
         """Received data frames that were not taken yet, in the order of arrival."""
         self.inbox_bytes = 0

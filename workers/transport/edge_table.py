@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import selectors
-from collections import deque
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from cluster.core.errors import ProtocolError
-from workers.transport.edge import Edge
+from workers.transport.edge import Edge, GroupFrames, StepFrame
 from workers.transport.frames import DATA_KINDS, Frame, FrameHeader
-from workers.transport.handshake import PeerIdentity
 from workers.transport.path_watch import PathWatch, path_state
 
 logger = logging.getLogger(__name__)
@@ -18,13 +16,6 @@ logger = logging.getLogger(__name__)
 _MAX_STEP_FRAMES = 4096
 _READ = selectors.EVENT_READ
 _WRITE = selectors.EVENT_WRITE
-
-
-class StepFrame(NamedTuple):
-    """A received frame with a step proposal or step header, and its sender."""
-
-    sender: PeerIdentity
-    frame: Frame
 
 
 class EdgeTable:
@@ -45,26 +36,36 @@ class EdgeTable:
         """Open edges by the peer's worker name."""
         self.lost: dict[str, str] = {}
         """Workers whose edge broke in the current generation, with the reasons."""
-        self.step_frames: deque[StepFrame] = deque()
-        """Received proposals and step headers of the current generation, in order of arrival."""
         self.generation = 0
         """Current generation. Frames of older generations are dropped; a newer one is an error."""
-        self.current_step = 0
-        """Number of the current step. Data frames of earlier steps are dropped."""
+        self._groups: dict[int, GroupFrames] = {}
+        self._group_of: Mapping[str, int] = {}
         self.max_inbox_bytes = max_inbox_bytes
         self._path_limit_s = path_limit_s
         self._paths: dict[Edge, PathWatch] = {}
         self._selector = selector
         self._owner = owner
 
-    def begin_generation(self, number: int, members: frozenset[str]) -> None:
-        """Close edges to workers other than ``members``, and drop all received frames."""
+    def group(self, index: int) -> GroupFrames:
+        """Return the frames of the step group with this index in ``Generation.groups``."""
+        return self._groups.setdefault(index, GroupFrames())
+
+    def begin_generation(
+        self, number: int, members: frozenset[str], groups: Mapping[str, int]
+    ) -> None:
+        """Close edges to workers other than ``members``, and drop all received frames.
+
+        ``groups``: index of the step group of each worker that is not in group 0.
+        """
         self.generation = number
         self.lost.clear()
-        self.step_frames.clear()
+        self._group_of = groups
+        for group in self._groups.values():
+            group.step_frames.clear()
         for edge in list(self.edges.values()):
             self._clear_inbox(edge)
             if edge.name in members:
+                edge.frames = self.group(groups.get(edge.name, 0))
                 self.watch(edge)
             else:
                 self.close(edge)
@@ -76,6 +77,7 @@ class EdgeTable:
             self.close(old)
         self.lost.pop(edge.name, None)
         self.edges[edge.name] = edge
+        edge.frames = self.group(self._group_of.get(edge.name, 0))
         self.watch(edge)
 
     def watch(self, edge: Edge) -> None:
@@ -149,7 +151,7 @@ class EdgeTable:
             self.read(edge)
 
     def read(self, edge: Edge) -> None:
-        """Read from an edge; put a complete frame into the edge's inbox or ``step_frames``.
+        """Read from an edge; put a complete frame into its inbox or its group's step frames.
 
         A broken edge or invalid data closes the edge and records its peer as lost.
         """
@@ -198,14 +200,15 @@ class EdgeTable:
                 f"frame of generation {header.generation} on an edge of {edge.generation}"
             )
         is_data = header.kind in DATA_KINDS
-        if header.generation < number or (is_data and header.step < self.current_step):
+        group = edge.frames
+        if header.generation < number or (is_data and header.step < group.current_step):
             return
         if is_data:
             edge.put(frame)
-        elif len(self.step_frames) >= _MAX_STEP_FRAMES:
+        elif len(group.step_frames) >= _MAX_STEP_FRAMES:
             raise ProtocolError(f"more than {_MAX_STEP_FRAMES} step frames wait")
         else:
-            self.step_frames.append(StepFrame(edge.peer, frame))
+            group.step_frames.append(StepFrame(edge.peer, frame))
 
     def _clear_inbox(self, edge: Edge) -> None:
         edge.inbox.clear()

@@ -11,15 +11,16 @@ import os
 import selectors
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import NoReturn
 
 from cluster.core.errors import PeerLostError
-from cluster.core.topology import Generation
+from cluster.core.topology import Generation, runs_attention
 from workers.native.frames import WaitingFields
 from workers.transport.acceptor import Acceptor
 from workers.transport.direct import DirectEdges
-from workers.transport.edge import Edge
+from workers.transport.edge import Edge, StepFrame
 from workers.transport.edge_rules import EdgeRules
 from workers.transport.edge_table import EdgeTable
 from workers.transport.frames import Frame, FrameHeader
@@ -94,8 +95,6 @@ class PeerConnections:
         """``host:port`` of the listener, which peers use as ``Member.data_address``."""
         self.edges = self._table.edges
         """Open edges by the peer's worker name."""
-        self.step_frames = self._table.step_frames
-        """Received step proposals and step headers of the current generation, oldest first."""
         self._interrupts = interrupts = Interrupts(self._selector)
         self.wake, self.take_wake = interrupts.wake, interrupts.take_wake
         self.interrupt, self.leave = interrupts.interrupt, interrupts.leave
@@ -126,7 +125,10 @@ class PeerConnections:
         self.generation = generation
         names = self._rules.begin_generation(generation)
         self._acceptor.begin_generation(generation.number)
-        self._table.begin_generation(generation.number, names)
+        groups: dict[str, int] = {}
+        if not runs_attention(self.me.role):  # only then do peers belong to several groups
+            groups = {m.name: i for i, own in enumerate(generation.groups) for m in own}
+        self._table.begin_generation(generation.number, names, groups)
         for name, edge in list(self._early.items()):
             if edge.generation <= generation.number:
                 del self._early[name]
@@ -216,9 +218,14 @@ class PeerConnections:
         """Whether the peers' hosts had acknowledged all sent bytes when they were last checked."""
         return self._table.is_settled
 
-    def begin_step(self, step: int) -> None:
-        """Set the number of the current step. Data frames of earlier steps are dropped."""
-        self._table.current_step = step
+    def step_frames(self, group: int = 0) -> deque[StepFrame]:
+        """Return the queue of received step proposals and headers of a step group."""
+        return self._table.group(group).step_frames
+
+    def begin_step(self, step: int, group: int = 0) -> None:
+        """Set the number of a step group's current step. Its data frames of earlier steps are
+        dropped."""
+        self._table.group(group).current_step = step
 
     def poll_idle(self, timeout_s: float, *, is_ready: bool = False) -> None:
         """Run the loop once, for at most ``timeout_s``, even if a peer is lost.

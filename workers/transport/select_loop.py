@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import selectors
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from cluster.core.errors import PeerLostError
 from workers.transport.acceptor import Acceptor, Pending
@@ -96,7 +96,17 @@ class SelectLoop:
 
         Unlike ``poll``, it does not call ``check``. Returns the number of ready sockets.
         """
-        deadline = self._acceptor.next_deadline
+        return self._run_once(timeout_s, ())[0]
+
+    def poll_edges(self, timeout_s: float, kept: Collection[Edge]) -> list[Edge]:
+        """Do as ``poll``, but do not read ``kept`` edges; return those that have data to read."""
+        self._check()
+        _, readable = self._run_once(timeout_s, kept)
+        self._check()
+        return readable
+
+    def _run_once(self, timeout_s: float, kept: Collection[Edge]) -> tuple[int, list[Edge]]:
+        deadline, readable = self._acceptor.next_deadline, list[Edge]()
         if deadline is not None:
             timeout_s = min(timeout_s, max(deadline - time.monotonic(), 0.0))
         if not self._table.is_settled:
@@ -104,7 +114,10 @@ class SelectLoop:
         events = self._selector.select(timeout_s)
         for key, mask in events:
             if isinstance(key.data, Edge):
-                self._table.serve(key.data, mask)
+                if mask == selectors.EVENT_READ and key.data in kept:
+                    readable.append(key.data)
+                else:
+                    self._table.serve(key.data, mask)
             elif isinstance(key.data, Pending):
                 self._acceptor.advance(key.data)
             else:
@@ -112,7 +125,7 @@ class SelectLoop:
         if deadline is not None:
             self._acceptor.expire()
         self.look()
-        return len(events)
+        return len(events), readable
 
     def look(self) -> None:
         """Check all edges for dead network paths if ``LOOK_S`` has elapsed since the last check."""

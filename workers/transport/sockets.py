@@ -36,9 +36,18 @@ class SocketTransport:
     """Whether partial sums are sent in the model's dtype: no, they are float32."""
 
     def __init__(
-        self, connections: PeerConnections, *, combine_mode: CombineMode, device: torch.device
+        self,
+        connections: PeerConnections,
+        *,
+        combine_mode: CombineMode,
+        device: torch.device,
+        group: int = 0,
     ) -> None:
+        """``group``: on an expert worker, the index in ``Generation.groups`` of the step group with
+        which it exchanges messages.
+        """
         self._connections = connections
+        self._group = group
         self._device = device
         self._returns_slots = combine_mode == "per_slot"
         self._mode_flag = 0
@@ -58,7 +67,7 @@ class SocketTransport:
     def begin_step(self, header: StepHeader) -> None:
         """Start a step. Frames of earlier steps are dropped."""
         self._step = header.step
-        self._connections.begin_step(header.step)
+        self._connections.begin_step(header.step, self._group)
         self._flags = self._mode_flag | (EXACT if header.exact else 0)
 
     def direct(self, ranks: Sequence[int]) -> DirectEdges | None:

@@ -165,13 +165,19 @@ def _workers_text(status: Mapping[str, Any]) -> str:
             *("-" if (value := w.get(name)) in (None, "") else value for name in names),
             _memory_text(w),
         )
-        for w in living
+        for w in map(_with_group, living)
     ]
     text = table(header, rows)
     if gone:
         rows = [(w["name"], w["state"], w.get("node") or "-", w.get("reason") or "") for w in gone]
         text += f"\n\n{table(('GONE', 'STATE', 'NODE', 'REASON'), rows)}"
     return text
+
+
+def _with_group(worker: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the worker with its step group in its role, as ``attention (prefill)``."""
+    group = worker.get("group")
+    return {**worker, "role": f"{worker['role']} ({group})"} if group else {**worker}
 
 
 def _memory_text(worker: Mapping[str, Any]) -> str:

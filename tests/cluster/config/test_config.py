@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,10 @@ def make_config(**sections: object) -> ClusterConfig:
     return ClusterConfig.from_dict(ClusterConfig(model=model).to_dict() | sections)
 
 
+def _groups(**other: Any) -> WorkersSection:
+    return WorkersSection(**{"num_prefill_workers": 1, "num_decode_workers": 1, **other})
+
+
 BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("dtype", lambda: ModelSection(path="p", served_model_name="m", dtype="int8")),  # type: ignore[arg-type]
     ("served_model_name", lambda: ModelSection(path="p", served_model_name="")),
@@ -29,6 +34,25 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("num_attention_workers", lambda: WorkersSection(mode="local", num_attention_workers=2)),
     ("follow_nodes", lambda: WorkersSection(mode="local", follow_nodes=True)),
     ("num_attention_workers", lambda: WorkersSection(mode="colocated", num_attention_workers=1)),
+    ("num_decode_workers", lambda: WorkersSection(num_prefill_workers=1)),
+    ("num_prefill_workers", lambda: WorkersSection(num_decode_workers=1)),
+    ("num_prefill_workers", lambda: _groups(num_prefill_workers=0)),
+    ("num_attention_workers", lambda: _groups(num_attention_workers=2)),
+    ("mode", lambda: _groups(mode="colocated")),
+    (
+        "num_prefill_workers",
+        lambda: make_config(
+            workers={"num_prefill_workers": 1, "num_decode_workers": 1},
+            transport={"transport": "collective"},
+        ),
+    ),
+    (
+        "num_prefill_workers",
+        lambda: make_config(
+            workers={"num_prefill_workers": 1, "num_decode_workers": 1},
+            engine={"enable_prefix_caching": False},
+        ),
+    ),
     ("num_expert_workers", lambda: WorkersSection(num_expert_workers=-1)),
     ("num_redundant_experts", lambda: WorkersSection(num_redundant_experts=-1)),
     ("cpus_per_worker", lambda: WorkersSection(cpus_per_worker=0)),

@@ -133,6 +133,22 @@ def test_it_loads_informs_all_members_and_switches() -> None:
     assert host.placement == change.stage.placement
 
 
+def test_all_step_groups_switch_before_the_placement_is_in_force() -> None:
+    """While one runs the new epoch, the other may still run the old one."""
+    host = Host()
+    of_rank = {"attention-0": "prefill", "attention-1": "decode"}
+    host.begin(4, tuple(replace(m, group=of_rank.get(m.name, "")) for m in host.members))
+    change = begin(host)
+    load_all(host, change)
+    prepare_all(host, change)
+    for name in of_rank:
+        order = SwitchEpoch(generation=4, epoch=8, oldest_epoch=7)
+        assert host.link.last(name, SwitchEpoch) == order
+        assert state_of(change) is ChangeState.SWITCH
+        change.frame(name, EpochSwitched(generation=4, epoch=8, step=31), 107.0)
+    assert state_of(change) is ChangeState.DONE
+
+
 def test_nothing_to_load_is_reported_at_once() -> None:
     host = Host()
     same = Stage(fills=(), placement=replace(host.placement, epoch=8))

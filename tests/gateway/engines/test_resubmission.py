@@ -44,6 +44,8 @@ class Workers:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.engines: dict[str, ScriptedEngine] = {}
+        self.groups: dict[str, str] = {}
+        """Step groups of the workers that have one."""
 
     def add(self, **settings: Any) -> ScriptedEngine:
         """One more, with the next name; it serves when this returns."""
@@ -65,6 +67,7 @@ class Workers:
         ]
         for entry in entries:
             entry["state"] = states.get(entry["name"].replace("-", "_"), entry["state"])
+            entry["group"] = self.groups.get(entry["name"])
         self.stack.call(lambda: self.stack.controller.change(state=state, workers=entries))
         self._wait_for_snapshot()
 

@@ -208,6 +208,9 @@ class Laps:
         self.add = lambda name, start_ns, end_ns, place: names.append(name)
         self._last = 0
 
+    def fork(self) -> Laps:
+        return self
+
     def begin_step(self, header: StepHeader) -> bool:
         return True
 

@@ -419,6 +419,23 @@ def test_a_paused_request_stands_still_and_goes_on(tiny_checkpoint: Path) -> Non
         assert tokens(outputs) == tokens(expected["a", choice])
 
 
+@pytest.mark.parametrize("so_far", [(), ((1, 2), (3,))])
+def test_a_request_that_is_handed_over_pauses_after_one_token(
+    tiny_checkpoint: Path, so_far: tuple[tuple[int, ...], ...]
+) -> None:
+    engine, requests = LocalEngine(tiny_checkpoint), list[str]()
+    asked = Request(request_id="a", prompt=(5,) * 40, params=GREEDY, n=2, pauses=True)
+    engine.engine.add_request(structs.replace(asked, output_so_far=so_far))
+    outputs = []
+    while not requests:
+        outputs += engine.step()
+        requests = engine.engine.requests.take_paused()
+    assert sum(len(output.token_ids) for output in outputs if output.choice == 1) == 1
+    assert engine.engine.requests.paused == {"a"}
+    assert [len(keys) for keys in engine.engine.requests.block_hashes("a")] == [2, 2]
+    assert engine.engine.rows_wanted() == RowsWanted(decode_rows=0, prefill_rows=0)
+
+
 def test_a_newer_attempt_is_not_paused(tiny_checkpoint: Path) -> None:
     engine = LocalEngine(tiny_checkpoint)
     request = Request(request_id="a", prompt=(5, 6, 7), params=GREEDY)

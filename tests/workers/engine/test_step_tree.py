@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.core.topology import Generation, Member, Role
+from cluster.core.topology import Generation, Member, Role, StepGroup
 from workers.engine.step_tree import MAX_DIRECT, StepTree
 
 
@@ -18,6 +18,26 @@ def generation_of(num_attention: int, num_experts: int, role: Role = "attention"
 
 def trees_of(generation: Generation) -> dict[str, StepTree]:
     return {m.name: StepTree.of(generation, m.name) for m in generation.members}
+
+
+def test_each_step_group_has_a_tree_with_all_expert_workers() -> None:
+    groups: list[StepGroup] = ["prefill", "decode", "prefill", "decode"]
+    members = [
+        Member(name=f"attention-{r}", role="attention", rank=r, group=group)
+        for r, group in enumerate(groups)
+    ]
+    members += [Member(name=f"expert-{r}", role="expert", rank=r) for r in range(2)]
+    generation = Generation(number=1, members=tuple(members))
+    assert [[m.rank for m in own] for own in generation.groups] == [[1, 3], [0, 2]]
+    pairs = (("attention-1", "attention-3"), ("attention-0", "attention-2"))
+    for group, (leader, other) in enumerate(pairs):
+        tree = StepTree.of(generation, leader)
+        assert (tree.leader, tree.parent) == (leader, "")
+        assert tree.children == (other, "expert-0", "expert-1")
+        assert StepTree.of(generation, other).parent == leader
+        for expert in ("expert-0", "expert-1"):
+            assert StepTree.of(generation, expert, group).parent == leader
+    assert StepTree.of(generation, "expert-0", 2).parent == ""
 
 
 @pytest.mark.parametrize(

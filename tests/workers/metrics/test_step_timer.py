@@ -18,6 +18,9 @@ class Kept:
         self.timings: list[tuple[str, int, int, dict[str, Any]]] = []
         self.num_flushed = 0
 
+    def fork(self) -> Kept:
+        return self
+
     def begin_step(self, header: StepHeader) -> bool:
         return header.step % 2 == 0
 

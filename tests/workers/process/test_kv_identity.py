@@ -118,7 +118,8 @@ CHANGES_NO_BIT = {
     "itl_target_ms max_waiting max_waiting_tokens enable_prefix_caching kv_kept_share "
     "num_cached_states kv_fetch_limit_s num_micro_batches micro_batch_decode_threshold "
     "micro_batch_prefill_threshold enforce_eager seed",
-    "workers": "mode_reason num_attention_workers num_expert_workers num_redundant_experts "
+    "workers": "mode_reason num_attention_workers num_prefill_workers num_decode_workers "
+    "num_expert_workers num_redundant_experts "
     "recovery_slots cpus_per_worker has_equal_cpus threads_per_worker gpus_per_worker "
     "placement_file load_profile follow_nodes device_speed",
     "speculation": "num_speculative_tokens ngram_min ngram_max",

@@ -1,8 +1,8 @@
 """Provides blocks and recurrent states to other workers.
 
 The threads of the KV server request items from ``KvBlockProvider``. Between two steps, the engine
-thread holds the requested blocks, so that they stay unchanged while they are sent. Items that only
-a lower tier has are provided as well.
+thread holds the requested blocks, so that they stay unchanged while they are sent. Blocks of paused
+requests are held already (``OfferedBlocks``). Items of lower tiers are provided as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.kv.tiers.tiers import KvTiers
+from workers.kv.transfer.offered_blocks import OfferedBlock, OfferedBlocks
 from workers.kv.transfer.store import KvTransferStore, ProvidedState
 
 
@@ -28,8 +29,8 @@ class ProvidedCopy:
     """Index of a state's key among the requested keys; None for a block."""
 
 
-ProvidedItem = int | ProvidedState | ProvidedCopy
-"""A block in the pool, a state in a slot, or either in a lower tier."""
+ProvidedItem = int | ProvidedState | ProvidedCopy | OfferedBlock
+"""A block in the pool, a state in a slot, either in a lower tier, or a block of an offer."""
 
 
 @dataclass(slots=True)
@@ -43,13 +44,20 @@ class KvBlockProvider:
     """Longest wait for the engine thread, as a step may be long."""
     tiers: KvTiers | None = None
     """Lower tiers, which provide items that the pool lacks."""
+    offers: OfferedBlocks = field(init=False)
+    """Blocks of paused requests."""
     _requested: deque[tuple[Sequence[bytes], Future[list[ProvidedItem]]]] = field(
         default_factory=deque
     )
     _returned: deque[tuple[list[ProvidedItem], int]] = field(default_factory=deque)
 
+    def __post_init__(self) -> None:
+        self.offers = OfferedBlocks(self.store)
+
     def acquire(self, keys: Sequence[bytes]) -> list[ProvidedItem]:
         """Acquire blocks or one state; empty if none is known, or after ``timeout_s``."""
+        if keys and (offered := self.offers.take(keys)):
+            return [*offered]
         items: Future[list[ProvidedItem]] = Future()
         self._requested.append((keys, items))
         self.wake()
@@ -64,7 +72,8 @@ class KvBlockProvider:
             return torch.tensor([item.place]), cache.read_state(item.slot)
         if isinstance(item, ProvidedCopy):
             return self._read_copy(item)
-        return (cache.read_block(item),)
+        block = item.block if isinstance(item, OfferedBlock) else item
+        return (cache.read_block(block),)
 
     def _read_copy(self, copy: ProvidedCopy) -> tuple[Tensor, ...]:
         """Read an item of a tier.
@@ -78,7 +87,10 @@ class KvBlockProvider:
         return data if copy.place is None else (torch.tensor([copy.place]), *data)
 
     def release(self, items: list[ProvidedItem], num_kept: int) -> None:
-        if items:
+        offered = [item for item in items if isinstance(item, OfferedBlock)]
+        if offered:
+            self.offers.give_back(offered[0].offer, [item.block for item in offered[:num_kept]])
+        elif items:
             self._returned.append((items, num_kept))
             self.wake()
 

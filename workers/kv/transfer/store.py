@@ -138,7 +138,12 @@ class KvTransferStore:
         self.states.release_extra(state.slot)
 
     def usable(self, request: Request, hashes: Sequence[BlockHash]) -> Sequence[BlockHash]:
-        """Return the hashes of a prompt's full blocks that it may reuse."""
+        """Return the hashes of a prompt's full blocks that it may reuse.
+
+        With output so far, the request has computed its prompt elsewhere, and may reuse all.
+        """
+        if request.output_so_far and request.inspection is None:
+            return hashes
         return hashes[: max(num_reusable(request), 0) // self.cache.block_size]
 
     def num_usable(self, hashes: Sequence[BlockHash], num_found: int) -> int:

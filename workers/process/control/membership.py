@@ -36,6 +36,7 @@ from cluster.core.frames import (
 from cluster.core.placement import ExpertPlacement
 from cluster.core.states import next_state
 from cluster.core.topology import Generation
+from workers.engine.group_channels import GroupChannels
 from workers.engine.isolation import StepMembers
 from workers.engine.step_channel import StepChannel
 from workers.experts.transfer.loading import Obstacle, SlotOrder
@@ -102,6 +103,8 @@ class Membership:
         self.fence = -1
         """Number of the newest generation that must not run, as the lease expired in it. Only the
         control thread writes it, and it never decreases."""
+        self._group_epochs: dict[int, int] = {}
+        """Newest epoch of each step group that runs steps on this worker."""
         self._known_epoch = 0
         self._switch: SwitchEpoch | None = None
         self.last_commit = time.monotonic()
@@ -114,7 +117,10 @@ class Membership:
         self._step_members = StepMembers()
 
     def set_data_plane(
-        self, connections: PeerConnections, channel: StepChannel, transport: DataTransport
+        self,
+        connections: PeerConnections,
+        channel: StepChannel | GroupChannels,
+        transport: DataTransport,
     ) -> None:
         """Set the open connections, step channel and transport. Call it before ``handle``."""
         self._connections = connections
@@ -211,12 +217,16 @@ class Membership:
             case SwitchEpoch():
                 self._switch_epoch(frame)
 
-    def follow_epoch(self, header: StepHeader, stall_s: float = 0.0) -> None:
+    def follow_epoch(self, header: StepHeader, stall_s: float = 0.0, group: int = 0) -> None:
         """Record the epoch of a step; the leader reports a new one to the controller.
 
-        ``stall_s``: seconds that pending work has waited for this step's header.
+        ``stall_s``: seconds that pending work has waited for this step's header. ``group``: step
+        group of the step, on an expert worker; its epoch is current until all groups run a later
+        one.
         """
-        if self.epochs.switch_to(header.epoch) and self._channel.is_leader:
+        self._group_epochs[group] = header.epoch
+        epoch = min(self._group_epochs.values())
+        if self.epochs.switch_to(epoch) and self._channel.is_leader:
             self._hooks.send(
                 EpochSwitched(
                     generation=header.generation,
@@ -297,7 +307,11 @@ class Membership:
             )
             self.stop_steps()  # heartbeats report it, and the controller forms the next one
         else:
-            self._channel.start_generation(frame.first_step, self.epochs.current.epoch)
+            epoch = self.epochs.current.epoch
+            self._channel.start_generation(frame.first_step, epoch)
+            has_attention = any(m.name == self._name for m in self.generation.attention)
+            groups = range(1 if has_attention else len(self.generation.groups))
+            self._group_epochs = dict.fromkeys(groups, epoch)
             self.record_commit(is_shared=True)
             self._step_members.begin_generation(self.generation)
             self._hooks.begin_steps()

@@ -1,9 +1,9 @@
 """Requests that wait for KV blocks of their prompt from a peer, while the engine runs others.
 
 A few prefixes are fetched at a time, directly into blocks reserved for them. If a fetch fails or
-takes too long, the engine computes the missing blocks. Before a decoding request moves from the
-peer to this worker, its gateway can have its blocks fetched (``prefetch``). If the request arrives
-before the fetch ends, it waits for the fetch.
+takes too long, the engine computes the missing blocks. Before a request moves from the peer to this
+worker, its gateway can have its blocks fetched (``prefetch``), while the peer computes the next
+ones. If the request arrives before the fetch ends, it waits for the fetch.
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ from workers.transport.peer_link import MAX_ITEMS, PeerClient, PeerEndpoint, vie
 
 logger = logging.getLogger(__name__)
 
-MAX_FETCHING = 4
+MAX_FETCHING = 16
 """Maximum number of concurrent fetches. Above it, requests compute their prefixes."""
+_MAX_AHEAD = MAX_FETCHING // 2
+"""Number of concurrent fetches at which none is begun before its request arrives."""
+_AHEAD_LIMIT_S = 10.0
+"""Time limit in seconds of such a fetch, which may wait for a long step of the peer."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -115,7 +119,8 @@ class KvFetches(FetchJobs):
             prefetch.waiting.append(waiting)
             prefetch.deadline_s = self._clock() + self._limit_s
             return True
-        peer = self._peers(request.kv_peer) if self.fetch_cost < 1 else None
+        is_worth_it = self.fetch_cost < 1 or bool(request.output_so_far)  # it is moving
+        peer = self._peers(request.kv_peer) if is_worth_it else None
         if peer is None:
             return False
         hashes = self._engine.kv_store.usable(request, waiting.hashes)
@@ -210,7 +215,8 @@ class KvFetches(FetchJobs):
                 prefetch.command.chains
             ):
                 self._prefetches.remove(prefetch)
-                self._ready += prefetch.waiting
+                # The prompt may have more blocks now than when the prefetch began.
+                self._ready += [waiting for waiting in prefetch.waiting if not self.put(waiting)]
                 if prefetch.waiting:
                     continue
                 request = prefetch.command.request
@@ -225,18 +231,21 @@ class KvFetches(FetchJobs):
         """
         chains, request = prefetch.command.chains, prefetch.command.request
         peer = self._peers(request.kv_peer) if self._limit_s else None
-        while len(self._jobs) < MAX_FETCHING and prefetch.num_begun < len(chains):
+        while len(self._jobs) < _MAX_AHEAD and prefetch.num_begun < len(chains):
             hashes = chains[prefetch.num_begun]
             prefetch.num_begun += 1
             cached = self._engine.pool.find(hashes)
-            job = None if peer is None else self._begin(hashes, cached, peer)
+            job = None if peer is None else self._begin(hashes, cached, peer, prefetch)
             if job is not None:
-                job.ahead_of = prefetch
                 return True
         return False
 
     def _begin(
-        self, hashes: Sequence[BlockHash], cached: Sequence[int], peer: PeerEndpoint
+        self,
+        hashes: Sequence[BlockHash],
+        cached: Sequence[int],
+        peer: PeerEndpoint,
+        ahead_of: _Prefetch | None = None,
     ) -> _Job | None:
         """Fetch the blocks of a prefix after ``cached``; None if that is not possible or needed."""
         if len(self._jobs) >= MAX_FETCHING:
@@ -245,14 +254,22 @@ class KvFetches(FetchJobs):
         fetch = self._engine.begin_fetch(hashes[:end], cached[:end])
         if fetch is None:
             return None
-        deadline_s = self._clock() + self._limit_s
-        transfer = self._start(partial(self._receive, fetch, peer, deadline_s))
-        job = _Job(fetch=fetch, transfer=transfer, deadline_s=deadline_s)
+        limit_s = self._limit_s if ahead_of is None else max(self._limit_s, _AHEAD_LIMIT_S)
+        deadline_s, is_measured = self._clock() + limit_s, ahead_of is None
+        receive = partial(self._receive, fetch, peer, deadline_s, is_measured=is_measured)
+        transfer = self._start(receive)
+        job = _Job(fetch=fetch, transfer=transfer, deadline_s=deadline_s, ahead_of=ahead_of)
         self._jobs.append(job)
         return job
 
-    def _receive(self, fetch: Fetch, peer: PeerEndpoint, deadline_s: float) -> None:
-        """Fetch blocks from a peer, in a thread of the executor; errors are only logged."""
+    def _receive(
+        self, fetch: Fetch, peer: PeerEndpoint, deadline_s: float, *, is_measured: bool
+    ) -> None:
+        """Fetch blocks from a peer, in a thread of the executor; errors are only logged.
+
+        ``is_measured``: whether the time counts for ``cost``. A prefetch may wait for the peer to
+        compute the blocks.
+        """
         cache, began_s = self._engine.kv_store.cache, self._clock()
         buffer = torch.empty(cache.block_shape, dtype=cache.dtype)
         state_bytes, has_failed = 0, False
@@ -278,7 +295,8 @@ class KvFetches(FetchJobs):
             self._seconds.observe(ended_s - began_s)
             self._num_bytes += state_bytes + fetch.num_filled * buffer.nbytes
             self._num_failed += has_failed
-            self.cost.observe_fetch(num_tokens, ended_s - began_s, ended_s)
+            if is_measured:
+                self.cost.observe_fetch(num_tokens, ended_s - began_s, ended_s)
 
 
 def _receive_state(client: PeerClient, fetch: Fetch, state: StateFetch, cache: KVCache) -> int:

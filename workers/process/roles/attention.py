@@ -119,9 +119,16 @@ class AttentionRole:
             self._context.send(kept)
         self._emit(self.engine.poll())
         self.outputs.solo_steps.report(self.outputs.owners)
-        self.outputs.report_paused()
+        self._offer_blocks()
         if not self._context.membership.is_running:
             self._stream.release()
+
+    def _offer_blocks(self) -> None:
+        """Offer the blocks of paused requests to the workers to which they will move."""
+        requests, offers = self.engine.requests, self._kv_provider.offers
+        offers.keep_only(requests.paused)
+        for request_id in self.outputs.report_paused():
+            offers.put(request_id, requests.block_hashes(request_id))
 
     def run_step(self) -> None:
         """Wait for a step and run it; return without one if the thread is woken."""

@@ -14,17 +14,21 @@ from cluster.core.frames import LoadExperts
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.dispatcher import SlotBank
+from workers.dispatch.expert_counters import ExpertCounters
 from workers.dispatch.expert_server import ExpertServer
 from workers.experts.slots import ExpertSlots
 from workers.experts.speed import blank_bank, slots_per_second
 from workers.experts.transfer.loading import ExpertLoader
 from workers.experts.transfer.peer_source import GIVE_UP, ExpertProvider
+from workers.metrics.step_timer import StepTimer
 from workers.process.context import WorkerContext
 from workers.process.data_plane import IDLE_WAIT_S
 from workers.process.gpu_memory import captured_sizes, check_memory_for_slots
 from workers.process.roles.expert_sources import ExpertSources
+from workers.process.roles.group_steps import GroupSteps
 from workers.process.warm_up import warm_experts
 from workers.requests.buckets import kept_rows
+from workers.requests.step_header import StepHeader
 from workers.transport.peer_link import PeerServer
 from workers.transport.transport import DataTransport
 
@@ -50,7 +54,7 @@ class ExpertRole:
         """Fill the slots as in the first placement; other workers can then fetch the experts from
         ``weights``. Raises ``CheckpointError``.
         """
-        args, family = context.args, context.family
+        args = context.args
         assert args.placement is not None, "a worker with experts is started with a placement"
         self._context = context
         self.slots = slots = make_slots(context)
@@ -60,19 +64,25 @@ class ExpertRole:
         self._sources = ExpertSources(context, slots)
         self._sources.load(args.placement)
         warm_experts(args, slots, transport.sums_are_rounded)
-        self.server = ExpertServer(
-            transport,
-            banks_of(slots) if banks_of is not None else slots.banks,
-            family.banks,
-            device_index=args.member.device,
-            combine_mode=args.config.engine.combine_mode,
-            dtype=context.model.dtype,
-            device=args.device,
-            activity=context.activity,
-            timer=context.new_timer(),
-            max_kept_rows=kept_rows(captured_sizes(args, family))
-            * args.config.workers.num_attention_ranks,
-        )
+        banks, counters = banks_of(slots) if banks_of else slots.banks, ExpertCounters()
+        self.servers = [
+            self._make_server(transport, banks, counters, context.new_timer()),
+            *(
+                self._make_server(other, banks, counters, context.fork_timer())
+                for other in context.group_transports
+            ),
+        ]
+        """Server of the steps of each step group, in the order of ``Generation.groups``."""
+        self._group_steps: GroupSteps | None = None
+        if context.group_channels is not None:
+            self._group_steps = GroupSteps(
+                context.connections,
+                context.group_channels,
+                self.servers,
+                context.activity,
+                begun=self._begin_group_step,
+                ended=self._end_group_step,
+            )
         weights.start(ExpertProvider(slots))
         membership, can_grow = context.membership, args.device.type == "cpu"
         self._loader = ExpertLoader(
@@ -84,6 +94,36 @@ class ExpertRole:
             min_slots=args.num_slots,
         )
         context.cleanup.callback(self.close)
+
+    def _make_server(
+        self,
+        transport: DataTransport,
+        banks: Sequence[SlotBank],
+        counters: ExpertCounters,
+        timer: StepTimer,
+    ) -> ExpertServer:
+        context, args, family = self._context, self._context.args, self._context.family
+        return ExpertServer(
+            transport,
+            banks,
+            family.banks,
+            device_index=args.member.device,
+            combine_mode=args.config.engine.combine_mode,
+            dtype=context.model.dtype,
+            device=args.device,
+            activity=context.activity,
+            timer=timer,
+            max_kept_rows=kept_rows(captured_sizes(args, family))
+            * args.config.workers.num_attention_ranks,
+            yields=context.group_channels is not None,
+            counters=counters,
+        )
+
+    @property
+    def server(self) -> ExpertServer:
+        """Server of the steps. Only for workers of one step group."""
+        (server,) = self.servers
+        return server
 
     def handle_command(self, command: LoadExperts) -> None:
         """Load experts in the background. Control thread.
@@ -109,12 +149,19 @@ class ExpertRole:
     def enter(self, generation: Generation, placement: ExpertPlacement) -> None:
         """Apply the placement of a new generation with open connections, or of a new epoch."""
         self._context.model.exactness.apply_agreement(generation.agreement)
-        self.server.set_placement(placement, generation)
+        for server in self.servers:
+            server.set_placement(placement, generation)
+        if self._group_steps is not None and self._group_steps.enter(generation):
+            for transport in self._context.group_transports:
+                transport.apply_generation(generation)
 
     def run_step(self) -> None:
         """Wait for a step and serve its rows; return without one if the thread is woken."""
         activity, membership = self._context.activity, self._context.membership
         activity.is_idle = True
+        if self._group_steps is not None:
+            self._group_steps.run(IDLE_WAIT_S)
+            return
         header = self._context.channel.wait(IDLE_WAIT_S)
         activity.is_idle = False
         if header is None:
@@ -127,6 +174,15 @@ class ExpertRole:
         membership.record_commit(is_shared=True)
         activity.advance()
         self._busy_s += membership.last_commit - started
+        self._num_steps += 1
+
+    def _begin_group_step(self, group: int, header: StepHeader) -> None:
+        self._context.membership.follow_epoch(header, group=group)
+
+    def _end_group_step(self, group: int) -> None:
+        self.servers[group].timer.end_step()
+        self._context.membership.record_commit(is_shared=True)
+        self._context.activity.advance()
         self._num_steps += 1
 
     def facts(self) -> dict[str, float]:
@@ -155,13 +211,14 @@ class ExpertRole:
                 f'expert_weights_read_bytes_total{{source="{kind}"}}': float(num_bytes)
                 for kind, num_bytes in self._sources.read_bytes.items()
             },
-            **self.server.stats(),
+            **self.servers[0].stats(),  # the counters of all servers
         }
 
     def step_stats(self) -> dict[str, float]:
         """Metrics of the steps that this role runs; called on the control thread."""
+        groups = self._group_steps
         return {
-            "expert_worker_busy_seconds_total": self._busy_s,
+            "expert_worker_busy_seconds_total": groups.busy_s if groups else self._busy_s,
             "steps_total": float(self._num_steps),
         }
 

@@ -67,11 +67,15 @@ class GatewayOutputs:
         """Send changes of cached blocks, and the cost of a fetch, to all gateways."""
         self._stream.publish_kv(changes, fetch_cost, self._engine.pool.num_free)
 
-    def report_paused(self) -> None:
-        """Report paused requests to their gateways, after the last outputs of the requests."""
-        for request_id in self._engine.requests.take_paused():
+    def report_paused(self) -> list[str]:
+        """Report newly paused requests to their gateways, after the last outputs of the requests;
+        return their ids.
+        """
+        paused = self._engine.requests.take_paused()
+        for request_id in paused:
             self._stream.publish(self.owners[request_id], Paused(request_id=request_id))
             self._stream.release()
+        return paused
 
     def report_kv_pressure(self) -> None:
         """Ask a gateway to move a request to another worker before it must be preempted here."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,9 +17,10 @@ from msgspec.structs import replace
 
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.frames import KeepAdapters, Register, Shutdown, WorkerReady
-from cluster.core.topology import Member
+from cluster.core.topology import Member, StepGroup
 from cluster.tracing.exporter import start_traces
 from workers.dispatch.dispatcher import max_static_ranks
+from workers.engine.group_channels import GroupChannels
 from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.prefill_cap import PrefillCap
 from workers.engine.step_channel import StepChannel
@@ -75,7 +76,11 @@ class Worker:
         self.config = args.config
         is_local = args.config.workers.mode == "local"
         self._step_metrics = StepMetrics(None if is_local else _WAITS[args.member.role])
-        self.member = replace(args.member, pid=os.getpid(), node=args.member.node or args.host)
+        group: StepGroup = ""
+        if args.member.runs_attention:
+            group = args.config.workers.group_of_rank(args.member.rank)
+        node = args.member.node or args.host
+        self.member = replace(args.member, pid=os.getpid(), node=node, group=group)
         self._on_death = on_death
         self._cleanup = ExitStack()
         self.activity = Activity()
@@ -148,10 +153,11 @@ class Worker:
             buckets=captured_sizes(args, model.family),
             max_static_ranks=_max_static_ranks(args, model.family),
         )
-        channel = StepChannel(connections, leader)
+        groups = self._open_groups(connections, leader)
+        channel = groups.channels[0] if groups else StepChannel(connections, leader)
         transport = self.open_transport(connections)
         self._cleanup.callback(transport.close)
-        self.membership.set_data_plane(connections, channel, transport)
+        self.membership.set_data_plane(connections, groups or channel, transport)
         context = WorkerContext(
             args=args,
             member=self.member,
@@ -163,6 +169,8 @@ class Worker:
             connections=connections,
             channel=channel,
             transport=transport,
+            group_channels=groups,
+            group_transports=self._open_group_transports(connections),
             activity=self.activity,
             timing_sinks=self._open_timing_sinks(),
             cleanup=self._cleanup,
@@ -172,6 +180,24 @@ class Worker:
         info |= args.device_facts
         self.control.send(Register(member=self.member, build=me.build, info=info))
         return context
+
+    def _open_groups(
+        self, connections: PeerConnections, leader: StepLeader
+    ) -> GroupChannels | None:
+        groups = range(self.config.workers.num_step_groups)
+        if self.member.runs_attention or len(groups) == 1:
+            return None
+        return GroupChannels([StepChannel(connections, leader, group) for group in groups])
+
+    def _open_group_transports(self, connections: PeerConnections) -> Sequence[DataTransport]:
+        """Open the transports of an expert worker for the step groups after the first."""
+        if self.member.runs_attention:
+            return ()
+        groups = range(1, self.config.workers.num_step_groups)
+        found = [open_transport(self.args, connections, group) for group in groups]
+        for transport in found:
+            self._cleanup.callback(transport.close)
+        return found
 
     def open_transport(self, connections: PeerConnections) -> DataTransport:
         """Open the transport; a collective one adds its store's address to this worker's record."""

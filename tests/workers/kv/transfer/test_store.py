@@ -20,6 +20,7 @@ from tests.reference.goldens import Golden
 from workers.engine.engine import Engine
 from workers.kv.transfer.block_provider import KvBlockProvider, ProvidedItem
 from workers.kv.transfer.fetch_cost import FORGET_S, UNMEASURED_COST, FetchCost
+from workers.kv.transfer.offered_blocks import KEEP_S, OfferedBlocks
 from workers.kv.transfer.store import Fetch, ProvidedState, StateFetch
 from workers.requests.block_hash import block_hashes, state_key
 from workers.requests.inspection import InspectionParams
@@ -351,3 +352,44 @@ def test_the_cost_is_measured_and_a_slow_link_is_tried_again() -> None:
     assert cost.ratio(102.0 + FORGET_S) == UNMEASURED_COST
     cost.observe_fetch(4000, 1.0, now_s=102.0 + FORGET_S)
     assert cost.ratio(102.0 + FORGET_S) == pytest.approx(0.25)
+
+
+def test_offered_blocks_are_lent_at_once_and_held_until_the_last_copy(
+    source: LocalEngine, tiny_checkpoint: Path
+) -> None:
+    """No turn of the engine thread is needed to lend them, only to release them."""
+    lender, now = KvBlockProvider(source.engine.kv_store, lambda: None, timeout_s=0.0), [0.0]
+    lender.offers = OfferedBlocks(source.engine.kv_store, lambda: now[0])
+    hashes, pool = _wanted(engine_of(tiny_checkpoint)).hashes, source.engine.pool
+    lender.offers.put("b", [hashes[:1]])
+    lender.offers.put("a", [hashes[:1]])
+    lender.offers.put("a", [hashes[:1], hashes])
+    first, second = lender.acquire([*hashes[1:], bytes(32)]), lender.acquire(hashes)
+    assert (len(first), len(second)) == (NUM_BLOCKS - 1, NUM_BLOCKS)
+    assert lender.read(first[0])[0].shape == source.engine.kv_store.cache.block_shape
+    lender.release(second, 0)
+    lender.offers.keep_only(set())
+    third = lender.acquire(hashes[:1])
+    assert len(third) == 1, "the request has left, but its blocks are needed"
+    now[0] = KEEP_S + 0.1
+    lender.offers.keep_only(set())
+    assert lender.acquire(hashes) == []
+    assert pool.num_free == pool.num_blocks - NUM_BLOCKS
+    lender.release(first, 1)
+    lender.release(third, 0)
+    lender.offers.keep_only(set())
+    source.engine.check_integrity()
+    assert pool.num_free == pool.num_blocks
+
+
+def test_an_offer_ends_when_its_last_block_is_copied(source: LocalEngine) -> None:
+    lender = KvBlockProvider(source.engine.kv_store, lambda: None, timeout_s=0.0)
+    hashes, pool = block_hashes(request_of(), 16, None), source.engine.pool
+    lender.offers.put("a", [hashes])
+    lent = lender.acquire(hashes)
+    lender.release(lent, len(lent))
+    lender.offers.keep_only({"a"})
+    assert pool.num_free == pool.num_blocks - NUM_BLOCKS
+    lender.offers.keep_only(set())
+    source.engine.check_integrity()
+    assert pool.num_free == pool.num_blocks

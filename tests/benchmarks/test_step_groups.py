@@ -1,0 +1,20 @@
+"""The benchmark of step groups runs: paced workers serve streams beside prompts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.simulated import step_groups
+
+
+def test_both_layouts_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert step_groups.main(["--lengths", "40", "--prompts", "1", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["layout"] for row in rows] == ["2 attention", "1 prefill + 1 decode"]
+    for row in rows:
+        assert row["prompt_tokens"] == 40
+        assert row["alone_ms"] > 0
+        assert row["beside_ms"] <= row["slow_ms"]
+        assert row["second_ms"] > 0

@@ -1,0 +1,61 @@
+"""Workers of a prefill group, a decode group and their experts die; each loss is of one worker."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+
+from benchmarks.faults.layouts import row_config
+from benchmarks.harness.serving_cluster import RayCluster, ThreadCluster, connected_ray, serving
+from tests.harness.fault_rows import (
+    FORMS,
+    SMALL,
+    Form,
+    entries_since,
+    kill,
+    play,
+    play_until,
+    quiet_config,
+    was_disturbed,
+    whole,
+)
+
+GROUPS: dict[str, Any] = {
+    "num_attention_workers": None,
+    "num_prefill_workers": 1,
+    "num_decode_workers": 2,
+}
+"""``attention-0`` is the prefill group and its leader, ``attention-1`` leads the decode group."""
+VICTIMS = ("attention", 0), ("attention", 1), ("attention", 2), ("expert", 1)
+
+
+@pytest.mark.parametrize("victim", VICTIMS, ids=lambda v: f"{v[0]}-{v[1]}")
+def test_a_worker_of_threads(victim: tuple[str, int]) -> None:
+    config = quiet_config(3, 3, num_redundant=22, workers=GROUPS)
+    cluster = ThreadCluster(config)
+    with serving(cluster):
+        before = cluster.snapshot()
+        role, rank = victim
+
+        def stop_one() -> None:
+            cluster.group.workers[f"{role}-{rank}"].stop()
+
+        play_until(cluster, SMALL, random.Random(rank), stop_one, was_disturbed)
+        after = whole(cluster)
+        lost = [e for e in entries_since(before, after) if "lost" in e["cause"]]
+        assert len(lost) == 1, [e["cause"] for e in entries_since(before, after)]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("form", FORMS)
+def test_each_process(form: Form) -> None:
+    with connected_ray(), serving(RayCluster(row_config(3, 3, workers=GROUPS))) as cluster:
+        for role, rank in VICTIMS:
+            names = [w["name"] for w in cluster.snapshot()["workers"] if w["state"] == "SERVING"]
+            name = sorted(n for n in names if n.startswith(role))[rank]
+            play(cluster, form, random.Random(rank), partial(kill, cluster, name))
+            whole(cluster)
