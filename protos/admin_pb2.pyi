@@ -418,6 +418,8 @@ class ScaleRequest(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     EXPECTED_EPOCH_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
     attention: _builtins.int
     """number of attention workers; unset: no change"""
     expert: _builtins.int
@@ -426,6 +428,9 @@ class ScaleRequest(_message.Message):
     """limit; 0: 300 s. New workers not ready by then are stopped"""
     request_id: _builtins.str
     expected_epoch: _builtins.int
+    prefill: _builtins.int
+    """with step groups, in place of attention: sizes of the groups"""
+    decode: _builtins.int
     def __init__(
         self,
         *,
@@ -434,23 +439,33 @@ class ScaleRequest(_message.Message):
         deadline_s: _builtins.float = ...,
         request_id: _builtins.str = ...,
         expected_epoch: _builtins.int | None = ...,
+        prefill: _builtins.int | None = ...,
+        decode: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_expected_epoch", b"_expected_epoch", "_expert", b"_expert", "attention", b"attention", "expected_epoch", b"expected_epoch", "expert", b"expert"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_decode", b"_decode", "_expected_epoch", b"_expected_epoch", "_expert", b"_expert", "_prefill", b"_prefill", "attention", b"attention", "decode", b"decode", "expected_epoch", b"expected_epoch", "expert", b"expert", "prefill", b"prefill"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_expected_epoch", b"_expected_epoch", "_expert", b"_expert", "attention", b"attention", "deadline_s", b"deadline_s", "expected_epoch", b"expected_epoch", "expert", b"expert", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_decode", b"_decode", "_expected_epoch", b"_expected_epoch", "_expert", b"_expert", "_prefill", b"_prefill", "attention", b"attention", "deadline_s", b"deadline_s", "decode", b"decode", "expected_epoch", b"expected_epoch", "expert", b"expert", "prefill", b"prefill", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__attention: _TypeAlias = _typing.Literal["attention"]  # noqa: Y015
     _WhichOneofArgType__attention: _TypeAlias = _typing.Literal["_attention", b"_attention"]  # noqa: Y015
+    _WhichOneofReturnType__decode: _TypeAlias = _typing.Literal["decode"]  # noqa: Y015
+    _WhichOneofArgType__decode: _TypeAlias = _typing.Literal["_decode", b"_decode"]  # noqa: Y015
     _WhichOneofReturnType__expected_epoch: _TypeAlias = _typing.Literal["expected_epoch"]  # noqa: Y015
     _WhichOneofArgType__expected_epoch: _TypeAlias = _typing.Literal["_expected_epoch", b"_expected_epoch"]  # noqa: Y015
     _WhichOneofReturnType__expert: _TypeAlias = _typing.Literal["expert"]  # noqa: Y015
     _WhichOneofArgType__expert: _TypeAlias = _typing.Literal["_expert", b"_expert"]  # noqa: Y015
+    _WhichOneofReturnType__prefill: _TypeAlias = _typing.Literal["prefill"]  # noqa: Y015
+    _WhichOneofArgType__prefill: _TypeAlias = _typing.Literal["_prefill", b"_prefill"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__attention) -> _WhichOneofReturnType__attention | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decode) -> _WhichOneofReturnType__decode | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_epoch) -> _WhichOneofReturnType__expected_epoch | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expert) -> _WhichOneofReturnType__expert | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill) -> _WhichOneofReturnType__prefill | None: ...
 
 Global___ScaleRequest: _TypeAlias = ScaleRequest  # noqa: Y015
 

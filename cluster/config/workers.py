@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from msgspec.structs import replace
+
 from cluster.config.option_metadata import INTERNAL
 from cluster.core.checks import (
     check,
@@ -14,7 +16,7 @@ from cluster.core.checks import (
     is_not_negative,
     is_positive,
 )
-from cluster.core.topology import Role, StepGroup
+from cluster.core.topology import Member, Role
 
 Mode = Literal["disaggregated", "colocated", "local", "auto"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -123,11 +125,13 @@ class WorkersSection:
         """Number of groups of attention workers that run steps together."""
         return 1 if self.num_prefill_workers is None else 2
 
-    def group_of_rank(self, rank: int) -> StepGroup:
-        """Return the step group of an attention rank: the first ranks compute prompts."""
-        if self.num_prefill_workers is None:
-            return ""
-        return "prefill" if rank < self.num_prefill_workers else "decode"
+    def with_group(self, member: Member) -> Member:
+        """Return a worker with its step group at the start: the first attention ranks compute
+        prompts. A worker that has a group keeps it."""
+        number = self.num_prefill_workers
+        if number is None or member.group or not member.runs_attention:
+            return member
+        return replace(member, group="prefill" if member.rank < number else "decode")
 
     @property
     def num_attention_ranks(self) -> int:

@@ -111,6 +111,7 @@ class Cluster:
         """Version of the last controller snapshot for the workers; 0 before the first."""
         self.order_numbers = count((term << 32) + 1)
         """Source of unique numbers for commands and status requests, also after a restart."""
+        members = [config.workers.with_group(member) for member in members]
         self.places = Places(members)
         self.late: tuple[str, ...] = ()
         """Names of the workers for which steps, or the forming generation, wait."""

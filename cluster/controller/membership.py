@@ -153,6 +153,12 @@ class MemberRecords:
         self._highest_epoch = max(self.placement.epoch, self._highest_epoch) + 1
         return self._highest_epoch
 
+    @property
+    def has_new_groups(self) -> bool:
+        """Whether members of the newest generation have another step group in the next one."""
+        members = self.round.generation.members
+        return any(self._workers[m.name].member.group != m.group for m in members)
+
     def may_run(self, epoch: int) -> bool:
         """Whether members may run this placement epoch: the one in force, or one to which the step
         groups are switching, each with a step of its own."""

@@ -195,6 +195,9 @@ class Recovery:
             self._cannot_load(reload, limit, now)
         if self._cluster.round.phase is not Phase.FORMING:
             self._start_workers(now)
+        if self._cluster.runs and self._cluster.membership.has_new_groups:
+            members = self._cluster.round.members
+            self._go_on(members, "attention workers change their step groups", now)
         if self._cluster.round.phase is Phase.STALLED or self._join_at is not None:
             self.ready(now)  # workers may have become ready while forming or waiting
         if self._cluster.round.phase is Phase.STALLED:

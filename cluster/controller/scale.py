@@ -3,7 +3,7 @@
     SETTLE  wait until a generation runs and no weights move
     START   add new places; their workers start and load in the background
     JOIN    once all new workers are ready, they join one generation; new expert workers take over
-            the experts that they have loaded
+            the experts that they have loaded, and attention workers change their step groups
     then    drain surplus workers and remove their places (``Draining.remove``)
 
 A scaling is rolled back if a new worker is lost in START (in JOIN it is replaced), at the time
@@ -45,6 +45,8 @@ class Scaling:
         """Continue the scaling of an earlier controller."""
         self._cluster.scale = scale
         scale.restore(self._cluster.operations, now)
+        if scale.prefill_before is not None:
+            self._set_roles(self._num_prefill(scale.command))
 
     def begin(self, command: ScaleCommand, now: float) -> Operation:
         """Begin to scale, or return the operation that a command with the same id has begun.
@@ -56,7 +58,7 @@ class Scaling:
     def target(self, command: ScaleCommand) -> str:
         """Describe the pool sizes after a scale command (``OperationKind.target``)."""
         cause = f" ({command.cause})" if command.cause else ""
-        return describe_pools(self._wanted(command)) + cause
+        return describe_pools(self._wanted(command), self._num_prefill(command)) + cause
 
     def prepare(self, command: ScaleCommand) -> Callable[[Operation, float], None]:
         """Check a scale command; return its first step (``OperationKind.prepare``)."""
@@ -127,8 +129,10 @@ class Scaling:
         cluster, pools = self._cluster, self._cluster.places.pools()
         if cluster.config.workers.mode == "local":
             raise ConflictError("one worker holds everything (--mode local): it cannot be scaled")
-        if command.attention is None and command.expert is None:
+        counts = (command.attention, command.expert, command.prefill, command.decode)
+        if all(count is None for count in counts):
             raise RequestError("one of attention and expert is required", "attention")
+        attention = self._wanted_attention(command)
         wanted = dict(pools)
         if "colocated" in pools:
             if command.attention not in (None, command.expert):
@@ -136,7 +140,7 @@ class Scaling:
                 raise RequestError(f"attention ({command.attention}) {rule}", "attention")
             asked: dict[Role, int | None] = {"colocated": command.expert}
         else:
-            asked = {"attention": command.attention, "expert": command.expert}
+            asked = {"attention": attention, "expert": command.expert}
         most = min((b.num_experts for b in cluster.desired.banks), default=0)
         for role, count in asked.items():
             field = "attention" if role == "attention" else "expert"
@@ -146,11 +150,37 @@ class Scaling:
                 rule = f"must not exceed the {most} experts of a bank"
                 raise RequestError(f"{field} ({count}) {rule}", field)
             wanted[role] = pools[role] if count is None else count
-        least = cluster.config.workers.num_prefill_workers or 0
-        if (count := wanted.get("attention", 1)) <= least > 0:
-            rule = f"must exceed the {least} prefill workers, as the others decode"
-            raise RequestError(f"attention ({count}) {rule}", "attention")
         return wanted
+
+    def _num_prefill(self, command: ScaleCommand) -> int:
+        """Return the number of prefill workers after a command; 0 without step groups."""
+        now = self._cluster.places.num_prefill
+        return now if command.prefill is None else command.prefill
+
+    def _wanted_attention(self, command: ScaleCommand) -> int | None:
+        """Return the number of attention workers that a command requests; None for no change.
+
+        Raises ``RequestError`` for sizes of step groups that are not possible.
+        """
+        places = self._cluster.places
+        before, prefill = places.num_prefill, self._num_prefill(command)
+        for field in ("prefill", "decode"):
+            count = getattr(command, field)
+            if count is not None and not before:
+                rule = "needs a cluster that was started with num_prefill_workers"
+                raise RequestError(f"{field} ({count}) {rule}", field)
+            if count is not None and count < 1:
+                raise RequestError(f"{field} ({count}) must be at least 1", field)
+        if command.prefill is None and command.decode is None:
+            if command.attention is not None and 0 < before >= command.attention:
+                rule = f"must exceed the {before} prefill workers, as the others decode"
+                raise RequestError(f"attention ({command.attention}) {rule}", "attention")
+            return command.attention
+        if command.attention is not None:
+            rule = "must be left out with prefill and decode"
+            raise RequestError(f"attention ({command.attention}) {rule}", "attention")
+        decode = command.decode
+        return prefill + (places.pools()["attention"] - before if decode is None else decode)
 
     def _going(self, wanted: Mapping[Role, int]) -> list[str]:
         """Return the names of the places to remove, so that the pools shrink to ``wanted``."""
@@ -168,7 +198,9 @@ class Scaling:
     def _all_serve(self, scale: Scale) -> bool:
         """Return whether all new workers are in a generation that runs."""
         cluster = self._cluster
-        return scale.step is ScaleStep.JOIN and cluster.runs and not cluster.new_workers
+        is_joined = cluster.runs and not cluster.new_workers
+        has_roles = not cluster.membership.has_new_groups
+        return scale.step is ScaleStep.JOIN and is_joined and has_roles
 
     def _add_places(self, scale: Scale) -> None:
         """Add places for the new workers, which the next tick of recovery starts."""
@@ -179,6 +211,8 @@ class Scaling:
         )
         before = places.devices()
         places.add(scale.added)
+        scale.prefill_before = places.num_prefill
+        self._set_roles(self._num_prefill(scale.command))
         if devices := places.devices() - before:
             scale.before = cluster.desired
             load = cluster.load.totals()
@@ -211,6 +245,7 @@ class Scaling:
             return {}
         places = set(self._going(wanted)) - {place_of(name) for name in leaving}
         ended = self._remove(places, "the cluster is scaled down")
+        self._set_roles(self._num_prefill(scale.command))
         if leaving:
             self._draining.remove(leaving, operation, scale.command.limit_s, now)
         else:
@@ -245,6 +280,7 @@ class Scaling:
             cluster.membership.desired = scale.before
         cluster.scale = None
         ended = self._remove(new, f"the scaling was rolled back: {text}")
+        self._set_roles(scale.prefill_before or 0)
         cluster.operations.end(scale.operation, state, text, now)
         return ended
 
@@ -259,6 +295,16 @@ class Scaling:
             with suppress(ConflictError):  # no free slots: the next generation decides
                 cluster.membership.desired = without_devices(gone, cluster.desired, cluster.room)
         return {n: why for n in newest if n in cluster.workers and not cluster.workers[n].is_lost}
+
+    def _set_roles(self, num_prefill: int) -> None:
+        """Set the step groups of all places and their workers, from the next generation on."""
+        cluster = self._cluster
+        cluster.places.set_roles(num_prefill)
+        for record in cluster.workers.alive():
+            group = cluster.places.group_of(record.name)
+            if record.member.runs_attention and group and record.member.group != group:
+                record.set_group(group)
+                cluster.touch()
 
     def _enter(self, scale: Scale, step: ScaleStep) -> None:
         scale.enter(step)

@@ -14,12 +14,16 @@ class ScaleCommand(OperationCommand, frozen=True, kw_only=True):
     """Command to set the number of workers of each pool."""
 
     kind = "scale"
-    content = ("attention", "expert")
+    content = ("attention", "expert", "prefill", "decode")
 
     attention: int | None = None
     """New number of attention workers; None for no change."""
     expert: int | None = None
     """New number of expert workers, in colocated mode of all workers; None for no change."""
+    prefill: int | None = None
+    """New number of attention workers that compute prompts; None for no change."""
+    decode: int | None = None
+    """New number of attention workers that decode; None for no change."""
     cause: str = ""
     """Reason of a command of the node follower; empty for other commands."""
     nodes: frozenset[str] = frozenset()
@@ -53,6 +57,8 @@ class Scale(TimedOperation):
     """Names of the places (positions for workers) that the scaling has added."""
     before: ExpertPlacement | None = None
     """The desired placement without the new places; None before they are added."""
+    prefill_before: int | None = None
+    """Number of prefill workers before the scaling; None before it adds places."""
     outcome: tuple[OperationState, str] | None = None
     """Final state and reason of an aborted scaling, which is to be rolled back; None otherwise."""
 

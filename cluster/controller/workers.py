@@ -15,7 +15,7 @@ from cluster.core.errors import DuplicateRegistrationError, ProtocolError
 from cluster.core.placement import ExpertPlacement
 from cluster.core.release import Build, differing_item
 from cluster.core.states import GONE, WorkerState, next_state
-from cluster.core.topology import ADDRESS_FIELDS, NODE_FIELDS, Generation, Member
+from cluster.core.topology import ADDRESS_FIELDS, NODE_FIELDS, Generation, Member, StepGroup
 from cluster.policy.failure import Liveness
 from cluster.policy.places import place_of
 from cluster.policy.progress import StepProgress
@@ -162,13 +162,17 @@ class WorkerRecord:
             raise ProtocolError(f"{self.name} registers as {claimed.name!r}")
         if self.state is not WorkerState.STARTING:
             raise DuplicateRegistrationError(f"{self.name} registers again ({self.state.value})")
-        own = (*ADDRESS_FIELDS, "offer", "group", *(() if self.member.node else NODE_FIELDS))
+        own = (*ADDRESS_FIELDS, "offer", *(() if self.member.node else NODE_FIELDS))
         facts = {key: getattr(claimed, key) for key in own}
         node = self.member.node or claimed.node
         self.member = replace(self.member, node=node, pid=claimed.pid, **facts)
         self.build = frame.build
         self.info.update(frame.info)
         self.enter(WorkerState.LOADING)
+
+    def set_group(self, group: StepGroup) -> None:
+        """Set the step group of the worker, from the next generation on."""
+        self.member = replace(self.member, group=group)
 
     def load(self, frame: frames.LoadProgress) -> None:
         self.loaded_bytes = frame.loaded_bytes
@@ -251,6 +255,7 @@ class WorkerRecord:
             runs_attention=self.member.runs_attention,
             stalled_s=self.stalled_s,
             waits_for=self.waits_for,
+            group=self.member.group,
         )
 
     def to_dict(self, num_slots: int) -> dict[str, Any]:

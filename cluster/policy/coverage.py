@@ -167,13 +167,17 @@ def describe_members(members: Sequence[Member]) -> str:
     return describe_pools(Counter(m.role for m in members))
 
 
-def describe_pools(pools: Mapping[Role, int]) -> str:
-    """Describe pool sizes, as ``1 attention and 2 expert workers`` or ``2 colocated workers``."""
+def describe_pools(pools: Mapping[Role, int], num_prefill: int = 0) -> str:
+    """Describe pool sizes, as ``1 attention and 2 expert workers`` or ``2 colocated workers``; with
+    step groups, as ``1 prefill, 2 decode and 2 expert workers``."""
     together, experts = pools.get("colocated", 0), pools.get("expert", 0)
     plural = "" if (together or experts) == 1 else "s"
     if together:
         return f"{together} colocated worker{plural}"
-    return f"{pools.get('attention', 0)} attention and {experts} expert worker{plural}"
+    attention = pools.get("attention", 0)
+    groups = f"{num_prefill} prefill, {attention - num_prefill} decode"
+    own = groups if num_prefill else f"{attention} attention"
+    return f"{own} and {experts} expert worker{plural}"
 
 
 class _Bank:

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from cluster.core.codec import Message
 from cluster.core.states import next_state
-from cluster.core.topology import ADDRESS_FIELDS, Member, Role, holds_experts
+from cluster.core.topology import ADDRESS_FIELDS, Member, Role, StepGroup, holds_experts
 
 NodeIds = Mapping[str, frozenset[str]]
 """Address of a host -> ids of the live Ray nodes there; a dead node counts until Ray notices."""
@@ -275,11 +275,32 @@ class Places:
         for name in names:
             place = self._places.get(name)
             if place is None:
+                member = _first_member(name)
+                if member.role == "attention" and self.num_prefill:
+                    member = replace(member, group="decode")
                 self._places[name] = place = _Place(
-                    member=_first_member(name), number=0, state=PlaceState.REMOVED
+                    member=member, number=0, state=PlaceState.REMOVED
                 )
             place.enter(PlaceState.EMPTY)
             place.is_new, place.start_deaths, place.not_before = True, 0, 0.0
+
+    def set_roles(self, num_prefill: int) -> None:
+        """Divide the places of attention workers into step groups: the first ``num_prefill`` by
+        rank compute prompts. No effect with 0, without step groups."""
+        own = [p for p in self._present() if p.member.role == "attention" and num_prefill]
+        for index, place in enumerate(own):
+            group: StepGroup = "prefill" if index < num_prefill else "decode"
+            place.member = replace(place.member, group=group)
+
+    @property
+    def num_prefill(self) -> int:
+        """Number of places of the prefill group; 0 without step groups."""
+        return sum(p.member.group == "prefill" for p in self._present())
+
+    def group_of(self, name: str) -> StepGroup:
+        """Return the step group of the place of worker ``name``; empty if it has left its place."""
+        place = self._place_of(name)
+        return "" if place is None else place.member.group
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove places from the cluster; none of these places has a serving worker."""

@@ -51,8 +51,8 @@ def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
         return silent
     busy = [(p, p.stalled_s) for p in paces if p.stalled_s is not None]
     stalled = [p for p, stalled_s in busy if stalled_s >= STALL_S]
-    advancing = {p.group for p, s in busy if s < STALL_S and now - p.heard_at < _FRESH_S}
-    stuck = {p.group for p in stalled if p.runs_attention} - advancing
+    advancing = [p for p, s in busy if s < STALL_S and now - p.heard_at < _FRESH_S]
+    stuck = {p.group for p in stalled if p.runs_attention} - {p.group for p in advancing}
     if not stuck:
         return ()
     stalled = [p for p in stalled if p.group in stuck or not p.runs_attention]
@@ -61,7 +61,9 @@ def find_late(now: float, paces: Sequence[StepProgress]) -> tuple[str, ...]:
     awaited = dict.fromkeys(name for p in stalled if p.runs_attention for name in p.waits_for)
     waiting = {p.name for p in stalled if p.waits_for}
     ends = _ends_of_chains(awaited, {p.name: p.waits_for for p in paces})
-    return quiet or hung or ends or tuple(n for n in awaited if n not in waiting) or tuple(awaited)
+    late = quiet or hung or ends or tuple(n for n in awaited if n not in waiting) or tuple(awaited)
+    others = {p.name for p in advancing}  # they serve another step group
+    return tuple(name for name in late if name not in others)
 
 
 def _ends_of_chains(

@@ -136,6 +136,8 @@ class AdminCalls:
         order = {
             "attention": request.attention if request.HasField("attention") else None,
             "expert": request.expert if request.HasField("expert") else None,
+            "prefill": request.prefill if request.HasField("prefill") else None,
+            "decode": request.decode if request.HasField("decode") else None,
             "limit_s": _limit_s(request, DEFAULT_SCALE_LIMIT_S),
             "request_id": request.request_id,
             "expected_epoch": _epoch(request),

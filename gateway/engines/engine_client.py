@@ -49,6 +49,7 @@ class EngineClient:
         self.worker = stream.endpoint.name
         self.node = stream.endpoint.node
         self.group = stream.endpoint.group
+        """Step group of the worker, which may change."""
         self.stream = stream
         self.load = WorkerLoad(name=self.worker)
         """Load of this gateway's requests at the worker."""
@@ -64,6 +65,11 @@ class EngineClient:
     def submissions(self) -> list[Submission]:
         """Unfinished requests of this gateway at the worker."""
         return list(self._submissions.values())
+
+    def set_group(self, group: str) -> bool:
+        """Set the worker's step group; return whether it has changed."""
+        before, self.group = self.group, group
+        return group != before
 
     def find(self, request_id: str) -> Submission | None:
         """Return an unfinished request of this gateway at the worker; None if it is not there."""

@@ -124,6 +124,9 @@ class EnginePool:
                 )
             self._resolve_disconnect(gone.name, has_died)
         for endpoint in endpoints:
+            client = workers.clients.get(endpoint.name)
+            if client is not None and client.set_group(endpoint.group):
+                self.hand_overs.change(client)
             if endpoint not in self._connectors:
                 self._connectors[endpoint] = asyncio.create_task(self._keep_connected(endpoint))
         for worker in before - workers.leaving:
@@ -173,6 +176,7 @@ class EnginePool:
         clients = self.workers.clients
         while True:
             client = clients[endpoint.name] = EngineClient(self._connect(endpoint), self._events)
+            client.set_group(self.workers.groups.get(endpoint.name, endpoint.group))
             announcer = asyncio.create_task(self._notify_when_connected(client))
             end = StreamEnd("the worker left the generation", has_died=False)
             try:
@@ -226,9 +230,10 @@ class EnginePool:
                     client.stream.send(KvResync())
                 self.hand_overs.note_blocks(client)
             case MessageReceived(client, Prefetched() | Paused() as message):
-                is_moving = self.moves.take(client, message)
-                if not is_moving or isinstance(message, Prefetched):
+                if not self.moves.take(client, message) or isinstance(message, Prefetched):
                     self.hand_overs.take(client, message)
+                elif (moving := client.find(message.request_id)) is not None:
+                    self.hand_overs.stay(moving, client)  # if its move is cancelled
 
     def _handle_change(
         self, change: RequestChange, client: EngineClient, entry: Submission
@@ -244,6 +249,7 @@ class EnginePool:
             case RequestChange.PROMPT_COMPUTED:
                 if not entry.pauses:  # else the decode worker's blocks will be copied
                     self._copies.note_prompt(entry, client)
+                    self.hand_overs.stay(entry, client)
             case RequestChange.RELEASED:
                 self.moves.drop(entry)
                 self.hand_overs.drop(entry)
@@ -255,7 +261,7 @@ class EnginePool:
             case RequestChange.QUEUED_ALONE:
                 self.assignments.assign_waiting()
             case RequestChange.SUSPECTED:
-                entry.is_suspect = True
+                entry.is_suspect = entry.was_suspect = True
                 if self._router.must_leave_to_run_alone(entry, client):
                     self.assignments.move(entry, None, 0)
             case RequestChange.KV_PRESSURE:

@@ -53,8 +53,8 @@ class HandOvers:
         """Requests by id that move to a decode worker, from the first fetch of their blocks to
         their first token there."""
         self._fetching: dict[str, bool] = {}
-        """Requests by id with an early fetch that has not ended, and whether a step has ended since
-        it began."""
+        """Requests by id with an early fetch that has not ended, and whether another one was due
+        since it began."""
         self._staying: dict[str, Submission] = {}
         """Requests by id that decode on a prefill worker, as no decode worker had room."""
 
@@ -81,6 +81,12 @@ class HandOvers:
             if isinstance(entry.stream, EngineClient) and entry.is_computing and entry.pauses:
                 self._fetch(entry, entry.stream)
 
+    def stay(self, entry: Submission, client: EngineClient) -> None:
+        """Note that a worker decodes a request, which leaves later if the worker is a prefill
+        worker and a decode worker has room."""
+        if self._router.may_leave(entry, client):
+            self._staying[entry.request.request_id] = entry
+
     def settle(self, entry: Submission, client: EngineClient) -> None:
         """Note that a request computes no prompt at ``client`` any more."""
         name = entry.request.request_id
@@ -94,6 +100,16 @@ class HandOvers:
         self._fetching.pop(name, None)
         if entry.stream is None:
             self._coming.pop(name, None)
+
+    def change(self, client: EngineClient) -> None:
+        """Handle a worker that has changed its step group: its decoding requests leave the prefill
+        group, and stay in the decode group.
+        """
+        self.end(client.worker)
+        for entry in client.submissions:
+            self._staying.pop(entry.request.request_id, None)
+            if not entry.is_computing:
+                self.stay(entry, client)
 
     def end(self, worker: str) -> None:
         """Forget a worker that was lost or is drained."""
@@ -116,9 +132,10 @@ class HandOvers:
     def _hand_over(self, entry: Submission, source: EngineClient) -> None:
         """Move a paused request, or resume it if no decode worker has room."""
         name = entry.request.request_id
-        if (target := self._target(entry)) is None:
+        target = self._target(entry) if source.group == "prefill" else None
+        if target is None:
             source.stream.send(Pause(request_id=name, is_cancelled=True))
-            self._staying[name] = entry
+            self.stay(entry, source)
             return
         self._coming[name] = entry, target
         size = source.hello.kv_block_size if source.hello is not None else 0

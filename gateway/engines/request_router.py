@@ -21,6 +21,8 @@ Other requests may take blocks before the request arrives, and it must not soon 
 
 _MAX_NEAR_SHARE = 0.25
 """Largest share of a prompt that a decode worker computes, however slow fetches are."""
+_MAX_NEAR_TOKENS = 128
+"""Largest number of such tokens, which delay a step of the decode group."""
 
 
 def _of_group(clients: Iterable[EngineClient], group: str) -> list[EngineClient]:
@@ -103,13 +105,19 @@ class RequestRouter:
 
     def is_handed_over(self, entry: Submission, client: EngineClient) -> bool:
         """Whether a request moves to a decode worker once ``client`` has computed its prompt."""
+        return self.may_leave(entry, client) and self._is_any_in("decode", entry)
+
+    def may_leave(self, entry: Submission, client: EngineClient) -> bool:
+        """Whether a request should leave ``client`` for any decode worker after its next token.
+
+        A request that was a suspect stays: its decode rows may be what kills workers.
+        """
         params, embeds = entry.request.params, entry.request.prompt_embeds
         if client.group != "prefill" or params.beams is not None or embeds is not None:
             return False
         longest = max((len(entry.outputs[choice]) for choice in entry.open_choices), default=0)
-        is_alone = entry.num_deaths >= MAX_DEATHS  # its decode rows may be the cause
-        has_more = params.max_tokens > 1 + longest and not is_alone
-        return has_more and self._is_any_in("decode", entry)
+        is_suspect = entry.was_suspect or entry.num_deaths >= MAX_DEATHS
+        return params.max_tokens > 1 + longest and not is_suspect
 
     def must_leave_to_run_alone(self, entry: Submission, client: EngineClient) -> bool:
         """Whether a suspect must run on a prefill worker, since only one step group may run steps
@@ -136,11 +144,12 @@ class RequestRouter:
             return prefill
         size, tokens = self._set_block_hashes(entry, decode[0]), entry.num_known_tokens
         matches = self.kv.matches(entry.prompt_hashes)
+        most = min(tokens * _MAX_NEAR_SHARE, _MAX_NEAR_TOKENS)
         near = [
             client
             for client in decode
             if tokens - matches.get(client.worker, 0) * size
-            <= max(size, tokens * min(client.load.fetch_cost, _MAX_NEAR_SHARE))
+            <= max(size, min(tokens * client.load.fetch_cost, most))
         ]
         return near or prefill
 

@@ -104,6 +104,8 @@ class Submission:
     value is True if neither the dead worker nor a later worker has acknowledged the request."""
     is_suspect: bool = False
     """Whether a worker wants to run the request alone, since its last token."""
+    was_suspect: bool = False
+    """Whether the request has ever been a suspect."""
     num_returns: int = 0
     """Number of times that workers handed back the request since its last token."""
     replay_cause: ReplayCause = ReplayCause.LOST

@@ -17,12 +17,15 @@ class WorkerRegistry:
         """All clients by worker name, including clients of drained or unconnected workers."""
         self.leaving: frozenset[str] = frozenset()
         """Names of workers that are being drained and get no further requests."""
+        self.groups: dict[str, str] = {}
+        """Step group of each worker."""
         self.lacking: dict[str, frozenset[str]] = {}
         """For each worker that lacks adapters, the keys of the adapters that it could not load."""
 
     def set_endpoints(self, endpoints: Sequence[AttentionEndpoint]) -> None:
         """Apply the worker states of a controller snapshot."""
         self.leaving = frozenset(e.name for e in endpoints if e.is_leaving)
+        self.groups = {e.name: e.group for e in endpoints}
         self.lacking = {e.name: e.lacks for e in endpoints if e.lacks}
 
     @property

@@ -16,5 +16,4 @@ def test_both_layouts_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         assert row["prompt_tokens"] == 40
         assert row["alone_ms"] > 0
-        assert row["beside_ms"] <= row["slow_ms"]
         assert row["second_ms"] > 0

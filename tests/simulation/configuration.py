@@ -23,12 +23,18 @@ BLOCK_TOKENS = 4
 _BLOCK_BYTES = BLOCK_TOKEN_BYTES * BLOCK_TOKENS
 
 
-def _attention_workers(scenario: Scenario) -> dict[str, Any]:
-    number = scenario.num_attention
+def num_prefill(scenario: Scenario) -> int:
+    """Number of prefill workers at the start; 0 without step groups."""
     has_other = scenario.autoscales or scenario.hosts.are_followed
-    if "groups" not in scenario.features or has_other:
+    has_groups = "groups" in scenario.features and not has_other
+    return scenario.num_attention // 2 if has_groups else 0
+
+
+def _attention_workers(scenario: Scenario) -> dict[str, Any]:
+    number, prefill = scenario.num_attention, num_prefill(scenario)
+    if not prefill:
         return {"num_attention_workers": number}
-    return {"num_prefill_workers": number // 2, "num_decode_workers": number - number // 2}
+    return {"num_prefill_workers": prefill, "num_decode_workers": number - prefill}
 
 
 def cluster_config(

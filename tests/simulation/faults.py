@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.actors.handoff import FIND_LIMIT_S
 from cluster.core.errors import ExpertMeshError
+from tests.simulation.configuration import num_prefill
 from tests.simulation.disk import files
 from tests.simulation.domains import Domains
 from tests.simulation.file_disk import FAILURES, Ailment
@@ -562,11 +563,16 @@ class Faults:
         """One or two workers more or less of each role than at the start, or as many."""
         scenario = self._world.scenario
         attention = max(scenario.num_attention + fault.where % 3 - 1, 1)
+        order = {"attention": attention}
+        if (prefill := num_prefill(scenario)) > 0:
+            prefill = max(prefill + fault.other % 3 - 1, 1)
+            decode = max(attention - prefill, 1)
+            attention, order = prefill + decode, {"prefill": prefill, "decode": decode}
         expert = max(scenario.num_experts + fault.other % 4 - 1, 1)
         limit_s = 2.0 + 4.0 * fault.lasts_s
         for role, count in (("attention", attention), ("expert", expert)):
             self._least[role] = min(self._least.get(role, count), count)
-        self.command("scale", {"attention": attention, "expert": expert, "limit_s": limit_s})
+        self.command("scale", {**order, "expert": expert, "limit_s": limit_s})
 
     def may_be_removed(self, name: str) -> bool:
         """Scaling may end it: its rank is high, or it has not served yet in a place of another.

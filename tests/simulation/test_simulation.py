@@ -14,7 +14,7 @@ from tests.simulation.coverage import OCCURRENCES
 
 pytestmark = pytest.mark.heavy
 
-PARTS = (range(9, 14), range(12), range(12, 24))
+PARTS = (range(23, 27), range(12), range(12, 27))
 """Seeds, of which each part has every feature."""
 MANY = range(1000, 1500, 100)
 """The first seeds of five hundreds."""

@@ -157,11 +157,12 @@ class ExpertServer:
         ``run_step`` does.
         """
         self._native.only_one = only_one
-        places = self._step_places
+        places, before = self._step_places, self._num_served
+        if before < len(places):
+            self._num_served = self._serving.serve(before)
         if self._num_served < len(places):
-            self._num_served = self._serving.serve(self._num_served)
-        if self._num_served < len(places):
-            self._mark_next()
+            if self._num_served > before:
+                self._mark_next()
             return False
         self._end_step()
         return True

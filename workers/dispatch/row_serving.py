@@ -150,6 +150,8 @@ class StaticServing:
         self._sums_dtype = side.dtype if transport.sums_are_rounded else torch.float32
         self._step: ServedStep | None = None
         self._places: Sequence[ServedPlace] = ()
+        self._others_s = 0.0
+        """Seconds in which other step groups were served during the current exchange."""
         self._all_pairs: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin_step(self, step: ServedStep, places: Sequence[ServedPlace]) -> None:
@@ -185,7 +187,7 @@ class StaticServing:
             )
         step.num_bytes["dispatch"] += sum(part.nbytes for parts in received for part in parts)
         step.timer.lap("receive", *place)
-        started = time.monotonic()
+        started, self._others_s = time.monotonic(), 0.0
         filled = step.filled[bank.index]
         batch = self._join(filled, bank.top_k, exchange, tuple(granted), received)
         if by_pair:
@@ -199,7 +201,7 @@ class StaticServing:
             if size
         ]
         tag = Tag(bank.index, exchange.index, micro_batch, "outputs")
-        side.counters.slot_seconds += time.monotonic() - started
+        side.counters.slot_seconds += time.monotonic() - started - self._others_s
         step.timer.lap("experts", *place)
         with side.activity:  # the buffers may be full
             self._transport.post(tag, replies, sized=False)
@@ -309,7 +311,7 @@ class StaticServing:
             began = time.monotonic()
             if self.interleaving is not None:
                 self.interleaving.serve_others()
-            self._side.counters.slot_seconds -= time.monotonic() - began
+            self._others_s += time.monotonic() - began
             outputs.append(compute(index))
         return torch.cat(outputs)
 

@@ -46,14 +46,21 @@ class _Solo:
 
 
 class StepMembers:
-    """Names of the workers in the last generation that ran steps, to find which of them died."""
+    """Names of the workers with which a worker ran steps in the last generation, to find which of
+    them died."""
 
     def __init__(self) -> None:
         self._names: frozenset[str] = frozenset()
 
-    def begin_generation(self, generation: Generation) -> None:
-        """Record that the steps of this generation start."""
-        self._names = frozenset(m.name for m in generation.members)
+    def begin_generation(self, generation: Generation, name: str) -> None:
+        """Record that the steps of this generation start on worker ``name``.
+
+        The attention workers of other step groups run no steps with an attention worker.
+        """
+        groups = [frozenset(m.name for m in ranks) for ranks in generation.groups]
+        own = next((names for names in groups if name in names), None)
+        others = frozenset[str]().union(*groups) - own if own is not None else frozenset()
+        self._names = frozenset(m.name for m in generation.members) - others
 
     def take_dead(self, generation: Generation, drained: Collection[str]) -> frozenset[str]:
         """Return the workers that died: they are not in ``generation`` and were not drained.

@@ -24,6 +24,10 @@ _GRACE_S = 10.0
 def add_commands(commands: CommandParsers) -> None:
     scale = commands.add("scale", run_scale, "change the number of workers; no request fails")
     scale.add_argument("--attention", type=count, metavar="N", help="Number of attention workers")
+    text = "Number of attention workers that compute prompts, in a cluster with prefill workers"
+    scale.add_argument("--prefill", type=count, metavar="N", help=text)
+    text = "Number of attention workers that decode, in a cluster with prefill workers"
+    scale.add_argument("--decode", type=count, metavar="N", help=text)
     text = "Number of expert workers; in colocated mode of all workers"
     scale.add_argument("--expert", type=count, metavar="N", help=text)
     text = "Time limit for new workers to serve, and again for the drain of surplus workers"
@@ -36,8 +40,8 @@ def add_commands(commands: CommandParsers) -> None:
 
 def run_scale(args: argparse.Namespace) -> int:
     """Start a scaling and wait for its end; return the exit code. Raises ``CommandError``."""
-    counts = {"attention": args.attention, "expert": args.expert}
-    counts = {pool: number for pool, number in counts.items() if number is not None}
+    pools = ("attention", "prefill", "decode", "expert")
+    counts = {pool: n for pool in pools if (n := getattr(args, pool)) is not None}
     if not counts:
         raise CommandError(ExitCode.USAGE, "one of --attention and --expert is required")
     fields = {**counts, "deadline_s": args.deadline, "request_id": uuid.uuid4().hex}

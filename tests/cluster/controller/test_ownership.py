@@ -56,6 +56,7 @@ FIELDS = {
     "copied_in": "running_drain.py",
     "removes_places": "running_drain.py",
     "added": "scale.py",
+    "prefill_before": "scale.py",
     "is_proved": "rebalancing.py",
     # of records with one owner
     "seconds": "traces.py",
@@ -81,6 +82,7 @@ CALLS = {
         "reopen": "running_drain.py",
         "remove": "running_drain.py cluster.py",
         "add": "scale.py",
+        "set_roles": "scale.py",
         "nodes_alive": "cluster.py",
         "restore": RESTORES,
     },

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from cluster.config.workers import WorkersSection
 from cluster.controller.operations import Operation, OperationState
 from cluster.controller.scale_operation import ScaleCommand
 from cluster.core.arithmetic import ArithmeticOffer
@@ -15,7 +17,7 @@ from cluster.core.errors import ConflictError, RequestError
 from cluster.core.frames import ExpertsLoaded, LoadExperts, NewGeneration, Shutdown
 from cluster.core.placement import FREE_SLOT, ExpertPlacement
 from cluster.core.release import Build
-from tests.cluster.controller.fakes_cluster import FakeCluster
+from tests.cluster.controller.fakes_cluster import CONFIG, FakeCluster
 from tests.cluster.controller.test_drain import load_all, say_requests, switch
 
 
@@ -336,3 +338,83 @@ def test_one_that_is_cancelled_at_the_last_moment_drains_nobody() -> None:
     assert operation.state is OperationState.CANCELLED
     assert cluster.known.drain is None
     assert members(cluster) >= {"attention-0", "attention-1", "expert-2"}
+
+
+def with_groups(num_attention: int, num_prefill: int) -> FakeCluster:
+    """The first workers compute prompts, the others decode."""
+    section = WorkersSection(
+        num_prefill_workers=num_prefill, num_decode_workers=num_attention - num_prefill
+    )
+    config = dataclasses.replace(CONFIG, workers=section)
+    cluster = FakeCluster(num_attention, 2, config=config)
+    cluster.serve()
+    return cluster
+
+
+def groups(cluster: FakeCluster) -> dict[str, str]:
+    """Of the attention workers in the newest generation."""
+    return {m.name: m.group for m in cluster.known.generation.attention}
+
+
+def test_workers_change_their_step_groups_in_a_new_generation() -> None:
+    cluster = with_groups(3, 1)
+    before = cluster.known.generation.number
+    assert [*groups(cluster).values()] == ["prefill", "decode", "decode"]
+    operation = scale(cluster, prefill=2, decode=1)
+    assert cluster.started() == []
+    assert cluster.known.generation.number == before + 1
+    assert [*groups(cluster).values()] == ["prefill", "prefill", "decode"]
+    assert operation.state is OperationState.RUNNING
+    cluster.join_all()
+    cluster.tick(0.2)
+    assert operation.message == "scaled to 2 prefill, 1 decode and 2 expert workers"
+    assert cluster.state == "SERVING"
+    cluster.disconnect("attention-1")
+    cluster.join_all()
+    pass_time(cluster, 1.0)
+    assert cluster.started() == ["attention-1.2"]
+    cluster.bring_up("attention-1.2")
+    assert groups(cluster)["attention-1.2"] == "prefill"
+
+
+def test_new_workers_and_a_change_of_groups_are_one_generation() -> None:
+    cluster = with_groups(2, 1)
+    before = cluster.known.generation.number
+    operation = scale(cluster, prefill=2, decode=2)
+    assert cluster.started() == ["attention-2", "attention-3"]
+    assert cluster.known.generation.number == before + 1, "attention-1 computes prompts meanwhile"
+    cluster.join_all()
+    cluster.bring_up("attention-2")
+    cluster.bring_up("attention-3")
+    cluster.join_all()
+    cluster.tick(0.2)
+    assert operation.state is OperationState.SUCCEEDED
+    assert [*groups(cluster).values()] == ["prefill", "prefill", "decode", "decode"]
+
+
+def test_a_scaling_that_is_rolled_back_restores_the_groups() -> None:
+    cluster = with_groups(3, 1)
+    operation = scale(cluster, prefill=2, decode=2)
+    cluster.join_all()
+    cluster.controller.scaling.cancel(operation, cluster.now)
+    pass_time(cluster, 0.5)
+    cluster.join_all()
+    pass_time(cluster, 0.5)
+    assert operation.state is OperationState.CANCELLED
+    assert [*groups(cluster).values()] == ["prefill", "decode", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("order", "text"),
+    [
+        ({"prefill": 0}, r"prefill \(0\) must be at least 1"),
+        ({"decode": 0}, r"decode \(0\) must be at least 1"),
+        ({"attention": 1}, r"attention \(1\) must exceed the 1 prefill workers"),
+        ({"attention": 3, "decode": 2}, r"attention \(3\) must be left out with prefill"),
+    ],
+)
+def test_sizes_of_groups_that_cannot_be(order: dict[str, Any], text: str) -> None:
+    with pytest.raises(RequestError, match=text):
+        scale(with_groups(3, 1), **order)
+    with pytest.raises(RequestError, match=r"decode \(1\) needs a cluster that was started with"):
+        scale(serving(), decode=1)

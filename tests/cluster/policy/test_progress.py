@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.policy.progress import SILENT_S, STALL_S, StepProgress, find_late
@@ -84,3 +86,17 @@ def test_where_two_wait_for_each_other_attention_tells() -> None:
 def test_an_expert_worker_alone_waits_for_nothing_that_is_wanted() -> None:
     """Its step was given up by the others, and no request waits."""
     assert late(pace("attention-0"), pace("expert-1", 5.0, "attention-0")) == ()
+
+
+def in_group(group: str, found: StepProgress) -> StepProgress:
+    return replace(found, group=group)
+
+
+def test_a_step_group_that_advances_does_not_hide_another_one() -> None:
+    """An expert worker that serves the other group at present is not late."""
+    decode = in_group("decode", pace("attention-1", 0.1))
+    hung = in_group("prefill", pace("attention-0", STALL_S))
+    assert late(decode, hung, pace("expert-0", 0.1)) == ("attention-0",)
+    waiting = in_group("prefill", pace("attention-0", STALL_S, "expert-0"))
+    assert late(decode, waiting, pace("expert-0", STALL_S)) == ("expert-0",)
+    assert late(decode, waiting, pace("expert-0", 0.1)) == ()

@@ -77,7 +77,11 @@ def test_a_scaling_is_ordered_over_both(stack: Stack, admin: httpx.Client, stub:
     body = {"attention": 2, "expert": 3, "deadline_s": 7, "request_id": "me-1"}
     found = admin.post("/admin/v1/scale", json=body).json()
     expected = {"attention": 2, "expert": 3, "limit_s": 7.0, "request_id": "me-1"}
-    assert stack.controller.scale_orders[-1] == {**expected, "expected_epoch": None}
+    unset = dict.fromkeys(("prefill", "decode", "expected_epoch"))
+    assert stack.controller.scale_orders[-1] == {**expected, **unset}
+    assert admin.post("/admin/v1/scale", json={"prefill": 1, "decode": 2}).status_code == 200
+    order = stack.controller.scale_orders[-1]
+    assert (order["attention"], order["prefill"], order["decode"]) == (None, 1, 2)
     assert (found["kind"], found["state"]) == ("scale", "RUNNING")
     assert (found["scale"]["added"], found["scale"]["experts_copied"]) == (["attention-1"], 2)
     assert stub.Scale(pb.ScaleRequest(attention=0)).scale.added == ["attention-1"]

@@ -56,7 +56,10 @@ def text(answer: Future[Any]) -> str:
 
 def test_each_moves_after_its_first_token_to_the_worker_with_less_to_do(workers: Workers) -> None:
     source, *targets = with_groups(workers, 1000)
+    source.is_paused = True
     answers = [ask(workers) for _ in range(2)]
+    workers.stack.wait_for(lambda: len(source.requests) == 2, "the requests")
+    source.is_paused = False
     assert {text(answer) for answer in answers} == {TEXT}
     assert [request.pauses for request in source.requests] == [True, True]
     assert source.pauses == []
@@ -140,6 +143,23 @@ def test_a_decode_worker_that_has_almost_the_whole_prompt_computes_the_rest(
     assert not target.requests[-1].pauses
     assert text(ask(workers, LONG + LONG)) == TEXT
     assert len(source.requests) == 2
+
+
+def test_workers_change_their_groups_while_they_serve(workers: Workers) -> None:
+    """What decodes in the prefill group leaves it; a prompt in the decode group stays there."""
+    first, second = with_groups(workers, 1000, "decode prefill", is_paused=True)
+    answers = [ask(workers)]
+    workers.stack.wait_for(lambda: len(second.requests) == 1, "the prompt")
+    workers.groups = {"attention-0": "prefill", "attention-1": "decode"}
+    workers.publish("SERVING")
+    second.is_paused = False
+    workers.stack.wait_for(lambda: bool(second.pauses), "that it stays")
+    assert (second.pauses[0].is_cancelled, first.requests) == (True, [])
+    answers.append(ask(workers))
+    workers.stack.wait_for(lambda: len(first.requests) == 1, "the other prompt")
+    first.is_paused = False
+    assert [text(answer) for answer in answers] == [TEXT] * 2
+    assert [request.attempt for request in second.requests] == [0, 1]
 
 
 def test_suspects_run_alone_in_one_group_only(workers: Workers) -> None:

@@ -22,6 +22,7 @@ from tests.harness.fault_rows import (
     was_disturbed,
     whole,
 )
+from tests.system.faults.test_scaling import scale
 
 GROUPS: dict[str, Any] = {
     "num_attention_workers": None,
@@ -47,6 +48,21 @@ def test_a_worker_of_threads(victim: tuple[str, int]) -> None:
         after = whole(cluster)
         lost = [e for e in entries_since(before, after) if "lost" in e["cause"]]
         assert len(lost) == 1, [e["cause"] for e in entries_since(before, after)]
+
+
+def test_roles_change_under_load() -> None:
+    """Each change is one generation; no worker starts or ends."""
+    cluster = ThreadCluster(quiet_config(3, 2, num_redundant=22, workers=GROUPS))
+    with serving(cluster):
+        for prefill in (2, 1, 2):
+            before = cluster.snapshot()
+            change = partial(scale, cluster, prefill=prefill, decode=3 - prefill)
+            play(cluster, SMALL, random.Random(prefill), change)
+            after = whole(cluster)
+            causes = [entry["cause"] for entry in entries_since(before, after)]
+            assert causes == ["attention workers change their step groups"]
+            found = sorted(w["group"] for w in after["workers"] if w["group"])
+            assert found == ["decode"] * (3 - prefill) + ["prefill"] * prefill
 
 
 @pytest.mark.slow

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from benchmarks.harness.local_engine import LocalEngine
 from cluster.core.errors import PeerLostError
-from cluster.core.topology import Generation
+from cluster.core.topology import Generation, StepGroup
 from tests.cluster.controller.fakes_cluster import make_members
 from tests.fakes import FailingDispatcher
 from tests.workers.scheduling.test_scheduler import Desk, rows
@@ -182,19 +183,31 @@ def test_only_members_of_a_generation_that_ran_have_died_in_its_steps() -> None:
     both, more = ("attention-0", "expert-0"), ("attention-0", "expert-0", "expert-1")
     members = StepMembers()
     assert members.take_dead(of(1, *both), ()) == frozenset()
-    members.begin_generation(of(1, *both))
+    members.begin_generation(of(1, *both), "attention-0")
     assert members.take_dead(of(2, *more), ()) == frozenset()
     assert members.take_dead(of(3, *both), ()) == frozenset()  # expert-1 was only joining
     assert members.take_dead(of(4, *more), ()) == frozenset()
-    members.begin_generation(of(4, *more))
+    members.begin_generation(of(4, *more), "attention-0")
     assert members.take_dead(of(5, *both), ()) == {"expert-1"}
     assert members.take_dead(of(6, "attention-0"), ()) == {"expert-0"}
     assert members.take_dead(of(7, "attention-0"), ()) == frozenset()  # each once
 
 
-def test_a_drained_worker_is_no_death() -> None:
+@pytest.mark.parametrize(("name", "dead"), [("attention-0", "expert-0"), ("expert-1", "both")])
+def test_workers_of_another_step_group_have_not_died_in_its_steps(name: str, dead: str) -> None:
+    groups: dict[int, StepGroup] = {0: "prefill", 1: "decode"}
+    whole = of(1, "attention-0", "attention-1", "expert-0", "expert-1")
+    own = [replace(m, group=groups[m.rank]) for m in whole.attention]
     members = StepMembers()
-    members.begin_generation(of(1, "attention-0", "expert-0", "expert-1", "expert-2"))
+    members.begin_generation(replace(whole, members=(*own, *whole.experts)), name)
+    lost = {"expert-0", "attention-1"} if dead == "both" else {dead}
+    assert members.take_dead(of(2, "attention-0", "expert-1"), ()) == lost
+
+
+def test_a_drained_worker_is_no_death() -> None:
+    names = ("attention-0", "expert-0", "expert-1", "expert-2")
+    members = StepMembers()
+    members.begin_generation(of(1, *names), "attention-0")
     assert members.take_dead(of(2, "attention-0", "expert-0"), ["expert-1"]) == {"expert-2"}
 
 

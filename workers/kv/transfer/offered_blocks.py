@@ -12,15 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 from workers.kv.transfer.store import KvTransferStore
 from workers.requests.block_hash import BlockHash
 
 KEEP_S = 2.0
 """Seconds for which blocks are held after their request has left, if the last one is not copied."""
-_COUNT = itemgetter(0)
-_NONE: tuple[int, Offer | None] = 0, None
 
 
 @dataclass(slots=True, eq=False)
@@ -42,10 +39,6 @@ class Offer:
         """Whether no other worker needs the blocks any more."""
         last = next(reversed(self.blocks.values()))
         return self.left_s is not None and (last in self.copied or now_s > self.left_s + KEEP_S)
-
-    def num_known(self, keys: Sequence[bytes]) -> int:
-        """Return the length of the longest prefix of ``keys`` with offered blocks."""
-        return next((i for i, key in enumerate(keys) if key not in self.blocks), len(keys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +96,17 @@ class OfferedBlocks:
                 self._store.release(blocks, 0)
 
     def take(self, keys: Sequence[bytes]) -> list[OfferedBlock]:
-        """Return the offered blocks of the longest prefix of ``keys``.
+        """Return the blocks of ``keys`` if one offer has all of them; else an empty list.
 
         Call ``give_back`` afterwards, unless the list is empty.
         """
+        wanted = set(keys)
         with self._lock:
-            offers = self._offers.values()
-            count, offer = max(((o.num_known(keys), o) for o in offers), key=_COUNT, default=_NONE)
-            if offer is None or not count:
+            offers = (o for o in self._offers.values() if o.blocks.keys() >= wanted)
+            if (offer := next(offers, None)) is None:
                 return []
             offer.num_readers += 1
-        return [OfferedBlock(offer, offer.blocks[key]) for key in keys[:count]]
+        return [OfferedBlock(offer, offer.blocks[key]) for key in keys]
 
     def give_back(self, offer: Offer, copied: Iterable[int]) -> None:
         """End the copying of blocks of an offer. ``copied``: those that another worker keeps."""

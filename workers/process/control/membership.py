@@ -313,7 +313,7 @@ class Membership:
             groups = range(1 if has_attention else len(self.generation.groups))
             self._group_epochs = dict.fromkeys(groups, epoch)
             self.record_commit(is_shared=True)
-            self._step_members.begin_generation(self.generation)
+            self._step_members.begin_generation(self.generation, self._name)
             self._hooks.begin_steps()
             self._set_state(MembershipState.RUNNING)
 

@@ -115,7 +115,10 @@ class KvFetches(FetchJobs):
         """
         request = waiting.request
         super().drop(waiting.name)
-        if (prefetch := self._prefetch_of(request)) is not None:
+        prefetch = self._prefetch_of(request)
+        if prefetch is not None and request.kv_peer and not self._has_begun(prefetch):
+            self._prefetches.remove(prefetch)  # the request is more urgent
+        elif prefetch is not None:
             prefetch.waiting.append(waiting)
             prefetch.deadline_s = self._clock() + self._limit_s
             return True
@@ -202,6 +205,11 @@ class KvFetches(FetchJobs):
                 else:
                     self._prefetches.remove(prefetch)
         return current
+
+    def _has_begun(self, prefetch: _Prefetch) -> bool:
+        """Whether a prefetch has a thread, or has had one for all choices."""
+        is_running = any(job.ahead_of is prefetch for job in self._jobs)
+        return is_running or prefetch.num_begun == len(prefetch.command.chains)
 
     def _keep_prefetches(self, is_wanted: Callable[[PrefetchRequested], bool]) -> None:
         self._prefetches = [p for p in self._prefetches if p.waiting or is_wanted(p.command)]

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from cluster.core.errors import GenerationChangedError, PeerLostError
 from cluster.core.frames import KeepAdapters, Register, Shutdown, WorkerReady
-from cluster.core.topology import Member, StepGroup
+from cluster.core.topology import Member
 from cluster.tracing.exporter import start_traces
 from workers.dispatch.dispatcher import max_static_ranks
 from workers.engine.group_channels import GroupChannels
@@ -76,11 +76,8 @@ class Worker:
         self.config = args.config
         is_local = args.config.workers.mode == "local"
         self._step_metrics = StepMetrics(None if is_local else _WAITS[args.member.role])
-        group: StepGroup = ""
-        if args.member.runs_attention:
-            group = args.config.workers.group_of_rank(args.member.rank)
         node = args.member.node or args.host
-        self.member = replace(args.member, pid=os.getpid(), node=node, group=group)
+        self.member = replace(args.member, pid=os.getpid(), node=node)
         self._on_death = on_death
         self._cleanup = ExitStack()
         self.activity = Activity()

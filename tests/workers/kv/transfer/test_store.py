@@ -364,7 +364,8 @@ def test_offered_blocks_are_lent_at_once_and_held_until_the_last_copy(
     lender.offers.put("b", [hashes[:1]])
     lender.offers.put("a", [hashes[:1]])
     lender.offers.put("a", [hashes[:1], hashes])
-    first, second = lender.acquire([*hashes[1:], bytes(32)]), lender.acquire(hashes)
+    first, second = lender.acquire(hashes[1:]), lender.acquire(hashes)
+    assert lender.acquire([*hashes, bytes(32)]) == [], "the pool may have more of them"
     assert (len(first), len(second)) == (NUM_BLOCKS - 1, NUM_BLOCKS)
     assert lender.read(first[0])[0].shape == source.engine.kv_store.cache.block_shape
     lender.release(second, 0)
