@@ -242,17 +242,15 @@ class Cluster:
     def memory(self) -> ControllerMemory:
         """Return the state that a restarted controller needs."""
         is_whole = self.desired.banks == self.placement.banks
+        lost = [r for r in self.workers if r.is_lost]
         return ControllerMemory(
             version=self.version,
             history=self.history.newest(),
-            lost=tuple(
-                LostWorker(member=r.member, state=r.state, reason=r.reason)
-                for r in self.workers
-                if r.is_lost
-            ),
+            lost=tuple(LostWorker(member=r.member, state=r.state, reason=r.reason) for r in lost),
             notes=dict(self.notes),
             desired=None if is_whole else self.desired,
             places=self.places.names(),
+            num_prefill=self.places.num_prefill,
             numbers=self.places.numbers,
             closed=self.places.closed,
             operations=tuple(self.operations.kept)[-_LEFT_OPERATIONS:],

@@ -136,6 +136,8 @@ class ControllerMemory(Message, frozen=True, kw_only=True):
     """The desired placement (for the complete cluster); None if it equals the one in force."""
     places: tuple[str, ...] = ()
     """Names of all places, including those that scaling has added."""
+    num_prefill: int = 0
+    """Number of attention workers that compute prompts; 0 without step groups."""
     numbers: dict[str, int] = field(default_factory=dict)
     """Place name -> number of workers that the place has had; also of removed places."""
     closed: dict[str, ClosedPlace] = field(default_factory=dict)

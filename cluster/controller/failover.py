@@ -258,6 +258,7 @@ def continue_with(
         members=members,
         numbers=memory.numbers,
     )
+    cluster.membership.set_roles(memory.num_prefill or cluster.places.num_prefill)
     for record in cluster.workers.alive():
         record.started_with = None if record.name in members else cluster.desired
     goes_on = {part.operation.id for part in (drain, scale) if part is not None}

@@ -159,6 +159,14 @@ class MemberRecords:
         members = self.round.generation.members
         return any(self._workers[m.name].member.group != m.group for m in members)
 
+    def set_roles(self, num_prefill: int) -> None:
+        """Divide attention workers into step groups, from the next generation on: the first
+        ``num_prefill`` by rank compute prompts. With 0, there are no step groups."""
+        self._places.set_roles(num_prefill)
+        for record in self._workers.alive() if num_prefill else ():
+            if record.member.runs_attention and (group := self._places.group_of(record.name)):
+                record.set_group(group)
+
     def may_run(self, epoch: int) -> bool:
         """Whether members may run this placement epoch: the one in force, or one to which the step
         groups are switching, each with a step of its own."""

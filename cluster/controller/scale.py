@@ -3,7 +3,7 @@
     SETTLE  wait until a generation runs and no weights move
     START   add new places; their workers start and load in the background
     JOIN    once all new workers are ready, they join one generation; new expert workers take over
-            the experts that they have loaded, and attention workers change their step groups
+            the experts that they have loaded; then attention workers change their step groups
     then    drain surplus workers and remove their places (``Draining.remove``)
 
 A scaling is rolled back if a new worker is lost in START (in JOIN it is replaced), at the time
@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
+
+from msgspec.structs import replace
 
 from cluster.controller.cluster import Cluster
 from cluster.controller.drain_removal import stage_without
@@ -45,8 +47,6 @@ class Scaling:
         """Continue the scaling of an earlier controller."""
         self._cluster.scale = scale
         scale.restore(self._cluster.operations, now)
-        if scale.prefill_before is not None:
-            self._set_roles(self._num_prefill(scale.command))
 
     def begin(self, command: ScaleCommand, now: float) -> Operation:
         """Begin to scale, or return the operation that a command with the same id has begun.
@@ -67,9 +67,17 @@ class Scaling:
         return partial(self._start, command)
 
     def _start(self, command: ScaleCommand, operation: Operation, now: float) -> None:
-        limit_s = command.limit_s
+        limit_s, before = command.limit_s, self._cluster.places.num_prefill
+        if before and (attention := self._wanted_attention(command)) is not None:
+            prefill = self._num_prefill(command)  # from now on, sizes do not depend on the state
+            sizes = {"attention": None, "prefill": prefill, "decode": attention - prefill}
+            command = replace(command, **sizes)
         scale = self._cluster.scale = Scale(
-            operation=operation, command=command, deadline=now + limit_s, left_s=limit_s
+            operation=operation,
+            command=command,
+            deadline=now + limit_s,
+            left_s=limit_s,
+            prefill_before=before,
         )
         scale.resume(ScaleStep.SETTLE)
         self._cluster.send_snapshot()
@@ -114,6 +122,7 @@ class Scaling:
         if scale.step is ScaleStep.SETTLE and cluster.runs and self._rebalancing.is_idle:
             self._add_places(scale)
         elif scale.step is ScaleStep.START and not cluster.unready_workers():
+            self._set_roles(self._num_prefill(scale.command))
             self._enter(scale, ScaleStep.JOIN)
         elif scale.step is ScaleStep.JOIN and cluster.unready_workers():
             self._enter(scale, ScaleStep.START)
@@ -131,7 +140,8 @@ class Scaling:
             raise ConflictError("one worker holds everything (--mode local): it cannot be scaled")
         counts = (command.attention, command.expert, command.prefill, command.decode)
         if all(count is None for count in counts):
-            raise RequestError("one of attention and expert is required", "attention")
+            rule = "one of attention, expert, prefill and decode is required"
+            raise RequestError(rule, "attention")
         attention = self._wanted_attention(command)
         wanted = dict(pools)
         if "colocated" in pools:
@@ -211,8 +221,6 @@ class Scaling:
         )
         before = places.devices()
         places.add(scale.added)
-        scale.prefill_before = places.num_prefill
-        self._set_roles(self._num_prefill(scale.command))
         if devices := places.devices() - before:
             scale.before = cluster.desired
             load = cluster.load.totals()
@@ -233,6 +241,7 @@ class Scaling:
         cluster.scale = None
         cluster.send_snapshot()
         if scale.outcome is not None:  # cancelled at the last moment: no worker leaves
+            self._set_roles(scale.prefill_before)
             cluster.operations.end(operation, *scale.outcome, now)
             return {}
         wanted = self._wanted(scale.command)
@@ -280,7 +289,7 @@ class Scaling:
             cluster.membership.desired = scale.before
         cluster.scale = None
         ended = self._remove(new, f"the scaling was rolled back: {text}")
-        self._set_roles(scale.prefill_before or 0)
+        self._set_roles(scale.prefill_before)
         cluster.operations.end(scale.operation, state, text, now)
         return ended
 
@@ -297,14 +306,10 @@ class Scaling:
         return {n: why for n in newest if n in cluster.workers and not cluster.workers[n].is_lost}
 
     def _set_roles(self, num_prefill: int) -> None:
-        """Set the step groups of all places and their workers, from the next generation on."""
-        cluster = self._cluster
-        cluster.places.set_roles(num_prefill)
-        for record in cluster.workers.alive():
-            group = cluster.places.group_of(record.name)
-            if record.member.runs_attention and group and record.member.group != group:
-                record.set_group(group)
-                cluster.touch()
+        """Set the sizes of the step groups, from the next generation on."""
+        if num_prefill:
+            self._cluster.membership.set_roles(num_prefill)
+            self._cluster.send_snapshot()
 
     def _enter(self, scale: Scale, step: ScaleStep) -> None:
         scale.enter(step)

@@ -57,8 +57,8 @@ class Scale(TimedOperation):
     """Names of the places (positions for workers) that the scaling has added."""
     before: ExpertPlacement | None = None
     """The desired placement without the new places; None before they are added."""
-    prefill_before: int | None = None
-    """Number of prefill workers before the scaling; None before it adds places."""
+    prefill_before: int = 0
+    """Number of prefill workers before the scaling; 0 without step groups."""
     outcome: tuple[OperationState, str] | None = None
     """Final state and reason of an aborted scaling, which is to be rolled back; None otherwise."""
 

@@ -127,6 +127,8 @@ class Places:
         self._places = {
             place_name(m.role, m.rank): _Place(member=m, number=_number_of(m.name)) for m in by_age
         }
+        self.num_prefill = sum(p.member.group == "prefill" for p in self._places.values())
+        """Number of attention workers that compute prompts; 0 without step groups."""
         self._alive: NodeIds = {}
 
     def lost(self, name: str, reason: str, now: float) -> None:
@@ -275,27 +277,22 @@ class Places:
         for name in names:
             place = self._places.get(name)
             if place is None:
-                member = _first_member(name)
-                if member.role == "attention" and self.num_prefill:
-                    member = replace(member, group="decode")
                 self._places[name] = place = _Place(
-                    member=member, number=0, state=PlaceState.REMOVED
+                    member=_first_member(name), number=0, state=PlaceState.REMOVED
                 )
+            if place.member.role == "attention" and self.num_prefill:
+                place.member = replace(place.member, group="decode")
             place.enter(PlaceState.EMPTY)
             place.is_new, place.start_deaths, place.not_before = True, 0, 0.0
 
     def set_roles(self, num_prefill: int) -> None:
         """Divide the places of attention workers into step groups: the first ``num_prefill`` by
-        rank compute prompts. No effect with 0, without step groups."""
+        rank compute prompts. With 0, there are no step groups."""
+        self.num_prefill = num_prefill
         own = [p for p in self._present() if p.member.role == "attention" and num_prefill]
         for index, place in enumerate(own):
             group: StepGroup = "prefill" if index < num_prefill else "decode"
             place.member = replace(place.member, group=group)
-
-    @property
-    def num_prefill(self) -> int:
-        """Number of places of the prefill group; 0 without step groups."""
-        return sum(p.member.group == "prefill" for p in self._present())
 
     def group_of(self, name: str) -> StepGroup:
         """Return the step group of the place of worker ``name``; empty if it has left its place."""

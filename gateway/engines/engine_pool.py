@@ -94,6 +94,7 @@ class EnginePool:
         """Moves decoding requests with their KV blocks to other workers."""
         self.hand_overs = HandOvers(self.workers, self._router, self.assignments)
         """Hands requests over from the prefill group to the decode group."""
+        self.moves.on_cancel = self.hand_overs.stay
 
     @property
     def clients(self) -> list[EngineClient]:
@@ -232,8 +233,6 @@ class EnginePool:
             case MessageReceived(client, Prefetched() | Paused() as message):
                 if not self.moves.take(client, message) or isinstance(message, Prefetched):
                     self.hand_overs.take(client, message)
-                elif (moving := client.find(message.request_id)) is not None:
-                    self.hand_overs.stay(moving, client)  # if its move is cancelled
 
     def _handle_change(
         self, change: RequestChange, client: EngineClient, entry: Submission

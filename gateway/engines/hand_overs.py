@@ -56,7 +56,7 @@ class HandOvers:
         """Requests by id with an early fetch that has not ended, and whether another one was due
         since it began."""
         self._staying: dict[str, Submission] = {}
-        """Requests by id that decode on a prefill worker, as no decode worker had room."""
+        """Requests by id that decode on a prefill worker until a decode worker has room."""
 
     def note_blocks(self, client: EngineClient) -> None:
         """Handle a worker's message about its blocks: a step of a prefill worker may have computed
@@ -110,6 +110,7 @@ class HandOvers:
             self._staying.pop(entry.request.request_id, None)
             if not entry.is_computing:
                 self.stay(entry, client)
+        self._retry()
 
     def end(self, worker: str) -> None:
         """Forget a worker that was lost or is drained."""
@@ -135,6 +136,7 @@ class HandOvers:
         target = self._target(entry) if source.group == "prefill" else None
         if target is None:
             source.stream.send(Pause(request_id=name, is_cancelled=True))
+            self._coming.pop(name, None)
             self.stay(entry, source)
             return
         self._coming[name] = entry, target

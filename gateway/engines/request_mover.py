@@ -107,6 +107,8 @@ class RequestMover:
         """For each drained worker, its requests that have not begun to move."""
         self._moves: dict[str, _Move] = {}
         """Running moves of requests by request id."""
+        self.on_cancel: Callable[[Submission, EngineClient], None] = lambda entry, source: None
+        """Callback for a request that stays at its source, as its move was cancelled."""
         self._retrying: set[EngineClient] = set()
         """Drained workers with requests that no other worker can run."""
 
@@ -247,6 +249,8 @@ class RequestMover:
         if move.stage is _Stage.PAUSED:
             name = move.entry.request.request_id
             move.source.stream.send(Pause(request_id=name, is_cancelled=True))
+        if move.entry.stream is move.source and not self._must_leave(move):
+            self.on_cancel(move.entry, move.source)
 
     def _restart(self, move: _Move) -> None:
         """Cancel a move; begin another move of its request if the source is drained."""

@@ -43,7 +43,8 @@ def run_scale(args: argparse.Namespace) -> int:
     pools = ("attention", "prefill", "decode", "expert")
     counts = {pool: n for pool in pools if (n := getattr(args, pool)) is not None}
     if not counts:
-        raise CommandError(ExitCode.USAGE, "one of --attention and --expert is required")
+        text = "one of --attention, --expert, --prefill and --decode is required"
+        raise CommandError(ExitCode.USAGE, text)
     fields = {**counts, "deadline_s": args.deadline, "request_id": uuid.uuid4().hex}
     wait_s = 2 * args.deadline + _GRACE_S if args.wait is None else args.wait
     with make_admin_client(args) as admin:

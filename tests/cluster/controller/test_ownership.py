@@ -56,7 +56,6 @@ FIELDS = {
     "copied_in": "running_drain.py",
     "removes_places": "running_drain.py",
     "added": "scale.py",
-    "prefill_before": "scale.py",
     "is_proved": "rebalancing.py",
     # of records with one owner
     "seconds": "traces.py",
@@ -72,6 +71,7 @@ CALLS = {
         "stall": "recovery.py",
         "activate": "epoch_change.py",
         "next_epoch": "epoch_change.py",
+        "set_roles": "scale.py failover.py",
         "restore": RESTORES,
     },
     "places": {
@@ -82,7 +82,7 @@ CALLS = {
         "reopen": "running_drain.py",
         "remove": "running_drain.py cluster.py",
         "add": "scale.py",
-        "set_roles": "scale.py",
+        "set_roles": "membership.py",
         "nodes_alive": "cluster.py",
         "restore": RESTORES,
     },

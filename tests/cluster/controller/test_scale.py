@@ -288,7 +288,7 @@ def test_an_empty_place_goes_first_and_nobody_waits_for_its_worker() -> None:
 @pytest.mark.parametrize(
     ("order", "error", "text"),
     [
-        ({}, RequestError, "one of attention and expert is required"),
+        ({}, RequestError, "one of attention, expert, prefill and decode is required"),
         ({"attention": 0}, RequestError, r"attention \(0\) must be at least 1"),
         ({"expert": -1}, RequestError, r"expert \(-1\) must be at least 1"),
         ({"expert": 9}, RequestError, r"expert \(9\) must not exceed the 8 experts of a bank"),
@@ -377,31 +377,73 @@ def test_workers_change_their_step_groups_in_a_new_generation() -> None:
     assert groups(cluster)["attention-1.2"] == "prefill"
 
 
-def test_new_workers_and_a_change_of_groups_are_one_generation() -> None:
+def test_groups_change_once_the_new_workers_serve() -> None:
+    """Else there would be no decode group while they start."""
     cluster = with_groups(2, 1)
-    before = cluster.known.generation.number
-    operation = scale(cluster, prefill=2, decode=2)
-    assert cluster.started() == ["attention-2", "attention-3"]
-    assert cluster.known.generation.number == before + 1, "attention-1 computes prompts meanwhile"
-    cluster.join_all()
+    operation = scale(cluster, prefill=2, decode=1)
+    assert cluster.started() == ["attention-2"]
+    assert [*groups(cluster).values()] == ["prefill", "decode"]
     cluster.bring_up("attention-2")
-    cluster.bring_up("attention-3")
     cluster.join_all()
-    cluster.tick(0.2)
+    assert [*groups(cluster).values()] == ["prefill", "decode", "decode"]
+    pass_time(cluster, 0.5)
+    assert [*groups(cluster).values()] == ["prefill", "prefill", "decode"]
+    assert operation.phase == "form a generation with them"
+    cluster.join_all()
+    pass_time(cluster, 0.5)
     assert operation.state is OperationState.SUCCEEDED
-    assert [*groups(cluster).values()] == ["prefill", "prefill", "decode", "decode"]
 
 
 def test_a_scaling_that_is_rolled_back_restores_the_groups() -> None:
+    """Each time, although the removed place stays known."""
     cluster = with_groups(3, 1)
-    operation = scale(cluster, prefill=2, decode=2)
-    cluster.join_all()
+    for _ in range(2):
+        operation = scale(cluster, prefill=3, decode=1)
+        assert cluster.started() != []
+        cluster.controller.scaling.cancel(operation, cluster.now)
+        pass_time(cluster, 0.5)
+        assert operation.state is OperationState.CANCELLED
+        assert [*groups(cluster).values()] == ["prefill", "decode", "decode"]
+        assert cluster.known.places.num_prefill == 1
+
+
+def test_a_change_that_is_cancelled_while_it_forms_is_undone() -> None:
+    cluster = with_groups(3, 1)
+    operation = scale(cluster, prefill=2, decode=1)
     cluster.controller.scaling.cancel(operation, cluster.now)
-    pass_time(cluster, 0.5)
     cluster.join_all()
     pass_time(cluster, 0.5)
+    cluster.join_all()
     assert operation.state is OperationState.CANCELLED
     assert [*groups(cluster).values()] == ["prefill", "decode", "decode"]
+
+
+def test_the_size_of_one_group_alone_can_shrink() -> None:
+    cluster = with_groups(4, 2)
+    operation = scale(cluster, prefill=1)
+    cluster.join_all()
+    pass_time(cluster, 0.5)
+    assert operation.phase == "move requests to other workers"
+    say_requests(cluster, "attention-3", 0.0)
+    cluster.tick(0.1)
+    cluster.join_all()
+    cluster.tick(0.1)
+    cluster.controller.draining.ended(["attention-3"], cluster.now)
+    assert operation.message == "scaled to 1 prefill, 2 decode and 2 expert workers"
+    assert [*groups(cluster).values()] == ["prefill", "decode", "decode"]
+
+
+def test_an_empty_place_of_the_prefill_group_goes_and_another_worker_computes_prompts() -> None:
+    cluster = with_groups(3, 1)
+    cluster.disconnect("attention-0")
+    cluster.join_all()
+    operation = scale(cluster, decode=1)
+    cluster.join_all()
+    pass_time(cluster, 0.5)
+    cluster.join_all()
+    pass_time(cluster, 0.5)
+    assert operation.state is OperationState.SUCCEEDED
+    assert groups(cluster) == {"attention-1": "prefill", "attention-2": "decode"}
 
 
 @pytest.mark.parametrize(

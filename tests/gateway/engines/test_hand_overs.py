@@ -137,7 +137,7 @@ def test_a_decode_worker_that_has_almost_the_whole_prompt_computes_the_rest(
     source, target = with_groups(workers, 1000, "prefill decode")
     assert text(ask(workers)) == TEXT
     (known,) = source.requests
-    report(workers, target, known, 1000)
+    report(workers, target, known, 1001)  # another number, to wait for it
     assert text(ask(workers, LONG + "the")) == TEXT
     assert len(source.requests) == 1
     assert not target.requests[-1].pauses

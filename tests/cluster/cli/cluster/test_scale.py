@@ -70,7 +70,7 @@ def test_a_failed_scaling_has_its_own_exit_code(gateway: FakeGateway) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ([], "one of --attention and --expert is required"),
+        ([], "one of --attention, --expert, --prefill and --decode is required"),
         (["--expert", "0"], "--expert: '0' must be a whole number from 1 to 2147483647"),
         (["--expert", "9" * 15], f"--expert: '{'9' * 15}' must be a whole number"),
         (["--expert", "2", "--deadline", "inf"], "--deadline: 'inf' must be above 0 and at most"),
