@@ -37,9 +37,6 @@ class _FullSteps(StepSums):
         super().__init__()
         self._batch = batch
 
-    def fork(self) -> _FullSteps:
-        return self
-
     def begin_step(self, header: StepHeader) -> bool:
         super().begin_step(header)
         return header.decode_rows == self._batch and not header.prefill_rows

@@ -12,6 +12,8 @@ import logging
 import time
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from gateway.engines.engine_stream import EngineStream, StreamEnd
 from gateway.engines.router import WorkerLoad
 from gateway.engines.stream_events import (
@@ -29,7 +31,15 @@ from gateway.engines.submission import (
 )
 from workers.requests.block_hash import KvEvents
 from workers.requests.request import Queued, SoloStage, SoloStep, StepOutput, TokenOutput
-from workers.requests.wire import Abort, EngineHello, FromEngine, KvPressure, Paused, Prefetched
+from workers.requests.wire import (
+    Abort,
+    EngineHello,
+    FromEngine,
+    KvPressure,
+    Paused,
+    Prefetch,
+    Prefetched,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +104,12 @@ class EngineClient:
         self._submissions[entry.request.request_id] = entry
         self._update_load(entry)
         self.stream.send(entry.message(time.monotonic()))
+
+    def prefetch(self, entry: Submission, source: EngineClient) -> None:
+        """Let the worker fetch the KV blocks of a request that ``source`` has and that will move to
+        this worker."""
+        message = entry.message(time.monotonic())
+        self.stream.send(Prefetch(request=replace(message, kv_peer=source.worker)))
 
     def detach(self, entry: Submission) -> None:
         """Abort a request at this worker, because it continues at another worker."""

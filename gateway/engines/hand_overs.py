@@ -12,18 +12,15 @@ the prompt. If no decode worker has room, the prefill worker resumes the request
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from itertools import islice
-
-from msgspec.structs import replace
 
 from gateway.engines.assignment_queue import AssignmentQueue
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.request_router import RequestRouter
 from gateway.engines.submission import Submission
 from gateway.engines.worker_registry import WorkerRegistry
-from workers.requests.wire import Pause, Paused, Prefetch, Prefetched
+from workers.requests.wire import Pause, Paused, Prefetched
 
 _MAX_EARLY = 2
 """Maximum number of prompts of one prefill worker with an early fetch, before all their blocks are
@@ -127,8 +124,7 @@ class HandOvers:
             return
         self._coming[name] = entry, target
         self._fetching[name] = False
-        request = replace(entry.message(time.monotonic()), kv_peer=source.worker)
-        target.stream.send(Prefetch(request=request))
+        target.prefetch(entry, source)
 
     def _hand_over(self, entry: Submission, source: EngineClient) -> None:
         """Move a paused request, or resume it if no decode worker has room."""

@@ -22,20 +22,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-
-from msgspec.structs import replace
 
 from gateway.engines.assignment_queue import AssignmentQueue
 from gateway.engines.engine_client import EngineClient
 from gateway.engines.request_router import RequestRouter
 from gateway.engines.submission import Submission
 from gateway.engines.worker_registry import WorkerRegistry
-from workers.requests.wire import Pause, Paused, Prefetch, Prefetched
+from workers.requests.wire import Pause, Paused, Prefetched
 
 logger = logging.getLogger(__name__)
 
@@ -221,9 +218,7 @@ class RequestMover:
     def _prefetch(self, move: _Move) -> None:
         move.num_rounds += 1
         move.lengths = tuple(map(len, move.entry.outputs))
-        message = move.entry.message(time.monotonic())
-        request = replace(message, kv_peer=move.source.worker)
-        move.target.stream.send(Prefetch(request=request))
+        move.target.prefetch(move.entry, move.source)
         self._set_timer(move, _ANSWER_LIMIT_S, self._finish)
 
     def _look_for_block(self, move: _Move) -> None:

@@ -23,7 +23,7 @@ LONG = "the world is a hello; other words follow, and more " * 4
 def with_groups(
     workers: Workers, num_free: int, groups: str = "prefill decode decode", **settings: Any
 ) -> list[ScriptedEngine]:
-    """A worker of each of these groups; those that decode have so many free blocks."""
+    """Add a worker of each of these groups, with ``num_free`` free KV blocks."""
     engines = []
     for group in groups.split():
         workers.groups[f"attention-{len(workers.groups)}"] = group

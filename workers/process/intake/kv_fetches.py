@@ -208,8 +208,10 @@ class KvFetches(FetchJobs):
 
     def _has_begun(self, prefetch: _Prefetch) -> bool:
         """Whether a prefetch has a thread, or has had one for all choices."""
-        is_running = any(job.ahead_of is prefetch for job in self._jobs)
-        return is_running or prefetch.num_begun == len(prefetch.command.chains)
+        return self._is_running(prefetch) or prefetch.num_begun == len(prefetch.command.chains)
+
+    def _is_running(self, prefetch: _Prefetch) -> bool:
+        return any(job.ahead_of is prefetch for job in self._jobs)
 
     def _keep_prefetches(self, is_wanted: Callable[[PrefetchRequested], bool]) -> None:
         self._prefetches = [p for p in self._prefetches if p.waiting or is_wanted(p.command)]
@@ -217,7 +219,7 @@ class KvFetches(FetchJobs):
     def _continue_prefetches(self) -> None:
         """Start the next fetch of each prefetch that has none running; complete finished ones."""
         for prefetch in tuple(self._prefetches):
-            if any(job.ahead_of is prefetch for job in self._jobs):
+            if self._is_running(prefetch):
                 continue
             if not self._begin_next(prefetch) and prefetch.num_begun == len(
                 prefetch.command.chains

@@ -76,8 +76,7 @@ class Worker:
         self.config = args.config
         is_local = args.config.workers.mode == "local"
         self._step_metrics = StepMetrics(None if is_local else _WAITS[args.member.role])
-        node = args.member.node or args.host
-        self.member = replace(args.member, pid=os.getpid(), node=node)
+        self.member = replace(args.member, pid=os.getpid(), node=args.member.node or args.host)
         self._on_death = on_death
         self._cleanup = ExitStack()
         self.activity = Activity()
