@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -26,9 +27,11 @@ from cluster.tracing.disks import DiskMonitor
 from gateway.admin.service import AdminApi
 from gateway.batches.runner import BatchRunner
 from gateway.calls.gateway import Gateway
+from gateway.calls.served_models import SharedParts
 from gateway.cluster.client import RayServeReplicas, find_controller
 from gateway.cluster.serve_replicas import ReplicaCall
 from gateway.cluster.view import SnapshotFollower
+from gateway.core.tuning import GatewayTuning
 from gateway.dashboard.sampler import Sampler
 from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
@@ -70,32 +73,26 @@ _HEALTH_CHECK_PERIOD_S = 1.0
 )
 @serve.ingress()
 class GatewayReplica:
-    """One replica of the gateway; Serve builds it from the configuration."""
+    """One replica of the gateway; Serve builds it from the configurations of the models."""
 
-    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        settings = ClusterConfig.from_dict(config)
+    async def __init__(self, configs: Sequence[dict[str, Any]]) -> None:  # type: ignore[misc]  # Serve awaits it
+        all_settings = list(map(ClusterConfig.from_dict, configs))
+        settings = all_settings[0]
         name = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
         logs.set_up(name, settings.observability.log_format)
         logs.format_library_logs("ray.serve")
-        tokenizer = await asyncio.to_thread(
-            load_tokenizer, settings.model.path, settings.model.chat_template
-        )
         node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        disks = DiskMonitor(lambda: [logs.OUTPUT.folder])
-        self._cluster = SnapshotFollower(
-            find_controller, name, host=node, low_disks=lambda: disks.low(time.monotonic())
-        )
-        policy = RoutingPolicy(settings.gateway.routing_policy)
-        self._engines = EnginePool(settings.cluster_token, name, policy)
-        section = settings.gateway
-        state = open_store(section, opens=False)
-        self._gateway = Gateway(
-            settings, tokenizer, self._cluster, self._engines, name, state=state
-        )
-        self._cluster.adapters = lambda: self._gateway.model.adapters.in_use
-        await open_in_time(state, self._gateway.disk)
+        section, tuning = settings.gateway, GatewayTuning()
+        shared = SharedParts.of(section, tuning, open_store(section, opens=False))
+        self._models = shared.models
+        for model in all_settings:
+            await _add_model(model, name, node, tuning, shared)
+        self._gateway = next(iter(self._models))
+        await open_in_time(shared.state, shared.disk)
         if section.num_gateway_replicas > 1:
-            self._gateway.status.replicas = RayServeReplicas(self._gateway.status.answers)
+            replicas = RayServeReplicas(self._gateway.status.answers)
+            for gateway in self._models:
+                gateway.status.replicas = replicas
         connections = raise_file_limit()
         self._grpc = GrpcServer(
             self._gateway, section.host, section.grpc_port, max_connections=connections.grpc
@@ -115,14 +112,16 @@ class GatewayReplica:
         self._admin = AdminApi(self._gateway, section)
         await self._admin.start()
         host = node if section.host in ("0.0.0.0", "::") else section.host
-        self._gateway.status.addresses = {
+        addresses = {
             "pid": os.getpid(),
             "http": f"{host}:{http_port}",
             "grpc": f"{host}:{grpc_port}",
             "admin_http": self._admin.http,
             "admin_grpc": self._admin.grpc,
         }
-        self._cluster.start()
+        for gateway in self._models:
+            gateway.status.addresses = addresses
+            gateway.cluster.start()
         self._sweeper = StateSweeper(self._gateway.state, self._gateway.tuning.state_sweep_s)
         self._sweeper.start()
         self._sampler = Sampler(self._gateway)
@@ -152,7 +151,7 @@ class GatewayReplica:
 
     async def not_ready_reasons(self) -> list[str]:
         """Return why ``/ready`` would fail, for callers that have no TLS client certificate."""
-        return self._gateway.readiness.not_ready_reasons()
+        return self._gateway.shared.models.not_ready_reasons()
 
     async def addresses(self) -> dict[str, Any]:
         """Return the addresses of this replica by port name."""
@@ -183,16 +182,33 @@ class GatewayReplica:
         if hasattr(self, "_leaving"):
             self._leaving.cancel()
         self._gateway.leave(time.monotonic())  # responses then close their connections
-        await self._cluster.leave()
+        await asyncio.gather(*(gateway.cluster.leave() for gateway in self._models))
         servers = (getattr(self, name, None) for name in ("_http", "_grpc", "_admin"))
         await asyncio.gather(*(server.stop() for server in servers if server is not None))
-        await self._engines.stop()
-        await self._gateway.close()
+        for gateway in self._models:
+            await gateway.engines.stop()
+            await gateway.close()
         await self._stop_tracing()
 
     async def _stop_tracing(self) -> None:
         if self._gateway.tracing is not None:
             await asyncio.to_thread(self._gateway.tracing.export.stop)
+
+
+async def _add_model(
+    settings: ClusterConfig, name: str, node: str, tuning: GatewayTuning, shared: SharedParts
+) -> None:
+    """Add the gateway of a model to ``shared.models``; ``name`` and ``node`` are the replica's."""
+    tokenizer = await asyncio.to_thread(
+        load_tokenizer, settings.model.path, settings.model.chat_template
+    )
+    disks = DiskMonitor(lambda: [logs.OUTPUT.folder])
+    find = partial(find_controller, settings.namespace)
+    cluster = SnapshotFollower(find, name, host=node, low_disks=lambda: disks.low(time.monotonic()))
+    policy = RoutingPolicy(settings.gateway.routing_policy)
+    engines = EnginePool(settings.cluster_token, name, policy)
+    gateway = Gateway(settings, tokenizer, cluster, engines, name, tuning, shared)
+    cluster.adapters = lambda: gateway.model.adapters.in_use
 
 
 def tune_process() -> None:
@@ -203,9 +219,13 @@ def tune_process() -> None:
 
 
 def build_app(
-    config: dict[str, Any], selector: Mapping[str, str] | None = None, num_nodes: int = 0
+    config: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    selector: Mapping[str, str] | None = None,
+    num_nodes: int = 0,
 ) -> serve.Application:
     """Build the Serve application of a configuration (``ClusterConfig.to_dict``).
+
+    ``config`` may also be a sequence of the configurations of several models, the default first.
 
     With ``selector``, replicas run evenly spread on the ``num_nodes`` nodes with these labels; by
     default they run on the head node.
@@ -213,7 +233,8 @@ def build_app(
     Run it with ``serve.run(build_app(config), name=APP_NAME, route_prefix="/")``, or with
     ``route_prefix=None`` if Serve's proxy serves only other applications.
     """
-    section = ClusterConfig.from_dict(config).gateway
+    configs = [config] if isinstance(config, Mapping) else list(config)
+    section = ClusterConfig.from_dict(configs[0]).gateway
     deployment: Any = GatewayReplica  # the decorators make it a serve.Deployment
     place: dict[str, Any] = {}
     if selector:
@@ -224,5 +245,5 @@ def build_app(
         num_replicas=section.num_gateway_replicas,
         max_ongoing_requests=section.max_queue + _SPARE_REQUESTS,
         **place,
-    ).bind(config)
+    ).bind(configs)
     return application

@@ -105,7 +105,7 @@ class ControllerActor:
             if self.runner.controller is None:
                 nodes = await asyncio.to_thread(self._group.resources)
                 known = ClusterConfig.from_dict(config)
-                self._set_up_log(known.observability.log_format)
+                self._set_up_log(known)
                 plan = plan_start(known, banks, nodes, free_cpus, profile)
                 assert plan.load is not None, "the workers do not run yet"
                 notes = {"profile": profile, "top_k": plan.load.top_k, "asked": asked}
@@ -256,9 +256,11 @@ class ControllerActor:
     ) -> dict[str, Any]:
         return self._documents.get(make, cluster, time.monotonic())
 
-    def _set_up_log(self, form: logs.LogForm = "text") -> None:
-        if self._has_process:
-            logs.set_up("controller", form)
+    def _set_up_log(self, config: ClusterConfig | None = None) -> None:
+        if self._has_process and config is not None:
+            logs.set_up(config.process_name("controller"), config.observability.log_format)
+        elif self._has_process:
+            logs.set_up("controller")
 
     async def _fresh_cluster(self) -> Cluster | None:
         """Return the cluster with the current stats of every worker; None before ``start``."""

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cluster.core.errors import ExpertMeshError, NotReadyError
+from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE
 
 if TYPE_CHECKING:
     from cluster.actors.worker_group import WorkerGroup  # imports Ray
 
-CONTROLLER_NAME = "expertmesh-controller"
-"""Name of the controller actor in expertmesh's Ray namespace."""
 _HEAD_SHARE = 0.001
 _RETRY_S = 2.0
 
@@ -21,7 +20,7 @@ def create_controller(
     status_limit_s: float | None = None,
     selector: Mapping[str, str] | None = None,
 ) -> Any:
-    """Create the detached controller actor, or find the existing one; returns its handle.
+    """Create the detached controller actor of ``group``, or find it; returns its handle.
 
     ``selector``: labels of the nodes on which the actor may run. By default, the actor runs on the
     Ray head node, without which the cluster cannot run anyway.
@@ -29,7 +28,7 @@ def create_controller(
     import ray
 
     from cluster.actors.controller_actor import STATUS_LIMIT_S, ControllerActor
-    from cluster.actors.ray_tools import HEAD_NODE, NAMESPACE
+    from cluster.actors.ray_tools import HEAD_NODE
 
     actor: Any = ray.remote(ControllerActor)
     where: dict[str, Any] = {"resources": {HEAD_NODE: _HEAD_SHARE}}
@@ -38,7 +37,7 @@ def create_controller(
     limit_s = STATUS_LIMIT_S if status_limit_s is None else status_limit_s
     return actor.options(
         name=CONTROLLER_NAME,
-        namespace=NAMESPACE,
+        namespace=group.namespace,
         lifetime="detached",
         get_if_exists=True,
         num_cpus=0,
@@ -47,8 +46,8 @@ def create_controller(
     ).remote(group, limit_s, has_process=True)
 
 
-def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:
-    """Call a method of ``ControllerActor`` and return its result.
+def ask_controller(method: str, *arguments: Any, limit_s: float, namespace: str = NAMESPACE) -> Any:
+    """Call a method of a fleet's ``ControllerActor`` and return its result.
 
     Raises the errors of the method, and ``NotReadyError`` if there is no controller or no reply
     within ``limit_s`` seconds.
@@ -56,10 +55,10 @@ def ask_controller(method: str, *arguments: Any, limit_s: float) -> Any:
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-    from cluster.actors.ray_tools import NAMESPACE, error_summary
+    from cluster.actors.ray_tools import error_summary
 
     try:
-        actor: Any = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+        actor: Any = ray.get_actor(CONTROLLER_NAME, namespace=namespace)
         return ray.get(getattr(actor, method).remote(*arguments), timeout=limit_s)
     except ValueError as err:
         raise NotReadyError("no cluster runs there", "not_ready", _RETRY_S) from err

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 
 from cluster.actors.control_server import ControlServer
 from cluster.actors.controller_runner import ControllerRunner
+from cluster.config.cluster import ClusterConfig
 from cluster.controller.failover import CollectedState, ReportCollector
 from cluster.controller.settings import ControllerSettings
 from cluster.core.errors import NotReadyError, SupersededError
 from cluster.sizing.start_plan import ExistingWorker, StartPlan
-from cluster.tracing.logs import LogForm
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,10 @@ class Handoff:
     restored or the first attempt has failed. Without a restart, calls do not wait.
     """
 
-    def __init__(self, runner: ControllerRunner, set_up_log: Callable[[LogForm], None]) -> None:
-        """``set_up_log`` is called with the log format of a restored cluster."""
+    def __init__(
+        self, runner: ControllerRunner, set_up_log: Callable[[ClusterConfig], None]
+    ) -> None:
+        """``set_up_log`` is called with the configuration of a restored cluster."""
         self._runner = runner
         self._set_up_log = set_up_log
         self.is_pending = runner.group.was_restarted()
@@ -71,7 +73,7 @@ class Handoff:
                     await _hand_off(runner, term, began_at)
                 self.is_pending = False
                 if (controller := runner.controller) is not None:
-                    self._set_up_log(controller.cluster.config.observability.log_format)
+                    self._set_up_log(controller.cluster.config)
             except SupersededError as err:
                 runner.retire(str(err))
                 self.is_pending = False

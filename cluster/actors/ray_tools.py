@@ -24,18 +24,13 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError
+from cluster.core.fleets import NAMESPACE, is_group, is_namespace, workers_group
 from cluster.core.node_labels import NodeLabels
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "expertmesh"
-"""Ray namespace of all actors of expertmesh."""
 HEAD_NODE = "node:__internal_head__"
 """Name of the Ray resource that only the head node has."""
-WORKERS_GROUP = "expertmesh-workers"
-"""Name of the placement group that reserves resources for a cluster's initial workers."""
-_ADDED = f"{WORKERS_GROUP}-"
-"""Prefix of the placement group's name for a worker place that scaling has added."""
 _TERM = "term-"
 _NUM_TRIES = 20
 _PAUSE_S = 0.2
@@ -136,10 +131,15 @@ def call_this_actor(method: str) -> None:
     threading.Thread(target=call, name=f"call-{method}", daemon=True).start()
 
 
-def live_actor_names() -> list[str]:
-    """Return the names of the live actors in ``NAMESPACE``."""
+def live_actor_names(namespace: str = NAMESPACE) -> list[str]:
+    """Return the names of a fleet's live actors."""
+    return sorted(name for found, name in live_actors() if found == namespace)
+
+
+def live_actors() -> list[tuple[str, str]]:
+    """Return namespace and name of each live actor of all fleets."""
     entries = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(str(e["name"]) for e in entries if e["namespace"] == NAMESPACE)
+    return sorted((e["namespace"], e["name"]) for e in entries if is_namespace(e["namespace"]))
 
 
 def with_process(actors: Mapping[str, Any]) -> list[str]:
@@ -151,74 +151,78 @@ def with_process(actors: Mapping[str, Any]) -> list[str]:
     return [n for n, actor in actors.items() if state.actor_table(actor._actor_id.hex()).get("Pid")]
 
 
-def claim_term(identity: str) -> int:
-    """Claim a term for the controller ``identity``, above all terms that are claimed already.
+def claim_term(identity: str, namespace: str = NAMESPACE) -> int:
+    """Claim a term for a fleet's controller ``identity``, above all that are claimed already.
 
     Ray stores the first claimant of each term. Blocks on a remote call; use a thread.
     """
     while True:
-        term = newest_term() + 1
-        if not _internal_kv_put(f"{_TERM}{term}", identity, overwrite=False, namespace=NAMESPACE):
+        term = newest_term(namespace=namespace) + 1
+        if not _internal_kv_put(f"{_TERM}{term}", identity, overwrite=False, namespace=namespace):
             return term
 
 
-def newest_term(above: int = 0, but: str = "") -> int:
+def newest_term(above: int = 0, but: str = "", namespace: str = NAMESPACE) -> int:
     """Return the highest term above ``above`` that a controller other than ``but`` claimed, or 0.
 
     A claim that timed out may still take effect later. Blocks on a remote call; use a thread.
     """
-    keys = _internal_kv_list(_TERM, namespace=NAMESPACE)
+    keys = _internal_kv_list(_TERM, namespace=namespace)
     for term in sorted((int(key.removeprefix(_TERM.encode())) for key in keys), reverse=True):
         if term <= above:
             break
-        owner = _internal_kv_get(f"{_TERM}{term}", namespace=NAMESPACE) if but else None
+        owner = _internal_kv_get(f"{_TERM}{term}", namespace=namespace) if but else None
         if owner is None or owner.decode() != but:
             return term
     return 0
 
 
-def kill_actors(names: Sequence[str]) -> None:
-    """Kill these actors in ``NAMESPACE``; unknown names are ignored."""
+def kill_actors(names: Sequence[str], namespace: str = NAMESPACE) -> None:
+    """Kill these actors of a fleet; unknown names are ignored."""
     for name in names:
         with contextlib.suppress(ValueError, RayError):
-            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+            ray.kill(ray.get_actor(name, namespace=namespace), no_restart=True)
 
 
-def live_placement_groups() -> list[dict[str, Any]]:
-    """Return Ray's entries of the groups that reserve resources for a cluster's workers."""
+def live_placement_groups(namespace: str | None = None) -> list[dict[str, Any]]:
+    """Return Ray's entries of the groups that reserve resources for the workers of a fleet.
+
+    Without ``namespace``, those of all fleets.
+    """
     return [
         entry
         for entry in placement_group_table().values()
-        if entry["name"] == WORKERS_GROUP or entry["name"].startswith(_ADDED)
-        if entry["state"] != "REMOVED"
+        if is_group(entry["name"], namespace) and entry["state"] != "REMOVED"
     ]
 
 
-def remove_placement_groups() -> None:
-    """Remove all placement groups and claimed terms of expertmesh, also those of earlier runs.
+def remove_placement_groups(namespace: str = NAMESPACE) -> None:
+    """Remove all placement groups and claimed terms of a fleet, also those of earlier runs.
 
     This also ends the actors in the groups.
     """
-    for entry in live_placement_groups():
+    for entry in live_placement_groups(namespace):
         group_id = bytes.fromhex(entry["placement_group_id"])
         remove_placement_group(PlacementGroup(ray.PlacementGroupID(group_id)))
-    _internal_kv_del(_TERM, del_by_prefix=True, namespace=NAMESPACE)
+    _internal_kv_del(_TERM, del_by_prefix=True, namespace=namespace)
 
 
-def name_of_added(place: str) -> str:
+def name_of_added(place: str, namespace: str = NAMESPACE) -> str:
     """Return the placement group's name for a worker place that scaling has added."""
-    return f"{_ADDED}{place}"
+    return f"{workers_group(namespace)}-{place}"
 
 
-def added_placement_groups() -> dict[str, PlacementGroup]:
+def added_placement_groups(namespace: str = NAMESPACE) -> dict[str, PlacementGroup]:
     """Return the placement groups of worker places that scaling has added, by place.
 
     Blocks on a remote call; use a thread.
     """
+    names = (entry["name"] for entry in live_placement_groups(namespace))
+    prefix = name_of_added("", namespace)
     return {
-        entry["name"].removeprefix(_ADDED): ray.util.get_placement_group(entry["name"])
-        for entry in placement_group_table().values()
-        if entry["name"].startswith(_ADDED) and entry["state"] != "REMOVED"
+        name.removeprefix(prefix): ray.util.get_placement_group(name)
+        for name in names
+        if name.startswith(prefix)
     }
 
 

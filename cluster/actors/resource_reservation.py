@@ -22,6 +22,7 @@ from cluster.actors import ray_tools
 from cluster.config.resources import NodeResources, WorkerShare, resolved_share
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError
+from cluster.core.fleets import NAMESPACE, workers_group
 from cluster.core.node_labels import selector_for
 from cluster.core.topology import Member, Role, holds_experts
 from cluster.policy.places import place_name
@@ -35,6 +36,8 @@ _FREE_SHARE_S = 2.0
 class ResourceReservation:
     """Ray resources reserved for one cluster's workers. Methods that query or change them block."""
 
+    namespace: str = NAMESPACE
+    """Ray namespace of the fleet."""
     nodes: dict[str, str] = field(default_factory=dict)
     """Ray's node id by worker name, for the workers that ``reserve`` has placed; empty in a
     restarted controller.
@@ -53,7 +56,7 @@ class ResourceReservation:
         Ranks are in the order of nodes. Raises ``StartError`` if the resources are not available
         within ``limit_s`` seconds.
         """
-        ray_tools.remove_placement_groups()
+        ray_tools.remove_placement_groups(self.namespace)
         share = resolved_share(workers)
         roles = [role for role, count in workers.pools.items() for _ in range(count)]
         places = [node.labels for node in ray_tools.cluster_nodes(is_strict=True)]
@@ -61,12 +64,12 @@ class ResourceReservation:
         self._group = placement_group(
             [_bundle(share)] * len(roles),
             strategy="SPREAD",
-            name=ray_tools.WORKERS_GROUP,
+            name=workers_group(self.namespace),
             lifetime="detached",
             bundle_label_selector=[selector_for(r, places) for r in self._roles] or None,
         )
         if not self._group.wait(limit_s):
-            ray_tools.remove_placement_groups()
+            ray_tools.remove_placement_groups(self.namespace)
             raise StartError("worker group", _no_room_text(len(roles), share, limit_s))
         table = placement_group_table(self._group)["bundles_to_node_id"]
         nodes = {n.node_id: (place, n) for place, n in enumerate(ray_tools.cluster_nodes())}
@@ -81,8 +84,8 @@ class ResourceReservation:
 
     def find(self) -> None:
         """Find the placement groups that an earlier controller has created."""
-        self._group = ray.util.get_placement_group(ray_tools.WORKERS_GROUP)
-        self._added = ray_tools.added_placement_groups()
+        self._group = ray.util.get_placement_group(workers_group(self.namespace))
+        self._added = ray_tools.added_placement_groups(self.namespace)
 
     def add(self, place: str, role: Role, workers: WorkersSection) -> WorkerShare:
         """Reserve resources for a worker place that scaling adds; return the worker's resources.
@@ -94,7 +97,7 @@ class ResourceReservation:
         share = resolved_share(workers)
         group = self._added.get(place)
         if group is None:
-            group = self._added[place] = _added_group(place, role, share)
+            group = self._added[place] = self._added_group(place, role, share)
         elif not (cpus := float(group.bundle_specs[0].get("CPU", 0.0))):
             return replace(share, cpus=cpus)
         may_share = workers.has_equal_cpus and not (share.gpus or workers.follow_nodes)
@@ -102,7 +105,7 @@ class ResourceReservation:
             remove_placement_group(group)
             del self._added[place]
             share = replace(share, cpus=0.0)
-            self._added[place] = _added_group(place, role, share)
+            self._added[place] = self._added_group(place, role, share)
         return share
 
     def release(self, places: Collection[str]) -> None:
@@ -139,16 +142,15 @@ class ResourceReservation:
             placement_group_capture_child_tasks=False,
         )
 
-
-def _added_group(place: str, role: Role, share: WorkerShare) -> PlacementGroup:
-    selector = selector_for(role, [node.labels for node in ray_tools.cluster_nodes()])
-    group: PlacementGroup = placement_group(
-        [_bundle(share)],
-        name=ray_tools.name_of_added(place),
-        lifetime="detached",
-        bundle_label_selector=[selector] if selector else None,
-    )
-    return group
+    def _added_group(self, place: str, role: Role, share: WorkerShare) -> PlacementGroup:
+        selector = selector_for(role, [node.labels for node in ray_tools.cluster_nodes()])
+        group: PlacementGroup = placement_group(
+            [_bundle(share)],
+            name=ray_tools.name_of_added(place, self.namespace),
+            lifetime="detached",
+            bundle_label_selector=[selector] if selector else None,
+        )
+        return group
 
 
 def _bundle(share: WorkerShare) -> dict[str, float]:

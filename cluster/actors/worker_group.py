@@ -27,6 +27,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError, SupersededError, UnknownNameError
+from cluster.core.fleets import NAMESPACE
 from cluster.core.topology import Member, Role
 from cluster.policy.places import place_of
 from cluster.sizing.start_plan import ExistingWorker, StartPlan
@@ -47,6 +48,8 @@ class WorkerGroup:
     """Longest time that a worker's ``stop`` may take, in seconds."""
     room: ResourceReservation = field(default_factory=ResourceReservation)
     """Resources reserved for the workers."""
+    namespace: str = NAMESPACE
+    """Ray namespace of the fleet."""
     _actors: dict[str, ActorCalls] = field(default_factory=dict)
     _ending: set[asyncio.Future[None]] = field(default_factory=set)
     _term: int = 0
@@ -64,6 +67,9 @@ class WorkerGroup:
     call_back = staticmethod(ray_tools.call_this_actor)
 
     draining_nodes = staticmethod(ray_tools.draining_nodes)
+
+    def __post_init__(self) -> None:
+        self.room.namespace = self.namespace
 
     def node_ids_by_worker(self) -> dict[str, str]:
         """Return Ray's node id of each worker by worker name; empty while unknown."""
@@ -87,13 +93,15 @@ class WorkerGroup:
 
         Raises ``TimeoutError`` if Ray does not reply.
         """
-        self._term = await worker_actor.in_time(ray_tools.claim_term, identity)
+        self._term = await worker_actor.in_time(ray_tools.claim_term, identity, self.namespace)
         self._identity = identity
         return self._term
 
     async def check_term(self) -> None:
         """Raise ``SupersededError`` if another controller has a newer term."""
-        newest = await worker_actor.in_time(ray_tools.newest_term, self._term, self._identity)
+        newest = await worker_actor.in_time(
+            ray_tools.newest_term, self._term, self._identity, self.namespace
+        )
         if newest:
             raise SupersededError(f"term {newest} is claimed, this controller has {self._term}")
 
@@ -113,7 +121,7 @@ class WorkerGroup:
         ``SupersededError`` if another controller has a newer term.
         """
         await self.check_term()
-        await _free_names([m.name for m in members])
+        await self._free_names([m.name for m in members])
         created = []
         for member in members:
             node_id = self.room.nodes.get(member.name, "")
@@ -179,7 +187,7 @@ class WorkerGroup:
         """
         self._actors.clear()
         async with asyncio.timeout(limit_s):
-            names = await asyncio.to_thread(ray_tools.live_actor_names)
+            names = await asyncio.to_thread(ray_tools.live_actor_names, self.namespace)
         names = [n for n in names if n.partition("-")[0] in self.classes]
         asked = await asyncio.gather(*(self._find(name, limit_s) for name in names))
         found = tuple(f for f in asked if f is not None)
@@ -237,7 +245,7 @@ class WorkerGroup:
         await self.check_term()
         await self.end(self.names())
         await asyncio.gather(*self._ending)
-        await worker_actor.in_time(ray_tools.remove_placement_groups)
+        await worker_actor.in_time(ray_tools.remove_placement_groups, self.namespace)
 
     async def release(self, places: Sequence[str]) -> None:
         """Release resources of worker places that scaling has removed.
@@ -262,7 +270,7 @@ class WorkerGroup:
     async def _find(self, name: str, limit_s: float) -> ExistingWorker | None:
         try:
             async with asyncio.timeout(limit_s):
-                handle = await asyncio.to_thread(ray.get_actor, name, namespace=ray_tools.NAMESPACE)
+                handle = await asyncio.to_thread(ray.get_actor, name, namespace=self.namespace)
                 actor = self._actors[name] = ActorCalls(name, handle, "")
                 while True:
                     with contextlib.suppress(ActorUnavailableError):  # only this call is lost
@@ -284,7 +292,7 @@ class WorkerGroup:
     def _options(self, member: Member, share: WorkerShare, bundle: int) -> dict[str, Any]:
         return {
             "name": member.name,
-            "namespace": ray_tools.NAMESPACE,
+            "namespace": self.namespace,
             "lifetime": "detached",
             "num_cpus": share.cpus,
             "num_gpus": share.gpus,
@@ -299,20 +307,25 @@ class WorkerGroup:
         await self.check_term()
         await actor.kill(is_stopped)
 
+    async def _free_names(self, names: Sequence[str]) -> None:
+        """Kill an earlier run's actors with these names.
+
+        Raises ``StartError`` if one does not end.
+        """
+        deadline = asyncio.get_running_loop().time() + worker_actor.CALL_LIMIT_S
+        while True:
+            alive = await asyncio.to_thread(ray_tools.live_actor_names, self.namespace)
+            if not (taken := sorted(set(names) & set(alive))):
+                return
+            if asyncio.get_running_loop().time() > deadline:
+                raise StartError(taken[0], "an actor of that name is alive and does not end")
+            await asyncio.to_thread(ray_tools.kill_actors, taken, self.namespace)
+            await asyncio.sleep(_POLL_S)
+
     def _ended(self, actor: ActorCalls, task: asyncio.Future[None]) -> None:
         self._ending.discard(task)
         if task.cancelled() or task.exception() is not None:
             self._actors.setdefault(actor.name, actor)  # it may be alive: a later call tries again
-
-
-async def _free_names(names: Sequence[str]) -> None:
-    """Kill an earlier run's actors with these names. Raises ``StartError`` if one does not end."""
-    deadline = asyncio.get_running_loop().time() + worker_actor.CALL_LIMIT_S
-    while taken := sorted(set(names) & set(await asyncio.to_thread(ray_tools.live_actor_names))):
-        if asyncio.get_running_loop().time() > deadline:
-            raise StartError(taken[0], "an actor of that name is alive and does not end")
-        await asyncio.to_thread(ray_tools.kill_actors, taken)
-        await asyncio.sleep(_POLL_S)
 
 
 async def _all_or_first_error(calls: Sequence[Awaitable[None]]) -> None:

@@ -42,6 +42,7 @@ from cluster.core.checks import (
     is_positive,
 )
 from cluster.core.errors import ConfigError
+from cluster.core.fleets import namespace_of
 
 CombineMode = Literal["sum", "per_slot"]
 Deterministic = Literal["auto", "on", "off"]
@@ -221,6 +222,9 @@ class ClusterConfig:
     """Options of KV block copies outside the KV cache, in host memory and on disk."""
     cluster_token: str = field(default="", repr=False)
     """Shared secret of the cluster's processes, generated at the start."""
+    fleet: str = ""
+    """Name of the controller and the workers in Ray (see ``cluster.core.fleets``); empty for the
+    first of several models, and where one model is served."""
 
     def __post_init__(self) -> None:
         if self.engine.deterministic == "on":
@@ -268,6 +272,15 @@ class ClusterConfig:
         )
 
     @property
+    def namespace(self) -> str:
+        """Ray namespace of the controller and the workers."""
+        return namespace_of(self.fleet)
+
+    def process_name(self, name: str) -> str:
+        """Return the name of a controller or worker in logs: with the model if there are others."""
+        return f"{name}@{self.model.served_model_name}" if self.fleet else name
+
+    @property
     def max_decode_rows(self) -> int:
         """Maximum number of decode rows in a step of one attention worker, with rows of drafts."""
         return self.engine.max_num_seqs + self.speculation.max_draft_rows
@@ -300,7 +313,8 @@ class ClusterConfig:
                 section = _typed(name, value, dict[str, Any])
                 values[name] = _from_dict(sections[name], section, f"{name}.")
             else:
-                check(name == "cluster_token", name, value, "is not a section of the configuration")
+                is_text = name in ("cluster_token", "fleet")
+                check(is_text, name, value, "is not a section of the configuration")
         config: ClusterConfig = _from_dict(cls, values)
         return config
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -93,10 +93,10 @@ _Pools = Mapping[tuple[NodeResources, ...], int]
 """Number of workers by the nodes on which they run. Two pools have no node in common."""
 
 
-def _pools(workers: WorkersSection, nodes: Sequence[NodeResources]) -> _Pools:
-    """Return the pools: roles that run on the same nodes form one pool."""
+def _pools(sizes: Iterable[tuple[str, int]], nodes: Sequence[NodeResources]) -> _Pools:
+    """Return the pools of roles with these sizes: roles on the same nodes form one pool."""
     counts: Counter[tuple[NodeResources, ...]] = Counter()
-    for role, number in workers.pools.items():
+    for role, number in sizes:
         counts[nodes_for(role, nodes)] += number
     return counts
 
@@ -110,11 +110,12 @@ def plan_shares(
     anything there; None if all CPUs are available. Raises ``ConfigError`` with field, value and the
     available amount.
     """
-    pools = _pools(workers, nodes)
-    gpus = _gpu_share(workers, pools)
+    own = _pools(workers.pools.items(), nodes)
+    pools = _pools((*workers.pools.items(), *workers.other_pools), nodes)
+    gpus = _gpu_share(workers, own, pools)
     if workers.cpus_per_worker is not None:
         cpus = cores = workers.cpus_per_worker
-        _check_fit("cpus", cpus, pools)
+        _check_fit("cpus", cpus, own)
     else:
         cpus = cores = min(_largest_share([n.cpus for n in p], count) for p, count in pools.items())
         total = sum(n.cpus for n in nodes)
@@ -130,7 +131,7 @@ def plan_shares(
     )
 
 
-def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
+def _gpu_share(workers: WorkersSection, own: _Pools, pools: _Pools) -> float:
     """Return the GPUs of one worker: the given value, else 1, or a share if GPUs are too few.
 
     With device ``auto``, 0 replaces the share; ``cpu`` means 0. Raises ``ConfigError``.
@@ -143,7 +144,7 @@ def _gpu_share(workers: WorkersSection, pools: _Pools) -> float:
     if asked is not None:
         if workers.device == "cuda" and asked == 0:
             raise ConfigError("gpus_per_worker", asked, "must be above 0 with device cuda")
-        _check_fit("gpus", asked, pools)
+        _check_fit("gpus", asked, own)
         return asked
     largest = [_largest_share([n.gpus for n in p], count) for p, count in pools.items()]
     share = min(1.0, *largest)

@@ -57,6 +57,8 @@ class WorkersSection:
     computes with one thread for each whole CPU, at least one."""
     has_equal_cpus: bool = field(default=False, metadata=INTERNAL)
     """Whether ``cpus_per_worker`` was not given, and is an equal share of all CPUs."""
+    other_pools: tuple[tuple[Role, int], ...] = field(default=(), metadata=INTERNAL)
+    """Number of workers of the other served models by role, which share the nodes equally."""
     threads_per_worker: int = field(default=1, metadata=INTERNAL)
     """Number of compute threads of a worker, set by ``cluster.sizing.start_plan.plan_start``."""
     gpus_per_worker: float | None = None

@@ -11,15 +11,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from cluster.actors.controller_client import CONTROLLER_NAME, ask_controller
+from cluster.actors.controller_client import ask_controller
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection, is_loopback
 from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError, NotReadyError, StartError
+from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE
 from cluster.core.node_labels import selector_for
-from cluster.launch.plan import EVERY_INTERFACE, LaunchPlan, check_ports, option_differences
+from cluster.launch.plan import (
+    EVERY_INTERFACE,
+    LaunchPlan,
+    ModelPlan,
+    check_ports,
+    option_differences,
+)
 from cluster.launch.teardown import end_leftovers
-from cluster.sizing.start_plan import plan_start
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +61,7 @@ def inspect_ray(plan: LaunchPlan, address: str) -> JoinedRay:
 
     Raises ``ConfigError`` and ``StartError``.
     """
-    from cluster.actors.ray_tools import live_actor_names
+    from cluster.actors.ray_tools import live_actors
 
     nodes = wait_nodes(plan.wait_nodes, plan.start_limit_s)
     gateways = tuple(n for n in nodes if n.labels.role == GATEWAY)
@@ -64,13 +70,14 @@ def inspect_ray(plan: LaunchPlan, address: str) -> JoinedRay:
     joined = JoinedRay(
         plan=plan, gateway_nodes=tuple(n.address for n in gateways), selector=selector
     )
-    actors = live_actor_names()
-    if CONTROLLER_NAME in actors and plan.command == "up":
+    actors = live_actors()
+    if (NAMESPACE, CONTROLLER_NAME) in actors and plan.command == "up":
         config = _running_config(plan)
         if config is not None:
-            started = dataclasses.replace(plan, config=config)  # its token and ports
+            others = tuple(map(_as_running, plan.others))
+            started = dataclasses.replace(plan, config=config, others=others)  # tokens and ports
             return dataclasses.replace(joined, plan=started, is_running=True)
-    if actors and live_actor_names():
+    if actors and live_actors():
         raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
     _check_ports(plan, is_here=not gateways)
     check_ray_token(plan, nodes, address)
@@ -152,13 +159,27 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
     return ClusterConfig.from_dict(origin["config"])
 
 
+def _as_running(model: ModelPlan) -> ModelPlan:
+    """Return the plan of a further model with the configuration that its controller runs.
+
+    Raises ``StartError`` if its controller does not run or reply.
+    """
+    namespace = model.config.namespace
+    try:
+        found = ask_controller("origin", limit_s=_ANSWER_LIMIT_S, namespace=namespace)["config"]
+    except NotReadyError as err:
+        name = model.config.model.served_model_name
+        raise StartError("controller", f"that of {name} does not answer: {err}") from err
+    config = model.config if found is None else ClusterConfig.from_dict(found)
+    return dataclasses.replace(model, config=config)
+
+
 def _resolve(plan: LaunchPlan, nodes: tuple[NodeResources, ...], free_cpus: float) -> LaunchPlan:
     """Return the plan with ``--mode auto`` resolved; check that the workers fit on the nodes."""
-    plan = plan.resolved(nodes, free_cpus)
-    workers = plan.config.workers
-    if workers.mode_reason:
-        logger.info("mode %s: %s", workers.mode, workers.mode_reason)
-    plan_start(plan.config, plan.facts.banks, nodes, free_cpus, plan.profile)
+    plan = plan.planned(nodes, free_cpus)
+    for workers in (model.config.workers for model in plan.models):
+        if workers.mode_reason:
+            logger.info("mode %s: %s", workers.mode, workers.mode_reason)
     return plan
 
 

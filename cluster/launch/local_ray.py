@@ -22,6 +22,7 @@ from typing import Any
 
 from cluster.core.addresses import split_address
 from cluster.core.errors import StartError, first_line
+from cluster.core.fleets import NAMESPACE
 from cluster.core.process import ProcessIdentity
 from cluster.disk.files import replace_file
 from cluster.launch.orphans import end_all, end_private_ray, find_by_files
@@ -147,8 +148,6 @@ class PrivateRay:
         Call on the main thread, which must stay alive: the kernel ends Ray's processes with the
         thread that started them.
         """
-        from cluster.actors.ray_tools import NAMESPACE
-
         context = init_ray(
             self.folder / "ray",
             namespace=NAMESPACE,
@@ -217,8 +216,6 @@ def join_ray(
     Ray refuses the connection.
     """
     import ray
-
-    from cluster.actors.ray_tools import NAMESPACE
 
     _wait_for_port(address, time.monotonic() + patience_s, sleep)
     try:

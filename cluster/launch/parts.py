@@ -1,4 +1,4 @@
-"""Starts and ends the parts of one cluster: Ray, the controller with its workers, the gateway.
+"""Starts and ends the parts of one cluster: Ray, the fleets of its models, the gateway.
 
 The only module that imports the classes of workers, controller and gateway together.
 """
@@ -9,34 +9,28 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.actors.controller_client import ask_controller, create_controller
 from cluster.config.gateway import ShutdownStage
-from cluster.core.errors import ExpertMeshError, StartError
+from cluster.core.errors import StartError
 from cluster.core.process import ProcessIdentity
-from cluster.core.states import is_gone
+from cluster.launch.fleet import CALL_LIMIT_S, Fleet
 from cluster.launch.joining import JoinedRay, inspect_ray, is_deployed
 from cluster.launch.local_ray import PrivateRay, join_ray
 from cluster.launch.plan import LaunchPlan
 from cluster.launch.readiness import wait_ready
-from cluster.launch.teardown import end_leftovers
+from cluster.launch.teardown import end_leftovers, stop_fleets
 from cluster.tracing import logs
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-_SNAPSHOT_WAIT_S = 1.0
-_CALL_LIMIT_S = 5.0
-_AWAY_LIMIT_S = 60.0
 _TELL_LIMIT_S = 1.0
 _FAIL_LIMIT_S = 1.0
-_DEAD_LIMIT_S = 5.0
 _JOIN_PATIENCE_S = 30.0
 """Seconds for a joined Ray to accept connections, since Ray may be starting."""
 
@@ -57,10 +51,10 @@ class ClusterParts:
         self._progress = progress
         self._ray = PrivateRay(folder=Path(plan.temp_dir)) if plan.temp_dir else None
         self._joined = JoinedRay(plan=plan)
-        self._controller: Any = None
+        self._fleets: list[Fleet] = []
         self._is_connected = False
         self._has_app = False
-        self._heard_at = 0.0
+        self._is_ready = False
 
     def start_ray(self) -> str:
         """Start the private Ray or join the given one; return Ray's address. Main thread only.
@@ -85,7 +79,7 @@ class ClusterParts:
         return address
 
     def start_services(self) -> None:
-        """Start the controller with workers, and the gateway; return when clients can call.
+        """Start the fleets and the gateway; return when clients can call.
 
         Raises ``StartError`` with the failing part's own message.
         """
@@ -102,28 +96,17 @@ class ClusterParts:
             wait_ready(self.plan.serve_proxy_url, section, self._not_ready_reasons)
         found: dict[str, Any] = self._ask_gateway("addresses")
         self.admin = {kind: found[f"admin_{kind}"] for kind in self.admin}
-        self._heard_at = time.monotonic()
+        self._is_ready = True
 
     def find_loss(self) -> str | None:
-        """Return the reason why the cluster cannot continue; None while the cluster can continue.
+        """Return the reason why no model can be served any more; None while one can.
 
-        A killed controller is no reason: Ray restarts the controller in seconds, while the workers
-        keep serving.
+        See ``Fleet.find_loss``. A model that is lost alone leaves the others serving.
         """
-        import ray
-        from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
-
-        limit_s = _AWAY_LIMIT_S
-        try:
-            snapshot = ray.get(self._controller.snapshot.remote(), timeout=_CALL_LIMIT_S)
-            self._heard_at = time.monotonic()
-            return str(snapshot["error"]) if snapshot["state"] == "STOPPED" else None
-        except (RayError, GetTimeoutError) as err:
-            logger.warning("the controller does not answer: %s", err)
-            if isinstance(err, ActorDiedError):
-                limit_s = _DEAD_LIMIT_S  # Ray does not restart it
-        lost = time.monotonic() - self._heard_at > limit_s
-        return "the controller is lost, see the log" if lost else None
+        losses = [loss for fleet in self._fleets if (loss := fleet.find_loss()) is not None]
+        if losses and len(losses) == len(self._fleets):
+            return losses[0]
+        return None
 
     def processes(self) -> list[ProcessIdentity]:
         """Return the processes of the private Ray on this host; empty for a joined Ray."""
@@ -134,7 +117,7 @@ class ClusterParts:
 
         Has no effect, and returns 0, unless this launcher has started the gateway completely.
         """
-        if not self._has_app or not self._heard_at:
+        if not self._has_app or not self._is_ready:
             return 0
         found: list[int] = []
         _run_logged(
@@ -143,7 +126,7 @@ class ClusterParts:
         return sum(found)
 
     def stop_services(self) -> None:
-        """End the gateway, the workers and the controller, in this order.
+        """End the gateway, the workers and the controllers, in this order.
 
         Running requests end with an error that names the shutdown. Has no effect on a cluster that
         another launcher started.
@@ -155,11 +138,9 @@ class ClusterParts:
             while self.send_shutdown_stage("fail") and time.monotonic() < give_up:
                 time.sleep(_POLL_S)
             _run_logged("ending the gateway", self._stop_gateway)
-        if self._controller is not None:
-            _run_logged(
-                "ending the workers", partial(ask_controller, "stop", limit_s=_CALL_LIMIT_S)
-            )
-            _run_logged("ending the controller", end_leftovers)
+        if started := [fleet.namespace for fleet in self._fleets if fleet.has_controller]:
+            _run_logged("ending the workers", partial(stop_fleets, started, CALL_LIMIT_S))
+            _run_logged("ending the controllers", end_leftovers)
 
     def stop_ray(self) -> None:
         """End the private Ray, or disconnect from the joined Ray."""
@@ -179,54 +160,24 @@ class ClusterParts:
             raise StartError("ray", f"cannot join {self.plan.address}: {err}") from err
 
     def _start_workers(self) -> None:
-        import ray
-        from ray.exceptions import RayError, RayTaskError
+        """Start the fleets of all models, and return when all serve."""
+        loaded: dict[str, tuple[int, int]] = {}
 
-        from cluster.actors.ray_tools import error_summary
-        from cluster.actors.worker_group import WorkerGroup
-        from workers.process.worker.actor import ACTOR_CLASSES
+        def start(fleet: Fleet) -> None:
+            def on_progress(done: int, total: int) -> None:
+                loaded[fleet.namespace] = done, total
+                sums = [sum(amounts) for amounts in zip(*loaded.copy().values(), strict=True)]
+                self._progress("weights" if sums[1] else "workers", *sums)
 
-        group = WorkerGroup(ACTOR_CLASSES)
-        self._controller = create_controller(group, selector=self._joined.selector)
-        plan = self.plan
-        call = self._controller.start.remote(
-            plan.config.to_dict(),
-            list(plan.facts.banks),
-            plan.profile,
-            plan.asked,
-            self._joined.free_cpus,
-        )
+            fleet.start(self._joined, self.plan.asked, self.plan.start_limit_s, on_progress)
+
+        self._fleets = [Fleet(model) for model in self.plan.models]
+        pool = ThreadPoolExecutor(len(self._fleets))
         try:
-            ray.get(call, timeout=plan.start_limit_s)
-            self._wait_serving()
-        except RayError as err:
-            cause = err.cause if isinstance(err, RayTaskError) else None
-            if isinstance(cause, ExpertMeshError):
-                raise cause from None
-            raise StartError("controller", error_summary(err)) from err
-
-    def _wait_serving(self) -> None:
-        import ray
-
-        version = -1
-        limit_s = self.plan.start_limit_s
-        deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline:
-            call = self._controller.wait_snapshot.remote(version, _SNAPSHOT_WAIT_S)
-            snapshot = ray.get(call, timeout=_SNAPSHOT_WAIT_S + _CALL_LIMIT_S)
-            version = int(snapshot["version"])
-            if snapshot["state"] == "STOPPED":
-                raise StartError("cluster", str(snapshot["error"] or "stopped while starting"))
-            if snapshot["state"] == "SERVING" or (
-                self._joined.is_running and snapshot["state"] in ("DEGRADED", "RECOVERING")
-            ):
-                self.compute_threads = describe_threads(snapshot["workers"])
-                return
-            workers = [w for w in snapshot["workers"] if not is_gone(w["state"])]
-            done = sum(int(w.get("loaded_bytes") or 0) for w in workers)
-            total = sum(int(w.get("total_bytes") or 0) for w in workers)
-            self._progress("weights" if total else "workers", done, total)
-        raise StartError("cluster", f"not serving after {limit_s:g} s")
+            _wait_all([pool.submit(start, fleet) for fleet in self._fleets])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.compute_threads = "; ".join(fleet.compute_threads for fleet in self._fleets)
 
     def _start_gateway(self) -> None:
         from ray import serve
@@ -246,7 +197,8 @@ class ClusterParts:
         if self._joined.is_running and is_deployed(APP_NAME):
             return
         self._has_app = True
-        app = build_app(self.plan.config.to_dict(), self._joined.selector, num_nodes=len(nodes))
+        configs = [model.config.to_dict() for model in self.plan.models]
+        app = build_app(configs, self._joined.selector, num_nodes=len(nodes))
         serve.run(app, name=APP_NAME, route_prefix=prefix)
 
     def _not_ready_reasons(self) -> list[str]:
@@ -266,7 +218,7 @@ class ClusterParts:
 
         handle: Any = serve.get_deployment_handle(DEPLOYMENT_NAME, APP_NAME)
         try:
-            return getattr(handle, method).remote().result(timeout_s=_CALL_LIMIT_S)
+            return getattr(handle, method).remote().result(timeout_s=CALL_LIMIT_S)
         except (RayError, TimeoutError) as err:
             raise StartError("gateway", str(err)) from err
 
@@ -276,26 +228,6 @@ class ClusterParts:
         from gateway.app import APP_NAME
 
         serve.delete(APP_NAME, _blocking=self._ray is None)
-
-
-def describe_threads(workers: Iterable[Mapping[str, Any]]) -> str:
-    """Describe in a text how many compute threads the ``workers`` have.
-
-    2, 1 and 1 threads -> "1 worker with 2 compute threads, 2 workers with 1 compute thread each"
-
-    ``workers`` are dicts with ``threads`` and ``state``. Workers that have not loaded or have ended
-    are left out.
-    """
-    counts = Counter(
-        worker["threads"]
-        for worker in workers
-        if worker["threads"] is not None and not is_gone(worker["state"])
-    )
-    return ", ".join(
-        f"{workers} worker{'s' * (workers > 1)} with {number} compute thread{'s' * (number > 1)}"
-        f"{' each' * (workers > 1)}"
-        for number, workers in sorted(counts.items(), reverse=True)
-    )
 
 
 def _send_stage(stage: ShutdownStage) -> list[int]:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import reachable_host
@@ -30,6 +30,7 @@ from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.state_file import Command, all_records
 from cluster.sizing.gpus import gpu_spec
 from cluster.sizing.mode_choice import resolve_mode
+from cluster.sizing.start_plan import plan_start
 
 _PORTS = (20_000, 30_000)
 """Range of ports for ``free_port``, between Ray's worker ports and Kubernetes' node ports."""
@@ -41,8 +42,34 @@ EVERY_INTERFACE = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LaunchPlan:
-    """Input of a launcher process, sent to the launcher as JSON."""
+class ModelPlan:
+    """A model that a launcher serves."""
+
+    config: ClusterConfig
+    """The model's configuration; all models have the same section ``gateway``."""
+    facts: CheckpointFacts
+    profile: dict[str, Any] | None
+    """Load profile (token counts of experts) for the first placement; None without a profile."""
+
+    def resolved(self, nodes: Sequence[NodeResources], free_cpus: float | None = None) -> Self:
+        """Return the plan with ``--mode auto`` resolved for these nodes. Raises ``ConfigError``."""
+        if self.config.workers.mode != "auto":
+            return self
+        profile = LoadProfile.from_dict(self.profile) if self.profile else None
+        kind = self.config.engine.kv_cache_dtype
+        size = self.facts.size(self.config.model.dtype, profile, kind)
+        gpu = gpu_spec(self.facts.gpu, self.facts.gpu_bandwidth_bytes_s)
+        length = self.facts.context_tokens
+        config = resolve_mode(self.config, size, length, nodes, free_cpus, gpu)
+        return dataclasses.replace(self, config=config)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchPlan(ModelPlan):
+    """Input of a launcher process, sent to the launcher as JSON.
+
+    The fields of ``ModelPlan`` are those of the first model.
+    """
 
     command: Command
     """Command that starts the cluster: ``serve`` or ``up``."""
@@ -50,10 +77,6 @@ class LaunchPlan:
     """Name of the cluster and of its state file."""
     asked: dict[str, str]
     """The user's options by flag, which a second ``up`` compares with its own options."""
-    config: ClusterConfig
-    facts: CheckpointFacts
-    profile: dict[str, Any] | None
-    """Load profile (token counts of experts) for the first placement; None without a profile."""
     address: str
     """Address of the Ray cluster to join; empty for a private Ray."""
     temp_dir: str
@@ -67,6 +90,13 @@ class LaunchPlan:
     start_limit_s: float = START_LIMIT_S
     gateway_address: str = ""
     """Address for clients if the gateway listens on every interface; empty for this host."""
+    others: tuple[ModelPlan, ...] = ()
+    """The other models that are served, if there are several."""
+
+    @property
+    def models(self) -> tuple[ModelPlan, ...]:
+        """All models that are served, the default model first."""
+        return (self, *self.others)
 
     @property
     def private_nodes(self) -> tuple[NodeResources, ...]:
@@ -74,19 +104,15 @@ class LaunchPlan:
         cpus, gpus = float(self.num_cpus), float(self.num_gpus)
         return (NodeResources(node_id="", address="here", cpus=cpus, gpus=gpus),)
 
-    def resolved(
-        self, nodes: Sequence[NodeResources], free_cpus: float | None = None
-    ) -> LaunchPlan:
-        """Return the plan with ``--mode auto`` resolved for these nodes. Raises ``ConfigError``."""
-        if self.config.workers.mode != "auto":
-            return self
-        profile = LoadProfile.from_dict(self.profile) if self.profile else None
-        kind = self.config.engine.kv_cache_dtype
-        size = self.facts.size(self.config.model.dtype, profile, kind)
-        gpu = gpu_spec(self.facts.gpu, self.facts.gpu_bandwidth_bytes_s)
-        length = self.facts.context_tokens
-        config = resolve_mode(self.config, size, length, nodes, free_cpus, gpu)
-        return dataclasses.replace(self, config=config)
+    def planned(self, nodes: Sequence[NodeResources], free_cpus: float | None = None) -> LaunchPlan:
+        """Return the plan with every model ``resolved``; check that all workers fit on the nodes.
+
+        Raises ``ConfigError``.
+        """
+        first, *others = (model.resolved(nodes, free_cpus) for model in self.models)
+        for model in (first, *others):
+            plan_start(model.config, model.facts.banks, nodes, free_cpus, model.profile)
+        return dataclasses.replace(self, config=first.config, others=tuple(others))
 
     @property
     def http_url(self) -> str:

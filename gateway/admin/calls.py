@@ -48,6 +48,7 @@ class AdminCalls:
     """The admin methods. Most of them call the controller, so that any replica can serve them."""
 
     def __init__(self, gateway: Gateway) -> None:
+        """``gateway``: that of the model whose workers the methods concern."""
         self._gateway = gateway
         self._call = partial(gateway.cluster.call, limit_s=CALL_LIMIT_S)
         self._snapshot = SharedResult(lambda: self._call("snapshot", True), gateway.numbers.age_s)
@@ -225,6 +226,26 @@ class AdminCalls:
             if all(map(knows, answers)):
                 return
             await asyncio.sleep(_LOOK_S)
+
+
+class AdminCallsByModel:
+    """The admin methods of all models of a replica."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        """``gateway``: that of the first model."""
+        self._models = gateway.shared.models
+        self._calls: dict[str, AdminCalls] = {}
+
+    def of(self, model: str | None) -> AdminCalls:
+        """Return the methods of a model; of the first one for None.
+
+        Raises ``ModelNotFoundError``.
+        """
+        gateway = self._models.find(model or None)
+        name = gateway.model.name
+        if name not in self._calls:
+            self._calls[name] = AdminCalls(gateway)
+        return self._calls[name]
 
 
 def _adapter(found: Mapping[str, Any]) -> pb.LoraAdapter:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from google.protobuf.message import Message
 
-from gateway.admin.calls import SERVICE, AdminCalls
+from gateway.admin.calls import SERVICE, AdminCallsByModel
 from gateway.calls.gateway import Gateway
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.handlers import Procedure
 from gateway.grpc.server import ServicePort, server_options
 
+MODEL_HEADER = "x-expertmesh-model"
+"""Metadata that names the model that a call concerns, if several are served."""
 _MAX_CALLS = 256
 _MAX_CONNECTIONS = 256
 
@@ -28,7 +31,7 @@ class AdminGrpcServer(ServicePort):
     """
 
     def __init__(self, gateway: Gateway, host: str, port: int, *, shared: bool = False) -> None:
-        self._calls = AdminCalls(gateway)
+        self._calls = AdminCallsByModel(gateway)
         super().__init__(
             gateway,
             SERVICE,
@@ -42,13 +45,15 @@ class AdminGrpcServer(ServicePort):
         )
 
     def _find(self, name: str) -> Procedure:
-        procedure = getattr(self._calls, name)
+        def procedure(call: GrpcCall) -> Any:
+            return getattr(self._calls.of(call.metadata.get(MODEL_HEADER)), name)
+
         if not SERVICE.methods_by_name[name].server_streaming:
-            return lambda request, call: procedure(request)
+            return lambda request, call: procedure(call)(request)
 
         async def stream(request: Message, call: GrpcCall) -> AsyncGenerator[Message]:
             await call.send_id()
-            async with aclosing(procedure(request)) as answers:
+            async with aclosing(procedure(call)(request)) as answers:
                 async for answer in answers:
                     yield answer
 

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import PermissionDeniedError, RequestError
-from gateway.admin.calls import SERVICE, AdminCalls
+from gateway.admin.calls import SERVICE, AdminCallsByModel
 from gateway.calls.gateway import Gateway
 from gateway.dashboard import http as dashboard
 from gateway.http.api import route_error
@@ -44,7 +44,8 @@ ROUTES = (
     ("GET", "/admin/v1/placement", "GetPlacement"),
     ("GET", "/admin/v1/load", "GetExpertLoad"),
 )
-"""HTTP method, path and gRPC method. Path parameters and the query set fields of the message."""
+"""HTTP method, path and gRPC method. Path parameters and the query set fields of the message;
+``model`` names the model that the call concerns, if several are served."""
 MAX_CONNECTIONS = 256
 
 
@@ -56,7 +57,7 @@ def build_admin_app(gateway: Gateway) -> FastAPI:
         redirect_slashes=False,
         exception_handlers={HTTPException: route_error},
     )
-    calls = AdminCalls(gateway)
+    calls = AdminCallsByModel(gateway)
     routes: list[BaseRoute] = [
         Route(path, _Endpoint(gateway, calls, name).serve, methods=[method])
         for method, path, name in ROUTES
@@ -89,7 +90,7 @@ _MAX_SHOWN = 64
 @dataclass(frozen=True, slots=True)
 class _Endpoint:
     gateway: Gateway
-    calls: AdminCalls
+    calls: AdminCallsByModel
     name: str
 
     async def serve(self, request: Request) -> Response:
@@ -101,11 +102,15 @@ class _Endpoint:
                 raise RequestError("content-type must be application/json", "content-type")
             body = await read_json(request, self.gateway, dict)
             fields = {**body, **fields}
+        model = fields.pop("model", None)
+        if not isinstance(model, str | None):
+            raise RequestError("model must be a text", "model")
+        calls = self.calls.of(model)
         message = GetMessageClass(SERVICE.methods_by_name[self.name].input_type)()
         for name, value in fields.items():
             _set_field(message, name, value)
         answer = json_format.MessageToDict(
-            await getattr(self.calls, self.name)(message),
+            await getattr(calls, self.name)(message),
             preserving_proto_field_name=True,
             always_print_fields_with_no_presence=True,
         )

@@ -9,6 +9,7 @@ A file has one key per line (empty lines and ``#`` comments are ignored), or is 
         tokens_per_minute: 100000
         max_concurrent: 16
         weight: 2                         # twice the share of other keys under contention
+        models: [small]                   # names that requests may use; default: every model
 
 A key may be given as ``sha256:`` and its digest in both formats.
 """
@@ -65,6 +66,9 @@ class KeyEntry:
     limits: KeyLimits = KeyLimits()
     weight: float = 1.0
     """Weight of the key's share of the workers when keys compete."""
+    models: tuple[str, ...] = ()
+    """Names of the models and adapters that the key may use; empty: all. A model's name includes
+    its adapters."""
 
     @property
     def tenant(self) -> str:
@@ -120,7 +124,9 @@ def _load(text: str) -> Any:
 
 
 def _entry(found: Mapping[str, Any], what: str, path: str, setting: str) -> KeyEntry:
-    unknown = sorted(map(str, found.keys() - {"name", "key", "sha256", "weight", *_LIMITS}))
+    unknown = sorted(
+        map(str, found.keys() - {"name", "key", "sha256", "weight", "models", *_LIMITS})
+    )
     if unknown:
         raise ConfigError(setting, path, f"{what}: {unknown[0][:64]} is not a known field")
     name = found.get("name", "")
@@ -140,8 +146,16 @@ def _entry(found: Mapping[str, Any], what: str, path: str, setting: str) -> KeyE
     if not _MIN_WEIGHT <= weight <= _MAX_WEIGHT:
         rule = f"{what}: weight must be from {_MIN_WEIGHT:g} to {_MAX_WEIGHT:g}"
         raise ConfigError(setting, path, rule)
+    models = found.get("models")
+    is_list = isinstance(models, list) and all(isinstance(one, str) and one for one in models)
+    if models is not None and not (is_list and models):
+        raise ConfigError(setting, path, f"{what}: models must be a list of names")
     return KeyEntry(
-        digest=stored_digest(hash_key(key)), name=name, limits=KeyLimits(**limits), weight=weight
+        digest=stored_digest(hash_key(key)),
+        name=name,
+        limits=KeyLimits(**limits),
+        weight=weight,
+        models=tuple(models or ()),
     )
 
 

@@ -1,8 +1,9 @@
 """The protocol-independent gateway, which starts calls. HTTP and gRPC servers make the calls.
 
-``Gateway.start`` looks up the model, checks the fields, makes the engine requests
-(``request_maker``), admits the call (``admission_controller``) and sends the requests to the
-engines (``request_submitter``).
+A replica has one ``Gateway`` for each served model. The servers call that of the first model:
+``Gateway.start`` looks up the gateway of the call's model, checks the fields, makes the engine
+requests (``request_maker``), admits the call (``admission_controller``) and sends the requests to
+the engines (``request_submitter``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -23,15 +23,14 @@ from cluster.core.errors import (
     KeyLimitError,
     NotReadyError,
 )
-from cluster.core.process import count_cpus
-from cluster.disk.threads import DiskThreads
+from cluster.core.release import RELEASE
 from cluster.tracing import logs
 from cluster.tracing.gateway_counts import GatewayCounts
-from gateway.auth.auth import CALLER, make_key_rings
+from gateway.auth.auth import CALLER
 from gateway.calls import request_log
 from gateway.calls.admission_controller import AdmissionController
 from gateway.calls.inspection_memory import InspectionMemory
-from gateway.calls.output_queue import CallRegistry, OutputQueue
+from gateway.calls.output_queue import OutputQueue
 from gateway.calls.prompts import PromptMaker
 from gateway.calls.readiness import Readiness, shutdown_error
 from gateway.calls.request_maker import MakeRequests, RequestMaker, complete_requests
@@ -39,6 +38,7 @@ from gateway.calls.request_submitter import RequestSubmitter
 from gateway.calls.request_trace import TRACE, note_error
 from gateway.calls.running_call import RunningCall
 from gateway.calls.served_model import ServedModel
+from gateway.calls.served_models import SharedParts
 from gateway.calls.service_status import ServiceStatus
 from gateway.calls.tenant_queues import CallDemand
 from gateway.calls.tracing import start_tracing
@@ -50,7 +50,7 @@ from gateway.cluster.view import (
 )
 from gateway.cluster.worker_stats import WorkerStats
 from gateway.core.call import CallKind, GenerateCall
-from gateway.core.errors import ErrorReport, StorageTimeoutError, report_error
+from gateway.core.errors import ErrorReport, report_error
 from gateway.core.field_checks import check_fields
 from gateway.core.model import ModelFacts
 from gateway.core.replay import ReplayCause
@@ -61,15 +61,13 @@ from gateway.engines.engine_pool import EnginePool
 from gateway.engines.router import RoutingPolicy
 from gateway.engines.submission import Submission
 from gateway.observability.metrics import GatewayMetrics
-from gateway.offload.long_work import LongWork
-from gateway.state.store import StateStore, open_store
 from gateway.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """One gateway replica: owns the components that serve calls, and starts calls.
+    """One served model of a gateway replica: owns the components that serve its calls.
 
     Args:
         config: the cluster's configuration.
@@ -78,7 +76,7 @@ class Gateway:
         engines: streams to the attention workers; the gateway updates them from ``cluster``.
         name: name of this replica.
         tuning: limits and times that have no command-line option.
-        state: state store; None opens the configured store on the calling thread.
+        shared: what the models of the replica share; None for the only model.
     """
 
     def __init__(
@@ -89,35 +87,27 @@ class Gateway:
         engines: EnginePool,
         name: str = "gateway",
         tuning: GatewayTuning | None = None,
-        state: StateStore | None = None,
+        shared: SharedParts | None = None,
     ) -> None:
         self.config = config
         self.limits = config.gateway
+        self._fingerprint = f"expertmesh-{RELEASE}-{config.fingerprint()}"
         self.tokenizer = tokenizer
-        self.long_work = LongWork()
+        self.tuning = tuning or GatewayTuning()
+        self.shared = shared = shared or SharedParts.of(config.gateway, self.tuning)
+        self.keys, self.admin_keys = shared.keys, shared.admin_keys
+        self.long_work, self.running = shared.long_work, shared.running
+        self.state, self.disk = shared.state, shared.disk
         self.prompts = PromptMaker(
             tokenizer, config.gateway.trust_request_chat_template, self.long_work
         )
         self.cluster = cluster
         self.engines = engines
         self.name = name
-        self.tuning = tuning or GatewayTuning()
-        self.keys, self.admin_keys = make_key_rings(config.gateway)
         has_keys = config.gateway.requires_keys or config.gateway.requires_admin_keys
         self.numbers = WorkerStats(cluster, self.tuning.numbers_age_s if has_keys else 0.0)
-        self.state = open_store(config.gateway) if state is None else state
-        """Store of clients' objects, such as responses; None if the state folder is disabled."""
-        self.disk = DiskThreads(
-            "the state folder",
-            self.tuning.disk_threads,
-            self.tuning.disk_max_waiting,
-            self.tuning.disk_limit_s,
-            StorageTimeoutError,
-        )
-        """Threads that access the store ``state`` on disk for requests."""
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model = ServedModel(config.model.served_model_name, engines)
-        self.running = CallRegistry(count_cpus())
         self.metrics = GatewayMetrics(
             self.model.name,
             lambda: self.cluster.snapshot,
@@ -135,16 +125,22 @@ class Gateway:
         """Memory of the results of all inspections, over HTTP and gRPC."""
         self.counts = GatewayCounts()
         """Request counts of all gateways, including gateways that have ended."""
+        self._is_first = not shared.models
+        """Whether this is the replica's first model, whose gateway the servers call."""
+        shared.models.add(self)
         self.status = ServiceStatus(
-            name, config.gateway, self.numbers, self.metrics, self.model.adapters, self.running
+            name, config.gateway, self.numbers, self.metrics, self.model.adapters, shared
         )
-        self.tracing = start_tracing(
-            config.observability,
-            name,
-            self.model.name,
-            lambda: self.status.addresses,
-            self._to_text,
-            self.long_work,
+        self.tracing = (
+            start_tracing(
+                config.observability,
+                name,
+                self.model.name,
+                lambda: self.status.addresses,
+                self.long_work,
+            )
+            if self._is_first
+            else None
         )
         self._reporter: asyncio.Task[None] | None = None
         self.readiness = Readiness(cluster, engines, self.keys, self.tuning.leaving_lead_s)
@@ -165,10 +161,18 @@ class Gateway:
         """Placement epoch in the controller's latest snapshot; 0 before the first snapshot."""
         return int((self.cluster.snapshot or {}).get("placement_epoch") or 0)
 
+    def serving(self, name: str | None) -> Gateway:
+        """Return the gateway of a model or adapter; see ``ServedModels.find``."""
+        return self.shared.models.find(name)
+
     def leave(self, now_s: float) -> int:
-        """Become permanently not ready; return the number of requests that still run."""
-        self.readiness.leave(now_s)
-        return self.admission.num_requests
+        """Become permanently not ready; return the number of requests that still run.
+
+        This and ``shut_down`` concern all models of the replica.
+        """
+        for gateway in self.shared.models:
+            gateway.readiness.leave(now_s)
+        return sum(gateway.admission.num_requests for gateway in self.shared.models)
 
     def shut_down(self, stage: ShutdownStage, now_s: float) -> int:
         """Carry out one stage of the server's shutdown; return the number of running requests.
@@ -178,7 +182,8 @@ class Gateway:
         """
         left = self.leave(now_s)
         if stage != "lead":
-            self.readiness.accepts_calls = False
+            for gateway in self.shared.models:
+                gateway.readiness.accepts_calls = False
         if stage == "fail":
             self.running.fail(shutdown_error())
         return left
@@ -208,15 +213,16 @@ class Gateway:
             NotReadyError: the cluster cannot serve the call.
             DeadlineExceededError: the deadline passed before an engine received the call.
         """
+        gateway = self.serving(call.model)
         with ExitStack() as held:
-            adapter = self.model.hold_adapter(call.model, held)
+            adapter = gateway.model.hold_adapter(call.model, held)
             if make is None:
                 check_fields(call, self.limits)
                 call = with_ttl_hint(call, self.limits)
-                make = partial(self.requests.make, call)
+                make = partial(gateway.requests.make, call)
                 if (trace := TRACE.get()) is not None:
                     trace.fields = call
-            return await self._start(call, call_id, adapter, make, held)
+            return await gateway._start(call, call_id, adapter, make, held)
 
     async def _start(
         self,
@@ -264,11 +270,12 @@ class Gateway:
             caches_prefixes=self.config.engine.enable_prefix_caching,
             caller=caller,
             free=self.long_work.free,
+            fingerprint=self._fingerprint,
         )
         running.held = held.pop_all()
         try:
             if (trace := TRACE.get()) is not None:
-                trace.running = running
+                trace.running, trace.model = running, self.model.name
             if (line := request_log.CURRENT.get()) is not None:
                 line.running = running
             running.held.callback(self.running.remove, running.queue)
@@ -291,7 +298,8 @@ class Gateway:
         return report
 
     def _follow(self, snapshot: Snapshot) -> None:
-        logs.CONTEXT.generation = int(snapshot.get("generation") or 0)
+        if self._is_first:
+            logs.CONTEXT.generation = int(snapshot.get("generation") or 0)
         self.model.adapters.follow(snapshot)
         endpoints = attention_endpoints(snapshot)
         for endpoint in endpoints:
@@ -300,11 +308,6 @@ class Gateway:
         if self.engines.pauses.change(int(snapshot.get("generation") or 0), time.monotonic()):
             reports = self.cluster.report_pauses(self.engines.pauses.take)
             self._reporter = asyncio.create_task(reports)
-
-    def _to_text(self, ids: Sequence[int]) -> str:
-        if self.tokenizer is None:
-            return " ".join(map(str, ids))
-        return self.tokenizer.decode(ids, False)
 
     def require_facts(self) -> ModelFacts:
         """Return the limits of the served model. Raises ``NotReadyError`` if no call can start."""

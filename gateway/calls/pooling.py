@@ -66,7 +66,6 @@ class PoolingService:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self.model_name = gateway.model.name
 
     async def embed(
         self, prompts: Sequence[PromptInput], pooling: str | None, call: GenerateCall
@@ -114,7 +113,7 @@ class PoolingService:
                 require(not labels, "labels", "must not be set: the model has its own")
                 check_classifier_batch(len(ids), facts)
                 return [Request(prompt=one) for one in ids]  # returns the logits of the classifier
-            return await self._label_prompts(ids, labels, facts)
+            return await self._label_prompts(ids, labels, facts, call)
 
         found, usage = await self.read(make, "cls", "input", call)
         if labels:  # language model: results has one entry per prompt and label
@@ -163,8 +162,16 @@ class PoolingService:
             tuple(float(np.nanmean(row, dtype=np.float64)) for row in rows), usage
         )
 
+    def model_name(self, name: str | None) -> str:
+        """Return the model name for a response to a request that names ``name``."""
+        return name or self._gateway.serving(None).model.name
+
     async def _label_prompts(
-        self, ids: Sequence[tuple[int, ...]], labels: Sequence[str], facts: ModelFacts
+        self,
+        ids: Sequence[tuple[int, ...]],
+        labels: Sequence[str],
+        facts: ModelFacts,
+        call: GenerateCall,
     ) -> list[Request]:
         if not labels:
             message = "labels is required: the model has no classes"
@@ -172,7 +179,8 @@ class PoolingService:
         most = self._gateway.limits.max_choices
         if (count := len(ids) * len(labels)) > most:
             raise RequestError(f"prompts times labels ({count}) must be at most {most}", "labels")
-        tokens = await self._gateway.prompts.make_ids(labels, facts, False, "labels")
+        prompts = self._gateway.serving(call.model).prompts
+        tokens = await prompts.make_ids(labels, facts, False, "labels")
         require(all(tokens), "labels", "must not contain an empty text")
 
         def join() -> list[Request]:
@@ -193,7 +201,8 @@ class PoolingService:
         """Return the token ids of each prompt. Raises ``RequestError`` for an empty prompt."""
         check_batch(field, len(prompts), self._gateway.limits.max_batch_prompts)
         special = special and call.add_special_tokens is not False
-        ids = await self._gateway.prompts.make_ids(prompts, facts, special, field)
+        maker = self._gateway.serving(call.model).prompts
+        ids = await maker.make_ids(prompts, facts, special, field)
         size = sum(map(len, ids))
         await self._gateway.long_work.run(size, check_prompts, field, ids, facts)
         return ids

@@ -43,6 +43,8 @@ class RequestTrace:
     fields: GenerateCall | None = None
     """The checked call of the request; None before the check, and for embeddings."""
     running: RunningCall | None = None
+    model: str = ""
+    """Name of the served model; empty before ``running`` is set."""
     response_id: str | None = None
     """Id of the response to the client; None if it is the id of the call."""
     error: str = ""

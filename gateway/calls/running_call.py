@@ -59,8 +59,8 @@ class RunningCall(AbstractContextManager["RunningCall"]):
     ticket: Ticket
     """Entry of the call in the gateway's queue (admission)."""
     deadline_s: float
-    tokenizer: InitVar[Tokenizer | None]
-    """Tokenizer of the model; None if the call produces no text."""
+    tokenizer: Tokenizer | None
+    """Tokenizer of the model; None if it has none."""
     eos_token_ids: Collection[int]
     """End-of-text tokens of the model."""
     metrics: InitVar[GatewayMetrics]
@@ -68,6 +68,8 @@ class RunningCall(AbstractContextManager["RunningCall"]):
     admitted_s: float
     closed_s: float = 0.0
     """Monotonic time at which the call was closed; 0 before."""
+    fingerprint: str = ""
+    """Identity of release and configuration, as ``system_fingerprint`` of OpenAI."""
     caches_prefixes: bool = False
     """Whether the engines report how many tokens of a prompt were cached."""
     caller: KeyUsage | None = None
@@ -77,10 +79,10 @@ class RunningCall(AbstractContextManager["RunningCall"]):
     free: Callable[[Sequence[list[Any]]], None] = lambda values: None
     """Function called at the call's end with large lists, to free their memory in a thread."""
 
-    def __post_init__(self, tokenizer: Tokenizer | None, metrics: GatewayMetrics) -> None:
+    def __post_init__(self, metrics: GatewayMetrics) -> None:
         call = self.call
         self.queue.on_overflow = self.close
-        tokenizer = None if call.token_ids_only else tokenizer
+        tokenizer = None if call.token_ids_only else self.tokenizer
         self.makes_text = tokenizer is not None
         self._echo = PromptEcho(call, tokenizer)
         self._metrics = CallMetrics(metrics, self.started_s)

@@ -51,6 +51,10 @@ class ServedModel:
             raise NotReadyError("no attention worker is ready", "not_ready", 2.0)
         return facts
 
+    def knows(self, name: str) -> bool:
+        """Whether this is the name of the model, or of an adapter that the caller may use."""
+        return name == self.name or self.adapters.find(name) is not None
+
     def adapter_of(self, name: str | None) -> str:
         """Return the key of the adapter with this model name; empty for the base model or None.
 

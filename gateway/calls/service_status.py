@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config.gateway import GatewaySection
+from cluster.core.metric_families import PlainFamily
+from cluster.core.states import is_gone
 from gateway.auth.adapter_catalog import AdapterCatalog
-from gateway.calls.output_queue import CallRegistry
+from gateway.calls.served_models import SharedParts
 from gateway.cluster.client_view import client_status
 from gateway.cluster.serve_replicas import ReplicaHandlers, ServeReplicas
 from gateway.cluster.view import Snapshot
 from gateway.cluster.worker_stats import WorkerStats
-from gateway.observability.metrics import GatewayMetrics
+from gateway.observability.metrics import GatewayMetrics, render_metrics
 from gateway.observability.samples import TOTALS, SampleRing, total
+
+if TYPE_CHECKING:
+    from gateway.calls.gateway import Gateway
 
 
 class ServiceStatus:
@@ -27,7 +32,7 @@ class ServiceStatus:
         numbers: statistics of the workers.
         metrics: metrics of this replica.
         adapters: adapters that each caller may use.
-        running: running calls of this replica, which other replicas may abort.
+        shared: running calls of this replica, which other replicas may abort, and all its models.
     """
 
     def __init__(
@@ -37,7 +42,7 @@ class ServiceStatus:
         numbers: WorkerStats,
         metrics: GatewayMetrics,
         adapters: AdapterCatalog,
-        running: CallRegistry,
+        shared: SharedParts,
     ) -> None:
         self.name = name
         self.created = int(time.time())
@@ -49,15 +54,16 @@ class ServiceStatus:
         self._numbers = numbers
         self._metrics = metrics
         self._adapters = adapters
+        self._models = shared.models
         self.answers = ReplicaHandlers(
             name,
             {
                 "describe": self.describe,
-                "metrics": metrics.own_families,
+                "metrics": self.own_families,
                 "summary": self.summary,
                 "samples": self.samples.after,
-                "abort": running.abort,
-                "adapters": lambda: adapters.keys,
+                "abort": shared.running.abort,
+                "adapters": self.adapter_keys,
             },
         )
         self.replicas: ServeReplicas = self.answers
@@ -85,6 +91,8 @@ class ServiceStatus:
         """
         status = self._adapters.without_others(snapshot or {"state": "STARTING"})
         status |= {"schema": 1, "gateway": list(replicas)}
+        if len(self._models) > 1:
+            status["models"] = list(map(_model_entry, self._models))
         return status if is_whole else client_status(status, not self._limits.requires_admin_keys)
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
@@ -99,13 +107,24 @@ class ServiceStatus:
         the caller may not use are always omitted.
         """
         replicas = None
+        models = list(self._models)
+        refreshed = asyncio.gather(*(model.numbers.refresh() for model in models))
         if self._limits.num_gateway_replicas == 1:
-            await self._numbers.refresh()
+            await refreshed
         else:
-            replicas, _ = await asyncio.gather(
-                self.replicas.call("metrics"), self._numbers.refresh()
-            )
-        return self._adapters.without_series_of_others(self._metrics.render(replicas, is_whole))
+            replicas, _ = await asyncio.gather(self.replicas.call("metrics"), refreshed)
+        exposition = render_metrics([model.metrics for model in models], replicas, is_whole)
+        for model in models:
+            exposition = model.model.adapters.without_series_of_others(exposition)
+        return exposition
+
+    def own_families(self) -> dict[str, list[PlainFamily]]:
+        """Return the metrics that this replica counts, by model, as plain data."""
+        return {model.model.name: model.metrics.own_families() for model in self._models}
+
+    def adapter_keys(self) -> list[str]:
+        """Return the keys of the adapters that requests to this replica may name."""
+        return [key for model in self._models for key in model.model.adapters.keys]
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of this gateway replica in the status: name, process id and ports."""
@@ -116,3 +135,14 @@ class ServiceStatus:
         families = self._metrics.own_samples(TOTALS)
         totals = {name: total(families, name) for name in TOTALS}
         return {"describe": self.describe(), "totals": totals, "created": self.created}
+
+
+def _model_entry(gateway: Gateway) -> dict[str, Any]:
+    """Return one model's entry in the status: name, state, and number of running workers."""
+    snapshot = gateway.cluster.snapshot or {"state": "STARTING"}
+    running = [w for w in snapshot.get("workers", ()) if not is_gone(w["state"])]
+    return {
+        "name": gateway.model.name,
+        "state": snapshot["state"],
+        "num_workers": len(running),
+    }

@@ -74,7 +74,6 @@ _REQUESTED = {
     names.CHOICE_COUNT: "n",
 }
 """Span attribute -> field of ``GenerateCall`` that has the value of the attribute."""
-Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +83,11 @@ class Tracing:
     export: TraceExport
     """Exporter of the spans."""
     model: str
-    """Name of the served model."""
+    """Name of the default model."""
     addresses: Callable[[], Mapping[str, Any]]
     """Function that returns ``host:port`` by port name, ``http`` and ``grpc``, once known."""
-    decode: Decode | None
-    """Detokenizer for prompts and outputs; None to omit prompts and outputs from the spans."""
+    has_content: bool = False
+    """Whether the spans have the texts of prompts and outputs."""
     cluster_events: ClusterEvents = field(default_factory=ClusterEvents)
     long_work: LongWork = field(default_factory=LongWork)
     """Thread that detokenizes long prompts and outputs."""
@@ -141,7 +140,7 @@ class Tracing:
         if not root.is_recording():
             return  # not sampled
         if running is not None:
-            root.set_attributes(_response_attributes(running, self.model, trace.response_id))
+            root.set_attributes(_response_attributes(running, trace.model, trace.response_id))
             root.set_attributes(content or {})
             for change in self.cluster_events.changes(running.admitted_s, trace.ended_s):
                 add_link(root, change.span_id, {names.CHANGE: change.name})
@@ -161,7 +160,7 @@ class Tracing:
             **_request_attributes(trace.fields),
         }
         return self.export.tracer.start_span(
-            f"{operation} {self.model}",
+            f"{operation} {trace.model or self.model}",
             parent_context(trace.headers),
             SpanKind.SERVER,
             attributes,
@@ -178,26 +177,22 @@ class Tracing:
 
     def _record(self, trace: RequestTrace) -> None:
         """Make the spans of a finished request as ``record`` does, but log any exception."""
-        if trace.running is not None and self.decode is not None:
-            recorder = asyncio.create_task(
-                self._record_with_content(trace, trace.running, self.decode)
-            )
+        if trace.running is not None and self.has_content:
+            recorder = asyncio.create_task(self._record_with_content(trace, trace.running))
             self._recorders.add(recorder)
             recorder.add_done_callback(self._recorders.discard)
             return
         with _logging_errors(trace):
             self.record(trace)
 
-    async def _record_with_content(
-        self, trace: RequestTrace, running: RunningCall, decode: Decode
-    ) -> None:
+    async def _record_with_content(self, trace: RequestTrace, running: RunningCall) -> None:
         with _logging_errors(trace):
             trace.span = trace.span or self._start(trace)
             content: Attributes = {}
             if trace.span.is_recording():
                 num_tokens = running.usage.prompt_tokens + running.usage.completion_tokens
                 content = await self.long_work.run(
-                    num_tokens, _content_attributes, trace.fields, running, decode
+                    num_tokens, _content_attributes, trace.fields, running
                 )
             self.record(trace, content)
 
@@ -207,7 +202,6 @@ def start_tracing(
     instance: str,
     model: str,
     addresses: Callable[[], Mapping[str, Any]],
-    decode: Decode,
     long_work: LongWork,
 ) -> Tracing | None:
     """Start tracing the requests of a gateway replica; return None without an OTLP endpoint.
@@ -217,8 +211,7 @@ def start_tracing(
     if section.otlp_endpoint is None:
         return None
     export = load_exporter(section.otlp_endpoint)(instance)
-    decoder = decode if section.trace_content else None
-    return Tracing(export, model, addresses, decoder, long_work=long_work)
+    return Tracing(export, model, addresses, section.trace_content, long_work=long_work)
 
 
 @contextlib.contextmanager
@@ -262,9 +255,12 @@ def _response_attributes(running: RunningCall, model: str, response_id: str | No
     }
 
 
-def _content_attributes(
-    fields: GenerateCall | None, running: RunningCall, decode: Decode
-) -> Attributes:
+def _content_attributes(fields: GenerateCall | None, running: RunningCall) -> Attributes:
+    def decode(ids: Sequence[int]) -> str:
+        if running.tokenizer is None:
+            return " ".join(map(str, ids))
+        return running.tokenizer.decode(ids, False)
+
     if fields is not None and fields.chat is not None:
         asked = [
             _message(str(message.get("role")), str(message.get("content") or ""))

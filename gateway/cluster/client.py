@@ -11,13 +11,12 @@ from ray import serve
 from ray.exceptions import RayTaskError
 
 from cluster.core.errors import ExpertMeshError
+from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE
 from gateway.cluster.serve_replicas import ReplicaCall, ReplicaHandlers, own_first
 from gateway.cluster.view import ControllerCall
 
 logger = logging.getLogger(__name__)
 
-CONTROLLER_NAME = "expertmesh-controller"
-RAY_NAMESPACE = "expertmesh"
 REPLICA_LIMIT_S = 1.0
 """Time limit in seconds for the replies of the other gateway replicas."""
 
@@ -41,9 +40,9 @@ class RayController:
             raise
 
 
-async def find_controller() -> RayController:
-    """Find the controller's actor. Raises ``ValueError`` if there is none."""
-    handle = await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace=RAY_NAMESPACE)
+async def find_controller(namespace: str = NAMESPACE) -> RayController:
+    """Find the controller's actor of a fleet. Raises ``ValueError`` if there is none."""
+    handle = await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace=namespace)
     return RayController(handle)
 
 

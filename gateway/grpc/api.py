@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from itertools import starmap
 
 from google.protobuf.descriptor import ServiceDescriptor
 
 from gateway.calls.answer import collect
-from gateway.calls.gateway import new_call_id
+from gateway.calls.gateway import Gateway, new_call_id
 from gateway.calls.running_call import RunningCall
 from gateway.core.field_checks import check_stream
 from gateway.grpc.call import GrpcCall
@@ -32,7 +33,7 @@ class InferenceProcedures(PoolingProcedures):
         with await self._start(request, call) as running:
             choices = await collect(running)
             call.set_usage(running.usage)
-            formatter = GrpcFormat(running, self._gateway.tokenizer, call.request_id)
+            formatter = GrpcFormat(running, running.tokenizer, call.request_id)
             call.response_size = sum(choice.size for choice in choices)
             whole = formatter.whole
             long_work = self._gateway.long_work
@@ -43,7 +44,7 @@ class InferenceProcedures(PoolingProcedures):
     ) -> AsyncGenerator[pb.GenerateChunk]:
         with await self._start(request, call, streams=True) as running:
             await call.send_id()  # meanwhile the engine computes the first token
-            formatter = GrpcFormat(running, self._gateway.tokenizer, call.request_id)
+            formatter = GrpcFormat(running, running.tokenizer, call.request_id)
             while deltas := await running.next():
                 for delta in deltas:
                     yield formatter.chunk(delta)
@@ -51,8 +52,7 @@ class InferenceProcedures(PoolingProcedures):
             call.set_usage(running.usage)
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: GrpcCall) -> pb.TokenizeResponse:
-        gateway = self._gateway
-        await self._check_model(request, call)
+        gateway = await self._serving(request, call)
         is_chat = input_name(request, "prompt") == "messages"
         chat = await call.convert(grpc_chat_input, request.messages) if is_chat else None
         special = optional(request, "add_special_tokens")
@@ -75,24 +75,23 @@ class InferenceProcedures(PoolingProcedures):
     async def Detokenize(
         self, request: pb.DetokenizeRequest, call: GrpcCall
     ) -> pb.DetokenizeResponse:
-        await self._check_model(request, call)
-        facts = self._gateway.require_facts()
+        gateway = await self._serving(request, call)
+        facts = gateway.require_facts()
         tokens = await call.convert(copy_numbers, request.tokens)
-        text = await self._gateway.prompts.decode(tokens, facts)
+        text = await gateway.prompts.decode(tokens, facts)
         return pb.DetokenizeResponse(prompt=text)
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, call: GrpcCall
     ) -> types_pb2.ModelInfo:
-        await self._check_model(request, call)
-        return self._model(request.model or self._gateway.model.name)
+        gateway = await self._serving(request, call)
+        return _model(request.model or gateway.model.name, gateway)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, call: GrpcCall
     ) -> pb.ListModelsResponse:
-        """Return the served model, then its adapters."""
-        names = [self._gateway.model.name, *self._gateway.model.adapters.names()]
-        return pb.ListModelsResponse(models=map(self._model, names))
+        """Return each served model, followed by its adapters."""
+        return pb.ListModelsResponse(models=starmap(_model, self._gateway.shared.models.names()))
 
     async def _start(
         self, request: pb.GenerateRequest, call: GrpcCall, streams: bool = False
@@ -102,26 +101,26 @@ class InferenceProcedures(PoolingProcedures):
             check_stream(fields)
         return await self._gateway.start(fields, new_call_id(fields.kind))
 
-    async def _check_model(self, request: NamesModel, call: GrpcCall) -> None:
-        self._gateway.model.adapter_of(await call.convert(lambda: request.model or None))
+    async def _serving(self, request: NamesModel, call: GrpcCall) -> Gateway:
+        return self._gateway.serving(await call.convert(lambda: request.model or None))
 
-    def _model(self, name: str) -> types_pb2.ModelInfo:
-        gateway = self._gateway
-        facts, tokenizer = gateway.model.facts, gateway.tokenizer
-        info = types_pb2.ModelInfo(
-            id=name,
-            owned_by="expertmesh",
-            created=gateway.status.created,
-            root=gateway.model.name,
-            parent="" if name == gateway.model.name else gateway.model.name,
-            has_tokenizer=tokenizer is not None,
-            has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
-            has_tools=gateway.prompts.has_tools,
-        )
-        if facts is not None:
-            info.max_model_len = facts.max_model_len
-            info.model_type = facts.model_type
-            info.dtype = facts.dtype
-            info.vocab_size = facts.vocab_size
-            info.eos_token_ids.extend(facts.eos_token_ids)
-        return info
+
+def _model(name: str, gateway: Gateway) -> types_pb2.ModelInfo:
+    facts, tokenizer = gateway.model.facts, gateway.tokenizer
+    info = types_pb2.ModelInfo(
+        id=name,
+        owned_by="expertmesh",
+        created=gateway.status.created,
+        root=gateway.model.name,
+        parent="" if name == gateway.model.name else gateway.model.name,
+        has_tokenizer=tokenizer is not None,
+        has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+        has_tools=gateway.prompts.has_tools,
+    )
+    if facts is not None:
+        info.max_model_len = facts.max_model_len
+        info.model_type = facts.model_type
+        info.dtype = facts.dtype
+        info.vocab_size = facts.vocab_size
+        info.eos_token_ids.extend(facts.eos_token_ids)
+    return info

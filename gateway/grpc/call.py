@@ -61,8 +61,8 @@ class GrpcCall:
         times = limits.read_limit_s, limits.write_limit_s
         self._stream = BoundedStream(self.context, *times, limits.unread)
         metadata = self.context.invocation_metadata() or ()
-        self._metadata = text_metadata(metadata)
-        self.request_id = choose_request_id(self._metadata.get(HEADER, ""))
+        self.metadata = text_metadata(metadata)
+        self.request_id = choose_request_id(self.metadata.get(HEADER, ""))
         self._line = RequestLog("grpc", self.method)
         if self.gateway.tracing is not None:
             begin = self.gateway.tracing.begin
@@ -95,7 +95,7 @@ class GrpcCall:
 
     def with_headers(self, fields: GenerateCall) -> GenerateCall:
         """Set the time limit of a call; fill unset priority and session from the metadata."""
-        return with_headers(fields, self._metadata, self.time_left_s)
+        return with_headers(fields, self.metadata, self.time_left_s)
 
     async def convert(
         self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
@@ -115,7 +115,7 @@ class GrpcCall:
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
         """Run a request within the limits of its key and port. An error becomes the status."""
-        given, unsent_error = self._metadata, ""
+        given, unsent_error = self.metadata, ""
         caller: KeyUsage | None = None
         try:
             try:

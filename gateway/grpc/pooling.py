@@ -92,7 +92,8 @@ class PoolingProcedures:
     ) -> dict[str, Any]:
         """Return the common fields of all responses. Also sends the usage as trailing metadata."""
         call.set_usage(usage)
-        return {"model": request.model or self._gateway.model.name, "usage": usage_message(usage)}
+        name = self._pooling.model_name(request.model)
+        return {"model": name, "usage": usage_message(usage)}
 
 
 def grpc_inspect_fields(request: pb.InspectRequest) -> InspectFields:

@@ -201,7 +201,7 @@ class GrpcServer(ServicePort):
     async def _watch_readiness(self) -> None:
         was_ready = False
         while not self._gateway.readiness.has_left(time.monotonic()):
-            is_ready = not self._gateway.readiness.not_ready_reasons()
+            is_ready = not self._gateway.shared.models.not_ready_reasons()
             if is_ready is not was_ready:
                 self.health.set(is_ready)
                 was_ready = is_ready

@@ -155,22 +155,21 @@ class HttpApi:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        names = [self._gateway.model.name, *self._gateway.model.adapters.names()]
-        return _json_response({"object": "list", "data": [*map(self._model_body, names)]})
+        bodies = [_model_body(*one) for one in self._gateway.shared.models.names()]
+        return _json_response({"object": "list", "data": bodies})
 
     async def get_model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        self._gateway.model.adapter_of(name)
-        return _json_response(self._model_body(name))
+        return _json_response(_model_body(name, self._gateway.serving(name)))
 
     async def tokenize(self, request: Request) -> Response:
         gateway = self._gateway
         body, chat = await read_json(request, gateway, _read_tokenize)
         async with limit_time(request, gateway):
-            gateway.model.adapter_of(body.model)
-            ids = await gateway.prompts.tokenize(body.prompt or "", chat, body.add_special_tokens)
-            tokenizer = gateway.prompts.require_tokenizer("prompt")
-            facts = gateway.model.facts
+            model = gateway.serving(body.model)
+            ids = await model.prompts.tokenize(body.prompt or "", chat, body.add_special_tokens)
+            tokenizer = model.prompts.require_tokenizer("prompt")
+            facts = model.model.facts
             head = {"count": len(ids), "max_model_len": facts.max_model_len if facts else None}
 
             def render() -> bytes:
@@ -183,8 +182,8 @@ class HttpApi:
         gateway = self._gateway
         body = await read_json(request, gateway, partial(parse_body, DetokenizeBody))
         async with limit_time(request, gateway):
-            gateway.model.adapter_of(body.model)
-            text = await gateway.prompts.decode(body.tokens, gateway.require_facts())
+            model = gateway.serving(body.model)
+            text = await model.prompts.decode(body.tokens, model.require_facts())
             return _json_response(
                 await gateway.long_work.run(len(text), dump_json, {"prompt": text})
             )
@@ -194,7 +193,8 @@ class HttpApi:
 
     async def ready(self, request: Request) -> Response:
         """Respond with status 200 if new requests can be served, else 503 with the reasons."""
-        reasons = self._gateway.readiness.not_ready_reasons(is_operator(self._gateway.keys))
+        models = self._gateway.shared.models
+        reasons = models.not_ready_reasons(is_operator(self._gateway.keys))
         status = 503 if reasons else 200
         return _json_response({"ready": not reasons, "reasons": reasons}, status)
 
@@ -216,41 +216,46 @@ class HttpApi:
         return Response(content, headers={"content-type": CONTENT_TYPE})
 
     async def status(self, request: Request) -> Response:
-        return _json_response(await self._gateway.status.read(is_operator(self._gateway.keys)))
+        gateway = self._named(request)
+        return _json_response(await gateway.status.read(is_operator(gateway.keys)))
 
     async def placement(self, request: Request) -> Response:
         """Return the worker of each copy of each expert."""
         check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
-        return _json_response(await self._gateway.numbers.placement())
+        return _json_response(await self._named(request).numbers.placement())
 
     async def load(self, request: Request) -> Response:
         """Return the number of tokens by expert and by copy, and the resulting balance."""
         check_operator(self._gateway.keys, NUMBERS_BY_EXPERT)
-        return _json_response(await self._gateway.numbers.load())
+        return _json_response(await self._named(request).numbers.load())
 
     async def events(self, request: Request) -> Response:
         check_operator(self._gateway.keys, EVENTS)
-        snapshot = await self._gateway.numbers.snapshot() or {}
+        snapshot = await self._named(request).numbers.snapshot() or {}
         return _json_response({"schema": 1, "events": snapshot.get("history", [])})
 
     async def openapi(self, request: Request) -> Response:
         root_path = str(request.scope.get("root_path") or "")
         return _json_response(openapi.document(root_path, self._endpoints))
 
-    def _model_body(self, name: str) -> dict[str, Any]:
-        gateway = self._gateway
-        facts = gateway.model.facts
-        cluster_model = (gateway.cluster.snapshot or {}).get("model") or {}
-        return {
-            "id": name,
-            "object": "model",
-            "created": gateway.status.created,
-            "owned_by": "expertmesh",
-            "root": gateway.model.name,
-            "parent": None if name == gateway.model.name else gateway.model.name,
-            "max_model_len": facts.max_model_len if facts else cluster_model.get("max_model_len"),
-            "embedding_pooling": [kind.value for kind in Pooling],
-        }
+    def _named(self, request: Request) -> Gateway:
+        """Return the gateway of the model that the query names, by default the first."""
+        return self._gateway.serving(request.query_params.get("model"))
+
+
+def _model_body(name: str, gateway: Gateway) -> dict[str, Any]:
+    facts = gateway.model.facts
+    cluster_model = (gateway.cluster.snapshot or {}).get("model") or {}
+    return {
+        "id": name,
+        "object": "model",
+        "created": gateway.status.created,
+        "owned_by": "expertmesh",
+        "root": gateway.model.name,
+        "parent": None if name == gateway.model.name else gateway.model.name,
+        "max_model_len": facts.max_model_len if facts else cluster_model.get("max_model_len"),
+        "embedding_pooling": [kind.value for kind in Pooling],
+    }
 
 
 def _read_tokenize(data: dict[str, Any]) -> tuple[TokenizeBody, ChatInput | None]:
@@ -275,7 +280,6 @@ class GenerateEndpoint(CancellableEndpoint[_GenerateRequest]):
         super().__init__(gateway)
         self._kind = kind
         self._format = ChatFormat if kind == "chat" else CompletionFormat
-        self._fingerprint = f"expertmesh-{RELEASE}-{gateway.config.fingerprint()}"
 
     def _parse(self, request: Request, data: dict[str, Any]) -> _GenerateRequest:
         check_unsupported(data, self._kind)
@@ -307,7 +311,7 @@ class GenerateEndpoint(CancellableEndpoint[_GenerateRequest]):
             for name in filter(None, (request_id, answer_id)):
                 self._gateway.running.add(name, running.queue)
             formatter: OpenAIFormat = self._format(
-                running, self._gateway.tokenizer, self._fingerprint, answer_id
+                running, running.tokenizer, running.fingerprint, answer_id
             )
             if stream_options is None:
                 choices = await collect(running)

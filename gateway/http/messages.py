@@ -68,7 +68,7 @@ class MessagesEndpoint(CancellableEndpoint[_MessageRequest]):
     ) -> None:
         call, streams, thinking = parsed
         with await self._gateway.start(call, f"msg_{uuid.uuid4().hex}") as running:
-            formatter = MessageFormat(running, self._gateway.tokenizer, thinking)
+            formatter = MessageFormat(running, running.tokenizer, thinking)
             if not streams:
                 (choice,) = await collect(running)
                 await responder.json(formatter.response_body(choice, running.usage))
@@ -96,8 +96,7 @@ class CountTokensEndpoint(CancellableEndpoint[tuple[str, ChatInput]]):
     ) -> None:
         model, chat = parsed
         async with limit_time(request, self._gateway):
-            self._gateway.model.adapter_of(model)
-            count = await self._gateway.prompts.count_tokens(chat)
+            count = await self._gateway.serving(model).prompts.count_tokens(chat)
         await responder.json({"input_tokens": count})
 
 

@@ -112,15 +112,18 @@ class PoolingEndpoint(CancellableEndpoint[tuple[PoolingHandler, GenerateCall]]):
             "/classify": (ClassifyBody, partial(_classify, service)),
             "/score": (ScoreBody, partial(_score, service)),
             "/v1/score": (ScoreBody, partial(_score, service)),
-            "/v1/inspect": (InspectBody, partial(_inspect, inspecting, gateway.model.name)),
+            "/v1/inspect": (InspectBody, partial(_inspect, inspecting, service)),
         }
         return {path: cls(gateway, *one) for path, one in served.items()}
 
 
-def _inspect(inspecting: InspectionService, model_name: str, body: InspectBody) -> PoolingHandler:
-    fields, name = _inspect_fields(body), body.model or model_name
+def _inspect(
+    inspecting: InspectionService, service: PoolingService, body: InspectBody
+) -> PoolingHandler:
+    fields, given = _inspect_fields(body), body.model
 
     async def serve(call: GenerateCall) -> bytes:
+        name = service.model_name(given)
         async with inspecting.inspect(fields, call, MAX_JSON_BYTES) as inspected:
             return await asyncio.to_thread(lambda: dump_long(_inspect_answer(inspected, name)))
 
@@ -178,6 +181,7 @@ async def _list_response(
     usage: Usage,
 ) -> bytes:
     """Return the JSON of a response with one row per prompt; a thread iterates over ``rows``."""
+    model = service.model_name(body.model)
 
     def write() -> bytes:
         return dump_long(
@@ -185,7 +189,7 @@ async def _list_response(
                 "id": f"{prefix}-{uuid.uuid4().hex}",
                 "object": "list",
                 "created": int(time.time()),
-                "model": body.model or service.model_name,
+                "model": model,
                 "data": [{"index": index, **row} for index, row in enumerate(rows)],
                 "usage": pooling_usage(usage),
             }

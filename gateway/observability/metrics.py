@@ -73,9 +73,9 @@ class GatewayMetrics:
         prefix: str = PREFIX,
         has_vllm_names: bool = False,
     ) -> None:
-        self._model_name = model_name
-        self._prefix = prefix
-        self._has_vllm_names = has_vllm_names
+        self.model_name = model_name
+        self.prefix = prefix
+        self.has_vllm_names = has_vllm_names
         self._snapshot, self._load = snapshot, load
         self._cache_config, self._all_experts = cache_config or {}, all_experts
         self._registry = registry = new_registry()
@@ -138,41 +138,21 @@ class GatewayMetrics:
         """Return only the samples of ``own_families`` with these names, at a tenth of the cost."""
         return to_plain(self._registry.restricted_registry(names))
 
-    def render(
-        self, replicas: Mapping[str, list[PlainFamily]] | None = None, is_whole: bool = True
-    ) -> bytes:
-        """Return the exposition in Prometheus text format.
+    def render(self) -> bytes:
+        """Return the exposition in Prometheus text format, of the only replica and model."""
+        return render_metrics([self])
 
-        ``replicas`` are the ``own_families`` of each replica, whose name becomes the label
-        ``gateway``; None if this is the only replica. Unless ``is_whole``, series by expert or
-        layer are omitted.
-        """
-        model = {"model_name": self._model_name}
-        parts = [
-            (families, {**model, "gateway": name}) for name, families in (replicas or {}).items()
-        ]
+    def parts(
+        self, replicas: Mapping[str, Mapping[str, list[PlainFamily]]] | None, is_whole: bool
+    ) -> Iterator[_Part]:
+        """Yield the families of the model with their labels, see ``render_metrics``."""
+        model = {"model_name": self.model_name}
         if replicas is None:
-            parts = [(self.own_families(), model)]
+            yield self.own_families(), model
+        for name, found in (replicas or {}).items():
+            yield found.get(self.model_name, []), {**model, "gateway": name}
         families = self._cluster_families(is_whole)
-        parts.append((families if is_whole else list(client_families(families)), model))
-        return b"".join(merged.render() for merged in self._merged(parts))
-
-    def _merged(
-        self, parts: Sequence[tuple[list[PlainFamily], Mapping[str, str]]]
-    ) -> Iterator[MergedFamilies]:
-        """Yield the labelled families in ``parts`` under our names and, if enabled, vLLM's."""
-        merged = MergedFamilies(self._prefix)
-        for families, labels in parts:
-            merged.add(families, **labels)
-        yield merged
-        if self._has_vllm_names:
-            now = time.time()
-            merged, unprefixed = MergedFamilies(VLLM_PREFIX), MergedFamilies("")
-            for families, labels in parts:
-                merged.add(vllm_names.as_vllm(families, now), **labels)
-                unprefixed.add(vllm_names.as_instrumentator(families), **labels)
-            yield merged
-            yield unprefixed
+        yield (families if is_whole else list(client_families(families))), model
 
     def _cluster_families(self, has_load: bool) -> list[PlainFamily]:
         families: list[PlainFamily] = []
@@ -181,6 +161,42 @@ class GatewayMetrics:
         if has_load and (load := self._load()) is not None:
             families += load_families(load, self._all_experts)
         return families
+
+
+_Part = tuple[list[PlainFamily], Mapping[str, str]]
+"""Families, and labels of all their series."""
+
+
+def render_metrics(
+    models: Sequence[GatewayMetrics],
+    replicas: Mapping[str, Mapping[str, list[PlainFamily]]] | None = None,
+    is_whole: bool = True,
+) -> bytes:
+    """Return the exposition of the metrics of all models in Prometheus text format.
+
+    ``replicas`` are the ``own_families`` of each replica by model, whose names become the labels
+    ``gateway`` and ``model_name``; None if this is the only replica. Unless ``is_whole``, series by
+    expert or layer are omitted.
+    """
+    parts = [part for model in models for part in model.parts(replicas, is_whole)]
+    names = models[0].prefix, models[0].has_vllm_names
+    return b"".join(merged.render() for merged in _merged(parts, *names))
+
+
+def _merged(parts: Sequence[_Part], prefix: str, has_vllm_names: bool) -> Iterator[MergedFamilies]:
+    """Yield the labelled families in ``parts`` under our names and, if enabled, vLLM's."""
+    merged = MergedFamilies(prefix)
+    for families, labels in parts:
+        merged.add(families, **labels)
+    yield merged
+    if has_vllm_names:
+        now = time.time()
+        merged, unprefixed = MergedFamilies(VLLM_PREFIX), MergedFamilies("")
+        for families, labels in parts:
+            merged.add(vllm_names.as_vllm(families, now), **labels)
+            unprefixed.add(vllm_names.as_instrumentator(families), **labels)
+        yield merged
+        yield unprefixed
 
 
 _ENGINE_COUNTERS = {

@@ -107,7 +107,7 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
             builder = OutputBuilder(
                 checked.ids, tools.custom_names, checked.encodes_reasoning, tools.namespaced_names
             )
-            output = OutputFormat(running.call, self._gateway.tokenizer, builder)
+            output = OutputFormat(running.call, running.tokenizer, builder)
             resource = ResourceFormat(running, checked.repeated_fields, is_stored)
             complete = self._completion(body, checked, output, builder, resource)
             if not body.stream:

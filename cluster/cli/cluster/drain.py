@@ -15,6 +15,7 @@ from cluster.cli.terminal.admin_client import AdminClient, find_admin, make_admi
 from cluster.cli.terminal.arguments import (
     CommandParsers,
     add_address_option,
+    add_served_model_option,
     add_wait_option,
     seconds,
 )
@@ -50,6 +51,7 @@ def add_commands(commands: CommandParsers) -> None:
         parser.add_argument("--in-turn", action="store_true", help=text)
         add_wait_option(parser, None, "--deadline plus 10")
         add_address_option(parser)
+        add_served_model_option(parser)
         parser.set_defaults(what=what)
     text = "take a gateway out of service after it has finished its requests"
     parser = kinds.add("gateway", drain_gateway, text)

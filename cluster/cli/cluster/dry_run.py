@@ -10,38 +10,41 @@ from cluster.cli.terminal.output import table
 from cluster.core.placement import FREE_SLOT
 from cluster.core.topology import Role, holds_experts
 from cluster.launch.checkpoint_check import CheckpointFacts
-from cluster.launch.plan import LaunchPlan
+from cluster.launch.plan import LaunchPlan, ModelPlan
 from cluster.sizing.start_plan import StartPlan, plan_start
 
 _KNOWN_AFTER_JOINING = "determined by the nodes of the Ray cluster after joining"
 
 
 def describe(plan: LaunchPlan) -> dict[str, Any]:
-    """Return the document of ``--dry-run --json``.
+    """Return the document of ``--dry-run --json``; of several models, ``models`` has one for each.
 
     Values that depend on the nodes of a Ray cluster to be joined are None or empty.
     """
+    addresses = {"http": plan.http_url, "grpc": plan.grpc_target}
+    models = [_describe(plan, model) for model in plan.models]
+    document = {"schema": 1, "dry_run": True, **addresses, **models[0]}
+    return document | ({"models": models} if plan.others else {})
+
+
+def _describe(whole: LaunchPlan, plan: ModelPlan) -> dict[str, Any]:
     facts = plan.facts
     blocks = num_kv_blocks(plan.config, facts)
     size, kind = facts.itemsize(plan.config.model.dtype), plan.config.engine.kv_cache_dtype
     start = None
-    if plan.temp_dir:
-        start = plan_start(plan.config, facts.banks, plan.private_nodes, profile=plan.profile)
+    if whole.temp_dir:
+        start = plan_start(plan.config, facts.banks, whole.private_nodes, profile=plan.profile)
     workers = plan.config.workers
     may_be_gpu = start.share.device == "cuda" if start else workers.device != "cpu"
     is_measured = may_be_gpu and plan.config.engine.kv_cache_bytes is None
     is_open = workers.mode == "auto"
     return {
-        "schema": 1,
-        "dry_run": True,
         "mode": workers.mode,
         "mode_reason": _KNOWN_AFTER_JOINING if is_open else workers.mode_reason,
         "model": {
             "name": plan.config.model.served_model_name,
             "path": plan.config.model.path,
         },
-        "http": plan.http_url,
-        "grpc": plan.grpc_target,
         "device": start.share.device if start else None,
         "cpus_per_worker": start.share.cpus if start else None,
         "gpus_per_worker": start.share.gpus if start else None,
@@ -83,6 +86,12 @@ def _weights(role: Role, rank: int, start: StartPlan, facts: CheckpointFacts, it
 
 def text(document: Mapping[str, Any], address: str) -> str:
     """Format the document of ``--dry-run`` as text; ``address`` is the Ray cluster to join."""
+    addresses = [f"http     {document['http']}", f"grpc     {document['grpc']}"]
+    models = document.get("models", [document])
+    return "\n\n".join(["\n".join(addresses), *(_model_text(one, address) for one in models)])
+
+
+def _model_text(document: Mapping[str, Any], address: str) -> str:
     reason = document["mode_reason"]
     shares = f"determined by the nodes of {address} after joining"
     if document["device"] is not None:
@@ -96,8 +105,6 @@ def text(document: Mapping[str, Any], address: str) -> str:
     lines = [
         f"mode     {document['mode']}{f': {reason}' if reason else ''}",
         f"model    {document['model']['name']} ({document['model']['path']})",
-        f"http     {document['http']}",
-        f"grpc     {document['grpc']}",
         f"shares   {shares}",
         f"kv       {tokens} tokens of {each} bytes{kind} in each attention worker",
     ]

@@ -10,7 +10,7 @@ from heapq import nlargest
 from typing import Any
 
 from cluster.cli.experts.rebalance import describe
-from cluster.cli.terminal.arguments import CommandParsers
+from cluster.cli.terminal.arguments import CommandParsers, add_served_model_option
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import colour, note, show, table, time_of_day
@@ -28,8 +28,12 @@ def add_commands(commands: CommandParsers) -> None:
     text = "show the state of the cluster; exit with 0 only if it is ready"
     status = commands.add("status", run_status, text)
     status.add_argument("--watch", action="store_true", help="Repeat the output until interrupted")
-    commands.add("workers", run_workers, "show each worker with its node and state")
-    commands.add("events", run_events, "show the changes of the cluster with cause and effect")
+    text = "show each worker with its node and state"
+    workers = commands.add("workers", run_workers, text)
+    text = "show the changes of the cluster with cause and effect"
+    events = commands.add("events", run_events, text)
+    for parser in (status, workers, events):
+        add_served_model_option(parser)
 
 
 def run_status(args: argparse.Namespace) -> int:
@@ -59,6 +63,8 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
         f"{model.get('max_model_len')} tokens{kept})",
         f"generation  {status.get('generation')}, placement epoch {status.get('placement_epoch')}",
     ]
+    if models := status.get("models"):
+        lines.append(f"models      {'; '.join(map(_model_text, models))}")
     if stages := status.get("start"):
         lines.append(f"start       {_start_text(stages)}")
     if status.get("mode"):
@@ -82,6 +88,12 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
     if len(problems) > MAX_SHOWN:
         lines.append(f"            and {len(problems) - MAX_SHOWN} more problems")
     return "\n".join([*lines, "", _summary_text(status)])
+
+
+def _model_text(model: Mapping[str, Any]) -> str:
+    """Format ``small: SERVING, 3 workers``."""
+    number = model["num_workers"]
+    return f"{model['name']}: {model['state']}, {number} worker{'s' * (number != 1)}"
 
 
 def _start_text(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -18,7 +18,12 @@ from typing import Any
 
 from cluster.cli.cluster.followed_files import FollowedFile
 from cluster.cli.terminal.admin_client import AdminClient, make_admin_client
-from cluster.cli.terminal.arguments import CommandParsers, add_address_option, count_or_0
+from cluster.cli.terminal.arguments import (
+    CommandParsers,
+    add_address_option,
+    add_served_model_option,
+    count_or_0,
+)
 from cluster.cli.terminal.client import Client, find_record, require_full_status
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import note, write_json, write_result
@@ -42,6 +47,7 @@ def add_commands(commands: CommandParsers) -> None:
     parser.add_argument("--tail", type=count_or_0, default=DEFAULT_LINES, help=text)
     parser.add_argument("--follow", action="store_true", help="Show new lines until interrupted")
     add_address_option(parser)
+    add_served_model_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

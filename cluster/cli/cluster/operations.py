@@ -6,7 +6,12 @@ import argparse
 import math
 
 from cluster.cli.terminal.admin_client import make_admin_client
-from cluster.cli.terminal.arguments import CommandParsers, add_address_option, add_wait_option
+from cluster.cli.terminal.arguments import (
+    CommandParsers,
+    add_address_option,
+    add_served_model_option,
+    add_wait_option,
+)
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.operations import follow_operation, show_operation
 from cluster.cli.terminal.output import show, table, time_of_day
@@ -26,6 +31,7 @@ def add_commands(commands: CommandParsers) -> None:
         parser.add_argument("id", metavar="ID", help=text)
     for parser in (every, get, waiting, cancel):
         add_address_option(parser)
+        add_served_model_option(parser)
 
 
 def run_list(args: argparse.Namespace) -> int:

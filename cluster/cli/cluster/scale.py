@@ -9,6 +9,7 @@ from cluster.cli.terminal.admin_client import make_admin_client
 from cluster.cli.terminal.arguments import (
     CommandParsers,
     add_address_option,
+    add_served_model_option,
     add_wait_option,
     count,
     seconds,
@@ -36,6 +37,7 @@ def add_commands(commands: CommandParsers) -> None:
     )
     add_wait_option(scale, None, "twice --deadline plus 10")
     add_address_option(scale)
+    add_served_model_option(scale)
 
 
 def run_scale(args: argparse.Namespace) -> int:

@@ -14,7 +14,13 @@ from typing import Any
 
 from cluster.cli.cluster import dry_run
 from cluster.cli.cluster.launcher_process import LauncherProcess, raise_on_signals
-from cluster.cli.options.serve_config import build_config, check_files, make_plan, options_by_flag
+from cluster.cli.options.serve_config import (
+    build_config,
+    build_configs,
+    check_files,
+    make_plan,
+    options_by_flag,
+)
 from cluster.cli.options.serve_options import (
     StartOptions,
     add_serve_options,
@@ -28,7 +34,7 @@ from cluster.cli.terminal.progress import Progress
 from cluster.config.cluster import ClusterConfig
 from cluster.core.errors import CheckpointError, ConfigError, StartError
 from cluster.launch import local_ray, state_file
-from cluster.launch.checkpoint_check import CheckpointCheck
+from cluster.launch.checkpoint_check import CheckpointCheck, CheckpointFacts
 from cluster.launch.model_source import ModelSource, find_model
 from cluster.launch.plan import LaunchPlan, check_ports, option_differences
 from cluster.policy.rebalance import why_impossible
@@ -112,10 +118,11 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
     given = read_given_options(args, os.environ)
     start = _start_options(given.values)
     address = start.address or ""
-    _check_early(given.values, is_private=not address)
+    for one in given.models:
+        _check_early(one.values, is_private=not address)
     progress = Progress()
-    model = find_model(given.model.value, note)
-    config = build_config(given.values, model)
+    sources = [find_model(one.model.value, note) for one in given.models]
+    configs = build_configs(given.models, sources)
     with contextlib.ExitStack() as undo:  # cleans up if a step fails before the plan is sent
         log = state_file.log_path(name)
         temp_dir, environment = _make_environment(undo, is_private=not address)
@@ -128,25 +135,13 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
                 log, environment, lambda *addresses: _ready(args, plan, *addresses)
             )
             undo.callback(front.cancel)
-        check = CheckpointCheck(
-            model.folder,
-            environment,
-            args.dry_run,
-            config.model.quantize,
-            config.speculation.has_predictor,
-            config.lora,
-        )
-        undo.callback(check.cancel)
+        checks = [_begin_check(config, environment, args.dry_run) for config in configs]
+        for check in checks:
+            undo.callback(check.cancel)
         progress.update("check")
-        facts = check.result()
-        if facts.ignored_keys:
-            note(f"config.json: ignored, not known: {', '.join(facts.ignored_keys)}")
-        if not facts.has_tokenizer:
-            note(f"{model.name} has no tokenizer.json: requests must give token ids, not text")
-        if not facts.has_weights:
-            note(f"{model.name} has no *.safetensors: this is a plan only, a start needs them")
+        facts = [_checked(check, source) for check, source in zip(checks, sources, strict=True)]
         plan = make_plan(
-            config,
+            configs,
             facts,
             command=command,
             name=name,
@@ -162,13 +157,38 @@ def _launch(args: argparse.Namespace, command: state_file.Command, name: str) ->
             document = dry_run.describe(plan)
             show(args, document, dry_run.text(document, plan.address))
             return ExitCode.OK
-        workers = plan.config.workers
-        if workers.mode_reason:  # in a joined Ray the launcher logs it
-            note(f"mode {workers.mode}: {workers.mode_reason}")
+        for workers in (model.config.workers for model in plan.models):
+            if workers.mode_reason:  # in a joined Ray the launcher logs it
+                note(f"mode {workers.mode}: {workers.mode_reason}")
         _note_rebalancing(plan)
         front.begin(plan)
         undo.pop_all()
     return front.run(progress, detach=command == "up")
+
+
+def _begin_check(
+    config: ClusterConfig, environment: Mapping[str, str], allow_bare: bool
+) -> CheckpointCheck:
+    return CheckpointCheck(
+        Path(config.model.path),
+        environment,
+        allow_bare,
+        config.model.quantize,
+        config.speculation.has_predictor,
+        config.lora,
+    )
+
+
+def _checked(check: CheckpointCheck, source: ModelSource) -> CheckpointFacts:
+    """Return the result of a check, and print what a user may not expect of the checkpoint."""
+    facts = check.result()
+    if facts.ignored_keys:
+        note(f"config.json: ignored, not known: {', '.join(facts.ignored_keys)}")
+    if not facts.has_tokenizer:
+        note(f"{source.name} has no tokenizer.json: requests must give token ids, not text")
+    if not facts.has_weights:
+        note(f"{source.name} has no *.safetensors: this is a plan only, a start needs them")
+    return facts
 
 
 def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str, dict[str, str]]:
@@ -182,10 +202,11 @@ def _make_environment(undo: contextlib.ExitStack, is_private: bool) -> tuple[str
 
 def _note_rebalancing(plan: LaunchPlan) -> None:
     """Print why ``--enable-eplb`` has no effect, as ``status`` does for a running cluster."""
-    experts = plan.config.workers.num_expert_workers
-    impossible = why_impossible(plan.config, experts) if plan.config.rebalance.enable_eplb else ""
-    if impossible:
-        note(f"--enable-eplb: rebalancing is not possible: {impossible}")
+    for config in (model.config for model in plan.models):
+        experts = config.workers.num_expert_workers
+        impossible = why_impossible(config, experts) if config.rebalance.enable_eplb else ""
+        if impossible:
+            note(f"--enable-eplb: rebalancing is not possible: {impossible}")
 
 
 def _start_options(values: Mapping[str, Any]) -> StartOptions:

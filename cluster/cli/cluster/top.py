@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from heapq import nlargest
 from typing import Any
 
-from cluster.cli.terminal.arguments import CommandParsers, seconds
+from cluster.cli.terminal.arguments import CommandParsers, add_served_model_option, seconds
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.cli.terminal.output import table, write_json, write_line, write_result
@@ -44,18 +44,20 @@ def add_commands(commands: CommandParsers) -> None:
     )
     text = "Print one table and exit; implied if stdout is no terminal"
     parser.add_argument("--once", action="store_true", help=text)
+    add_served_model_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table and redraw it until interrupted."""
     client = Client(args)
     is_once = args.once or args.json or not sys.stdout.isatty()
-    client.get("/cluster/v1/status")  # selects the key that shows most, if there is an admin key
-    before, then = parse_series(client.get_text("/metrics")), time.monotonic()
+    status = client.get("/cluster/v1/status")  # selects the key that shows most
+    model = str((status.get("model") or {}).get("name", ""))
+    before, then = parse_series(client.get_text("/metrics"), model), time.monotonic()
     while True:
         time.sleep(args.interval)
         status = client.get("/cluster/v1/status")
-        now, at = parse_series(client.get_text("/metrics")), time.monotonic()
+        now, at = parse_series(client.get_text("/metrics"), model), time.monotonic()
         document = make_document(status, before, now, at - then)
         if args.json:
             write_json(document)
@@ -67,8 +69,10 @@ def run(args: argparse.Namespace) -> int:
         before, then = now, at
 
 
-def parse_series(text: str) -> dict[tuple[str, str], float]:
+def parse_series(text: str, model: str = "") -> dict[tuple[str, str], float]:
     """Parse a Prometheus exposition and sum the series of ``_NAMES`` by name and worker.
+
+    ``model``: name of the model whose series are summed; empty: all models.
 
     The prefix of the names is that of ``serve --metrics-prefix``.
     """
@@ -78,7 +82,10 @@ def parse_series(text: str) -> dict[tuple[str, str], float]:
     for prefix, name, labels, value in series:
         if has_own and prefix == VLLM_PREFIX:
             continue
-        key = (name, dict(_LABEL.findall(labels)).get("worker", ""))
+        known = dict(_LABEL.findall(labels))
+        if model and known.get("model_name") != model:
+            continue
+        key = (name, known.get("worker", ""))
         found[key] = found.get(key, 0.0) + float(value)
     return found
 

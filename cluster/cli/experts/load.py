@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.terminal.arguments import CommandParsers, count
+from cluster.cli.terminal.arguments import CommandParsers, add_served_model_option, count
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import save, show, table
@@ -27,6 +27,7 @@ def add_commands(commands: CommandParsers) -> None:
     load.add_argument("--of", choices=VIEWS, default="total", help=text)
     load.add_argument("--save", type=Path, help="Write the load to FILE as a load profile")
     load.add_argument("--merge", action="store_true", help="Add the load to the profile of --save")
+    add_served_model_option(load)
 
 
 def run_load(args: argparse.Namespace) -> int:

@@ -7,7 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.cli.terminal.arguments import CommandParsers, count_or_0
+from cluster.cli.terminal.arguments import (
+    CommandParsers,
+    add_served_model_option,
+    count_or_0,
+)
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import has_colours, shade, show, table
@@ -18,6 +22,7 @@ def add_commands(commands: CommandParsers) -> None:
         "placement", run_placement, "show the expert in each slot of each worker"
     )
     placement.add_argument("--layer", type=count_or_0, metavar="N", help="Show only this layer")
+    add_served_model_option(placement)
 
 
 def run_placement(args: argparse.Namespace) -> int:

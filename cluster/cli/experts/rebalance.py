@@ -8,7 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.cli.terminal.admin_client import make_admin_client
-from cluster.cli.terminal.arguments import CommandParsers, add_address_option, add_wait_option
+from cluster.cli.terminal.arguments import (
+    CommandParsers,
+    add_address_option,
+    add_served_model_option,
+    add_wait_option,
+)
 from cluster.cli.terminal.operations import follow_operation
 
 DEFAULT_LIMIT_S = 600.0
@@ -22,6 +27,7 @@ def add_commands(commands: CommandParsers) -> None:
     rebalance.add_argument("--dry-run", action="store_true", help=text)
     add_wait_option(rebalance, DEFAULT_LIMIT_S)
     add_address_option(rebalance)
+    add_served_model_option(rebalance)
 
 
 def run_rebalance(args: argparse.Namespace) -> int:

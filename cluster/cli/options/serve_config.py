@@ -5,21 +5,31 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.options.serve_options import OPTIONS, GivenOptions, read_template
+from cluster.cli.options.serve_options import (
+    OPTIONS,
+    GivenModel,
+    GivenOptions,
+    read_template,
+)
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.cluster import ClusterConfig, section_types
+from cluster.config.gateway import GatewaySection
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
+from cluster.core.fleets import fleet_name
 from cluster.core.load_profile import load_profile
 from cluster.core.process import count_cpus
+from cluster.core.topology import Role
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.model_source import ModelSource
-from cluster.launch.plan import LaunchPlan, count_gpus, free_port
-from cluster.sizing.start_plan import matches_banks, plan_start
+from cluster.launch.plan import LaunchPlan, ModelPlan, count_gpus, free_port
+from cluster.sizing.start_plan import matches_banks
 from gateway.auth.key_file import read_key_file
 
 logger = logging.getLogger(__name__)
@@ -68,15 +78,81 @@ def build_config(values: Mapping[str, Any], model: ModelSource) -> ClusterConfig
         raise CommandError(code, str(err)) from err
 
 
+def build_configs(
+    models: Sequence[GivenModel], sources: Sequence[ModelSource]
+) -> list[ClusterConfig]:
+    """Build the configuration of each model; see ``build_config``.
+
+    Raises ``CommandError`` (usage) if two models cannot be served together.
+    """
+    pairs = zip(models, sources, strict=True)
+    found = [build_config(given.values, source) for given, source in pairs]
+    try:
+        _check_together(found)
+    except ConfigError as err:
+        raise CommandError(ExitCode.USAGE, str(err)) from err
+    return [_one_of_several(place, found) for place in range(len(found))]
+
+
+def _check_together(configs: Sequence[ClusterConfig]) -> None:
+    """Raise ``ConfigError`` if two models have the same name or the same port."""
+    names: set[str] = set()
+    endpoints: set[str] = set()
+    for config in configs:
+        name = config.model.served_model_name
+        for field, one in (
+            ("served_model_name", name),
+            *(("lora_modules", adapter) for adapter, _ in config.lora.modules),
+        ):
+            check(one not in names, field, one, "must be another name for each model and adapter")
+            names.add(one)
+        if (endpoint := config.kv_events.kv_events_endpoint) is not None:
+            rule = f"must be another one for each model: {name} has it too"
+            check(endpoint not in endpoints, "kv_events_endpoint", endpoint, rule)
+            endpoints.add(endpoint)
+
+
+def _one_of_several(place: int, configs: Sequence[ClusterConfig]) -> ClusterConfig:
+    """Return a model's configuration as one of ``configs``, which share nodes and folders."""
+    config, fleet = configs[place], fleet_name(place)
+    if len(configs) == 1:
+        return config
+    others = Counter[Role]()
+    for other in (*configs[:place], *configs[place + 1 :]):
+        others.update(other.workers.pools)
+    tiers, observability = config.kv_tiers, config.observability
+    if fleet and tiers.kv_disk_dir is not None:
+        tiers = replace(tiers, kv_disk_dir=str(Path(tiers.kv_disk_dir) / fleet))
+    if fleet and observability.trace_dir is not None:
+        folder = str(Path(observability.trace_dir) / fleet)
+        observability = replace(observability, trace_dir=folder)
+    workers = replace(config.workers, other_pools=tuple(sorted(others.items())))
+    return replace(
+        config, workers=workers, kv_tiers=tiers, observability=observability, fleet=fleet
+    )
+
+
 def options_by_flag(given: GivenOptions) -> dict[str, str]:
     """Return the user's options by flag. Starts with equal options request the same cluster.
 
-    API keys are replaced by fingerprints.
+    API keys are replaced by fingerprints. Of several models, each one's options are one text.
     """
-    asked = {"MODEL": given.model.value or ""}
+    if len(given.models) == 1:
+        (one,) = given.models
+        return {"MODEL": one.model.value or "", **_by_flag(one.values)}
+    asked = _by_flag(given.values)
+    for place, one in enumerate(given.models):
+        found = {"MODEL": one.model.value or "", **_by_flag(one.values)}
+        own = [f"{flag} {text}" for flag, text in found.items() if asked.get(flag) != text]
+        asked[f"models[{place}]"] = " ".join(own)
+    return asked
+
+
+def _by_flag(values: Mapping[str, Any]) -> dict[str, str]:
+    asked = {}
     for option in OPTIONS:
-        if option.section and option.target in given.values:
-            text = str(given.values[option.target])
+        if option.section and option.target in values:
+            text = str(values[option.target])
             if option.is_secret:
                 text = hashlib.sha256(text.encode()).hexdigest()[:16]
             asked[option.flag] = text
@@ -137,36 +213,48 @@ def _add_heartbeat(transport: dict[str, Any]) -> None:
         transport["heartbeat_s"] = min(_MAX_HEARTBEAT_S, limit / _HEARTBEATS_PER_LIMIT)
 
 
-def make_plan(config: ClusterConfig, facts: CheckpointFacts, **values: Any) -> LaunchPlan:
-    """Check the configuration against the model's facts, and make the plan of a start.
+def make_plan(
+    configs: Sequence[ClusterConfig], facts: Sequence[CheckpointFacts], **values: Any
+) -> LaunchPlan:
+    """Check each model's configuration against its facts, and make the plan of a start.
 
     ``values``: further fields of ``LaunchPlan``. Raises ``CommandError`` (refused).
     """
     num_cpus = count_cpus()
-    num_gpus = count_gpus() if facts.torch_has_cuda else 0
+    num_gpus = count_gpus() if facts[0].torch_has_cuda else 0
     try:
-        limit = config.model.max_model_len
-        check(
-            limit is None or limit <= facts.context_tokens,
-            "max_model_len",
-            limit,
-            f"must not exceed the model's context of {facts.context_tokens} tokens",
-        )
-        num_kv_blocks(config, facts)
+        gateway = _with_ports(configs[0].gateway)
+        models = [
+            _model_plan(replace(config, gateway=gateway), known)
+            for config, known in zip(configs, facts, strict=True)
+        ]
         plan = LaunchPlan(
-            config=_with_ports(config),
-            facts=facts,
-            profile=_profile(config, facts.banks),
+            config=models[0].config,
+            facts=models[0].facts,
+            profile=models[0].profile,
+            others=tuple(models[1:]),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             **values,
         )
         if plan.temp_dir:  # the resources of a joined cluster are known only after joining
-            plan = plan.resolved(plan.private_nodes)
-            plan_start(plan.config, facts.banks, plan.private_nodes, profile=plan.profile)
+            plan = plan.planned(plan.private_nodes)
     except ConfigError as err:
         raise CommandError(ExitCode.REFUSED, str(err)) from err
     return plan
+
+
+def _model_plan(config: ClusterConfig, facts: CheckpointFacts) -> ModelPlan:
+    """Check a model's configuration against its facts. Raises ``ConfigError``."""
+    limit = config.model.max_model_len
+    check(
+        limit is None or limit <= facts.context_tokens,
+        "max_model_len",
+        limit,
+        f"must not exceed the model's context of {facts.context_tokens} tokens",
+    )
+    num_kv_blocks(config, facts)
+    return ModelPlan(config=config, facts=facts, profile=_profile(config, facts.banks))
 
 
 def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
@@ -180,16 +268,15 @@ def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
     return config.engine.num_kv_blocks(bytes_per_token, length)
 
 
-def _with_ports(config: ClusterConfig) -> ClusterConfig:
-    """Return the configuration with each public port 0 replaced by a different free port."""
-    data = config.to_dict()
-    section = data["gateway"]
+def _with_ports(section: GatewaySection) -> GatewaySection:
+    """Return the section with each public port 0 replaced by a different free port."""
     names = ("port", "grpc_port", "serve_proxy")
+    ports = {name: getattr(section, name) for name in names}
     for name in names:
-        while section[name] == 0:
-            port = free_port(section["host"])
-            section[name] = port if port not in [section[other] for other in names] else 0
-    return ClusterConfig.from_dict(data)
+        while ports[name] == 0:
+            port = free_port(section.host)
+            ports[name] = port if port not in ports.values() else 0
+    return replace(section, **ports)
 
 
 def _profile(config: ClusterConfig, banks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.cli.options.config_file import ConfigFile, read_config_file
 from cluster.cli.options.option import ServeOption, help_text, make_options
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.parser import suggestion, with_flags
@@ -139,20 +140,32 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GivenOptions:
-    """Values that the user has given for a start, by flags, variables or the file."""
+class GivenModel:
+    """A model to serve with the options that hold for it."""
 
     model: Setting
-    """Setting of the argument MODEL; value None: the bundled checkpoint."""
+    """Folder or hub id of the checkpoint; value None: the bundled checkpoint."""
     settings: Mapping[ServeOption, Setting]
     """The options that the user has given, with their values."""
     values: dict[str, Any]
     """Values of the given options by ``ServeOption.target``, with API keys as hashes."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GivenOptions:
+    """Values that the user has given for a start, by flags, variables or the file."""
+
+    settings: Mapping[ServeOption, Setting]
+    """The options that the user has given for all models, with their values."""
+    values: dict[str, Any]
+    """Values of these options by ``ServeOption.target``, with API keys as hashes."""
+    models: tuple[GivenModel, ...]
+    """The models to serve, at least one; the first is the default of requests without a model."""
+
+
 def read_given_options(args: argparse.Namespace, environment: Mapping[str, str]) -> GivenOptions:
     """Read all option values that the user has given. Raises ``CommandError`` (usage)."""
-    file = _read_file(args)
+    file = read_config_file(args.config, OPTIONS)
     found: dict[ServeOption, Setting] = {}
     for option in OPTIONS:
         if (value := getattr(args, option.dest)) is not None:
@@ -160,21 +173,62 @@ def read_given_options(args: argparse.Namespace, environment: Mapping[str, str])
         elif environment.get(option.variable):
             value = _parse(option, environment[option.variable], option.variable)
             found[option] = Setting(value, option.variable)
-        elif option.dest in file:
-            value = _parse(option, file[option.dest], f"{option.key} in {args.config}")
+        elif option.dest in file.values:
+            value = _parse(option, file.values[option.dest], f"{option.key} in {args.config}")
             found[option] = Setting(value, args.config)
+    values = {option.target: setting.value for option, setting in found.items()}
+    values |= collect_keys(values, environment)
+    model = _given_model(args, environment, file)
+    return GivenOptions(
+        settings=found, values=values, models=_given_models(file, model, found, values)
+    )
+
+
+def _given_model(
+    args: argparse.Namespace, environment: Mapping[str, str], file: ConfigFile
+) -> Setting:
+    """Return the one model of the argument, variable or file. Raises ``CommandError`` (usage)."""
     models = (
         Setting(args.model, "MODEL"),
         Setting(environment.get("EXPERTMESH_MODEL"), "EXPERTMESH_MODEL"),
-        Setting(file.get("model"), args.config),
+        Setting(file.model, args.config),
     )
-    bundled = Setting(None, "default: the bundled checkpoint")
-    values = {option.target: setting.value for option, setting in found.items()}
-    return GivenOptions(
-        model=next((m for m in models if m.value), bundled),
-        settings=found,
-        values={**values, **collect_keys(values, environment)},
-    )
+    model = next((m for m in models if m.value), Setting(None, "default: the bundled checkpoint"))
+    if file.models and model.value:
+        message = f"{model.origin} ({model.value}) and models in {args.config} exclude each other"
+        raise CommandError(ExitCode.USAGE, message)
+    return model
+
+
+def _given_models(
+    file: ConfigFile,
+    model: Setting,
+    settings: Mapping[ServeOption, Setting],
+    values: Mapping[str, Any],
+) -> tuple[GivenModel, ...]:
+    """Return the models with their options: those of the list in the file, or else the one.
+
+    An option of an entry overrides flags and variables, which hold for all models.
+    """
+    if not file.models:
+        return (GivenModel(model=model, settings=settings, values=dict(values)),)
+    given = []
+    for place, texts in enumerate(file.models):
+        where = file.origin_in(place)
+        own = {
+            option: Setting(_parse(option, texts[option.dest], f"{option.key} in {where}"), where)
+            for option in OPTIONS
+            if option.dest in texts
+        }
+        own_values = {option.target: setting.value for option, setting in own.items()}
+        given.append(
+            GivenModel(
+                model=Setting(texts["model"], where),
+                settings={**settings, **own},
+                values={**values, **own_values},
+            )
+        )
+    return tuple(given)
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
@@ -195,7 +249,7 @@ def with_typed_names(message: str, args: argparse.Namespace, environment: Mappin
     if not hasattr(args, "config"):  # a command without the options of serve
         return with_flags(message, args)
     try:
-        in_file = _read_file(args)
+        in_file = read_config_file(args.config, OPTIONS).values
     except CommandError:
         in_file = {}
 
@@ -238,46 +292,6 @@ def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment without API keys, for processes that do not need the keys."""
     names = {f"EXPERTMESH_{kind}_KEY{s}" for kind in ("API", "ADMIN") for s in ("", "S")}
     return {name: value for name, value in environment.items() if name not in names}
-
-
-def _read_file(args: argparse.Namespace) -> dict[str, str]:
-    """Read the texts in ``--config FILE`` by option name (with underscores), and ``model``.
-
-    model: /models/OLMoE-1B-7B
-    num-expert-workers: 4
-    kv-cache-bytes: 8G
-
-    Raises ``CommandError`` (usage) for a file that cannot be read or has other names.
-    """
-    if not args.config:
-        return {}
-    import yaml
-
-    try:
-        document = yaml.safe_load(Path(args.config).read_text())
-    except OSError as err:
-        raise _refusal(args.config, f"cannot be read: {err.strerror}") from err
-    except (ValueError, yaml.YAMLError) as err:  # a date that does not exist is a ValueError
-        raise _refusal(args.config, f"cannot be read: {' '.join(str(err).split())}") from err
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise _refusal(args.config, "must hold names of options with their values")
-    return dict(_entry(args.config, key, value) for key, value in document.items())
-
-
-def _entry(path: str, key: object, value: Any) -> tuple[str, str]:
-    name = str(key).replace("-", "_")
-    if name not in {"model", *(option.dest for option in OPTIONS)}:
-        meant = suggestion(name.replace("_", "-"), (option.key for option in OPTIONS))
-        raise _refusal(path, f"{key} is not an option of serve{meant}")
-    if not isinstance(value, str | int | float):  # a switch is an int too
-        raise _refusal(path, f"{key} must have one value")
-    return name, str(value)
-
-
-def _refusal(path: str, rule: str) -> CommandError:
-    return CommandError(ExitCode.USAGE, f"--config ({path}): {rule}")
 
 
 def _parse(option: ServeOption, text: str, origin: str) -> Any:

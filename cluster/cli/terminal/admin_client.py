@@ -17,6 +17,7 @@ from cluster.cli.terminal.client import Client, require_full_status, validate_ur
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.gateway import is_loopback
 from cluster.core.errors import ExpertMeshError, NotReadyError
+from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE
 
 _CALL_LIMIT_S = 10.0
 
@@ -27,9 +28,13 @@ class AdminClient:
     Raises ``CommandError``.
     """
 
-    def __init__(self, admin: Client | None) -> None:
-        """``admin``: client of the admin port; None: call the controller in the joined Ray."""
+    def __init__(self, admin: Client | None, model: str | None = None) -> None:
+        """``admin``: client of the admin port; None: call the controller in the joined Ray.
+
+        ``model``: name of the model whose controller is called; None: the first model.
+        """
         self._admin = admin
+        self._namespace = NAMESPACE if admin is not None or model is None else _find_fleet(model)
 
     def drain(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Start a drain and return the operation; ``fields`` as in ``DrainWorkerRequest``."""
@@ -53,14 +58,14 @@ class AdminClient:
     def operations(self) -> list[dict[str, Any]]:
         """Return the recorded operations (drains, scalings, rebalancings), newest last."""
         if self._admin is None:
-            return list(map(_document, _ask("operations")))
+            return list(map(_document, self._ask("operations")))
         found: list[dict[str, Any]] = self._admin.get("/admin/v1/operations")["operations"]
         return found
 
     def log(self, process: str, after: int) -> tuple[int, list[str]]:
         """Return how many lines a process has logged, and the kept lines after line ``after``."""
         if self._admin is None:
-            found = _ask("log", process, after)
+            found = self._ask("log", process, after)
         else:
             query = urllib.parse.urlencode({"process": process, "after": after})
             found = self._admin.get(f"/admin/v1/log?{query}")
@@ -75,7 +80,7 @@ class AdminClient:
         admin port.
         """
         if self._admin is None:
-            return _document(_ask("begin", kind, command))
+            return _document(self._ask("begin", kind, command))
         return self._call("begin", command, kind, fields)
 
     def _call(
@@ -83,11 +88,14 @@ class AdminClient:
     ) -> dict[str, Any]:
         """Call a method of the controller, or the admin port: POST with a body, else GET."""
         if self._admin is None:
-            return _document(_ask(method, argument))
+            return _document(self._ask(method, argument))
         url = f"/admin/v1/{path}"
         answer: dict[str, Any]
         answer = self._admin.get(url) if body is None else self._admin.post(url, dict(body))
         return answer
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return _ask(method, *arguments, namespace=self._namespace)
 
 
 def _with_limit(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +121,7 @@ def make_admin_client(args: argparse.Namespace) -> Iterator[AdminClient]:
             return
         address = os.environ["RAY_ADDRESS"]
     with _joined(address):
-        yield AdminClient(None)
+        yield AdminClient(None, args.model)
 
 
 def find_admin(args: argparse.Namespace, gateway: str | None = None) -> Client | None:
@@ -159,12 +167,27 @@ def _document(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in found.items() if k != "result"}, found["kind"]: found["result"]}
 
 
-def _ask(method: str, *arguments: Any) -> Any:
-    """Call the controller and return its reply. Raises ``CommandError``."""
+def _find_fleet(model: str) -> str:
+    """Return the Ray namespace of a served model, in the joined Ray. Raises ``CommandError``."""
+    from cluster.actors.ray_tools import live_actors
+
+    namespaces = [space for space, name in live_actors() if name == CONTROLLER_NAME]
+    names = []
+    for namespace in namespaces:
+        config = _ask("origin", namespace=namespace)["config"] or {"model": {}}
+        names.append(config["model"].get("served_model_name"))
+        if names[-1] == model:
+            return namespace
+    served = ", ".join(str(name) for name in names) or "none"
+    raise CommandError(ExitCode.REFUSED, f"the model {model} is not served; served: {served}")
+
+
+def _ask(method: str, *arguments: Any, namespace: str) -> Any:
+    """Call a controller and return its reply. Raises ``CommandError``."""
     from cluster.actors.controller_client import ask_controller
 
     try:
-        return ask_controller(method, *arguments, limit_s=_CALL_LIMIT_S)
+        return ask_controller(method, *arguments, limit_s=_CALL_LIMIT_S, namespace=namespace)
     except NotReadyError as err:
         raise CommandError(ExitCode.NOT_READY, str(err)) from err
     except ExpertMeshError as err:

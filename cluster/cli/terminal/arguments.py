@@ -118,6 +118,12 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="Model to use (default: the served one)")
 
 
+def add_served_model_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--model``, for commands that show or change the workers of one model."""
+    text = "Model whose workers are meant, where several are served (default: the first)"
+    parser.add_argument("--model", metavar="NAME", help=text)
+
+
 def add_address_option(parser: argparse.ArgumentParser) -> None:
     """Add the option ``--address``, for commands that can use Ray."""
     text = "Ray cluster to use instead of the admin port; auto: the one on this host"

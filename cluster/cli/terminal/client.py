@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.progress import waiting
@@ -22,6 +22,8 @@ from cluster.launch import state_file
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 10.0
 """Longest wait for a connection, and for a response to a call that runs no model, in seconds."""
+_PATHS_OF_MODELS = ("/cluster/v1/", "/admin/v1/")
+"""Beginnings of the paths that concern the workers of one model, which ``--model`` names."""
 _SILENCE_LIMIT_S = 120.0
 """Longest silence in a stream, in seconds: a gateway sends a comment every 15 s."""
 
@@ -73,6 +75,7 @@ class Client:
         """
         self.url = admin_url or find_url(args)
         self._timeout_s: float | None = args.timeout
+        self._model: str | None = getattr(args, "model", None)
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
         self._admin_key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "")
         self._is_admin = bool(admin_url)
@@ -194,6 +197,9 @@ class Client:
         return self._send(path, data, limit_s)
 
     def _send(self, path: str, data: bytes | None, limit_s: float | None) -> Any:
+        if self._model is not None and path.startswith(_PATHS_OF_MODELS):
+            join = "&" if "?" in path else "?"
+            path = f"{path}{join}model={quote(self._model, safe='')}"
         request = urllib.request.Request(f"{self.url}{path}", data=data, headers=self.headers)
         opener = urllib.request.build_opener(_Http(limit_s), _Https(limit_s, self.tls))
         return opener.open(request, timeout=self._timeout_s or DEFAULT_TIMEOUT_S)

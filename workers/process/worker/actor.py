@@ -50,7 +50,8 @@ class WorkerActor:
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         here = _with_node_labels(member, host)
         args = WorkerArgs.from_plain(config, here, control_address, extra, host)
-        logs.set_up(args.member.name, args.config.observability.log_format)
+        name = args.config.process_name(args.member.name)
+        logs.set_up(name, args.config.observability.log_format)
         self._worker = self._make_worker(args, _die)
         signal.signal(signal.SIGTERM, self._on_sigterm)  # Ray's own handler ends the process
 

@@ -1,0 +1,151 @@
+"""The fleet of one served model: its controller, which starts and watches the workers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.actors.controller_client import create_controller
+from cluster.core.errors import ExpertMeshError, StartError
+from cluster.core.states import is_gone
+from cluster.launch.joining import JoinedRay
+from cluster.launch.plan import ModelPlan
+
+logger = logging.getLogger(__name__)
+
+_SNAPSHOT_WAIT_S = 1.0
+CALL_LIMIT_S = 5.0
+"""Time limit in seconds for a reply of a controller or a gateway."""
+_AWAY_LIMIT_S = 60.0
+_DEAD_LIMIT_S = 5.0
+
+
+@dataclass(slots=True)
+class Fleet:
+    """The controller and the workers of one model that a launcher starts and watches."""
+
+    model: ModelPlan
+    compute_threads: str = ""
+    """Text about the workers' compute threads; set by ``start``."""
+    _controller: Any = None
+    _heard_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def namespace(self) -> str:
+        """Ray namespace of the fleet."""
+        return self.model.config.namespace
+
+    @property
+    def has_controller(self) -> bool:
+        """Whether ``start`` has created or found the controller."""
+        return self._controller is not None
+
+    def start(
+        self,
+        joined: JoinedRay,
+        asked: Mapping[str, str],
+        limit_s: float,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        """Create the controller with its workers, and return when they serve.
+
+        ``asked``: the user's options by flag. ``on_progress`` is called with the bytes of weights
+        that the workers have loaded, and with the number of all. Raises ``StartError`` with the
+        failing part's own message.
+        """
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        from cluster.actors.ray_tools import error_summary
+        from cluster.actors.worker_group import WorkerGroup
+        from workers.process.worker.actor import ACTOR_CLASSES
+
+        group = WorkerGroup(ACTOR_CLASSES, namespace=self.namespace)
+        self._controller = create_controller(group, selector=joined.selector)
+        model = self.model
+        call = self._controller.start.remote(
+            model.config.to_dict(),
+            list(model.facts.banks),
+            model.profile,
+            dict(asked),
+            joined.free_cpus,
+        )
+        try:
+            ray.get(call, timeout=limit_s)
+            self._wait_serving(joined.is_running, limit_s, on_progress)
+        except RayError as err:
+            cause = err.cause if isinstance(err, RayTaskError) else None
+            if isinstance(cause, ExpertMeshError):
+                raise cause from None
+            raise StartError("controller", error_summary(err)) from err
+        self._heard_at = time.monotonic()
+
+    def _wait_serving(
+        self, is_running: bool, limit_s: float, on_progress: Callable[[int, int], None]
+    ) -> None:
+        import ray
+
+        version = -1
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            call = self._controller.wait_snapshot.remote(version, _SNAPSHOT_WAIT_S)
+            snapshot = ray.get(call, timeout=_SNAPSHOT_WAIT_S + CALL_LIMIT_S)
+            version = int(snapshot["version"])
+            if snapshot["state"] == "STOPPED":
+                raise StartError("cluster", str(snapshot["error"] or "stopped while starting"))
+            if snapshot["state"] == "SERVING" or (
+                is_running and snapshot["state"] in ("DEGRADED", "RECOVERING")
+            ):
+                self.compute_threads = describe_threads(snapshot["workers"])
+                return
+            workers = [w for w in snapshot["workers"] if not is_gone(w["state"])]
+            on_progress(
+                sum(int(w.get("loaded_bytes") or 0) for w in workers),
+                sum(int(w.get("total_bytes") or 0) for w in workers),
+            )
+        raise StartError("cluster", f"not serving after {limit_s:g} s")
+
+    def find_loss(self) -> str | None:
+        """Return the reason why the model cannot be served any more; None while it can.
+
+        A killed controller is no reason: Ray restarts the controller in seconds, while the workers
+        keep serving.
+        """
+        import ray
+        from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
+
+        limit_s = _AWAY_LIMIT_S
+        try:
+            snapshot = ray.get(self._controller.snapshot.remote(), timeout=CALL_LIMIT_S)
+            self._heard_at = time.monotonic()
+            return str(snapshot["error"]) if snapshot["state"] == "STOPPED" else None
+        except (RayError, GetTimeoutError) as err:
+            logger.warning("the controller does not answer: %s", err)
+            if isinstance(err, ActorDiedError):
+                limit_s = _DEAD_LIMIT_S  # Ray does not restart it
+        lost = time.monotonic() - self._heard_at > limit_s
+        return "the controller is lost, see the log" if lost else None
+
+
+def describe_threads(workers: Iterable[Mapping[str, Any]]) -> str:
+    """Describe in a text how many compute threads the ``workers`` have.
+
+    2, 1 and 1 threads -> "1 worker with 2 compute threads, 2 workers with 1 compute thread each"
+
+    ``workers`` are dicts with ``threads`` and ``state``. Workers that have not loaded or have ended
+    are left out.
+    """
+    counts = Counter(
+        worker["threads"]
+        for worker in workers
+        if worker["threads"] is not None and not is_gone(worker["state"])
+    )
+    return ", ".join(
+        f"{workers} worker{'s' * (workers > 1)} with {number} compute thread{'s' * (number > 1)}"
+        f"{' each' * (workers > 1)}"
+        for number, workers in sorted(counts.items(), reverse=True)
+    )
