@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import ray
@@ -23,29 +22,26 @@ from ray import serve
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import ShutdownStage
 from cluster.tracing import logs
-from cluster.tracing.disks import DiskMonitor
 from gateway.admin.service import AdminApi
 from gateway.batches.runner import BatchRunner
 from gateway.calls.gateway import Gateway
 from gateway.calls.served_models import SharedParts
-from gateway.cluster.client import RayServeReplicas, find_controller
+from gateway.cluster.client import RayServeReplicas, find_models_actor
 from gateway.cluster.serve_replicas import ReplicaCall
-from gateway.cluster.view import SnapshotFollower
+from gateway.cluster.table_follower import TableFollower
 from gateway.core.tuning import GatewayTuning
 from gateway.dashboard.sampler import Sampler
-from gateway.engines.engine_pool import EnginePool
-from gateway.engines.router import RoutingPolicy
 from gateway.grpc.server import GrpcServer
 from gateway.http.api import HttpApi
 from gateway.http.serve_paths import APP_NAME as APP_NAME
 from gateway.listener.connection_limits import raise_file_limit
 from gateway.listener.http_listener import HttpListener
+from gateway.model_set import ModelSet
 from gateway.offload.malloc_trim import start_trimming
 from gateway.offload.young_garbage import collect_often
 from gateway.protocols import build_public_app
 from gateway.state.store import open_in_time, open_store
 from gateway.state.sweeper import StateSweeper
-from gateway.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +80,14 @@ class GatewayReplica:
         node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         section, tuning = settings.gateway, GatewayTuning()
         shared = SharedParts.of(section, tuning, open_store(section, opens=False))
-        self._models = shared.models
+        self._models = ModelSet(name, node, tuning, shared)
         for model in all_settings:
-            await _add_model(model, name, node, tuning, shared)
-        self._gateway = next(iter(self._models))
+            await self._models.add(model)
+        self._gateway = next(iter(shared.models))
         await open_in_time(shared.state, shared.disk)
+        replicas = self._gateway.status.replicas
         if section.num_gateway_replicas > 1:
             replicas = RayServeReplicas(self._gateway.status.answers)
-            for gateway in self._models:
-                gateway.status.replicas = replicas
         connections = raise_file_limit()
         self._grpc = GrpcServer(
             self._gateway, section.host, section.grpc_port, max_connections=connections.grpc
@@ -119,9 +114,15 @@ class GatewayReplica:
             "admin_http": self._admin.http,
             "admin_grpc": self._admin.grpc,
         }
-        for gateway in self._models:
-            gateway.status.addresses = addresses
-            gateway.cluster.start()
+
+        def complete(gateway: Gateway) -> None:
+            gateway.status.addresses, gateway.status.replicas = addresses, replicas
+
+        self._models.on_start = complete
+        self._models.start()
+        table = TableFollower(find_models_actor, name, self._models.num_calls, self._models.apply)
+        shared.models.table = self._table = table
+        table.start()
         self._sweeper = StateSweeper(self._gateway.state, self._gateway.tuning.state_sweep_s)
         self._sweeper.start()
         self._sampler = Sampler(self._gateway)
@@ -182,33 +183,17 @@ class GatewayReplica:
         if hasattr(self, "_leaving"):
             self._leaving.cancel()
         self._gateway.leave(time.monotonic())  # responses then close their connections
-        await asyncio.gather(*(gateway.cluster.leave() for gateway in self._models))
+        if hasattr(self, "_table"):
+            self._table.stop()
+        await asyncio.gather(*(one.cluster.leave() for one in self._gateway.shared.models))
         servers = (getattr(self, name, None) for name in ("_http", "_grpc", "_admin"))
         await asyncio.gather(*(server.stop() for server in servers if server is not None))
-        for gateway in self._models:
-            await gateway.engines.stop()
-            await gateway.close()
+        await self._models.close()
         await self._stop_tracing()
 
     async def _stop_tracing(self) -> None:
         if self._gateway.tracing is not None:
             await asyncio.to_thread(self._gateway.tracing.export.stop)
-
-
-async def _add_model(
-    settings: ClusterConfig, name: str, node: str, tuning: GatewayTuning, shared: SharedParts
-) -> None:
-    """Add the gateway of a model to ``shared.models``; ``name`` and ``node`` are the replica's."""
-    tokenizer = await asyncio.to_thread(
-        load_tokenizer, settings.model.path, settings.model.chat_template
-    )
-    disks = DiskMonitor(lambda: [logs.OUTPUT.folder])
-    find = partial(find_controller, settings.namespace)
-    cluster = SnapshotFollower(find, name, host=node, low_disks=lambda: disks.low(time.monotonic()))
-    policy = RoutingPolicy(settings.gateway.routing_policy)
-    engines = EnginePool(settings.cluster_token, name, policy)
-    gateway = Gateway(settings, tokenizer, cluster, engines, name, tuning, shared)
-    cluster.adapters = lambda: gateway.model.adapters.in_use
 
 
 def tune_process() -> None:

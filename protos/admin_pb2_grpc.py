@@ -114,6 +114,31 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.ListLoraAdaptersRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.ListLoraAdaptersResponse.FromString,
                 _registered_method=True)
+        self.LoadRevision = channel.unary_unary(
+                '/expertmesh.v1.Admin/LoadRevision',
+                request_serializer=protos_dot_admin__pb2.LoadRevisionRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ServedModels.FromString,
+                _registered_method=True)
+        self.PromoteRevision = channel.unary_unary(
+                '/expertmesh.v1.Admin/PromoteRevision',
+                request_serializer=protos_dot_admin__pb2.PromoteRevisionRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ServedModels.FromString,
+                _registered_method=True)
+        self.RollbackRevision = channel.unary_unary(
+                '/expertmesh.v1.Admin/RollbackRevision',
+                request_serializer=protos_dot_admin__pb2.RollbackRevisionRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ServedModels.FromString,
+                _registered_method=True)
+        self.UnloadRevision = channel.unary_unary(
+                '/expertmesh.v1.Admin/UnloadRevision',
+                request_serializer=protos_dot_admin__pb2.UnloadRevisionRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ServedModels.FromString,
+                _registered_method=True)
+        self.ListRevisions = channel.unary_unary(
+                '/expertmesh.v1.Admin/ListRevisions',
+                request_serializer=protos_dot_admin__pb2.ListRevisionsRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ServedModels.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -227,6 +252,41 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadRevision(self, request, context):
+        """Load a revision of a model, or a further model. Returns when the checkpoint is checked; poll
+        ListRevisions for its state.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteRevision(self, request, context):
+        """Make a revision active, or change its share of the new requests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackRevision(self, request, context):
+        """End a canary, or make the previous revision active again; the other one is unloaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadRevision(self, request, context):
+        """Unload a revision, or a model, once its running requests have ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRevisions(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -309,6 +369,31 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ListLoraAdapters,
                     request_deserializer=protos_dot_admin__pb2.ListLoraAdaptersRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.ListLoraAdaptersResponse.SerializeToString,
+            ),
+            'LoadRevision': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadRevision,
+                    request_deserializer=protos_dot_admin__pb2.LoadRevisionRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ServedModels.SerializeToString,
+            ),
+            'PromoteRevision': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteRevision,
+                    request_deserializer=protos_dot_admin__pb2.PromoteRevisionRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ServedModels.SerializeToString,
+            ),
+            'RollbackRevision': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackRevision,
+                    request_deserializer=protos_dot_admin__pb2.RollbackRevisionRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ServedModels.SerializeToString,
+            ),
+            'UnloadRevision': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadRevision,
+                    request_deserializer=protos_dot_admin__pb2.UnloadRevisionRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ServedModels.SerializeToString,
+            ),
+            'ListRevisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRevisions,
+                    request_deserializer=protos_dot_admin__pb2.ListRevisionsRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ServedModels.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -743,6 +828,141 @@ class Admin:
             '/expertmesh.v1.Admin/ListLoraAdapters',
             protos_dot_admin__pb2.ListLoraAdaptersRequest.SerializeToString,
             protos_dot_admin__pb2.ListLoraAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadRevision(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/LoadRevision',
+            protos_dot_admin__pb2.LoadRevisionRequest.SerializeToString,
+            protos_dot_admin__pb2.ServedModels.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteRevision(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/PromoteRevision',
+            protos_dot_admin__pb2.PromoteRevisionRequest.SerializeToString,
+            protos_dot_admin__pb2.ServedModels.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackRevision(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/RollbackRevision',
+            protos_dot_admin__pb2.RollbackRevisionRequest.SerializeToString,
+            protos_dot_admin__pb2.ServedModels.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadRevision(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/UnloadRevision',
+            protos_dot_admin__pb2.UnloadRevisionRequest.SerializeToString,
+            protos_dot_admin__pb2.ServedModels.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRevisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Admin/ListRevisions',
+            protos_dot_admin__pb2.ListRevisionsRequest.SerializeToString,
+            protos_dot_admin__pb2.ServedModels.FromString,
             options,
             channel_credentials,
             insecure,

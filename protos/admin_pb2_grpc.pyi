@@ -62,6 +62,17 @@ class AdminStub:
     UnloadLoraAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadLoraAdapterRequest, _admin_pb2.UnloadLoraAdapterResponse]
     """Unload an adapter: refuse new requests for it, let running ones finish, then free its memory."""
     ListLoraAdapters: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListLoraAdaptersRequest, _admin_pb2.ListLoraAdaptersResponse]
+    LoadRevision: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadRevisionRequest, _admin_pb2.ServedModels]
+    """Load a revision of a model, or a further model. Returns when the checkpoint is checked; poll
+    ListRevisions for its state.
+    """
+    PromoteRevision: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PromoteRevisionRequest, _admin_pb2.ServedModels]
+    """Make a revision active, or change its share of the new requests."""
+    RollbackRevision: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RollbackRevisionRequest, _admin_pb2.ServedModels]
+    """End a canary, or make the previous revision active again; the other one is unloaded."""
+    UnloadRevision: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadRevisionRequest, _admin_pb2.ServedModels]
+    """Unload a revision, or a model, once its running requests have ended."""
+    ListRevisions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListRevisionsRequest, _admin_pb2.ServedModels]
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -95,6 +106,17 @@ class AdminAsyncStub(AdminStub):
     UnloadLoraAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadLoraAdapterRequest, _admin_pb2.UnloadLoraAdapterResponse]  # type: ignore[assignment]
     """Unload an adapter: refuse new requests for it, let running ones finish, then free its memory."""
     ListLoraAdapters: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListLoraAdaptersRequest, _admin_pb2.ListLoraAdaptersResponse]  # type: ignore[assignment]
+    LoadRevision: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadRevisionRequest, _admin_pb2.ServedModels]  # type: ignore[assignment]
+    """Load a revision of a model, or a further model. Returns when the checkpoint is checked; poll
+    ListRevisions for its state.
+    """
+    PromoteRevision: _aio.UnaryUnaryMultiCallable[_admin_pb2.PromoteRevisionRequest, _admin_pb2.ServedModels]  # type: ignore[assignment]
+    """Make a revision active, or change its share of the new requests."""
+    RollbackRevision: _aio.UnaryUnaryMultiCallable[_admin_pb2.RollbackRevisionRequest, _admin_pb2.ServedModels]  # type: ignore[assignment]
+    """End a canary, or make the previous revision active again; the other one is unloaded."""
+    UnloadRevision: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadRevisionRequest, _admin_pb2.ServedModels]  # type: ignore[assignment]
+    """Unload a revision, or a model, once its running requests have ended."""
+    ListRevisions: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListRevisionsRequest, _admin_pb2.ServedModels]  # type: ignore[assignment]
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -221,5 +243,46 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ListLoraAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListLoraAdaptersResponse, _abc.Awaitable[_admin_pb2.ListLoraAdaptersResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def LoadRevision(
+        self,
+        request: _admin_pb2.LoadRevisionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ServedModels, _abc.Awaitable[_admin_pb2.ServedModels]]:
+        """Load a revision of a model, or a further model. Returns when the checkpoint is checked; poll
+        ListRevisions for its state.
+        """
+
+    @_abc_1.abstractmethod
+    def PromoteRevision(
+        self,
+        request: _admin_pb2.PromoteRevisionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ServedModels, _abc.Awaitable[_admin_pb2.ServedModels]]:
+        """Make a revision active, or change its share of the new requests."""
+
+    @_abc_1.abstractmethod
+    def RollbackRevision(
+        self,
+        request: _admin_pb2.RollbackRevisionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ServedModels, _abc.Awaitable[_admin_pb2.ServedModels]]:
+        """End a canary, or make the previous revision active again; the other one is unloaded."""
+
+    @_abc_1.abstractmethod
+    def UnloadRevision(
+        self,
+        request: _admin_pb2.UnloadRevisionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ServedModels, _abc.Awaitable[_admin_pb2.ServedModels]]:
+        """Unload a revision, or a model, once its running requests have ended."""
+
+    @_abc_1.abstractmethod
+    def ListRevisions(
+        self,
+        request: _admin_pb2.ListRevisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ServedModels, _abc.Awaitable[_admin_pb2.ServedModels]]: ...
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ from cluster.cli.cluster import (
 )
 from cluster.cli.cluster.launcher_process import Interrupted
 from cluster.cli.experts import load, placement, rebalance
-from cluster.cli.models import chat, generate, inspection, run_batch, tokenize
+from cluster.cli.models import chat, generate, inspection, revisions, run_batch, tokenize
 from cluster.cli.offline import completion, config, doctor, plan, version
 from cluster.cli.options.serve_options import (
     add_missing_values,
@@ -42,7 +42,7 @@ _DESCRIPTION = "Expert-parallel serving of mixture-of-experts language models."
 _GROUPS = {
     "cluster": (serve, down, node, info, health, top, logs, scale, drain, operations),
     "experts": (placement, load, rebalance),
-    "models": (generate, chat, run_batch, tokenize, inspection),
+    "models": (generate, chat, run_batch, tokenize, inspection, revisions),
     "offline": (plan, config, doctor, version, completion),
     "measuring": (bench,),
 }

@@ -123,6 +123,7 @@ def plan_shares(
             cpus = _round_down(cpus * free_cpus / total)
             # other users that reserve under half a core in all, as coordinators do, rarely compute
             cores = _round_down(cores * round(free_cpus) / total)
+        cpus = cpus if workers.reserves_cpus else 0.0
     return WorkerShare(
         cpus=cpus,
         gpus=gpus,

@@ -57,6 +57,9 @@ class WorkersSection:
     computes with one thread for each whole CPU, at least one."""
     has_equal_cpus: bool = field(default=False, metadata=INTERNAL)
     """Whether ``cpus_per_worker`` was not given, and is an equal share of all CPUs."""
+    reserves_cpus: bool = field(default=True, metadata=INTERNAL)
+    """Whether Ray reserves the equal share of CPUs; False for a fleet that is loaded beside others,
+    which have reserved all."""
     other_pools: tuple[tuple[Role, int], ...] = field(default=(), metadata=INTERNAL)
     """Number of workers of the other served models by role, which share the nodes equally."""
     threads_per_worker: int = field(default=1, metadata=INTERNAL)

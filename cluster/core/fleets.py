@@ -11,6 +11,8 @@ NAMESPACE = "expertmesh"
 """Ray namespace of the first fleet, and prefix of the namespaces of all fleets."""
 CONTROLLER_NAME = "expertmesh-controller"
 """Name of a fleet's controller actor in the namespace of the fleet."""
+MODELS_NAME = "expertmesh-models"
+"""Name of the actor that keeps the table of models, in the namespace of the first fleet."""
 _NAMESPACE = re.compile(rf"{NAMESPACE}(\.model-\d+)?")
 _GROUP = re.compile(rf"{_NAMESPACE.pattern}-workers(-.+)?")
 

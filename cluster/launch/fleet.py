@@ -12,15 +12,15 @@ from typing import Any
 from cluster.actors.controller_client import create_controller
 from cluster.core.errors import ExpertMeshError, StartError
 from cluster.core.states import is_gone
-from cluster.launch.joining import JoinedRay
-from cluster.launch.plan import ModelPlan
+from cluster.launch.model_plan import ModelPlan
 
 logger = logging.getLogger(__name__)
 
 _SNAPSHOT_WAIT_S = 1.0
 CALL_LIMIT_S = 5.0
 """Time limit in seconds for a reply of a controller or a gateway."""
-_AWAY_LIMIT_S = 60.0
+AWAY_LIMIT_S = 60.0
+"""Seconds for which an actor may not reply, as Ray may be restarting it."""
 _DEAD_LIMIT_S = 5.0
 
 
@@ -46,16 +46,26 @@ class Fleet:
 
     def start(
         self,
-        joined: JoinedRay,
+        on_progress: Callable[[int, int], None],
+        *,
         asked: Mapping[str, str],
         limit_s: float,
-        on_progress: Callable[[int, int], None],
+        selector: Mapping[str, str] | None = None,
+        free_cpus: float | None = None,
+        is_running: bool = False,
     ) -> None:
         """Create the controller with its workers, and return when they serve.
 
-        ``asked``: the user's options by flag. ``on_progress`` is called with the bytes of weights
-        that the workers have loaded, and with the number of all. Raises ``StartError`` with the
-        failing part's own message.
+        Args:
+            on_progress: called with the bytes of weights that the workers have loaded, and with the
+                number of all.
+            asked: the user's options by flag.
+            limit_s: time limit in seconds.
+            selector: labels of the nodes on which the controller may run.
+            free_cpus: see ``ControllerActor.start``.
+            is_running: whether the fleet may be running already, and then degraded.
+
+        Raises ``StartError`` with the failing part's own message.
         """
         import ray
         from ray.exceptions import RayError, RayTaskError
@@ -65,18 +75,18 @@ class Fleet:
         from workers.process.worker.actor import ACTOR_CLASSES
 
         group = WorkerGroup(ACTOR_CLASSES, namespace=self.namespace)
-        self._controller = create_controller(group, selector=joined.selector)
+        self._controller = create_controller(group, selector=selector)
         model = self.model
         call = self._controller.start.remote(
             model.config.to_dict(),
             list(model.facts.banks),
             model.profile,
             dict(asked),
-            joined.free_cpus,
+            free_cpus,
         )
         try:
             ray.get(call, timeout=limit_s)
-            self._wait_serving(joined.is_running, limit_s, on_progress)
+            self._wait_serving(is_running, limit_s, on_progress)
         except RayError as err:
             cause = err.cause if isinstance(err, RayTaskError) else None
             if isinstance(cause, ExpertMeshError):
@@ -118,7 +128,7 @@ class Fleet:
         import ray
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
-        limit_s = _AWAY_LIMIT_S
+        limit_s = AWAY_LIMIT_S
         try:
             snapshot = ray.get(self._controller.snapshot.remote(), timeout=CALL_LIMIT_S)
             self._heard_at = time.monotonic()

@@ -18,10 +18,10 @@ from cluster.config.resources import NodeResources
 from cluster.core.errors import ConfigError, NotReadyError, StartError
 from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE
 from cluster.core.node_labels import selector_for
+from cluster.launch.model_plan import ModelPlan
 from cluster.launch.plan import (
     EVERY_INTERFACE,
     LaunchPlan,
-    ModelPlan,
     check_ports,
     option_differences,
 )

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config.gateway import ShutdownStage
-from cluster.core.errors import StartError
+from cluster.core.errors import NotReadyError, StartError
 from cluster.core.process import ProcessIdentity
-from cluster.launch.fleet import CALL_LIMIT_S, Fleet
+from cluster.launch.fleet import AWAY_LIMIT_S, CALL_LIMIT_S, Fleet
 from cluster.launch.joining import JoinedRay, inspect_ray, is_deployed
 from cluster.launch.local_ray import PrivateRay, join_ray
+from cluster.launch.models_actor import ask_models_actor, create_models_actor
 from cluster.launch.plan import LaunchPlan
 from cluster.launch.readiness import wait_ready
 from cluster.launch.teardown import end_leftovers, stop_fleets
@@ -55,6 +56,8 @@ class ClusterParts:
         self._is_connected = False
         self._has_app = False
         self._is_ready = False
+        self._served_at = time.monotonic()
+        """Time at which a model was last known to be served."""
 
     def start_ray(self) -> str:
         """Start the private Ray or join the given one; return Ray's address. Main thread only.
@@ -96,6 +99,7 @@ class ClusterParts:
             wait_ready(self.plan.serve_proxy_url, section, self._not_ready_reasons)
         found: dict[str, Any] = self._ask_gateway("addresses")
         self.admin = {kind: found[f"admin_{kind}"] for kind in self.admin}
+        create_models_actor(self.plan.models, self._joined.selector, self.plan.start_limit_s)
         self._is_ready = True
 
     def find_loss(self) -> str | None:
@@ -104,9 +108,24 @@ class ClusterParts:
         See ``Fleet.find_loss``. A model that is lost alone leaves the others serving.
         """
         losses = [loss for fleet in self._fleets if (loss := fleet.find_loss()) is not None]
-        if losses and len(losses) == len(self._fleets):
-            return losses[0]
-        return None
+        if len(losses) < len(self._fleets) or not losses:
+            self._served_at = time.monotonic()
+            return None
+        return None if self._serves_revisions() else losses[0]
+
+    def _serves_revisions(self) -> bool:
+        """Return whether fleets that were loaded later serve in place of those of the start.
+
+        The last answer holds for a while: Ray restarts a killed actor in seconds.
+        """
+        try:
+            fleets: list[str] = ask_models_actor("later_fleets", limit_s=CALL_LIMIT_S)
+        except NotReadyError as err:
+            is_away = not isinstance(err.__cause__, ValueError)  # else there is no such actor
+            return is_away and time.monotonic() < self._served_at + AWAY_LIMIT_S
+        if fleets:
+            self._served_at = time.monotonic()
+        return bool(fleets)
 
     def processes(self) -> list[ProcessIdentity]:
         """Return the processes of the private Ray on this host; empty for a joined Ray."""
@@ -169,7 +188,15 @@ class ClusterParts:
                 sums = [sum(amounts) for amounts in zip(*loaded.copy().values(), strict=True)]
                 self._progress("weights" if sums[1] else "workers", *sums)
 
-            fleet.start(self._joined, self.plan.asked, self.plan.start_limit_s, on_progress)
+            joined = self._joined
+            fleet.start(
+                on_progress,
+                asked=self.plan.asked,
+                limit_s=self.plan.start_limit_s,
+                selector=joined.selector,
+                free_cpus=joined.free_cpus,
+                is_running=joined.is_running,
+            )
 
         self._fleets = [Fleet(model) for model in self.plan.models]
         pool = ThreadPoolExecutor(len(self._fleets))

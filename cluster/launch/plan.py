@@ -17,19 +17,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
-from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import reachable_host
 from cluster.config.resources import NodeResources
 from cluster.core.addresses import split_address
 from cluster.core.checks import check
 from cluster.core.errors import first_line
-from cluster.core.load_profile import LoadProfile
-from cluster.launch.checkpoint_check import CheckpointFacts
+from cluster.launch.model_plan import ModelPlan
 from cluster.launch.state_file import Command, all_records
-from cluster.sizing.gpus import gpu_spec
-from cluster.sizing.mode_choice import resolve_mode
 from cluster.sizing.start_plan import plan_start
 
 _PORTS = (20_000, 30_000)
@@ -39,29 +34,6 @@ START_LIMIT_S = 1800.0
 """Default time limit of a start in seconds; large checkpoints on slow disks take minutes."""
 EVERY_INTERFACE = ("0.0.0.0", "::")
 """Values of ``host`` that stand for every interface."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelPlan:
-    """A model that a launcher serves."""
-
-    config: ClusterConfig
-    """The model's configuration; all models have the same section ``gateway``."""
-    facts: CheckpointFacts
-    profile: dict[str, Any] | None
-    """Load profile (token counts of experts) for the first placement; None without a profile."""
-
-    def resolved(self, nodes: Sequence[NodeResources], free_cpus: float | None = None) -> Self:
-        """Return the plan with ``--mode auto`` resolved for these nodes. Raises ``ConfigError``."""
-        if self.config.workers.mode != "auto":
-            return self
-        profile = LoadProfile.from_dict(self.profile) if self.profile else None
-        kind = self.config.engine.kv_cache_dtype
-        size = self.facts.size(self.config.model.dtype, profile, kind)
-        gpu = gpu_spec(self.facts.gpu, self.facts.gpu_bandwidth_bytes_s)
-        length = self.facts.context_tokens
-        config = resolve_mode(self.config, size, length, nodes, free_cpus, gpu)
-        return dataclasses.replace(self, config=config)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

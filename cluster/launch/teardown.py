@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from cluster.actors.controller_client import ask_controller
 from cluster.core.errors import ExpertMeshError
-from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE
+from cluster.core.fleets import CONTROLLER_NAME, MODELS_NAME, NAMESPACE
 from cluster.launch.local_ray import join_ray
 
 UNREACHABLE = 3
@@ -61,6 +61,16 @@ def stop_fleets(namespaces: Iterable[str], limit_s: float) -> None:
         thread.join(limit_s)
 
 
+def end_fleet(namespace: str) -> None:
+    """End the workers and the controller of a fleet, and free their resources."""
+    from cluster.actors.ray_tools import kill_actors, live_actor_names, remove_placement_groups
+
+    stop_fleets([namespace], _STOP_LIMIT_S)
+    names = [name for name in live_actor_names(namespace) if name != MODELS_NAME]
+    kill_actors(sorted(names, key=lambda name: name != CONTROLLER_NAME), namespace)
+    remove_placement_groups(namespace)
+
+
 def end_leftovers() -> list[str]:
     """End all actors of all fleets and free their resources; return their names.
 
@@ -70,7 +80,8 @@ def end_leftovers() -> list[str]:
     from cluster.actors.ray_tools import kill_actors, live_actors, remove_placement_groups
 
     found = live_actors()
-    for namespace, name in sorted(found, key=lambda actor: actor[1] != CONTROLLER_NAME):
+    order = {MODELS_NAME: 0, CONTROLLER_NAME: 1}  # each would start the others again
+    for namespace, name in sorted(found, key=lambda actor: order.get(actor[1], 2)):
         kill_actors([name], namespace)
     for namespace in {NAMESPACE, *(namespace for namespace, _ in found)}:
         remove_placement_groups(namespace)

@@ -228,26 +228,6 @@ class AdminCalls:
             await asyncio.sleep(_LOOK_S)
 
 
-class AdminCallsByModel:
-    """The admin methods of all models of a replica."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        """``gateway``: that of the first model."""
-        self._models = gateway.shared.models
-        self._calls: dict[str, AdminCalls] = {}
-
-    def of(self, model: str | None) -> AdminCalls:
-        """Return the methods of a model; of the first one for None.
-
-        Raises ``ModelNotFoundError``.
-        """
-        gateway = self._models.find(model or None)
-        name = gateway.model.name
-        if name not in self._calls:
-            self._calls[name] = AdminCalls(gateway)
-        return self._calls[name]
-
-
 def _adapter(found: Mapping[str, Any]) -> pb.LoraAdapter:
     return pb.LoraAdapter(
         lora_name=found["name"],

@@ -8,7 +8,8 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from gateway.admin.calls import SERVICE, AdminCallsByModel
+from gateway.admin.calls import SERVICE
+from gateway.admin.revision_calls import AdminCallsByModel
 from gateway.calls.gateway import Gateway
 from gateway.grpc.call import GrpcCall
 from gateway.grpc.handlers import Procedure
@@ -46,7 +47,7 @@ class AdminGrpcServer(ServicePort):
 
     def _find(self, name: str) -> Procedure:
         def procedure(call: GrpcCall) -> Any:
-            return getattr(self._calls.of(call.metadata.get(MODEL_HEADER)), name)
+            return self._calls.of(name, call.metadata.get(MODEL_HEADER))
 
         if not SERVICE.methods_by_name[name].server_streaming:
             return lambda request, call: procedure(call)(request)

@@ -18,7 +18,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from cluster.core.errors import PermissionDeniedError, RequestError
-from gateway.admin.calls import SERVICE, AdminCallsByModel
+from gateway.admin.calls import SERVICE
+from gateway.admin.revision_calls import NAMES as REVISION_CALLS
+from gateway.admin.revision_calls import AdminCallsByModel
 from gateway.calls.gateway import Gateway
 from gateway.dashboard import http as dashboard
 from gateway.http.api import route_error
@@ -36,6 +38,11 @@ ROUTES = (
     ("POST", "/v1/load_lora_adapter", "LoadLoraAdapter"),
     ("POST", "/v1/unload_lora_adapter", "UnloadLoraAdapter"),
     ("GET", "/admin/v1/lora_adapters", "ListLoraAdapters"),
+    ("GET", "/admin/v1/models", "ListRevisions"),
+    ("POST", "/admin/v1/models/load", "LoadRevision"),
+    ("POST", "/admin/v1/models/promote", "PromoteRevision"),
+    ("POST", "/admin/v1/models/rollback", "RollbackRevision"),
+    ("POST", "/admin/v1/models/unload", "UnloadRevision"),
     ("GET", "/admin/v1/operations", "ListOperations"),
     ("GET", "/admin/v1/operations/{id}", "GetOperation"),
     ("POST", "/admin/v1/operations/{id}/cancel", "CancelOperation"),
@@ -102,15 +109,15 @@ class _Endpoint:
                 raise RequestError("content-type must be application/json", "content-type")
             body = await read_json(request, self.gateway, dict)
             fields = {**body, **fields}
-        model = fields.pop("model", None)
+        model = fields.get("model") if self.name in REVISION_CALLS else fields.pop("model", None)
         if not isinstance(model, str | None):
             raise RequestError("model must be a text", "model")
-        calls = self.calls.of(model)
+        call = self.calls.of(self.name, model)
         message = GetMessageClass(SERVICE.methods_by_name[self.name].input_type)()
         for name, value in fields.items():
             _set_field(message, name, value)
         answer = json_format.MessageToDict(
-            await getattr(calls, self.name)(message),
+            await call(message),
             preserving_proto_field_name=True,
             always_print_fields_with_no_presence=True,
         )

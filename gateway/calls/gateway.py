@@ -23,6 +23,7 @@ from cluster.core.errors import (
     KeyLimitError,
     NotReadyError,
 )
+from cluster.core.model_table import FIRST_REVISION
 from cluster.core.release import RELEASE
 from cluster.tracing import logs
 from cluster.tracing.gateway_counts import GatewayCounts
@@ -77,6 +78,7 @@ class Gateway:
         name: name of this replica.
         tuning: limits and times that have no command-line option.
         shared: what the models of the replica share; None for the only model.
+        revision: name of the model's revision.
     """
 
     def __init__(
@@ -88,7 +90,11 @@ class Gateway:
         name: str = "gateway",
         tuning: GatewayTuning | None = None,
         shared: SharedParts | None = None,
+        revision: str = FIRST_REVISION,
     ) -> None:
+        self.revision = revision
+        self.num_calls = 0
+        """Number of calls that run, or that are about to start."""
         self.config = config
         self.limits = config.gateway
         self._fingerprint = f"expertmesh-{RELEASE}-{config.fingerprint()}"
@@ -120,6 +126,7 @@ class Gateway:
             config.gateway.metrics_all_experts,
             config.gateway.metrics_prefix,
             config.gateway.vllm_metric_names,
+            "" if revision == FIRST_REVISION else revision,
         )
         self.inspection_memory = InspectionMemory(self.tuning.max_inspection_bytes, self.metrics)
         """Memory of the results of all inspections, over HTTP and gRPC."""
@@ -144,7 +151,7 @@ class Gateway:
         )
         self._reporter: asyncio.Task[None] | None = None
         self.readiness = Readiness(cluster, engines, self.keys, self.tuning.leaving_lead_s)
-        self.requests = RequestMaker(self.prompts, self.long_work, config.engine.seed, name)
+        self.requests = RequestMaker(self.long_work, config.engine.seed, name)
         self._submitter = RequestSubmitter(
             engines, cluster, self.readiness, self.long_work, self.tuning.stream_wait_s
         )
@@ -164,6 +171,15 @@ class Gateway:
     def serving(self, name: str | None) -> Gateway:
         """Return the gateway of a model or adapter; see ``ServedModels.find``."""
         return self.shared.models.find(name)
+
+    def count_call(self, held: ExitStack) -> None:
+        """Count a call in ``num_calls`` until ``held`` is closed."""
+        self.num_calls += 1
+
+        def end() -> None:
+            self.num_calls -= 1
+
+        held.callback(end)
 
     def leave(self, now_s: float) -> int:
         """Become permanently not ready; return the number of requests that still run.
@@ -213,8 +229,11 @@ class Gateway:
             NotReadyError: the cluster cannot serve the call.
             DeadlineExceededError: the deadline passed before an engine received the call.
         """
-        gateway = self.serving(call.model)
+        route = self.shared.models.route_of(call.model)
+        await route.wait_released(self.timeout_s(call.timeout_s))
+        gateway = route.pick(call)
         with ExitStack() as held:
+            gateway.count_call(held)
             adapter = gateway.model.hold_adapter(call.model, held)
             if make is None:
                 check_fields(call, self.limits)
@@ -244,7 +263,7 @@ class Gateway:
             demand = replace(demand, tenant=caller.entry.tenant, weight=caller.entry.weight)
         # a full queue refuses the call before its costly tokenization
         self.admission.require_capacity(demand, facts.max_model_len, deadline_s)
-        call, made = await make(facts)
+        call, made = await make(facts, self.prompts)
         if not self.engines.workers.has_adapter(adapter):
             raise NotReadyError(f"no worker could load the adapter {call.model}: retry later")
         if caller is not None:
@@ -271,6 +290,7 @@ class Gateway:
             caller=caller,
             free=self.long_work.free,
             fingerprint=self._fingerprint,
+            revision=self.revision,
         )
         running.held = held.pop_all()
         try:

@@ -22,6 +22,7 @@ from gateway.calls.pooling import (
     check_rows,
     classified_token,
 )
+from gateway.calls.prompts import PromptMaker
 from gateway.calls.validate import check_prompts
 from gateway.core.call import GenerateCall
 from gateway.core.delta import Usage
@@ -116,7 +117,7 @@ class InspectionService:
         held = 0
         made: tuple[ModelFacts, list[Request]] | None = None
 
-        async def make(facts: ModelFacts) -> list[Request]:
+        async def make(facts: ModelFacts, prompt_maker: PromptMaker) -> list[Request]:
             nonlocal held, made
             assert facts.shape is not None, "reported with the other facts"
             num_values = sum(map(len, (*fields.token_ids, *fields.labels)))

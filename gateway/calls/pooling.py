@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cluster.core.errors import RequestError
 from gateway.calls.choices import PromptResults
 from gateway.calls.gateway import Gateway
+from gateway.calls.prompts import PromptMaker
 from gateway.calls.validate import check_context, check_prompts
 from gateway.core.call import CallKind, GenerateCall
 from gateway.core.delta import Usage
@@ -80,8 +81,8 @@ class PoolingService:
         require(wanted in kinds, "pooling", f"({wanted[:32]!r}) must be last or mean")
         inspection = InspectionParams(embedding=kinds[wanted])
 
-        async def make(facts: ModelFacts) -> list[Request]:
-            ids = await self._ids(prompts, facts, call, "input")
+        async def make(facts: ModelFacts, prompt_maker: PromptMaker) -> list[Request]:
+            ids = await self._ids(prompts, facts, prompt_maker, call, "input")
             return [Request(prompt=one, inspection=inspection) for one in ids]
 
         found, usage = await self.read(make, "embd", "input", call)
@@ -102,9 +103,9 @@ class PoolingService:
         names: tuple[str, ...] = ()
         is_multi = False
 
-        async def make(facts: ModelFacts) -> list[Request]:
+        async def make(facts: ModelFacts, prompt_maker: PromptMaker) -> list[Request]:
             nonlocal names, is_multi
-            ids = await self._ids(prompts, facts, call, "input")
+            ids = await self._ids(prompts, facts, prompt_maker, call, "input")
             size = sum(map(len, ids))
             ids = await self._gateway.long_work.run(size, keep_unmasked, ids, masks, facts)
             names = facts.labels or tuple(labels)
@@ -113,7 +114,7 @@ class PoolingService:
                 require(not labels, "labels", "must not be set: the model has its own")
                 check_classifier_batch(len(ids), facts)
                 return [Request(prompt=one) for one in ids]  # returns the logits of the classifier
-            return await self._label_prompts(ids, labels, facts, call)
+            return await self._label_prompts(ids, labels, facts, prompt_maker)
 
         found, usage = await self.read(make, "cls", "input", call)
         if labels:  # language model: results has one entry per prompt and label
@@ -142,9 +143,9 @@ class PoolingService:
             f"({len(queries)}) must be one, or as many as {other} ({len(documents)})",
         )
 
-        async def make(facts: ModelFacts) -> list[Request]:
-            before = await self._ids(queries, facts, call, name)
-            behind = await self._ids(documents, facts, call, other, special=False)
+        async def make(facts: ModelFacts, prompt_maker: PromptMaker) -> list[Request]:
+            before = await self._ids(queries, facts, prompt_maker, call, name)
+            behind = await self._ids(documents, facts, prompt_maker, call, other, special=False)
             if len(before) == 1:
                 before *= len(behind)
             pairs = list(zip(before, behind, strict=True))
@@ -171,7 +172,7 @@ class PoolingService:
         ids: Sequence[tuple[int, ...]],
         labels: Sequence[str],
         facts: ModelFacts,
-        call: GenerateCall,
+        prompt_maker: PromptMaker,
     ) -> list[Request]:
         if not labels:
             message = "labels is required: the model has no classes"
@@ -179,8 +180,7 @@ class PoolingService:
         most = self._gateway.limits.max_choices
         if (count := len(ids) * len(labels)) > most:
             raise RequestError(f"prompts times labels ({count}) must be at most {most}", "labels")
-        prompts = self._gateway.serving(call.model).prompts
-        tokens = await prompts.make_ids(labels, facts, False, "labels")
+        tokens = await prompt_maker.make_ids(labels, facts, False, "labels")
         require(all(tokens), "labels", "must not contain an empty text")
 
         def join() -> list[Request]:
@@ -194,6 +194,7 @@ class PoolingService:
         self,
         prompts: Sequence[PromptInput],
         facts: ModelFacts,
+        prompt_maker: PromptMaker,
         call: GenerateCall,
         field: str,
         special: bool = True,
@@ -201,15 +202,14 @@ class PoolingService:
         """Return the token ids of each prompt. Raises ``RequestError`` for an empty prompt."""
         check_batch(field, len(prompts), self._gateway.limits.max_batch_prompts)
         special = special and call.add_special_tokens is not False
-        maker = self._gateway.serving(call.model).prompts
-        ids = await maker.make_ids(prompts, facts, special, field)
+        ids = await prompt_maker.make_ids(prompts, facts, special, field)
         size = sum(map(len, ids))
         await self._gateway.long_work.run(size, check_prompts, field, ids, facts)
         return ids
 
     async def read(
         self,
-        make: Callable[[ModelFacts], Awaitable[list[Request]]],
+        make: Callable[[ModelFacts, PromptMaker], Awaitable[list[Request]]],
         prefix: str,
         field: str,
         call: GenerateCall,
@@ -222,8 +222,10 @@ class PoolingService:
         check_range("priority", call.priority, RANGES["priority"])
         check_cache_salt(call.cache_salt)
 
-        async def make_checked(facts: ModelFacts) -> tuple[GenerateCall, list[Request]]:
-            requests = await make(facts)
+        async def make_checked(
+            facts: ModelFacts, prompt_maker: PromptMaker
+        ) -> tuple[GenerateCall, list[Request]]:
+            requests = await make(facts, prompt_maker)
             most = self._gateway.limits.max_queue
             if len(requests) > most:
                 message = f"the call needs {len(requests)} requests, max_queue is {most}"

@@ -16,8 +16,11 @@ from gateway.core.model import ModelFacts
 from gateway.offload.long_work import LongWork
 from workers.requests.request import Request
 
-MakeRequests: TypeAlias = Callable[[ModelFacts], Awaitable[tuple[GenerateCall, Sequence[Request]]]]
-"""Function that validates a call against the served model. Returns the call with the rules for its
+MakeRequests: TypeAlias = Callable[
+    [ModelFacts, PromptMaker], Awaitable[tuple[GenerateCall, Sequence[Request]]]
+]
+"""Function that validates a call against the model that serves it, whose ``PromptMaker`` tokenizes
+prompts. Returns the call with the rules for its
 output, and one request per prompt."""
 
 
@@ -25,34 +28,32 @@ class RequestMaker:
     """Makes engine requests with the prompts and the sampling parameters of a call.
 
     Args:
-        prompts: tokenizes prompts.
         long_work: runs long functions.
         seed: base seed for calls without a seed; 0 selects random seeds.
         name: name of the replica.
     """
 
-    def __init__(self, prompts: PromptMaker, long_work: LongWork, seed: int, name: str) -> None:
-        self._prompts = prompts
+    def __init__(self, long_work: LongWork, seed: int, name: str) -> None:
         self._long_work = long_work
         self._draw_seed = _seed_source(seed, name)
 
     async def make(
-        self, call: GenerateCall, facts: ModelFacts
+        self, call: GenerateCall, facts: ModelFacts, maker: PromptMaker
     ) -> tuple[GenerateCall, list[Request]]:
         """Validate a call and make its engine requests, one per prompt (see ``MakeRequests``).
 
         Returns the call with the rules for its output, and the requests. Raises ``RequestError``.
         """
-        complete, prompts = await self._prompts.make(call, facts)
-        bad_words = await self._prompts.bad_words(complete)
+        complete, prompts = await maker.make(call, facts)
+        bad_words = await maker.bad_words(complete)
         size = sum(map(len, prompts)) + len(complete.allowed_token_ids or ())
         requests = await self._long_work.run(
             size, make_requests, complete, prompts, facts, self._draw_seed, bad_words
         )
         if complete.stop:
-            self._prompts.require_tokenizer("stop")
+            maker.require_tokenizer("stop")
         if complete.grammar is not None:
-            self._prompts.require_tokenizer(complete.grammar.field)
+            maker.require_tokenizer(complete.grammar.field)
         return complete, requests
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import ModelNotFoundError
+from cluster.core.model_table import Canary
 from cluster.core.process import count_cpus
 from cluster.disk.threads import DiskThreads
 from gateway.auth.auth import CALLER, KeyRing, make_key_rings
+from gateway.calls.model_routes import ModelRoute
 from gateway.calls.output_queue import CallRegistry
+from gateway.cluster.table_follower import TableFollower
 from gateway.core.errors import StorageTimeoutError
 from gateway.core.tuning import GatewayTuning
 from gateway.offload.long_work import LongWork
@@ -28,39 +31,88 @@ class ServedModels:
     """
 
     def __init__(self) -> None:
-        self._gateways: dict[str, Gateway] = {}
+        self._gateways: list[Gateway] = []
+        self._routes: dict[str, ModelRoute] = {}
         self._has_been_ready = False
+        self.table: TableFollower | None = None
+        """Follows the table of models, which clients may change; None outside of Ray."""
 
     def __iter__(self) -> Iterator[Gateway]:
-        return iter(self._gateways.values())
+        """Yield the gateways of all models and revisions, also of those that get no new calls."""
+        return iter(self._gateways)
 
     def __len__(self) -> int:
         return len(self._gateways)
 
-    def add(self, gateway: Gateway) -> None:
-        self._gateways[gateway.model.name] = gateway
+    @property
+    def routes(self) -> Collection[ModelRoute]:
+        """The models that are served."""
+        return self._routes.values()
 
-    def find(self, name: str | None) -> Gateway:
-        """Return the gateway of a model or adapter; of the first usable model for None.
+    @property
+    def default(self) -> Gateway:
+        """Gateway of the first model, whoever may use it; ended if no model serves."""
+        routes = (route for route in self._routes.values() if route.revisions)
+        first = next(routes, None)
+        return self._gateways[0] if first is None else first.gateway
+
+    def add(self, gateway: Gateway) -> None:
+        """Add a gateway; the first one of a model serves it at once."""
+        self._gateways.append(gateway)
+        name = gateway.model.name
+        if name not in self._routes:
+            route = ModelRoute(name, gateway.revision, {gateway.revision: gateway})
+            self._routes[name] = route
+
+    def remove(self, gateway: Gateway) -> None:
+        """Remove a gateway other than the first, whose counts are those of the replica."""
+        if gateway is not self._gateways[0]:
+            self._gateways.remove(gateway)
+
+    def route(
+        self,
+        name: str,
+        active: str,
+        revisions: Mapping[str, Gateway],
+        canary: Canary | None = None,
+        is_held: bool = False,
+    ) -> None:
+        """Change the route of a model; see ``ModelRoute.update``."""
+        if name not in self._routes:
+            self._routes[name] = ModelRoute(name, active, dict(revisions))
+        self._routes[name].update(active, revisions, canary, is_held)
+
+    def keep_routes(self, names: Collection[str]) -> None:
+        """End the routes of all other models."""
+        self._routes = {name: route for name, route in self._routes.items() if name in names}
+
+    def route_of(self, name: str | None) -> ModelRoute:
+        """Return the route of a model or adapter; of the first usable model for None.
 
         Raises ``ModelNotFoundError`` for a name that is unknown, or that the caller may not use.
         """
-        for gateway in self:
-            if name is None and _may_use(gateway.model.name):
-                return gateway
-            if name is not None and gateway.model.knows(name) and _may_use(name, gateway):
-                return gateway
+        for route in self._routes.values():
+            if name is None and _may_use(route.name, route.name):
+                return route
+            if name is not None and route.knows(name) and _may_use(name, route.name):
+                return route
         if name is None:
             raise ModelNotFoundError("no model that this key may use is served: name one")
         raise ModelNotFoundError(f"the model {name[:128]!r} does not exist")
 
+    def find(self, name: str | None) -> Gateway:
+        """Return the gateway of the active revision of ``route_of(name)``. Raises the same errors,
+        and ``NotReadyError`` while no revision serves."""
+        return self.route_of(name).gateway
+
     def names(self) -> list[tuple[str, Gateway]]:
         """Return the models and adapters that the caller may use, each with its gateway."""
         return [
-            (name, gateway)
-            for gateway in self
-            for name in (gateway.model.name, *gateway.model.adapters.names())
-            if _may_use(name, gateway)
+            (name, route.gateway)
+            for route in self._routes.values()
+            if route.revisions
+            for name in (route.name, *route.gateway.model.adapters.names())
+            if _may_use(name, route.name)
         ]
 
     def not_ready_reasons(self, is_whole: bool = True) -> list[str]:
@@ -69,7 +121,12 @@ class ServedModels:
         A replica becomes ready when all its models are. From then on it stays ready while any model
         is: requests for a lost model fail alone. See ``Readiness.not_ready_reasons``.
         """
-        found = {g.model.name: g.readiness.not_ready_reasons(is_whole) for g in self}
+        found = {
+            route.name: route.gateway.readiness.not_ready_reasons(is_whole)
+            if route.revisions
+            else ["it is being replaced by another revision"]
+            for route in self._routes.values()
+        }
         self._has_been_ready = self._has_been_ready or not any(found.values())
         if self._has_been_ready and not all(found.values()):
             return []
@@ -78,14 +135,12 @@ class ServedModels:
         return [f"{name}: {reason}" for name, reasons in found.items() for reason in reasons]
 
 
-def _may_use(name: str, gateway: Gateway | None = None) -> bool:
-    """Whether the current request's key may use a model, or an adapter of ``gateway``'s model."""
+def _may_use(name: str, model: str) -> bool:
+    """Whether the current request's key may use ``name``: a model, or an adapter of ``model``."""
     caller = CALLER.get()
     if caller is None or caller.is_admin or not caller.entry.models:
         return True
-    return name in caller.entry.models or (
-        gateway is not None and gateway.model.name in caller.entry.models
-    )
+    return name in caller.entry.models or model in caller.entry.models
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

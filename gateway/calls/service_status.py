@@ -91,8 +91,13 @@ class ServiceStatus:
         """
         status = self._adapters.without_others(snapshot or {"state": "STARTING"})
         status |= {"schema": 1, "gateway": list(replicas)}
-        if len(self._models) > 1:
-            status["models"] = list(map(_model_entry, self._models))
+        entries = [
+            _model_entry(route.name, name, gateway)
+            for route in self._models.routes
+            for name, gateway in route.revisions.items()
+        ]
+        if len(entries) > 1:
+            status["models"] = entries
         return status if is_whole else client_status(status, not self._limits.requires_admin_keys)
 
     async def abort_calls(self, names: Sequence[str]) -> list[str]:
@@ -119,8 +124,8 @@ class ServiceStatus:
         return exposition
 
     def own_families(self) -> dict[str, list[PlainFamily]]:
-        """Return the metrics that this replica counts, by model, as plain data."""
-        return {model.model.name: model.metrics.own_families() for model in self._models}
+        """Return the metrics that this replica counts, by model and revision, as plain data."""
+        return {model.metrics.key: model.metrics.own_families() for model in self._models}
 
     def adapter_keys(self) -> list[str]:
         """Return the keys of the adapters that requests to this replica may name."""
@@ -137,12 +142,13 @@ class ServiceStatus:
         return {"describe": self.describe(), "totals": totals, "created": self.created}
 
 
-def _model_entry(gateway: Gateway) -> dict[str, Any]:
-    """Return one model's entry in the status: name, state, and number of running workers."""
+def _model_entry(model: str, revision: str, gateway: Gateway) -> dict[str, Any]:
+    """Return a revision's entry in the status: names, state, and number of running workers."""
     snapshot = gateway.cluster.snapshot or {"state": "STARTING"}
     running = [w for w in snapshot.get("workers", ()) if not is_gone(w["state"])]
     return {
-        "name": gateway.model.name,
+        "name": model,
+        "revision": revision,
         "state": snapshot["state"],
         "num_workers": len(running),
     }

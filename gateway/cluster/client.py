@@ -11,9 +11,8 @@ from ray import serve
 from ray.exceptions import RayTaskError
 
 from cluster.core.errors import ExpertMeshError
-from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE
+from cluster.core.fleets import CONTROLLER_NAME, MODELS_NAME, NAMESPACE
 from gateway.cluster.serve_replicas import ReplicaCall, ReplicaHandlers, own_first
-from gateway.cluster.view import ControllerCall
 
 logger = logging.getLogger(__name__)
 
@@ -21,29 +20,33 @@ REPLICA_LIMIT_S = 1.0
 """Time limit in seconds for the replies of the other gateway replicas."""
 
 
-class RayController:
-    """Calls the controller through the Ray handle of its actor; implements ``ControllerCalls``."""
+class RayActor:
+    """Calls an actor through its Ray handle; implements ``ControllerCalls`` and ``TableCalls``."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def call(self, call: ControllerCall, *details: Any) -> Any:
-        """Call a method of the controller and return its result.
+    async def call(self, call: str, *details: Any, **named: Any) -> Any:
+        """Call a method of the actor and return its result.
 
         Raises the method's expertmesh errors without Ray's wrapper, and other errors as Ray does.
         """
         try:
-            return await getattr(self._handle, call).remote(*details)
+            return await getattr(self._handle, call).remote(*details, **named)
         except RayTaskError as err:
             if isinstance(err.cause, ExpertMeshError):
                 raise err.cause from None
             raise
 
 
-async def find_controller(namespace: str = NAMESPACE) -> RayController:
+async def find_controller(namespace: str = NAMESPACE) -> RayActor:
     """Find the controller's actor of a fleet. Raises ``ValueError`` if there is none."""
-    handle = await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace=namespace)
-    return RayController(handle)
+    return RayActor(await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace=namespace))
+
+
+async def find_models_actor() -> RayActor:
+    """Find the actor that keeps the table of models. Raises ``ValueError`` if there is none."""
+    return RayActor(await asyncio.to_thread(ray.get_actor, MODELS_NAME, namespace=NAMESPACE))
 
 
 class RayServeReplicas:

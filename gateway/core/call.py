@@ -146,6 +146,10 @@ class GenerateCall:
     """Number of tokens to keep of each prompt; -1 keeps as many as fit with the output."""
     truncation_side: str | None = None
     """Side on which tokens are dropped: left (default) or right."""
+    revision: str | None = None
+    """Name of the model's revision that must serve the call; None: any."""
+    last_revision: str = ""
+    """Revision of the stored response that the call continues; it serves the call if it can."""
     timeout_s: float | None = None
     """The client's time limit in seconds for the whole request."""
     tool_format: ToolCallFormat | None = None

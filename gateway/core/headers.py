@@ -1,4 +1,4 @@
-"""Reads priority and session of a request from HTTP headers or gRPC metadata."""
+"""Reads priority, session and revision of a request from HTTP headers or gRPC metadata."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ SESSION_HEADER = "x-session-id"
 """HTTP header and gRPC metadata for the field ``session_id``."""
 AGENT_SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id")
 """Session headers of Claude Code and of Codex, including earlier versions."""
+REVISION_HEADER = "x-model-revision"
+"""HTTP header and gRPC metadata that names the revision of the model."""
 _PRIORITY_DIGITS = 10
 _SESSION = re.compile(rf"[!-~]{{1,{MAX_NAME_CHARS}}}")
 
@@ -23,7 +25,7 @@ _SESSION = re.compile(rf"[!-~]{{1,{MAX_NAME_CHARS}}}")
 def with_headers(
     call: GenerateCall, headers: Mapping[str, str], timeout_s: float | None
 ) -> GenerateCall:
-    """Set ``timeout_s`` of a call, and fill its unset priority and session from headers.
+    """Set ``timeout_s`` and ``revision``, and fill unset priority and session from headers.
 
     Args:
         call: the call of the body.
@@ -41,6 +43,7 @@ def with_headers(
         priority=given if call.priority is None else call.priority,
         session_id=call.session_id if is_named else _read_session(headers),
         timeout_s=timeout_s,
+        revision=headers.get(REVISION_HEADER),
     )
 
 

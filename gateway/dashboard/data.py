@@ -90,7 +90,7 @@ class PageData:
 
     async def _ask_snapshot(self) -> dict[str, Any] | None:
         """Return the parts of the cluster's state that the page shows; None if none is known."""
-        snapshot = await self._gateway.numbers.snapshot()
+        snapshot = await self._gateway.shared.models.default.numbers.snapshot()
         if snapshot is None:
             return None
         shown = {name: part for name, part in snapshot.items() if name not in _LEFT_OUT}
@@ -103,7 +103,7 @@ class PageData:
 
     async def _ask_load(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Return load and placement. Raises ``NotReadyError`` if their epochs differ."""
-        numbers = self._gateway.numbers
+        numbers = self._gateway.shared.models.default.numbers
         load, placement = await asyncio.gather(numbers.load(), numbers.placement())
         if load["epoch"] != placement["epoch"]:
             raise NotReadyError("the placement has just changed", "not_ready", 1.0)

@@ -41,17 +41,18 @@ class Sampler:
 
     async def sample(self) -> None:
         """Take a sample, with the previous stats if the controller does not respond."""
-        gateway = self._gateway
+        gateway, model = self._gateway, self._gateway.shared.models.default
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(gateway.numbers.refresh(), PERIOD_S / 2)
-        families = gateway.metrics.own_samples(SAMPLED)
-        view = gateway.cluster
+            await asyncio.wait_for(model.numbers.refresh(), PERIOD_S / 2)
+        families = model.metrics.own_samples(SAMPLED)
+        view = model.cluster
         gateway.status.samples.add(now_s(), families, view.snapshot, view.known_load)
         await self._share()
 
     async def _share(self) -> None:
         """Send the counts of this gateway to the controller, and receive the counts of others."""
         gateway, counts = self._gateway, self._gateway.counts
+        controller = gateway.shared.models.default.cluster
         samples = gateway.status.samples.after(counts.times().get(gateway.name, 0.0))
         if samples:
             summary = gateway.status.summary()
@@ -63,7 +64,7 @@ class Sampler:
             )
             counts.merge({gateway.name: record})
         with contextlib.suppress(ExpertMeshError):  # the controller does not respond
-            there = await gateway.cluster.call(
+            there = await controller.call(
                 "exchange_counts",
                 counts.newer_than(self._controller_times),
                 counts.times(),

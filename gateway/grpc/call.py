@@ -146,7 +146,7 @@ class GrpcCall:
         if self._has_sent_id:
             return
         self._has_sent_id = True
-        epoch = str(self.gateway.placement_epoch)
+        epoch = str(self.gateway.shared.models.default.placement_epoch)
         metadata = ((HEADER, self.request_id), ("x-placement-epoch", epoch))
         await self.context.send_initial_metadata(metadata)
 

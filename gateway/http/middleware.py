@@ -209,7 +209,8 @@ class HttpMiddleware:
             headers["openai-version"] = "2020-10-01"
             if self.gateway.readiness.is_leaving:
                 headers["connection"] = "close"  # the client then connects to another gateway
-            headers["x-expertmesh-placement-epoch"] = str(self.gateway.placement_epoch)
+            epoch = self.gateway.shared.models.default.placement_epoch
+            headers["x-expertmesh-placement-epoch"] = str(epoch)
             if self.gateway.limits.debug_headers:
                 headers["x-expertmesh-replica"] = self.gateway.name
 

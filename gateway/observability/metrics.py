@@ -61,6 +61,7 @@ class GatewayMetrics:
         all_experts: whether each expert has a series, not only the busiest ones.
         prefix: prefix of every name.
         has_vllm_names: whether to export vLLM's metrics also under vLLM's names.
+        revision: label of every series; empty: no such label, for the first revision of a model.
     """
 
     def __init__(
@@ -72,8 +73,11 @@ class GatewayMetrics:
         all_experts: bool = False,
         prefix: str = PREFIX,
         has_vllm_names: bool = False,
+        revision: str = "",
     ) -> None:
-        self.model_name = model_name
+        self.labels = {"model_name": model_name, **({"revision": revision} if revision else {})}
+        self.key = "@".join(self.labels.values())
+        """Key of the metrics among those of other models and revisions."""
         self.prefix = prefix
         self.has_vllm_names = has_vllm_names
         self._snapshot, self._load = snapshot, load
@@ -146,11 +150,11 @@ class GatewayMetrics:
         self, replicas: Mapping[str, Mapping[str, list[PlainFamily]]] | None, is_whole: bool
     ) -> Iterator[_Part]:
         """Yield the families of the model with their labels, see ``render_metrics``."""
-        model = {"model_name": self.model_name}
+        model = self.labels
         if replicas is None:
             yield self.own_families(), model
         for name, found in (replicas or {}).items():
-            yield found.get(self.model_name, []), {**model, "gateway": name}
+            yield found.get(self.key, []), {**model, "gateway": name}
         families = self._cluster_families(is_whole)
         yield (families if is_whole else list(client_families(families))), model
 

@@ -109,7 +109,7 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
             )
             output = OutputFormat(running.call, running.tokenizer, builder)
             resource = ResourceFormat(running, checked.repeated_fields, is_stored)
-            complete = self._completion(body, checked, output, builder, resource)
+            complete = self._completion(body, checked, output, builder, resource, running.revision)
             if not body.stream:
                 whole = await _collect_response(running, output, complete)
                 await responder.json(msgspec.json.encode(whole))
@@ -138,7 +138,8 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
         # in the thread, as joining all texts takes long
         size = INLINE_SIZE + 1
         make = self._check
-        return await self._gateway.long_work.run(size, make, body, history.items, referenced)
+        checked = await self._gateway.long_work.run(size, make, body, history.items, referenced)
+        return replace(checked, call=replace(checked.call, last_revision=history.revision))
 
     def _check(
         self,
@@ -161,6 +162,7 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
         output: OutputFormat,
         builder: OutputBuilder,
         resource: ResourceFormat,
+        revision: str,
     ) -> Callable[[Finish], Awaitable[Resource]]:
         """Return a function that builds and stores the response when the call ends."""
 
@@ -170,7 +172,7 @@ class ResponseEndpoint(CancellableEndpoint[_ResponseRequest]):
             if not resource.is_stored:
                 return response
             try:
-                await self._store.save(response, checked.history, checked.new_items)
+                await self._store.save(response, checked.history, checked.new_items, revision)
             except StorageError as err:
                 if body.store:
                     raise

@@ -37,6 +37,8 @@ class StoredResponse(msgspec.Struct, frozen=True, kw_only=True):
     """Items of the previous responses."""
     input: list[msgspec.Raw]
     """Items of the request."""
+    revision: str = ""
+    """Revision of the model that made the response."""
 
     @property
     def conversation(self) -> list[msgspec.Raw]:
@@ -54,7 +56,7 @@ class _ItemId(msgspec.Struct):
 
 
 def encode_response(
-    response: Resource, history: Iterable[Item], new_items: Iterable[Item]
+    response: Resource, history: Iterable[Item], new_items: Iterable[Item], revision: str = ""
 ) -> StoredResponse:
     """Encode a response item by item so that other threads can run in between."""
     encode = msgspec.json.encode
@@ -62,6 +64,7 @@ def encode_response(
         response=msgspec.Raw(encode(response)),
         history=[msgspec.Raw(encode(item)) for item in history],
         input=[msgspec.Raw(encode(item)) for item in new_items],
+        revision=revision,
     )
 
 
@@ -93,6 +96,8 @@ class StoredItems(NamedTuple):
     items: list[Item]
     num_bytes: int
     """Size of the items' JSON in bytes."""
+    revision: str = ""
+    """Revision of the model that made the last response."""
 
 
 def check_bytes(name: str, num_bytes: int, max_bytes: int) -> None:
@@ -133,13 +138,17 @@ class ResponseStore:
         return self._store.new_id(KIND)
 
     async def save(
-        self, response: Resource, history: Sequence[Item], new_items: Sequence[Item]
+        self,
+        response: Resource,
+        history: Sequence[Item],
+        new_items: Sequence[Item],
+        revision: str = "",
     ) -> None:
-        """Store a response. Raises ``StorageError``."""
+        """Store a response of a revision of the model. Raises ``StorageError``."""
         store, owner = self._required_store, current_tenant()
 
         def write() -> None:
-            stored = encode_response(response, history, new_items)
+            stored = encode_response(response, history, new_items, revision)
             store.put(KIND, owner, response["id"], msgspec.json.encode(stored))
 
         await self._disk.run(write)
@@ -170,7 +179,7 @@ class ResponseStore:
             items = stored.conversation
             num_bytes = sum(map(len, items))
             check_bytes(name, num_bytes, max_bytes)
-            return StoredItems(read_items(items), num_bytes)
+            return StoredItems(read_items(items), num_bytes, stored.revision)
 
         return await asyncio.to_thread(read)
 

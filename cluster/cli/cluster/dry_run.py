@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.cli.options.serve_config import num_kv_blocks
 from cluster.cli.terminal.output import table
 from cluster.core.placement import FREE_SLOT
 from cluster.core.topology import Role, holds_experts
 from cluster.launch.checkpoint_check import CheckpointFacts
-from cluster.launch.plan import LaunchPlan, ModelPlan
+from cluster.launch.model_plan import ModelPlan, num_kv_blocks
+from cluster.launch.plan import LaunchPlan
 from cluster.sizing.start_plan import StartPlan, plan_start
 
 _KNOWN_AFTER_JOINING = "determined by the nodes of the Ray cluster after joining"

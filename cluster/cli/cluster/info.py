@@ -91,9 +91,10 @@ def _status_text(status: Mapping[str, Any], colours: bool) -> str:
 
 
 def _model_text(model: Mapping[str, Any]) -> str:
-    """Format ``small: SERVING, 3 workers``."""
+    """Format ``small revision 1: SERVING, 3 workers``."""
     number = model["num_workers"]
-    return f"{model['name']}: {model['state']}, {number} worker{'s' * (number != 1)}"
+    name = f"{model['name']} revision {model['revision']}"
+    return f"{name}: {model['state']}, {number} worker{'s' * (number != 1)}"
 
 
 def _start_text(stages: Sequence[Mapping[str, Any]]) -> str:

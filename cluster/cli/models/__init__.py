@@ -1,4 +1,4 @@
-"""Commands that call the served model: generate, chat, tokenize, inspect.
+"""Commands that call the served models, or replace them: generate, chat, inspect, models.
 
 Imports ``cluster.cli.terminal``.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,16 +22,13 @@ from cluster.config.gateway import GatewaySection
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
 from cluster.core.fleets import fleet_name
-from cluster.core.load_profile import load_profile
 from cluster.core.process import count_cpus
 from cluster.core.topology import Role
 from cluster.launch.checkpoint_check import CheckpointFacts
+from cluster.launch.model_plan import make_model_plan
 from cluster.launch.model_source import ModelSource
-from cluster.launch.plan import LaunchPlan, ModelPlan, count_gpus, free_port
-from cluster.sizing.start_plan import matches_banks
+from cluster.launch.plan import LaunchPlan, count_gpus, free_port
 from gateway.auth.key_file import read_key_file
-
-logger = logging.getLogger(__name__)
 
 REFUSED_FIELDS = ("host", "admin_host")
 """Settings that exit with ``REFUSED`` if invalid, because they concern safety, not syntax."""
@@ -225,7 +221,7 @@ def make_plan(
     try:
         gateway = _with_ports(configs[0].gateway)
         models = [
-            _model_plan(replace(config, gateway=gateway), known)
+            make_model_plan(replace(config, gateway=gateway), known)
             for config, known in zip(configs, facts, strict=True)
         ]
         plan = LaunchPlan(
@@ -244,30 +240,6 @@ def make_plan(
     return plan
 
 
-def _model_plan(config: ClusterConfig, facts: CheckpointFacts) -> ModelPlan:
-    """Check a model's configuration against its facts. Raises ``ConfigError``."""
-    limit = config.model.max_model_len
-    check(
-        limit is None or limit <= facts.context_tokens,
-        "max_model_len",
-        limit,
-        f"must not exceed the model's context of {facts.context_tokens} tokens",
-    )
-    num_kv_blocks(config, facts)
-    return ModelPlan(config=config, facts=facts, profile=_profile(config, facts.banks))
-
-
-def num_kv_blocks(config: ClusterConfig, facts: CheckpointFacts) -> int:
-    """Return the number of KV blocks of each attention worker.
-
-    Raises ``ConfigError`` if not even one block fits.
-    """
-    kind = config.engine.kv_cache_dtype
-    bytes_per_token = facts.kv_bytes_per_token(config.model.dtype, kind)
-    length = config.model.max_model_len or facts.context_tokens
-    return config.engine.num_kv_blocks(bytes_per_token, length)
-
-
 def _with_ports(section: GatewaySection) -> GatewaySection:
     """Return the section with each public port 0 replaced by a different free port."""
     names = ("port", "grpc_port", "serve_proxy")
@@ -277,25 +249,3 @@ def _with_ports(section: GatewaySection) -> GatewaySection:
             port = free_port(section.host)
             ports[name] = port if port not in ports.values() else 0
     return replace(section, **ports)
-
-
-def _profile(config: ClusterConfig, banks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the load profile that the user has given, or else the checkpoint's; or None.
-
-    Raises ``ConfigError`` for a given file that cannot be read or belongs to another model.
-    """
-    given = config.workers.load_profile
-    if given is not None:
-        profile = load_profile(Path(given))
-        rule = f"must have the banks and experts of {config.model.served_model_name}"
-        check(matches_banks(profile, banks), "load_profile", Path(given).name, rule)
-        return profile.to_dict()
-    path = Path(config.model.path) / "load_profile.json"
-    if not path.exists():
-        return None
-    try:
-        profile = load_profile(path)
-    except ConfigError as err:
-        logger.warning("the checkpoint's load profile is not used: %s", err)
-        return None
-    return profile.to_dict() if matches_banks(profile, banks) else None

@@ -1,0 +1,116 @@
+"""Which revision of a model serves a call: the named one, the session's, the canary, or the active.
+
+A call runs on one revision. Calls of a session, and calls that continue a stored response, stay on
+its revision while that serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cluster.core.errors import ModelNotFoundError, NotReadyError
+from cluster.core.model_table import Canary
+from gateway.auth.auth import CALLER
+from gateway.core.call import GenerateCall
+from gateway.core.headers import REVISION_HEADER
+
+if TYPE_CHECKING:
+    from gateway.calls.gateway import Gateway
+
+_MAX_SESSIONS = 65_536
+"""Maximum number of sessions whose revision a gateway remembers; the latest ones."""
+_GRAINS = 10_000
+
+
+@dataclass(slots=True)
+class ModelRoute:
+    """The revisions of one model that serve, and the division of calls among them."""
+
+    name: str
+    active: str
+    """Revision of calls that nothing sends elsewhere."""
+    revisions: dict[str, Gateway]
+    """Gateways of the revisions that may get new calls."""
+    canary: Canary | None = None
+    _sessions: OrderedDict[tuple[str, str], str] = field(default_factory=OrderedDict)
+    """Revision of each session, by tenant and session id."""
+    _released: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._released.set()
+
+    @property
+    def gateway(self) -> Gateway:
+        """Gateway of the active revision, or else of any other one.
+
+        Raises ``NotReadyError`` while no revision serves.
+        """
+        found = self.revisions.get(self.active) or next(iter(self.revisions.values()), None)
+        if found is None:
+            raise self._replaced()
+        return found
+
+    def knows(self, name: str) -> bool:
+        """Whether this is the name of the model, or of an adapter that the caller may use."""
+        return name == self.name or any(g.model.knows(name) for g in self.revisions.values())
+
+    def update(
+        self, active: str, revisions: Mapping[str, Gateway], canary: Canary | None, is_held: bool
+    ) -> None:
+        """Replace the revisions. New calls wait while ``is_held``."""
+        self.active, self.revisions, self.canary = active, dict(revisions), canary
+        (self._released.clear if is_held else self._released.set)()
+
+    async def wait_released(self, limit_s: float) -> None:
+        """Wait while the model is replaced in its place. Raises ``NotReadyError``."""
+        if self._released.is_set():
+            return
+        try:
+            await asyncio.wait_for(self._released.wait(), limit_s)
+        except TimeoutError as err:
+            raise self._replaced() from err
+
+    def _replaced(self) -> NotReadyError:
+        message = f"the model {self.name} is being replaced by another revision"
+        return NotReadyError(message, "not_ready", 5.0)
+
+    def pick(self, call: GenerateCall) -> Gateway:
+        """Return the gateway of the revision for a call.
+
+        Raises ``ModelNotFoundError`` if the call names a revision that does not serve.
+        """
+        if call.revision is not None:
+            if call.revision not in self.revisions:
+                text = f"the model {self.name} has no revision {call.revision[:64]!r}"
+                raise ModelNotFoundError(text, REVISION_HEADER)
+            return self.revisions[call.revision]
+        tenant = caller.entry.tenant if (caller := CALLER.get()) is not None else ""
+        if call.last_revision in self.revisions:
+            name = call.last_revision
+        elif call.session and self._sessions.get((tenant, call.session)) in self.revisions:
+            name = self._sessions[tenant, call.session]
+        else:
+            name = self._draw(call.session, caller.entry.name if caller is not None else "")
+        if call.session:
+            self._sessions[tenant, call.session] = name
+            self._sessions.move_to_end((tenant, call.session))
+            if len(self._sessions) > _MAX_SESSIONS:
+                self._sessions.popitem(last=False)
+        return self.revisions.get(name) or self.gateway
+
+    def _draw(self, session: str, key: str) -> str:
+        """Return the canary's or the active revision; all gateways agree on a session."""
+        canary = self.canary
+        if canary is None or canary.revision not in self.revisions:
+            return self.active
+        share = random.random()
+        if session:
+            share = zlib.crc32(session.encode()) % _GRAINS / _GRAINS
+        is_meant = (key and key in canary.keys) or share * 100 < canary.percent
+        return canary.revision if is_meant else self.active

@@ -1,0 +1,103 @@
+"""Follows the table of models, and orders changes of it. Independent of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cluster.core.codec import from_plain
+from cluster.core.errors import ExpertMeshError, NotReadyError
+from cluster.core.model_table import ModelTable, RevisionState
+
+logger = logging.getLogger(__name__)
+
+_FIND_S = 5.0
+"""Seconds between two searches for the actor that keeps the table. It starts after the gateways."""
+_POLL_S = 5.0
+_FAST_POLL_S = 0.3
+"""Timeout of a poll in seconds while a revision waits for the end of calls."""
+_CALL_LIMIT_S = 5.0
+LOAD_LIMIT_S = 180.0
+"""Time limit in seconds of the check and the download of a checkpoint."""
+
+
+class TableCalls(Protocol):
+    """Calls the actor that keeps the table, ``cluster.launch.models_actor.ModelsActor``."""
+
+    async def call(self, method: str, /, *details: Any, **named: Any) -> Any:
+        """Call a method and return its plain data. Raises the method's errors, or any error if the
+        actor cannot be reached."""
+
+
+@dataclass(slots=True)
+class TableFollower:
+    """Keeps the gateways of a replica up to date with the table of models.
+
+    Args:
+        find: finds the actor; raises if there is none.
+        name: name of this replica.
+        calls: returns the number of calls that run on each fleet.
+        apply: changes the gateways of the replica. Until it returns, the actor is not told that
+            this replica knows the table.
+    """
+
+    find: Callable[[], Awaitable[TableCalls]]
+    name: str
+    calls: Callable[[], Mapping[str, int]]
+    apply: Callable[[ModelTable], Awaitable[None]]
+    table: ModelTable | None = None
+    """The latest table; None before the first."""
+    _actor: TableCalls | None = None
+    _task: asyncio.Task[None] | None = field(default=None)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._follow())
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def order(self, method: str, *details: Any, **named: Any) -> ModelTable:
+        """Call a method that changes the table; return the table.
+
+        Raises the method's errors, and ``NotReadyError`` if the actor does not respond.
+        """
+        limit_s = LOAD_LIMIT_S if method == "load" else _CALL_LIMIT_S
+        try:
+            actor = self._actor or await self.find()
+            found = await asyncio.wait_for(actor.call(method, *details, **named), limit_s)
+        except ExpertMeshError:
+            raise
+        except Exception as err:  # there is no actor yet, or Ray failed
+            raise NotReadyError("the table of models cannot be changed now") from err
+        return from_plain(found, ModelTable)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                self._actor = self._actor or await self.find()
+                version = 0 if self.table is None else self.table.version
+                found = await asyncio.wait_for(
+                    self._actor.call(
+                        "wait_table", version, self._timeout_s, self.name, dict(self.calls())
+                    ),
+                    _POLL_S + _CALL_LIMIT_S,
+                )
+                table = from_plain(found, ModelTable)
+                if self.table is None or table.version != version:
+                    await self.apply(table)
+                    self.table = table
+            except Exception as err:  # the actor starts late, and may restart
+                level = logging.DEBUG if self._actor is None else logging.WARNING
+                logger.log(level, "the table of models is not followed: %r", err)
+                self._actor = None
+                await asyncio.sleep(_FIND_S)
+
+    @property
+    def _timeout_s(self) -> float:
+        waits = (RevisionState.WAITING, RevisionState.RETIRING)
+        is_waiting = self.table is not None and any(r.state in waits for _, r in self.table)
+        return _FAST_POLL_S if is_waiting else _POLL_S

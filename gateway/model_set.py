@@ -1,0 +1,128 @@
+"""Makes and ends the gateways of one replica as models and revisions come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from cluster.config.cluster import ClusterConfig
+from cluster.core.model_table import FIRST_REVISION, ModelTable, RevisionState
+from cluster.tracing import logs
+from cluster.tracing.disks import DiskMonitor
+from gateway.calls.gateway import Gateway
+from gateway.calls.served_models import SharedParts
+from gateway.cluster.client import find_controller
+from gateway.cluster.view import SnapshotFollower
+from gateway.core.tuning import GatewayTuning
+from gateway.engines.engine_pool import EnginePool
+from gateway.engines.router import RoutingPolicy
+from gateway.text.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_READY_LIMIT_S = 10.0
+_READY_POLL_S = 0.05
+
+
+@dataclass(slots=True)
+class ModelSet:
+    """The gateways of one replica, one for each fleet."""
+
+    name: str
+    """Name of the replica."""
+    node: str
+    """Address of its host."""
+    tuning: GatewayTuning
+    shared: SharedParts
+    on_start: Callable[[Gateway], None] = lambda gateway: None
+    """Called with each gateway before it follows its controller."""
+    _fleets: dict[str, Gateway] = field(default_factory=dict)
+
+    async def add(self, settings: ClusterConfig, revision: str = FIRST_REVISION) -> Gateway:
+        """Make the gateway of a fleet."""
+        tokenizer = await asyncio.to_thread(
+            load_tokenizer, settings.model.path, settings.model.chat_template
+        )
+        disks = DiskMonitor(lambda: [logs.OUTPUT.folder])
+        cluster = SnapshotFollower(
+            partial(find_controller, settings.namespace),
+            self.name,
+            host=self.node,
+            low_disks=lambda: disks.low(time.monotonic()),
+        )
+        policy = RoutingPolicy(settings.gateway.routing_policy)
+        engines = EnginePool(settings.cluster_token, self.name, policy)
+        gateway = Gateway(
+            settings, tokenizer, cluster, engines, self.name, self.tuning, self.shared, revision
+        )
+        cluster.adapters = lambda: gateway.model.adapters.in_use
+        self._fleets[settings.fleet] = gateway
+        return gateway
+
+    def start(self) -> None:
+        """Begin to follow the controllers of the first models."""
+        for gateway in self._fleets.values():
+            self._start(gateway)
+
+    def num_calls(self) -> dict[str, int]:
+        """Return the number of calls on each fleet."""
+        return {fleet: gateway.num_calls for fleet, gateway in self._fleets.items()}
+
+    async def apply(self, table: ModelTable) -> None:
+        """Add and end gateways, and divide new calls among them, as the table says.
+
+        A new revision gets calls once this replica is connected to its workers.
+        """
+        known = {revision.fleet: (model, revision) for model, revision in table}
+        for fleet, (_, revision) in known.items():
+            if revision.state is RevisionState.READY and fleet not in self._fleets:
+                settings = ClusterConfig.from_dict(revision.plan["config"])
+                gateway = await self.add(settings, revision.name)
+                self._start(gateway)
+                await _wait_ready(gateway)
+        for model in table.models:
+            serving = {
+                one.name: self._fleets[one.fleet]
+                for one in model.revisions
+                if one.state is RevisionState.READY and one.fleet in self._fleets
+            }
+            canary = model.canary
+            self.shared.models.route(model.name, model.active, serving, canary, model.is_held)
+        self.shared.models.keep_routes({model.name for model in table.models})
+        for fleet in list(self._fleets):
+            state = known[fleet][1].state if fleet in known else None
+            if state in (None, RevisionState.STOPPED, RevisionState.FAILED):
+                await self._end(self._fleets.pop(fleet))
+
+    async def close(self) -> None:
+        """End all gateways."""
+        for gateway in self._fleets.values():
+            await gateway.engines.stop()
+            await gateway.close()
+
+    def _start(self, gateway: Gateway) -> None:
+        self.on_start(gateway)
+        gateway.cluster.start()
+
+    async def _end(self, gateway: Gateway) -> None:
+        """End the gateway of a fleet that has ended, or is about to.
+
+        The first one stays without a fleet, as the servers of the replica use it.
+        """
+        gateway.cluster.snapshot = None
+        self.shared.models.remove(gateway)
+        await gateway.cluster.leave()
+        await gateway.engines.stop()
+        await gateway.prompts.stop()
+
+
+async def _wait_ready(gateway: Gateway) -> None:
+    deadline_s = time.monotonic() + _READY_LIMIT_S
+    while (reasons := gateway.readiness.not_ready_reasons()) and time.monotonic() < deadline_s:
+        await asyncio.sleep(_READY_POLL_S)
+    if reasons:
+        logger.warning("revision %s is not ready yet: %s", gateway.revision, "; ".join(reasons))
