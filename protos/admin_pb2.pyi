@@ -651,7 +651,7 @@ class LoadRevisionRequest(_message.Message):
 
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """names of API keys whose requests it serves"""
+        """names of API keys with requests for it"""
 
     def __init__(
         self,
@@ -687,7 +687,7 @@ class PromoteRevisionRequest(_message.Message):
     """instead of all requests, this share of new ones"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """instead of all requests, those of these API keys"""
+        """instead of all requests, the requests of these API keys"""
 
     def __init__(
         self,
@@ -811,7 +811,7 @@ class ServedModel(_message.Message):
     """whether new requests wait for a revision in place"""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """API keys whose requests it serves"""
+        """API keys with requests for it"""
 
     @_builtins.property
     def revisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Revision]: ...

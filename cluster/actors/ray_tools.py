@@ -187,7 +187,7 @@ def kill_actors(names: Sequence[str], namespace: str = NAMESPACE) -> None:
 def live_placement_groups(namespace: str | None = None) -> list[dict[str, Any]]:
     """Return Ray's entries of the groups that reserve resources for the workers of a fleet.
 
-    Without ``namespace``, those of all fleets.
+    Without ``namespace``, the entries of all fleets.
     """
     return [
         entry

@@ -64,7 +64,7 @@ class Canary:
     percent: float = 0.0
     """Share of the requests that nothing else decides, 0 to 100."""
     keys: tuple[str, ...] = ()
-    """Names of API keys whose requests go to the revision."""
+    """Names of API keys with requests for the revision."""
 
 
 @dataclass(slots=True)
@@ -104,7 +104,7 @@ class ModelTable:
     """Id of the cluster: a table of another cluster is not continued."""
     version: int = 1
     num_fleets: int = 0
-    """Number of fleets so far, of which each gets a new name."""
+    """Number of fleets so far: each gets a new name."""
 
     def __iter__(self) -> Iterator[tuple[ServedModelEntry, Revision]]:
         """Yield each revision with its model."""
@@ -268,7 +268,7 @@ class ModelTable:
         self.changed()
 
     def remove(self, entry: ServedModelEntry, revision: Revision) -> None:
-        """Remove a retired revision whose fleet has ended; with the last one, also the model."""
+        """Remove a retired revision after its fleet; with the last one, also the model."""
         entry.revisions = [one for one in entry.revisions if one is not revision]
         self.models = [one for one in self.models if one.revisions]
         self.changed()

@@ -169,7 +169,7 @@ def _as_running(model: ModelPlan) -> ModelPlan:
         found = ask_controller("origin", limit_s=_ANSWER_LIMIT_S, namespace=namespace)["config"]
     except NotReadyError as err:
         name = model.config.model.served_model_name
-        raise StartError("controller", f"that of {name} does not answer: {err}") from err
+        raise StartError("controller", f"the one for {name} does not answer: {err}") from err
     config = model.config if found is None else ClusterConfig.from_dict(found)
     return dataclasses.replace(model, config=config)
 

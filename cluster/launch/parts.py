@@ -114,7 +114,7 @@ class ClusterParts:
         return None if self._serves_revisions() else losses[0]
 
     def _serves_revisions(self) -> bool:
-        """Return whether fleets that were loaded later serve in place of those of the start.
+        """Return whether fleets that were loaded later serve in place of the first ones.
 
         The last answer holds for a while: Ray restarts a killed actor in seconds.
         """

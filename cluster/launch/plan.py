@@ -40,7 +40,7 @@ EVERY_INTERFACE = ("0.0.0.0", "::")
 class LaunchPlan(ModelPlan):
     """Input of a launcher process, sent to the launcher as JSON.
 
-    The fields of ``ModelPlan`` are those of the first model.
+    The fields of ``ModelPlan`` describe the first model.
     """
 
     command: Command

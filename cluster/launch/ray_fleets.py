@@ -36,11 +36,11 @@ class LoadOrder:
     model: str
     """Name of the model, served or new."""
     path: str = ""
-    """Folder or hub id of the checkpoint; empty: that of the active revision."""
+    """Folder or hub id of the checkpoint; empty: as the active revision."""
     revision: str = ""
     """Name of the revision; empty: the next number."""
     settings: Mapping[str, Any]
-    """Options that differ from those of the active revision, by field name: ``num_expert_workers``.
+    """Options that differ from the active revision, by field name: ``num_expert_workers``.
     For a new model, from the defaults."""
     percent: float = 0.0
     keys: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class RayFleets:
 
         Args:
             order: the order.
-            first: plan of the first model, whose gateway the new one shares.
+            first: plan of the first model: all models share its gateway options.
             base: plan of the active revision; None for a new model.
             others: plans of the fleets that run beside the new one.
             fleet: name of the new fleet.

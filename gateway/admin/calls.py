@@ -48,7 +48,7 @@ class AdminCalls:
     """The admin methods. Most of them call the controller, so that any replica can serve them."""
 
     def __init__(self, gateway: Gateway) -> None:
-        """``gateway``: that of the model whose workers the methods concern."""
+        """``gateway``: the gateway of the model that the methods concern."""
         self._gateway = gateway
         self._call = partial(gateway.cluster.call, limit_s=CALL_LIMIT_S)
         self._snapshot = SharedResult(lambda: self._call("snapshot", True), gateway.numbers.age_s)

@@ -79,7 +79,7 @@ class AdminCallsByModel:
     """The admin methods of all models of a replica."""
 
     def __init__(self, gateway: Gateway) -> None:
-        """``gateway``: that of the first model."""
+        """``gateway``: the gateway of the first model."""
         self._models = gateway.shared.models
         self._revisions = RevisionCalls(gateway)
         self._calls: dict[Gateway, AdminCalls] = {}

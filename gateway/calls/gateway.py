@@ -1,6 +1,6 @@
 """The protocol-independent gateway, which starts calls. HTTP and gRPC servers make the calls.
 
-A replica has one ``Gateway`` for each served model. The servers call that of the first model:
+A replica has one ``Gateway`` for each served model. The servers call the first one:
 ``Gateway.start`` looks up the gateway of the call's model, checks the fields, makes the engine
 requests (``request_maker``), admits the call (``admission_controller``) and sends the requests to
 the engines (``request_submitter``).
@@ -133,7 +133,7 @@ class Gateway:
         self.counts = GatewayCounts()
         """Request counts of all gateways, including gateways that have ended."""
         self._is_first = not shared.models
-        """Whether this is the replica's first model, whose gateway the servers call."""
+        """Whether this is the gateway of the replica's first model, which the servers call."""
         shared.models.add(self)
         self.status = ServiceStatus(
             name, config.gateway, self.numbers, self.metrics, self.model.adapters, shared

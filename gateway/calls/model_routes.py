@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gateway.calls.gateway import Gateway
 
 _MAX_SESSIONS = 65_536
-"""Maximum number of sessions whose revision a gateway remembers; the latest ones."""
+"""Maximum number of sessions for which a gateway remembers the revision; the latest ones."""
 _GRAINS = 10_000
 
 

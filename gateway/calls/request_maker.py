@@ -19,8 +19,8 @@ from workers.requests.request import Request
 MakeRequests: TypeAlias = Callable[
     [ModelFacts, PromptMaker], Awaitable[tuple[GenerateCall, Sequence[Request]]]
 ]
-"""Function that validates a call against the model that serves it, whose ``PromptMaker`` tokenizes
-prompts. Returns the call with the rules for its
+"""Function that validates a call against the model that serves it, and has prompts tokenized by the
+model's ``PromptMaker``. Returns the call with the rules for its
 output, and one request per prompt."""
 
 

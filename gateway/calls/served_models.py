@@ -51,7 +51,7 @@ class ServedModels:
 
     @property
     def default(self) -> Gateway:
-        """Gateway of the first model, whoever may use it; ended if no model serves."""
+        """Gateway of the first model, without regard to the caller; ended if none serves."""
         routes = (route for route in self._routes.values() if route.revisions)
         first = next(routes, None)
         return self._gateways[0] if first is None else first.gateway
@@ -65,7 +65,7 @@ class ServedModels:
             self._routes[name] = route
 
     def remove(self, gateway: Gateway) -> None:
-        """Remove a gateway other than the first, whose counts are those of the replica."""
+        """Remove a gateway other than the first, which has the counts of the replica."""
         if gateway is not self._gateways[0]:
             self._gateways.remove(gateway)
 

@@ -1,4 +1,4 @@
-"""Follows the table of models, and orders changes of it. Independent of Ray."""
+"""Follows the table of models, and orders its changes. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class TableFollower:
         find: finds the actor; raises if there is none.
         name: name of this replica.
         calls: returns the number of calls that run on each fleet.
-        apply: changes the gateways of the replica. Until it returns, the actor is not told that
-            this replica knows the table.
+        apply: changes the gateways of the replica. Only when it has returned, the actor learns
+            that this replica knows the table.
     """
 
     find: Callable[[], Awaitable[TableCalls]]

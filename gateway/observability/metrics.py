@@ -77,7 +77,7 @@ class GatewayMetrics:
     ) -> None:
         self.labels = {"model_name": model_name, **({"revision": revision} if revision else {})}
         self.key = "@".join(self.labels.values())
-        """Key of the metrics among those of other models and revisions."""
+        """Key of the metrics among the metrics of other models and revisions."""
         self.prefix = prefix
         self.has_vllm_names = has_vllm_names
         self._snapshot, self._load = snapshot, load
@@ -178,7 +178,7 @@ def render_metrics(
 ) -> bytes:
     """Return the exposition of the metrics of all models in Prometheus text format.
 
-    ``replicas`` are the ``own_families`` of each replica by model, whose names become the labels
+    ``replicas`` are the ``own_families`` of each replica by model; the names become the labels
     ``gateway`` and ``model_name``; None if this is the only replica. Unless ``is_whole``, series by
     expert or layer are omitted.
     """

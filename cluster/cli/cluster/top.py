@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def parse_series(text: str, model: str = "") -> dict[tuple[str, str], float]:
     """Parse a Prometheus exposition and sum the series of ``_NAMES`` by name and worker.
 
-    ``model``: name of the model whose series are summed; empty: all models.
+    ``model``: name of a model, to sum only its series; empty: all models.
 
     The prefix of the names is that of ``serve --metrics-prefix``.
     """

@@ -22,6 +22,8 @@ DEFAULT_WAIT_S = 1800.0
 _CHECK_LIMIT_S = 200.0
 """Time limit of a call that checks or downloads a checkpoint, unless ``--timeout`` is given."""
 _POLL_S = 0.2
+_SETTLED = ("READY", "FAILED", "STOPPED")
+"""States that do not change by themselves."""
 _percent = Number(kind=float, rule="must be from 0 to 100", low=0, high=100)
 
 
@@ -29,7 +31,7 @@ def add_commands(commands: CommandParsers) -> None:
     kinds = commands.add_group("models", "load, promote, roll back or unload revisions of models")
     kinds.add("list", run_list, "list the models with their revisions")
     load = _add(kinds, "load", run_load, "load a revision of a model, or a further model")
-    text = "Folder or hub id of the checkpoint (default: that of the active revision)"
+    text = "Folder or hub id of the checkpoint (default: as the active revision)"
     load.add_argument("path", nargs="?", metavar="CHECKPOINT", help=text)
     text = "Name of the revision (default: the next number)"
     load.add_argument("--revision", metavar="NAME", default="", help=text)
@@ -43,7 +45,7 @@ def add_commands(commands: CommandParsers) -> None:
     for parser in (load, promote):
         text = "Share of the new requests that the revision serves as a canary"
         parser.add_argument("--percent", type=_percent, metavar="NUMBER", help=text)
-        text = "Name of an API key whose requests the revision serves as a canary; may be repeated"
+        text = "Name of an API key with requests for the canary; may be repeated"
         parser.add_argument("--key", action="append", default=[], metavar="NAME", help=text)
     text = "end a canary, or return to the revision before"
     rollback = _add(kinds, "rollback", run_rollback, text)
@@ -113,7 +115,7 @@ def run_rollback(args: argparse.Namespace) -> int:
     """Undo the last step, and wait until the revision that lost its requests has ended."""
     admin = _admin(args)
     models = admin.post("/admin/v1/models/rollback", {"model": args.served})["models"]
-    return _show(args, _wait(args, admin, models, lambda found: _none_retires(found, args.served)))
+    return _show(args, _wait(args, admin, models, lambda found: _is_settled(found, args.served)))
 
 
 def run_unload(args: argparse.Namespace) -> int:
@@ -121,7 +123,7 @@ def run_unload(args: argparse.Namespace) -> int:
     admin = _admin(args)
     body = {"model": args.served, "revision": args.revision}
     models = admin.post("/admin/v1/models/unload", body)["models"]
-    return _show(args, _wait(args, admin, models, lambda found: _none_retires(found, args.served)))
+    return _show(args, _wait(args, admin, models, lambda found: _is_settled(found, args.served)))
 
 
 def _admin(args: argparse.Namespace, limit_s: float | None = None) -> Client:
@@ -144,8 +146,8 @@ def _revisions(models: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict
     return {} if found is None else {one["name"]: one for one in found["revisions"]}
 
 
-def _none_retires(models: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return all(one["state"] != "RETIRING" for one in _revisions(models, name).values())
+def _is_settled(models: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return all(one["state"] in _SETTLED for one in _revisions(models, name).values())
 
 
 def _wait(
@@ -169,7 +171,7 @@ def _wait(
 
 def _pending(models: Sequence[Mapping[str, Any]], name: str) -> Iterator[str]:
     for one in _revisions(models, name).values():
-        if one["state"] not in ("READY", "FAILED", "STOPPED"):
+        if one["state"] not in _SETTLED:
             yield f"revision {one['name']} {one['state']}{_share(one)}"
 
 

@@ -206,7 +206,7 @@ def _given_models(
     settings: Mapping[ServeOption, Setting],
     values: Mapping[str, Any],
 ) -> tuple[GivenModel, ...]:
-    """Return the models with their options: those of the list in the file, or else the one.
+    """Return the models with their options: the list in the file, or else the one model.
 
     An option of an entry overrides flags and variables, which hold for all models.
     """

@@ -31,7 +31,7 @@ class AdminClient:
     def __init__(self, admin: Client | None, model: str | None = None) -> None:
         """``admin``: client of the admin port; None: call the controller in the joined Ray.
 
-        ``model``: name of the model whose controller is called; None: the first model.
+        ``model``: name of the model to change; None: the first model.
         """
         self._admin = admin
         self._namespace = NAMESPACE if admin is not None or model is None else _find_fleet(model)

@@ -120,7 +120,7 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 def add_served_model_option(parser: argparse.ArgumentParser) -> None:
     """Add the option ``--model``, for commands that show or change the workers of one model."""
-    text = "Model whose workers are meant, where several are served (default: the first)"
+    text = "Model to show or change, where several are served (default: the first)"
     parser.add_argument("--model", metavar="NAME", help=text)
 
 
