@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from cluster.config.cluster import ClusterConfig
-from cluster.core.model_table import FIRST_REVISION, ModelTable, RevisionState
+from cluster.core.model_table import (
+    FIRST_REVISION,
+    ModelTable,
+    Revision,
+    RevisionState,
+    ServedModelEntry,
+)
 from cluster.tracing import logs
 from cluster.tracing.disks import DiskMonitor
 from gateway.calls.gateway import Gateway
@@ -80,22 +86,27 @@ class ModelSet:
         known = {revision.fleet: (model, revision) for model, revision in table}
         for fleet, (_, revision) in known.items():
             if revision.state is RevisionState.READY and fleet not in self._fleets:
-                settings = ClusterConfig.from_dict(revision.plan["config"])
-                gateway = await self.add(settings, revision.name)
-                self._start(gateway)
-                await _wait_ready(gateway)
+                try:
+                    await self._begin(revision)
+                except Exception:  # other revisions must not wait for this one
+                    logger.exception("revision %s cannot be served", revision.name)
         for model in table.models:
             serving = {
                 one.name: self._fleets[one.fleet]
                 for one in model.revisions
                 if one.state is RevisionState.READY and one.fleet in self._fleets
             }
-            canary = model.canary
-            self.shared.models.route(model.name, model.active, serving, canary, model.is_held)
+            active = next((r for r in model.revisions if r.name == model.active), None)
+            self.shared.models.route(model.name, model.active).update(
+                model.active,
+                serving,
+                model.canary,
+                None if active is None else self._fleets.get(active.fleet),
+                is_held=model.is_held,
+            )
         self.shared.models.keep_routes({model.name for model in table.models})
         for fleet in list(self._fleets):
-            state = known[fleet][1].state if fleet in known else None
-            if state in (None, RevisionState.STOPPED, RevisionState.FAILED):
+            if fleet not in known or not _keeps_gateway(*known[fleet]):
                 await self._end(self._fleets.pop(fleet))
 
     async def close(self) -> None:
@@ -103,6 +114,13 @@ class ModelSet:
         for gateway in self._fleets.values():
             await gateway.engines.stop()
             await gateway.close()
+
+    async def _begin(self, revision: Revision) -> None:
+        """Make the gateway of a new revision; return when it is connected, or after a time."""
+        settings = ClusterConfig.from_dict(revision.plan["config"])
+        gateway = await self.add(settings, revision.name)
+        self._start(gateway)
+        await _wait_ready(gateway)
 
     def _start(self, gateway: Gateway) -> None:
         self.on_start(gateway)
@@ -115,9 +133,16 @@ class ModelSet:
         """
         gateway.cluster.snapshot = None
         self.shared.models.remove(gateway)
+        if all(other.metrics is not gateway.metrics for other in self.shared.models):
+            del self.shared.metrics[gateway.metrics.key]
         await gateway.cluster.leave()
         await gateway.engines.stop()
         await gateway.prompts.stop()
+
+
+def _keeps_gateway(model: ServedModelEntry, revision: Revision) -> bool:
+    """Whether a revision may have calls, or describes a model while it is replaced."""
+    return revision.may_serve or revision.name == model.active
 
 
 async def _wait_ready(gateway: Gateway) -> None:

@@ -157,8 +157,8 @@ class ClusterParts:
             while self.send_shutdown_stage("fail") and time.monotonic() < give_up:
                 time.sleep(_POLL_S)
             _run_logged("ending the gateway", self._stop_gateway)
-        if started := [fleet.namespace for fleet in self._fleets if fleet.has_controller]:
-            _run_logged("ending the workers", partial(stop_fleets, started, CALL_LIMIT_S))
+        if any(fleet.has_controller for fleet in self._fleets):
+            _run_logged("ending the workers", partial(stop_fleets, CALL_LIMIT_S))
             _run_logged("ending the controllers", end_leftovers)
 
     def stop_ray(self) -> None:

@@ -37,18 +37,22 @@ def end_joined(address: str) -> list[str]:
             ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
             serve.delete(APP_NAME)
         found = live_actors()
-        stop_fleets(dict.fromkeys(namespace for namespace, _ in found), _STOP_LIMIT_S)
+        stop_fleets(_STOP_LIMIT_S)
         end_leftovers()
         return [name for _, name in found]
     finally:
         ray.shutdown()
 
 
-def stop_fleets(namespaces: Iterable[str], limit_s: float) -> None:
-    """Ask the controllers of these fleets to end their workers, all at a time.
+def stop_fleets(limit_s: float, namespaces: Iterable[str] | None = None) -> None:
+    """Ask the controllers of these fleets, by default of all, to end their workers.
 
     Errors are ignored: what remains is killed by ``end_leftovers``.
     """
+    from cluster.actors.ray_tools import live_actors
+
+    if namespaces is None:
+        namespaces = [space for space, name in live_actors() if name == CONTROLLER_NAME]
 
     def stop(namespace: str) -> None:
         with contextlib.suppress(ExpertMeshError):
@@ -65,7 +69,7 @@ def end_fleet(namespace: str) -> None:
     """End the workers and the controller of a fleet, and free their resources."""
     from cluster.actors.ray_tools import kill_actors, live_actor_names, remove_placement_groups
 
-    stop_fleets([namespace], _STOP_LIMIT_S)
+    stop_fleets(_STOP_LIMIT_S, [namespace])
     names = [name for name in live_actor_names(namespace) if name != MODELS_NAME]
     kill_actors(sorted(names, key=lambda name: name != CONTROLLER_NAME), namespace)
     remove_placement_groups(namespace)

@@ -15,7 +15,7 @@ from gateway.calls.gateway import Gateway
 from gateway.cluster.table_follower import TableFollower
 from protos import admin_pb2 as pb
 
-_PATHS = "paths of checkpoints and states of revisions"
+_REVISIONS = "revisions of models"
 
 
 class RevisionCalls:
@@ -59,12 +59,12 @@ class RevisionCalls:
         return _message(await self._table.order("change", "unload", **named))
 
     async def ListRevisions(self, request: pb.ListRevisionsRequest) -> pb.ServedModels:
-        """Return all models with their revisions. Paths are for operators only."""
-        check_operator(self._gateway.admin_keys, _PATHS)
+        """Return all models with their revisions."""
         return _message(await self._table.order("table"))
 
     @property
     def _table(self) -> TableFollower:
+        check_operator(self._gateway.admin_keys, _REVISIONS)
         table = self._gateway.shared.models.table
         if table is None:
             raise NotReadyError("this server does not keep a table of models")

@@ -114,7 +114,7 @@ class Gateway:
         self.numbers = WorkerStats(cluster, self.tuning.numbers_age_s if has_keys else 0.0)
         logs.CONTEXT.request_id = REQUEST_ID.get
         self.model = ServedModel(config.model.served_model_name, engines)
-        self.metrics = GatewayMetrics(
+        metrics = GatewayMetrics(
             self.model.name,
             lambda: self.cluster.snapshot,
             {
@@ -128,6 +128,8 @@ class Gateway:
             config.gateway.vllm_metric_names,
             "" if revision == FIRST_REVISION else revision,
         )
+        self.metrics = shared.metrics.setdefault(metrics.key, metrics)
+        self.metrics.follow(lambda: self.cluster.snapshot, lambda: self.cluster.known_load)
         self.inspection_memory = InspectionMemory(self.tuning.max_inspection_bytes, self.metrics)
         """Memory of the results of all inspections, over HTTP and gRPC."""
         self.counts = GatewayCounts()

@@ -38,6 +38,8 @@ class ModelRoute:
     revisions: dict[str, Gateway]
     """Gateways of the revisions that may get new calls."""
     canary: Canary | None = None
+    standby: Gateway | None = None
+    """Gateway of the replaced revision, which describes the model while no revision serves."""
     _sessions: OrderedDict[tuple[str, str], str] = field(default_factory=OrderedDict)
     """Revision of each session, by tenant and session id."""
     _released: asyncio.Event = field(default_factory=asyncio.Event)
@@ -52,19 +54,36 @@ class ModelRoute:
         Raises ``NotReadyError`` while no revision serves.
         """
         found = self.revisions.get(self.active) or next(iter(self.revisions.values()), None)
-        if found is None:
+        if (found := found or self.standby) is None:
             raise self._replaced()
         return found
 
+    @property
+    def is_held(self) -> bool:
+        """Whether new calls wait for another revision."""
+        return not self._released.is_set()
+
     def knows(self, name: str) -> bool:
         """Whether this is the name of the model, or of an adapter that the caller may use."""
-        return name == self.name or any(g.model.knows(name) for g in self.revisions.values())
+        return name == self.name or self._with(name) is not None
+
+    def _with(self, name: str) -> Gateway | None:
+        """Return the gateway of a revision that has an adapter, the active one first."""
+        gateways = (self.revisions.get(self.active), *self.revisions.values(), self.standby)
+        return next((g for g in gateways if g is not None and g.model.knows(name)), None)
 
     def update(
-        self, active: str, revisions: Mapping[str, Gateway], canary: Canary | None, is_held: bool
+        self,
+        active: str,
+        revisions: Mapping[str, Gateway],
+        canary: Canary | None = None,
+        standby: Gateway | None = None,
+        *,
+        is_held: bool = False,
     ) -> None:
         """Replace the revisions. New calls wait while ``is_held``."""
         self.active, self.revisions, self.canary = active, dict(revisions), canary
+        self.standby = standby
         (self._released.clear if is_held else self._released.set)()
 
     async def wait_released(self, limit_s: float) -> None:
@@ -102,7 +121,10 @@ class ModelRoute:
             self._sessions.move_to_end((tenant, call.session))
             if len(self._sessions) > _MAX_SESSIONS:
                 self._sessions.popitem(last=False)
-        return self.revisions.get(name) or self.gateway
+        gateway = self.revisions.get(name) or self.gateway
+        if call.model is not None and not gateway.model.knows(call.model):
+            return self._with(call.model) or gateway  # an adapter that is not loaded everywhere
+        return gateway
 
     def _draw(self, session: str, key: str) -> str:
         """Return the canary's or the active revision; all gateways agree on a session."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import ModelNotFoundError
-from cluster.core.model_table import Canary
 from cluster.core.process import count_cpus
 from cluster.disk.threads import DiskThreads
 from gateway.auth.auth import CALLER, KeyRing, make_key_rings
@@ -17,6 +16,7 @@ from gateway.calls.output_queue import CallRegistry
 from gateway.cluster.table_follower import TableFollower
 from gateway.core.errors import StorageTimeoutError
 from gateway.core.tuning import GatewayTuning
+from gateway.observability.metrics import GatewayMetrics
 from gateway.offload.long_work import LongWork
 from gateway.state.store import StateStore, open_store
 
@@ -45,9 +45,20 @@ class ServedModels:
         return len(self._gateways)
 
     @property
-    def routes(self) -> Collection[ModelRoute]:
-        """The models that are served."""
-        return self._routes.values()
+    def usable_routes(self) -> list[ModelRoute]:
+        """The models that the caller may use, wholly or by an adapter."""
+        return [
+            route
+            for route in self._routes.values()
+            if _may_use(route.name, route.name)
+            or (route.revisions and any(map(route.knows, _names_of_caller())))
+        ]
+
+    @property
+    def usable_metrics(self) -> list[GatewayMetrics]:
+        """Metrics of the models that the caller may use, without duplicates."""
+        gateways = (g for g in self._gateways if _may_use(g.model.name, g.model.name))
+        return list(dict.fromkeys(gateway.metrics for gateway in gateways))
 
     @property
     def default(self) -> Gateway:
@@ -69,18 +80,11 @@ class ServedModels:
         if gateway is not self._gateways[0]:
             self._gateways.remove(gateway)
 
-    def route(
-        self,
-        name: str,
-        active: str,
-        revisions: Mapping[str, Gateway],
-        canary: Canary | None = None,
-        is_held: bool = False,
-    ) -> None:
-        """Change the route of a model; see ``ModelRoute.update``."""
+    def route(self, name: str, active: str) -> ModelRoute:
+        """Return the route of a model; a new one without revisions if there is none."""
         if name not in self._routes:
-            self._routes[name] = ModelRoute(name, active, dict(revisions))
-        self._routes[name].update(active, revisions, canary, is_held)
+            self._routes[name] = ModelRoute(name, active, {})
+        return self._routes[name]
 
     def keep_routes(self, names: Collection[str]) -> None:
         """End the routes of all other models."""
@@ -109,8 +113,8 @@ class ServedModels:
         """Return the models and adapters that the caller may use, each with its gateway."""
         return [
             (name, route.gateway)
-            for route in self._routes.values()
-            if route.revisions
+            for route in self.usable_routes
+            if route.revisions or route.standby
             for name in (route.name, *route.gateway.model.adapters.names())
             if _may_use(name, route.name)
         ]
@@ -122,10 +126,11 @@ class ServedModels:
         is: requests for a lost model fail alone. See ``Readiness.not_ready_reasons``.
         """
         found = {
-            route.name: route.gateway.readiness.not_ready_reasons(is_whole)
-            if route.revisions
-            else ["it is being replaced by another revision"]
+            route.name: []
+            if route.is_held  # its requests wait
+            else route.gateway.readiness.not_ready_reasons(is_whole)
             for route in self._routes.values()
+            if route.revisions or route.is_held
         }
         self._has_been_ready = self._has_been_ready or not any(found.values())
         if self._has_been_ready and not all(found.values()):
@@ -135,12 +140,16 @@ class ServedModels:
         return [f"{name}: {reason}" for name, reasons in found.items() for reason in reasons]
 
 
+def _names_of_caller() -> tuple[str, ...]:
+    """Return the model names to which the current request's key is limited; empty: to none."""
+    caller = CALLER.get()
+    return () if caller is None or caller.is_admin else caller.entry.models
+
+
 def _may_use(name: str, model: str) -> bool:
     """Whether the current request's key may use ``name``: a model, or an adapter of ``model``."""
-    caller = CALLER.get()
-    if caller is None or caller.is_admin or not caller.entry.models:
-        return True
-    return name in caller.entry.models or model in caller.entry.models
+    names = _names_of_caller()
+    return not names or name in names or model in names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +168,8 @@ class SharedParts:
     running: CallRegistry
     """Running calls of the replica."""
     models: ServedModels = field(default_factory=ServedModels)
+    metrics: dict[str, GatewayMetrics] = field(default_factory=dict)
+    """Metrics by ``GatewayMetrics.key``: a revision that returns continues its counts."""
 
     @classmethod
     def of(

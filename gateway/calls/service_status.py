@@ -93,7 +93,7 @@ class ServiceStatus:
         status |= {"schema": 1, "gateway": list(replicas)}
         entries = [
             _model_entry(route.name, name, gateway)
-            for route in self._models.routes
+            for route in self._models.usable_routes
             for name, gateway in route.revisions.items()
         ]
         if len(entries) > 1:
@@ -118,14 +118,16 @@ class ServiceStatus:
             await refreshed
         else:
             replicas, _ = await asyncio.gather(self.replicas.call("metrics"), refreshed)
-        exposition = render_metrics([model.metrics for model in models], replicas, is_whole)
+        metrics = self._models.usable_metrics
+        exposition = render_metrics(metrics, replicas, is_whole) if metrics else b""
         for model in models:
             exposition = model.model.adapters.without_series_of_others(exposition)
         return exposition
 
     def own_families(self) -> dict[str, list[PlainFamily]]:
         """Return the metrics that this replica counts, by model and revision, as plain data."""
-        return {model.metrics.key: model.metrics.own_families() for model in self._models}
+        metrics = {model.metrics.key: model.metrics for model in self._models}
+        return {key: one.own_families() for key, one in metrics.items()}
 
     def adapter_keys(self) -> list[str]:
         """Return the keys of the adapters that requests to this replica may name."""

@@ -134,6 +134,14 @@ class GatewayMetrics:
             f"{f.name}_total" if f.type == "counter" else f.name for f in registry.collect()
         }
 
+    def follow(
+        self,
+        snapshot: Callable[[], Snapshot | None],
+        load: Callable[[], Mapping[str, Any] | None] = lambda: None,
+    ) -> None:
+        """Take the cluster's state and the experts' load from other functions."""
+        self._snapshot, self._load = snapshot, load
+
     def own_families(self) -> list[PlainFamily]:
         """Return the metrics that this replica counts, as plain data for another replica."""
         return to_plain(self._registry)
