@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from benchmarks.faults.load import wait
 from benchmarks.harness.serving_cluster import RayCluster
-from cluster.actors.ray_tools import NAMESPACE
+from cluster.core.fleets import NAMESPACE
 
 _AT_BYTES = 0.5
 """Position of a change in a file, as a fraction of its size: in the weights, after the header."""

@@ -120,6 +120,20 @@ def saying(text: str | bytes, end: bool = True) -> Script:
     return lambda request, choice: [*ids, EOS_ID] if end else ids
 
 
+def other_tokenizer() -> Tokenizer:
+    """The tokenizer of a second model: a token for each byte, with ids in the reverse order.
+
+    It has as many tokens as ``tiny_tokenizer``, and the same special ones.
+    """
+    symbols = [*sorted(ByteLevel.alphabet(), reverse=True), *(f"zz{i}" for i in range(len(MERGES)))]
+    vocab = {symbol: number for number, symbol in enumerate(symbols)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS, "<|user|>", "<|assistant|>", "<|system|>"])
+    return Tokenizer(tokenizer, ChatTemplate(CHAT_TEMPLATE, {"eos_token": EOS}))
+
+
 @dataclass
 class ScriptedEngine:
     """An engine whose tokens come from a script, one step of all running choices at a time."""
@@ -441,7 +455,7 @@ def controller_metrics() -> list[PlainFamily]:
 class FakeController:
     """Answers as the controller does; ``change`` publishes a new snapshot."""
 
-    def __init__(self, release: str = RELEASE) -> None:
+    def __init__(self, release: str = RELEASE, model: str = "tiny") -> None:
         self.state: dict[str, Any] = {
             "version": 1,
             "schema": 1,
@@ -452,7 +466,7 @@ class FakeController:
             "placement_epoch": 3,
             "experts_complete": True,
             "late_workers": [],
-            "model": {"name": "tiny", "max_model_len": MAX_MODEL_LEN, "vocab_size": VOCAB_SIZE},
+            "model": {"name": model, "max_model_len": MAX_MODEL_LEN, "vocab_size": VOCAB_SIZE},
             "adapters": [],
             "workers": [],
             "gateway": [],
@@ -564,7 +578,7 @@ class FakeController:
         }
         return {
             "schema": 1,
-            "model": "tiny",
+            "model": self.state["model"]["name"],
             "top_k": 2,
             "tokens": 5,
             "epoch": 3,

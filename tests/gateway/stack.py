@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import httpx
@@ -37,10 +38,21 @@ from tests.gateway.fakes import (
 )
 
 MODEL = "tiny"
+OTHER_MODEL = "other"
+"""Name of the second model, where a stack has two."""
 WAIT_S = 60.0
 """Longest wait for anything, on a machine that is busy with other work."""
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FurtherModel:
+    """A model beside the first one of a stack, with an engine and a controller of its own."""
+
+    gateway: Gateway
+    engine: ScriptedEngine
+    controller: FakeController
 
 
 class Stack:
@@ -54,6 +66,7 @@ class Stack:
         silence_limit_s: float = WAIT_S,
         observability: ObservabilitySection | None = None,
         tuning: GatewayTuning | None = None,
+        more_models: Mapping[str, Tokenizer | None] | None = None,
     ) -> None:
         self.config = ClusterConfig(
             model=ModelSection(path="/nowhere", served_model_name=MODEL),
@@ -64,6 +77,7 @@ class Stack:
         )
         self._tokenizer = tokenizer
         self._tuning = tuning
+        self._more_models = more_models or {}
         self._silence_limit_s = silence_limit_s
         self._thread = LoopThread(WAIT_S)
         self.engine = ScriptedEngine()
@@ -75,6 +89,8 @@ class Stack:
         self.grpc_server: GrpcServer
         self.grpc_target = ""
         self.admin: AdminApi
+        self.others: dict[str, FurtherModel] = {}
+        """The models beside the first one, by name."""
         self._closers: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -91,17 +107,22 @@ class Stack:
 
     @contextlib.contextmanager
     def as_new(self) -> Iterator[None]:
-        """The engine's defaults before, and nothing running afterwards."""
-        engine = self.engine
-        engine.script, engine.step_s, engine.tokens_per_output = counting_script, 0.0, 1
-        engine.is_paused, engine.error, engine.repeat_outputs = False, None, False
-        engine.num_cached_tokens = 0
-        engine.requests.clear()
-        engine.aborts.clear()
-        self.controller.drain_orders.clear()
+        """The engines' defaults before, and nothing running afterwards."""
+        engines = [self.engine, *(other.engine for other in self.others.values())]
+        for engine in engines:
+            engine.script, engine.step_s, engine.tokens_per_output = counting_script, 0.0, 1
+            engine.is_paused, engine.error, engine.repeat_outputs = False, None, False
+            engine.num_cached_tokens = 0
+            engine.requests.clear()
+            engine.aborts.clear()
+        for controller in (self.controller, *(other.controller for other in self.others.values())):
+            controller.drain_orders.clear()
         yield
-        engine.is_paused = False
-        self.wait_for(lambda: not engine.running, "the end of all requests")
+        for engine in engines:
+            engine.is_paused = False
+        self.wait_for(
+            lambda: not any(engine.running for engine in engines), "the end of all requests"
+        )
 
     def wait_for(self, condition: Callable[[], bool], what: str = "a condition") -> None:
         """Wait until it holds."""
@@ -115,10 +136,18 @@ class Stack:
             self.serve()
 
     def serve(self) -> None:
-        """Let the cluster be ready."""
-        workers = [attention_entry(self.engine), expert_entry(0), expert_entry(1)]
-        self.call(lambda: self.controller.change(state="SERVING", workers=workers))
-        self.wait_for(lambda: not self.gateway.readiness.not_ready_reasons(), "readiness")
+        """Let the clusters of all models be ready."""
+        self.serve_one(self.gateway, self.engine, self.controller)
+        for other in self.others.values():
+            self.serve_one(other.gateway, other.engine, other.controller)
+
+    def serve_one(
+        self, gateway: Gateway, engine: ScriptedEngine, controller: FakeController
+    ) -> None:
+        """Let the cluster of one model be ready."""
+        workers = [attention_entry(engine), expert_entry(0), expert_entry(1)]
+        self.call(lambda: controller.change(state="SERVING", workers=workers))
+        self.wait_for(lambda: not gateway.readiness.not_ready_reasons(), "readiness")
 
     def wait_no_requests(self) -> None:
         """Wait until every request has given its place in the queue back."""
@@ -134,37 +163,56 @@ class Stack:
         self._thread.close()
 
     async def _start(self) -> None:
-        await self.engine.start()
-        self._closers.append(self.engine.stop)
         self.controller = FakeController()
+        self.gateway = await self._start_model(
+            self.config, self._tokenizer, self.engine, self.controller
+        )
+        self.engines = self.gateway.engines
+        for place, (name, tokenizer) in enumerate(self._more_models.items(), 1):
+            model = replace(self.config.model, served_model_name=name)
+            config = replace(self.config, model=model, fleet=f"model-{place}")
+            engine, controller = ScriptedEngine(), FakeController(model=name)
+            gateway = await self._start_model(config, tokenizer, engine, controller)
+            self.others[name] = FurtherModel(gateway=gateway, engine=engine, controller=controller)
+        await self._start_grpc()
+        for gateway in self.gateway.shared.models:
+            gateway.cluster.start()
+        await self._start_http()
+
+    async def _start_model(
+        self,
+        config: ClusterConfig,
+        tokenizer: Tokenizer | None,
+        engine: ScriptedEngine,
+        controller: FakeController,
+    ) -> Gateway:
+        await engine.start()
+        self._closers.append(engine.stop)
 
         async def find() -> ControllerCalls:
-            return self.controller
+            return controller
 
         cluster = SnapshotFollower(find)
-        self.engines = EnginePool(
+        engines = EnginePool(
             CLUSTER_TOKEN,
             "gateway-test",
-            RoutingPolicy(self.config.gateway.routing_policy),
+            RoutingPolicy(config.gateway.routing_policy),
             silence_limit_s=self._silence_limit_s,
             ping_s=0.1,
         )
-        self.gateway = Gateway(
-            self.config, self._tokenizer, cluster, self.engines, "gateway-test", self._tuning
-        )
-        self._closers.append(self.gateway.close)
-        if self.gateway.tracing is not None:
-            tracing = self.gateway.tracing
+        shared = self.gateway.shared if hasattr(self, "gateway") else None
+        gateway = Gateway(config, tokenizer, cluster, engines, "gateway-test", self._tuning, shared)
+        self._closers.append(gateway.close)
+        if gateway.tracing is not None:
+            tracing = gateway.tracing
             self._closers.append(lambda: asyncio.to_thread(tracing.export.stop))
-        self._closers.append(self.engines.stop)
-        await self._start_grpc()
-        cluster.start()
+        self._closers.append(engines.stop)
 
         async def stop_cluster() -> None:
             cluster.stop()
 
         self._closers.append(stop_cluster)
-        await self._start_http()
+        return gateway
 
     async def _start_grpc(self) -> None:
         server = self.grpc_server = GrpcServer(self.gateway, "127.0.0.1", 0)
@@ -210,12 +258,16 @@ def running_stack(
     silence_limit_s: float = WAIT_S,
     observability: ObservabilitySection | None = None,
     tuning: GatewayTuning | None = None,
+    more_models: Mapping[str, Tokenizer | None] | None = None,
 ) -> Iterator[Stack]:
-    """A gateway that runs for the length of a ``with`` block."""
+    """A gateway that runs for the length of a ``with`` block.
+
+    ``more_models``: tokenizers of the models that it serves beside ``MODEL``, by name.
+    """
     if tokenizer is None and has_tokenizer:
         tokenizer = tiny_tokenizer()
     section = section or GatewaySection(request_timeout_s=WAIT_S)
-    stack = Stack(section, tokenizer, engine, silence_limit_s, observability, tuning)
+    stack = Stack(section, tokenizer, engine, silence_limit_s, observability, tuning, more_models)
     stack.start(serving)
     try:
         yield stack

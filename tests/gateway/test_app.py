@@ -23,10 +23,10 @@ from benchmarks.harness.stalls import wait_until
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
 from cluster.config.model import ModelSection
+from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE
 from cluster.launch import local_ray
 from expertmesh.loop_thread import LoopThread
 from gateway.app import APP_NAME, build_app
-from gateway.cluster.client import CONTROLLER_NAME, RAY_NAMESPACE
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import (
@@ -112,7 +112,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     # Ray first: it forks, which does not go with the threads of gRPC
     with _local_ray(), _running_engine() as engine:
         actor: Any = ray.remote(num_cpus=0)(ControllerActor)
-        controller = actor.options(name=CONTROLLER_NAME, namespace=RAY_NAMESPACE).remote()
+        controller = actor.options(name=CONTROLLER_NAME, namespace=NAMESPACE).remote()
         options = {"host": "127.0.0.1", "port": serve_port}
         serve.start(proxy_location="HeadOnly", http_options=options)
         serve.run(build_app(config.to_dict()), name=APP_NAME, route_prefix=PREFIX)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.harness.server import running_server
 from cluster.core.process import count_cpus
-from cluster.launch.parts import describe_threads
+from cluster.launch.fleet import describe_threads
 
 pytestmark = pytest.mark.ray
 

@@ -79,11 +79,11 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killed:
     def kill(handle: Any, no_restart: bool) -> None:
         found.actors.append(handle)
 
-    def newest_term(above: int, but: str) -> int:
+    def newest_term(above: int, but: str, namespace: str) -> int:
         return found.newest_term if found.newest_term > above else 0
 
     monkeypatch.setattr(ray_tools, "newest_term", newest_term)
-    monkeypatch.setattr(ray_tools, "claim_term", lambda identity: 1)
+    monkeypatch.setattr(ray_tools, "claim_term", lambda identity, namespace: 1)
     monkeypatch.setattr(ray_tools, "this_node_id", lambda: NODE)
     monkeypatch.setattr(worker_actor, "wait_gone", lambda process, limit_s: True)
     monkeypatch.setattr(worker_actor, "kill_process", found.processes.append)
@@ -140,7 +140,7 @@ def test_an_end_that_was_cancelled_can_be_repeated(
     killed: Killed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handoff has a limit, and is tried again."""
-    monkeypatch.setattr(ray_tools, "remove_placement_groups", lambda: None)
+    monkeypatch.setattr(ray_tools, "remove_placement_groups", lambda namespace: None)
 
     async def body() -> None:
         group, handle = await _group(Handle()), Handle(is_slow=True)
@@ -179,8 +179,10 @@ def test_only_the_newest_controller_starts_workers(
     killed: Killed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newest one may have started a worker of that name."""
-    monkeypatch.setattr(ray_tools, "live_actor_names", lambda: ["expert-0.2"])
-    monkeypatch.setattr(ray_tools, "kill_actors", killed.actors.extend)
+    monkeypatch.setattr(ray_tools, "live_actor_names", lambda namespace: ["expert-0.2"])
+    monkeypatch.setattr(
+        ray_tools, "kill_actors", lambda names, namespace: killed.actors.extend(names)
+    )
 
     async def body() -> None:
         group = await _group(Handle())

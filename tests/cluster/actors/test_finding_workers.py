@@ -53,7 +53,7 @@ def test_a_worker_is_left_out_when_it_has_died_or_does_not_answer_in_time(
     monkeypatch: pytest.MonkeyPatch, errors: list[Exception], found: list[str], known: list[str]
 ) -> None:
     handles = {"expert-0": Handle(errors), "expert-1": Handle([])}
-    monkeypatch.setattr(ray_tools, "live_actor_names", lambda: [*handles, "gateway"])
+    monkeypatch.setattr(ray_tools, "live_actor_names", lambda namespace: [*handles, "gateway"])
     monkeypatch.setattr(ray, "get_actor", lambda name, namespace: handles[name])
     monkeypatch.setattr(worker_group, "_POLL_S", 0.01)
     monkeypatch.setattr(ResourceReservation, "find", lambda room: None)

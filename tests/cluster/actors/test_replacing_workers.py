@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.actors import ray_tools, resource_reservation, worker_group
+from cluster.actors import ray_tools, resource_reservation
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError
@@ -61,11 +61,11 @@ class SlowHead:
 
 @pytest.fixture(autouse=True)
 def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nothing(names: object) -> None:
+    async def nothing(group: WorkerGroup, names: object) -> None:
         """No actor has these names."""
 
-    monkeypatch.setattr(worker_group, "_free_names", nothing)
-    monkeypatch.setattr(ray_tools, "newest_term", lambda above, but: 0)
+    monkeypatch.setattr(WorkerGroup, "_free_names", nothing)
+    monkeypatch.setattr(ray_tools, "newest_term", lambda above, but, namespace: 0)
 
 
 def test_workers_that_start_side_by_side_take_different_places() -> None:
@@ -88,12 +88,12 @@ def test_a_name_that_an_earlier_controller_had_used_takes_no_place_of_another_wo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It died before the new worker had called: the next one gives that name again."""
-    monkeypatch.setattr(ray_tools, "live_actor_names", lambda: ["expert-0", "expert-1.2"])
+    monkeypatch.setattr(ray_tools, "live_actor_names", lambda namespace: ["expert-0", "expert-1.2"])
     monkeypatch.setattr(ray, "get_actor", lambda name, namespace: Handle())
     monkeypatch.setattr(ray.util, "get_placement_group", lambda name: object())
     bundles = {"bundles_to_node_id": {0: "a node", 1: "a node"}}
     monkeypatch.setattr(resource_reservation, "placement_group_table", lambda group: bundles)
-    monkeypatch.setattr(ray_tools, "added_placement_groups", dict)
+    monkeypatch.setattr(ray_tools, "added_placement_groups", lambda namespace: {})
     head = SlowHead(1)
     group = WorkerGroup({"expert": head})
     member = Member(name="expert-1.2", role="expert", rank=1, device=1)
@@ -114,7 +114,9 @@ def test_resources_are_released_although_ray_failed_meanwhile(
             raise RuntimeError("the head node is away")
 
     made, removed = Group(), list[object]()
-    monkeypatch.setattr(resource_reservation, "_added_group", lambda *place: made)
+    monkeypatch.setattr(
+        resource_reservation.ResourceReservation, "_added_group", lambda *place: made
+    )
     monkeypatch.setattr(resource_reservation, "remove_placement_group", removed.append)
     room = resource_reservation.ResourceReservation()
     with pytest.raises(RuntimeError, match="away"):

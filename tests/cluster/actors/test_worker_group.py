@@ -22,7 +22,6 @@ from benchmarks.harness.serving_cluster import QUIET_S, connected_ray
 from benchmarks.harness.stalls import Limit, wait_until
 from cluster.actors.controller_client import create_controller
 from cluster.actors.ray_tools import (
-    NAMESPACE,
     claim_term,
     cluster_nodes,
     free_resources,
@@ -35,6 +34,7 @@ from cluster.config.transport import TransportSection
 from cluster.config.workers import WorkersSection
 from cluster.controller.settings import ControllerSettings
 from cluster.core.errors import ConfigError
+from cluster.core.fleets import NAMESPACE
 from cluster.core.node_labels import DEVICE_SPEED, FAILURE_DOMAIN, LINK_CLASS
 from cluster.core.topology import Member
 from cluster.launch.teardown import end_leftovers

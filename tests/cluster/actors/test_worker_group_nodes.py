@@ -19,10 +19,11 @@ import ray
 
 from benchmarks.harness.serving_cluster import end_shared_ray
 from benchmarks.harness.stalls import wait_until
-from cluster.actors.ray_tools import NAMESPACE, cluster_nodes, live_actor_names
+from cluster.actors.ray_tools import cluster_nodes, live_actor_names
 from cluster.actors.worker_group import WorkerGroup
 from cluster.config.workers import WorkersSection
 from cluster.core.errors import StartError
+from cluster.core.fleets import NAMESPACE
 from cluster.core.topology import Member
 from cluster.launch import local_ray
 from cluster.sizing.start_plan import StartPlan, plan_start

@@ -18,9 +18,10 @@ from pathlib import Path
 from cluster.config.gateway import ShutdownStage
 from cluster.core.errors import ConfigError, StartError
 from cluster.core.process import ProcessIdentity
+from cluster.launch.fleet import describe_threads
 from cluster.launch.launch import main
 from cluster.launch.orphans import end_private_ray, find_by_files
-from cluster.launch.parts import ClusterParts, ProgressFn, describe_threads
+from cluster.launch.parts import ClusterParts, ProgressFn
 from cluster.launch.plan import LaunchPlan
 from cluster.launch.state_file import log_path
 

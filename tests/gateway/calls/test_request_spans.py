@@ -117,7 +117,7 @@ def parts(
     run(running)
     addresses = {"http": "127.0.0.1:8000"}
     events = cluster_events or ClusterEvents()
-    tracing = Tracing(kept.export, "tiny", lambda: addresses, None, events)
+    tracing = Tracing(kept.export, "tiny", lambda: addresses, cluster_events=events)
     tracing.record(trace_of(running, error))
     *children, root = kept.spans
     began_ns, ended_ns = times_ns(root)
@@ -194,7 +194,7 @@ def test_a_large_batch_has_spans_of_its_first_prompts() -> None:
 
 def test_a_trace_that_fails_does_not_harm_its_request(caplog: pytest.LogCaptureFixture) -> None:
     async def end() -> None:
-        tracing = Tracing(KeptSpans().export, "tiny", lambda: {"http": "host:none"}, None)
+        tracing = Tracing(KeptSpans().export, "tiny", lambda: {"http": "host:none"})
         trace = tracing.begin("/v1/completions", "http", "r", ())
         assert trace is not None
         trace.end()
@@ -219,7 +219,7 @@ def test_a_request_links_to_the_changes_that_went_on_meanwhile() -> None:
     seen.take({"changes": [whole, {**during, "seconds": 0.5}]}, 103.0)
     running = generation_of(1, 1)
     answer(running)
-    tracing = Tracing(kept.export, "tiny", dict, None, seen)
+    tracing = Tracing(kept.export, "tiny", dict, cluster_events=seen)
     tracing.record(trace_of(running))
     found = {
         link.context.trace_id.to_bytes(16, "big") + link.context.span_id.to_bytes(8, "big"): dict(
@@ -235,7 +235,7 @@ def test_a_request_links_to_the_changes_that_went_on_meanwhile() -> None:
 
 def test_workers_make_spans_below_the_request_and_its_decode() -> None:
     kept = KeptSpans()
-    tracing = Tracing(kept.export, "tiny", dict, None)
+    tracing = Tracing(kept.export, "tiny", dict)
     running = generation_of(MAX_PROMPTS + 1, 1)
     answer(running)
     trace = trace_of(running)
@@ -256,7 +256,7 @@ def test_workers_make_spans_below_the_request_and_its_decode() -> None:
 
 def test_the_steps_of_a_request_that_is_not_sampled_have_no_spans() -> None:
     kept = KeptSpans()
-    tracing = Tracing(kept.export, "tiny", dict, None)
+    tracing = Tracing(kept.export, "tiny", dict)
     trace = trace_of(generation_of(1, 1))
     trace.headers = {"traceparent": [f"00-{'1' * 32}-{'2' * 16}-00"]}
     assert tracing.parents(trace) is None

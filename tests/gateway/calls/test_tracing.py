@@ -452,7 +452,7 @@ def test_off_it_imports_nothing_and_makes_nothing() -> None:
         "import sys, gateway.http.api, gateway.grpc.server\n"
         "from cluster.config.observability import ObservabilitySection\n"
         "from gateway.calls.tracing import start_tracing\n"
-        "assert start_tracing(ObservabilitySection(), 'g', 'm', dict, str, None) is None\n"
+        "assert start_tracing(ObservabilitySection(), 'g', 'm', dict, None) is None\n"
         "names = ('opentelemetry.sdk', 'opentelemetry.exporter')\n"
         "print([name for name in names if name in sys.modules])"
     )
@@ -466,4 +466,4 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     section = ObservabilitySection(otlp_endpoint="http://127.0.0.1:4317")
     with pytest.raises(ConfigError, match=r"otlp_endpoint .* needs the extra otel: pip install"):
-        start_tracing(section, "gateway", MODEL, dict, str, LongWork())
+        start_tracing(section, "gateway", MODEL, dict, LongWork())

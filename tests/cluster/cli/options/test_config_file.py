@@ -33,7 +33,7 @@ def values_of(
     path.write_text(text)
     args = make_parser().parse_args(["up", "--config", str(path), *words])
     given = read_given_options(args, environment or {})
-    return given.values | {"MODEL": given.model.value}
+    return given.values | {"MODEL": given.models[0].model.value}
 
 
 def test_options_come_from_the_file(tmp_path: Path) -> None:

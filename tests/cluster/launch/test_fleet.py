@@ -1,10 +1,10 @@
-"""What a launcher says about the parts of a cluster; starts and ends are in test_launch_cluster."""
+"""What a launcher says about the workers of one model, and when the model is lost."""
 
 from __future__ import annotations
 
 import pytest
 
-from cluster.launch.parts import describe_threads
+from cluster.launch.fleet import describe_threads
 
 
 @pytest.mark.parametrize(
