@@ -77,6 +77,12 @@ def test_a_key_file_is_lines_or_yaml_or_json(tmp_path: Path) -> None:
     assert read_key_file(write(tmp_path / "bare", json.dumps(KEYS))) == as_json
 
 
+def test_a_key_may_be_for_some_models(tmp_path: Path) -> None:
+    keys = "keys: [{key: a, models: [small, sql]}, {key: b, models: null}, {key: c}]"
+    found = read_key_file(write(tmp_path / "keys", keys))
+    assert [entry.models for entry in found] == [("small", "sql"), (), ()]
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
@@ -97,6 +103,11 @@ def test_a_key_file_is_lines_or_yaml_or_json(tmp_path: Path) -> None:
         ("keys: [{key: s3cret, tokens_per_minute: .nan}]", "tokens_per_minute must be a number"),
         (f"keys: [{{key: s3cret, weight: {10**400}}}]", "weight must be a number above 0"),
         ("keys: [{key: s3cret, requests_per_minute: yes}]", "requests_per_minute must be a number"),
+        ("keys: [{key: s3cret, models: small}]", "key 1: models must be a list of names"),
+        ("keys: [{key: s3cret, models: []}]", "key 1: models must be a list of names"),
+        ("keys: [{key: s3cret, models: [small, 2]}]", "key 1: models must be a list of names"),
+        ("keys: [{key: s3cret, models: [small, '']}]", "key 1: models must be a list of names"),
+        ("keys: [{key: s3cret, models: {small: 1}}]", "key 1: models must be a list of names"),
         ("keys: [{key: 12345}]", "printable ASCII"),
         ("keys: [{name: a, key: s3cret}, {name: a, key: b}]", "same name twice"),
         ("keys: !!python/object/apply:os.system ['true']", "neither YAML nor JSON"),

@@ -23,7 +23,7 @@ class TwoReplicas:
         self.other: dict[str, Any] = {
             "describe": {"name": OTHER},
             "abort": ["theirs"],
-            "metrics": stack.gateway.metrics.own_families(),
+            "metrics": stack.gateway.status.own_families(),
         }
         self.asked: list[tuple[Any, ...]] = []
 

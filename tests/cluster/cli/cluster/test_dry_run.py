@@ -82,8 +82,9 @@ def test_auto_says_why(capsys: pytest.CaptureFixture[str], state_home: Path) -> 
         == ExitCode.OK
     )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("mode     colocated: a decode step of 64 rows with 2048 tokens")
-    assert "1 attention + 2 expert workers (attention " in lines[0]
+    (mode,) = [line for line in lines if line.startswith("mode ")]
+    assert mode.startswith("mode     colocated: a decode step of 64 rows with 2048 tokens")
+    assert "1 attention + 2 expert workers (attention " in mode
     assert [line.split()[0] for line in lines[-3:]] == [f"colocated-{i}" for i in range(3)]
     assert not list(state_home.rglob("*.json"))
 
