@@ -14,6 +14,7 @@ from cluster.config.resources import NodeResources, WorkerShare, plan_shares, re
 from cluster.config.transport import Transport, TransportSection
 from cluster.config.workers import Device, Mode, WorkersSection
 from cluster.core.errors import ConfigError
+from cluster.core.topology import Role
 from cluster.sizing.start_plan import plan_start
 from tests.cluster.controller.fakes_cluster import make_members
 
@@ -100,6 +101,51 @@ def test_colocated_workers_count_once() -> None:
     assert plan_shares(half, _nodes(2, gpus=1)).gpus == 0.5
     with pytest.raises(ConfigError, match=r"3 workers need 1\.5 GPUs"):
         plan_shares(replace(half, num_expert_workers=3), _nodes(2, gpus=1))
+
+
+@pytest.mark.parametrize(
+    ("others", "cpus", "expected"),
+    [
+        ((("attention", 1), ("expert", 2)), (2,), 0.3333),  # 6 workers in all
+        ((("attention", 1),), (8,), 2.0),
+        ((("attention", 1), ("expert", 2)), (3, 3), 1.0),
+        ((("colocated", 5),), (4, 4), 1.0),
+    ],
+)
+def test_workers_of_all_models_share_the_cpus_equally(
+    others: tuple[tuple[Role, int], ...], cpus: tuple[float, ...], expected: float
+) -> None:
+    share = plan_shares(replace(_workers(), other_pools=others), _nodes(*cpus))
+    assert share.cpus == pytest.approx(expected)
+    back = WorkersSection(
+        mode="colocated",
+        num_expert_workers=sum(number for _, number in others),
+        other_pools=(("attention", 1), ("expert", 2)),
+    )
+    assert plan_shares(back, _nodes(*cpus)).cpus == share.cpus, "whichever model is asked"
+
+
+def test_free_cpus_are_shared_by_the_workers_of_all_models() -> None:
+    workers = replace(_workers(), other_pools=(("attention", 3),))
+    assert plan_shares(workers, _nodes(6), free_cpus=3.0).cpus == 0.5
+    assert plan_shares(workers, _nodes(6)).cpus == 1.0
+
+
+def test_explicit_cpus_are_checked_for_the_own_workers() -> None:
+    workers = replace(_workers(cpus=1.0), other_pools=(("attention", 1), ("expert", 2)))
+    assert plan_shares(workers, _nodes(3)).cpus == 1.0
+    with pytest.raises(ConfigError, match=r"3 workers need 3 CPUs, the cluster has 2 "):
+        plan_shares(workers, _nodes(2))
+
+
+def test_gpus_are_taken_when_the_workers_of_all_models_can_have_one() -> None:
+    workers = replace(_workers(), other_pools=(("attention", 1), ("expert", 2)))
+    assert plan_shares(workers, _nodes(8, gpus=6)).device == "cuda"
+    assert plan_shares(workers, _nodes(8, gpus=5)).device == "cpu"
+    by_name = replace(workers, device="cuda")
+    assert plan_shares(by_name, _nodes(8, gpus=3)).gpus == 0.5
+    explicit = replace(_workers(gpus=1.0), other_pools=(("attention", 1), ("expert", 2)))
+    assert plan_shares(explicit, _nodes(8, gpus=3)).gpus == 1.0
 
 
 def test_a_busy_cluster_makes_default_shares_smaller() -> None:

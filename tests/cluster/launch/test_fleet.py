@@ -2,9 +2,94 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from cluster.launch.fleet import describe_threads
+import pytest
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError
+
+from cluster.launch import fleet
+from cluster.launch.fleet import Fleet, describe_threads
+from tests.cluster.launch.test_launch_plan import plan_of_two
+
+
+class Clock:
+    """A monotonic clock that tests move."""
+
+    now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+class Controller:
+    """The handle of a controller; ``ray.get`` is replaced by a call of what ``remote`` returns."""
+
+    def __init__(self) -> None:
+        self.answer: dict[str, Any] | Exception = {"state": "SERVING", "error": None}
+        self.snapshot = self
+
+    def remote(self) -> Controller:
+        return self
+
+
+def get(controller: Controller, timeout: float) -> dict[str, Any]:
+    if isinstance(controller.answer, Exception):
+        raise controller.answer
+    return controller.answer
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(fleet, "time", made)
+    monkeypatch.setattr(ray, "get", get)
+    return made
+
+
+def make_fleet(controller: Controller) -> Fleet:
+    made = Fleet(plan_of_two().models[1])
+    made._controller = controller
+    return made
+
+
+def test_a_fleet_has_the_namespace_of_its_model() -> None:
+    first, second = (Fleet(model) for model in plan_of_two().models)
+    assert (first.namespace, second.namespace) == ("expertmesh", "expertmesh.model-1")
+    assert not first.has_controller
+    assert make_fleet(Controller()).has_controller
+
+
+@pytest.mark.parametrize("state", ["SERVING", "DEGRADED", "RECOVERING"])
+def test_a_model_that_is_served_is_not_lost(clock: Clock, state: str) -> None:
+    controller = Controller()
+    controller.answer = {"state": state, "error": None}
+    assert make_fleet(controller).find_loss() is None
+
+
+def test_a_stopped_cluster_is_lost_with_its_error(clock: Clock) -> None:
+    controller = Controller()
+    controller.answer = {"state": "STOPPED", "error": "no attention worker is left"}
+    assert make_fleet(controller).find_loss() == "no attention worker is left"
+
+
+@pytest.mark.parametrize(
+    "error", [ActorUnavailableError("away", b"1" * 16), GetTimeoutError("silent")]
+)
+def test_a_controller_is_awaited_for_a_minute(clock: Clock, error: Exception) -> None:
+    controller = Controller()
+    watched = make_fleet(controller)
+    assert watched.find_loss() is None
+    controller.answer = error
+    clock.now_s += 60.0
+    assert watched.find_loss() is None
+    clock.now_s += 1.0
+    assert watched.find_loss() == "the controller is lost, see the log"
+    controller.answer = {"state": "SERVING", "error": None}
+    assert watched.find_loss() is None
+    controller.answer = error
+    clock.now_s += 60.0
+    assert watched.find_loss() is None, "counted from its last answer"
 
 
 @pytest.mark.parametrize(

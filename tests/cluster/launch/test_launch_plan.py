@@ -6,6 +6,7 @@ import json
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from cluster.core.process import count_cpus
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.launch.plan import (
     LaunchPlan,
+    ModelPlan,
     check_ports,
     claim_ports,
     count_gpus,
@@ -76,6 +78,58 @@ def test_the_url_shows_tls() -> None:
 
 def test_a_plan_survives_the_pipe_to_the_launcher() -> None:
     assert from_plain(json.loads(json.dumps(dataclasses.asdict(plan()))), LaunchPlan) == plan()
+
+
+def plan_of_two(
+    second: WorkersSection | None = None, profile: dict[str, Any] | None = None
+) -> LaunchPlan:
+    """The plan, and a second model whose workers may differ."""
+    first, workers = plan(), second or WorkersSection()
+    config = replace(
+        first.config,
+        model=ModelSection(path="/n", served_model_name="n"),
+        workers=replace(workers, other_pools=(("attention", 1), ("expert", 2))),
+        fleet="model-1",
+    )
+    other = ModelPlan(config=config, facts=replace(first.facts, head_dim=32), profile=profile)
+    pools = tuple(workers.pools.items())
+    own = replace(first.config, workers=replace(first.config.workers, other_pools=pools))
+    return replace(first, config=own, others=(other,))
+
+
+def test_a_plan_of_two_models_survives_the_pipe_to_the_launcher() -> None:
+    made = plan_of_two(profile={"schema": 1})
+    back = from_plain(json.loads(json.dumps(dataclasses.asdict(made))), LaunchPlan)
+    assert back == made
+    assert [model.config.model.served_model_name for model in back.models] == ["m", "n"]
+    assert [model.facts.head_dim for model in back.models] == [16, 32]
+    assert [model.profile for model in back.models] == [None, {"schema": 1}]
+    assert [model.config.namespace for model in back.models] == ["expertmesh", "expertmesh.model-1"]
+
+
+def test_one_model_is_the_plan_itself() -> None:
+    made = plan()
+    assert made.models == (made,)
+
+
+def test_the_workers_of_every_model_must_fit() -> None:
+    made = plan_of_two()
+    assert made.planned(made.private_nodes) == made
+    large = plan_of_two(WorkersSection(cpus_per_worker=1.0))
+    with pytest.raises(ConfigError, match=r"^cpus_per_worker \(1\) does not fit: 3 workers"):
+        large.planned(large.private_nodes)
+    many = plan_of_two(WorkersSection(num_expert_workers=5))
+    with pytest.raises(ConfigError, match="must not exceed the 4 experts"):
+        many.planned(many.private_nodes)
+
+
+def test_the_mode_of_each_model_is_resolved() -> None:
+    made = plan_of_two(WorkersSection(mode="auto", num_expert_workers=1))
+    resolved = made.planned(made.private_nodes)
+    assert resolved.config == made.config, "its mode is given"
+    assert resolved.others[0].config.workers.mode != "auto"
+    assert resolved.others[0].config.workers.mode_reason
+    assert (resolved.name, resolved.others[0].facts) == (made.name, made.others[0].facts)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from cluster.cli.main import main
 from cluster.cli.terminal.exit_codes import ExitCode
 from cluster.core.errors import ConfigError
 from cluster.core.process import count_cpus
+from cluster.launch.model_source import find_model
 from cluster.launch.state_file import log_path
 from gateway.state.folder import check_folder, open_folder
 from tests.fakes import TINY_CONFIG, tiny_tensors, write_tiny_checkpoint
@@ -101,6 +102,61 @@ def test_what_would_be_refused_is_refused(capsys: pytest.CaptureFixture[str]) ->
     words = ("--mode", "colocated", "--num-expert-workers", "65")
     assert main(["serve", "--dry-run", *PORTS, *words]) == ExitCode.REFUSED
     assert "--num-expert-workers (65) must not exceed the 64 experts" in capsys.readouterr().err
+
+
+def test_a_plan_of_two_models_has_the_workers_of_both(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(tmp_path / "tiny")
+    file = tmp_path / "models.yaml"
+    bundled = find_model(None, lambda text: None).folder
+    file.write_text(
+        f"models: [{{model: {bundled}, served-model-name: first}}, "
+        f"{{model: {tmp_path}/tiny, mode: colocated, num-expert-workers: 3}}]"
+    )
+    words = ("serve", "--dry-run", *PORTS, "--config", str(file))
+    assert main([*words, "--json"]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    first, second = document["models"]
+    assert [model["model"]["name"] for model in (first, second)] == ["first", "tiny"]
+    assert document == {**document, **first}, "the first model is shown as if it were alone"
+    assert [w["name"] for w in first["workers"]] == ["attention-0", "expert-0", "expert-1"]
+    assert [w["name"] for w in second["workers"]] == [f"colocated-{i}" for i in range(3)]
+    assert first["cpus_per_worker"] == second["cpus_per_worker"]
+    assert first["cpus_per_worker"] == pytest.approx(count_cpus() / 6, abs=1e-3)
+    assert "http" not in second
+    assert main(list(words)) == ExitCode.OK
+    text = capsys.readouterr().out
+    assert text.count("http     http://127.0.0.1:") == 1
+    assert [line for line in text.splitlines() if line.startswith("model ")] == [
+        f"model    first ({bundled})",
+        f"model    tiny ({tmp_path}/tiny)",
+    ]
+    assert text.count("WORKER") == 2
+
+
+def test_each_model_of_a_plan_is_checked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(tmp_path / "tiny")
+    file = tmp_path / "models.yaml"
+    words = ("serve", "--dry-run", *PORTS, "--config", str(file))
+    missing = tmp_path / "missing"
+    file.write_text(f"models: [{{model: {tmp_path}/tiny}}, {{model: {missing}}}]")
+    assert main(list(words)) != ExitCode.OK
+    assert str(missing) in capsys.readouterr().err
+    most = TINY_CONFIG["num_experts"]
+    file.write_text(
+        f"models: [{{model: {tmp_path}/tiny}}, "
+        f"{{model: {tmp_path}/tiny, served-model-name: b, num-expert-workers: {most + 1}}}]"
+    )
+    assert main(list(words)) == ExitCode.REFUSED
+    assert f"({most + 1}) must not exceed the {most} experts" in capsys.readouterr().err
+
+
+def test_one_model_has_no_list_in_its_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--dry-run", "--json", *PORTS]) == ExitCode.OK
+    assert "models" not in json.loads(capsys.readouterr().out)
 
 
 DOTS1 = {
