@@ -122,6 +122,8 @@ class FakeGateway:
     admin: list[tuple[int, Any]] = field(default_factory=list)
     admin_paths: list[str] = field(default_factory=list)
     """What was asked for below ``/admin``."""
+    paths: list[str] = field(default_factory=list)
+    """What was asked for anywhere, with its query."""
     documents: dict[str, Any] = field(default_factory=dict)
     """Answers to POST, by path; other paths are answered by ``events``."""
     document_status: int = 200
@@ -157,7 +159,7 @@ class FakeGateway:
             "/cluster/v1/events": (200, EVENTS),
             "/cluster/v1/load": (200, LOAD),
         }
-        return routes.get(path, (404, error))
+        return routes.get(path.partition("?")[0], (404, error))
 
 
 @contextlib.contextmanager
@@ -169,6 +171,7 @@ def fake_gateway() -> Iterator[FakeGateway]:
         def do_GET(self) -> None:
             time.sleep(gateway.delay_s)
             gateway.keys.append(self.headers.get("Authorization"))
+            gateway.paths.append(self.path)
             if self.path == "/metrics":
                 text = gateway.metrics.pop(0) if len(gateway.metrics) > 1 else gateway.metrics[0]
                 self._send(200, "text/plain", text.encode())
@@ -179,6 +182,7 @@ def fake_gateway() -> Iterator[FakeGateway]:
         def do_POST(self) -> None:
             length = int(self.headers["Content-Length"])
             gateway.bodies.append(json.loads(self.rfile.read(length)))
+            gateway.paths.append(self.path)
             if self.path.startswith("/admin/"):
                 status, document = gateway.answer(self.path)
                 self._send(status, "application/json", json.dumps(document).encode())
