@@ -28,14 +28,6 @@ def stub(pair: Stack) -> Iterator[AdminStub]:
         yield AdminStub(channel)
 
 
-def with_event(stack: Stack) -> str:
-    """Give the second model an event that the first one does not have; returns its cause."""
-    event = {"generation": 9, "time": 0.0, "cause": "only there", "effect": "SERVING"}
-    other = stack.others[OTHER_MODEL].controller
-    stack.call(lambda: other.change(history=[event]))
-    return event["cause"]
-
-
 def test_workers_are_those_of_the_named_model(
     pair: Stack, admin: httpx.Client, stub: AdminStub
 ) -> None:
@@ -82,14 +74,16 @@ def test_the_query_wins_over_the_body(pair: Stack, admin: httpx.Client) -> None:
 
 def test_events_are_streamed_from_the_named_model(pair: Stack, stub: AdminStub) -> None:
     other = pair.others[OTHER_MODEL].controller
-    former, cause = other.state["history"], with_event(pair)
+    former = other.state["history"]
+    event = {"generation": 9, "time": 0.0, "cause": "only there", "effect": "SERVING"}
+    pair.call(lambda: other.change(history=[event]))
     try:
         causes = []
         for metadata in ((), ((MODEL_HEADER, OTHER_MODEL),)):
             events: Any = stub.WatchCluster(pb.WatchClusterRequest(), metadata=metadata)
             causes.append(next(events).cause)
             events.cancel()
-        assert causes == ["start", cause]
+        assert causes == ["start", "only there"]
     finally:
         pair.call(lambda: other.change(history=former))
 

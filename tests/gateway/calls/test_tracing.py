@@ -25,9 +25,15 @@ from gateway.offload import long_work
 from gateway.offload.long_work import LongWork
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from tests.gateway.fakes import TIMINGS, attention_entry, expert_entry, saying
+from tests.gateway.fakes import (
+    TIMINGS,
+    attention_entry,
+    expert_entry,
+    other_tokenizer,
+    saying,
+)
 from tests.gateway.http.test_disconnect import send_raw
-from tests.gateway.stack import MODEL, WAIT_S, Stack, complete, running_stack
+from tests.gateway.stack import MODEL, OTHER_MODEL, WAIT_S, Stack, complete, running_stack
 from tests.harness.otlp_collector import Collector, plain, running_collector
 from tests.paths import ROOT
 
@@ -414,6 +420,27 @@ def test_content_is_recorded_on_request(collector: Collector) -> None:
             (reported,) = json.loads(attributes["gen_ai.output.messages"])
             assert reported["role"] == "assistant"
             assert reported["parts"][0]["content"].startswith("the")
+
+
+def test_a_trace_has_the_name_and_the_texts_of_its_model(collector: Collector) -> None:
+    section = ObservabilitySection(otlp_endpoint=collector.endpoint, trace_content=True)
+    more_models = {OTHER_MODEL: other_tokenizer()}
+    with running_stack(observability=section, more_models=more_models) as stack:
+        said = list(other_tokenizer().encode("the other words"))
+        stack.others[OTHER_MODEL].engine.script = lambda request, choice: said
+        caller, ids = Caller(), list(other_tokenizer().encode(SECRET))
+        answer = caller.post(
+            stack, "/v1/completions", prompt=ids, max_tokens=len(said), model=OTHER_MODEL
+        )
+        assert answer.status_code == 200, answer.text
+        root = collector.trace(caller.trace_id)[0]
+        assert root.name == f"text_completion {OTHER_MODEL}"
+        attributes = plain(root.attributes)
+        assert attributes["gen_ai.response.model"] == OTHER_MODEL
+        (asked,) = json.loads(attributes["gen_ai.input.messages"])
+        assert asked["parts"][0]["content"] == SECRET
+        (reported,) = json.loads(attributes["gen_ai.output.messages"])
+        assert reported["parts"][0]["content"] == "the other words"
 
 
 def test_long_content_is_made_in_a_thread(
