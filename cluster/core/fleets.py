@@ -39,6 +39,11 @@ def workers_group(namespace: str) -> str:
     return f"{namespace}-workers"
 
 
+def namespace_of_group(name: str) -> str:
+    """Return the namespace of the fleet to which a placement group belongs."""
+    return name.partition("-workers")[0]
+
+
 def is_namespace(name: str) -> bool:
     """Whether this is the Ray namespace of a fleet."""
     return _NAMESPACE.fullmatch(name) is not None

@@ -14,6 +14,7 @@ import os
 import random
 import socket
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from cluster.sizing.start_plan import plan_start
 _PORTS = (20_000, 30_000)
 """Range of ports for ``free_port``, between Ray's worker ports and Kubernetes' node ports."""
 _PORT_TRIES = 50
+_ROUNDING = 1e-3
+"""Tolerance for sums of fractions of CPUs and GPUs."""
 START_LIMIT_S = 1800.0
 """Default time limit of a start in seconds; large checkpoints on slow disks take minutes."""
 EVERY_INTERFACE = ("0.0.0.0", "::")
@@ -82,8 +85,17 @@ class LaunchPlan(ModelPlan):
         Raises ``ConfigError``.
         """
         first, *others = (model.resolved(nodes, free_cpus) for model in self.models)
+        shares: Counter[str] = Counter()
         for model in (first, *others):
-            plan_start(model.config, model.facts.banks, nodes, free_cpus, model.profile)
+            config, banks = model.config, model.facts.banks
+            share = plan_start(config, banks, nodes, free_cpus, model.profile).share
+            number = sum(config.workers.pools.values())
+            shares.update({"cpus": share.cpus * number, "gpus": share.gpus * number})
+        for kind in ("cpus", "gpus") if others else ():
+            available = sum(getattr(node, kind) for node in nodes)
+            rule = f"must fit: all models need {shares[kind]:g}, the nodes have {available:g}"
+            is_room = shares[kind] <= available + _ROUNDING
+            check(is_room, f"{kind}_per_worker", f"{shares[kind]:g}", rule)
         return dataclasses.replace(self, config=first.config, others=tuple(others))
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from cluster.actors.controller_client import ask_controller
 from cluster.core.errors import ExpertMeshError
-from cluster.core.fleets import CONTROLLER_NAME, MODELS_NAME, NAMESPACE
+from cluster.core.fleets import CONTROLLER_NAME, MODELS_NAME, NAMESPACE, namespace_of_group
 from cluster.launch.local_ray import join_ray
 
 UNREACHABLE = 3
@@ -81,13 +81,19 @@ def end_leftovers() -> list[str]:
     The controller ends first, because it would replace the other actors. Used by ``down`` without a
     controller and to clean up after an earlier run.
     """
-    from cluster.actors.ray_tools import kill_actors, live_actors, remove_placement_groups
+    from cluster.actors.ray_tools import (
+        kill_actors,
+        live_actors,
+        live_placement_groups,
+        remove_placement_groups,
+    )
 
     found = live_actors()
     order = {MODELS_NAME: 0, CONTROLLER_NAME: 1}  # each would start the others again
     for namespace, name in sorted(found, key=lambda actor: order.get(actor[1], 2)):
         kill_actors([name], namespace)
-    for namespace in {NAMESPACE, *(namespace for namespace, _ in found)}:
+    groups = (namespace_of_group(entry["name"]) for entry in live_placement_groups())
+    for namespace in {NAMESPACE, *groups, *(namespace for namespace, _ in found)}:
         remove_placement_groups(namespace)
     return [name for _, name in found]
 

@@ -189,6 +189,11 @@ class AdminCalls:
 
     async def LoadLoraAdapter(self, request: pb.LoadLoraAdapterRequest) -> pb.LoraAdapter:
         """Load an adapter, and wait until every replica accepts requests that name it."""
+        for other in self._gateway.shared.models:
+            name = other.model.name
+            if name != self._gateway.model.name and other.model.knows(request.lora_name):
+                rule = f"lora_name ({request.lora_name[:128]}) is in use by the model {name}"
+                raise RequestError(rule, "lora_name")
         tenants = list(request.tenants)
         order = {"name": request.lora_name, "path": request.lora_path, "tenants": tenants}
         found = await self._call("begin", "load_adapter", order, limit_s=LORA_LIMIT_S)

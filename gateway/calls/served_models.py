@@ -95,7 +95,8 @@ class ServedModels:
 
         Raises ``ModelNotFoundError`` for a name that is unknown, or that the caller may not use.
         """
-        for route in self._routes.values():
+        named = self._routes.get(name or "")  # the name of a model is no adapter's
+        for route in self._routes.values() if named is None else (named,):
             if name is None and _may_use(route.name, route.name):
                 return route
             if name is not None and route.knows(name) and _may_use(name, route.name):

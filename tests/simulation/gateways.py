@@ -13,6 +13,7 @@ from cluster.config.cluster import ClusterConfig
 from cluster.core.errors import ExpertMeshError, ModelNotFoundError, NotReadyError, QueueFullError
 from gateway.calls.gateway import Gateway
 from gateway.calls.output_queue import OutputQueue
+from gateway.calls.prompts import PromptMaker
 from gateway.calls.running_call import RunningCall
 from gateway.cluster.view import SnapshotFollower
 from gateway.core.call import CallKind, GenerateCall
@@ -102,7 +103,9 @@ class SimGateway:
         _OUTCOME.set(outcome)
         requests = [Request(prompt=ask.prompt, params=ask.params(), tenant=ask.cache_salt)]
 
-        async def make(facts: ModelFacts) -> tuple[GenerateCall, list[Request]]:
+        async def make(
+            facts: ModelFacts, prompt_maker: PromptMaker
+        ) -> tuple[GenerateCall, list[Request]]:
             return call, requests
 
         while True:

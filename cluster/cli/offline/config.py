@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.options.option import ServeOption, parse_bytes
-from cluster.cli.options.serve_config import build_config
+from cluster.cli.options.serve_config import build_configs
 from cluster.cli.options.serve_options import (
     OPTIONS,
     GivenModel,
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     Raises ``CommandError`` for values that ``serve`` would reject.
     """
     given = read_given_options(args, os.environ)
-    for one in given.models:
-        build_config(one.values, ModelSource(folder=Path(), name="model"))
+    numbers = range(len(given.models))
+    build_configs(given.models, [ModelSource(folder=Path(), name=f"model-{i}") for i in numbers])
     rows = [_row(option, given.settings) for option in OPTIONS]
     lists: list[list[_Row]] = []
     if len(given.models) == 1:

@@ -81,8 +81,14 @@ def build_configs(
 
     Raises ``CommandError`` (usage) if two models cannot be served together.
     """
-    pairs = zip(models, sources, strict=True)
-    found = [build_config(given.values, source) for given, source in pairs]
+    if len(models) == 1:
+        return [build_config(models[0].values, sources[0])]
+    found = []
+    for place, (given, source) in enumerate(zip(models, sources, strict=True)):
+        try:
+            found.append(build_config(given.values, source))
+        except CommandError as err:
+            raise CommandError(err.code, f"models[{place}]: {err}") from err
     try:
         _check_together(found)
     except ConfigError as err:
@@ -111,8 +117,6 @@ def _check_together(configs: Sequence[ClusterConfig]) -> None:
 def _one_of_several(place: int, configs: Sequence[ClusterConfig]) -> ClusterConfig:
     """Return a model's configuration as one of ``configs``, which share nodes and folders."""
     config, fleet = configs[place], fleet_name(place)
-    if len(configs) == 1:
-        return config
     others = Counter[Role]()
     for other in (*configs[:place], *configs[place + 1 :]):
         others.update(other.workers.pools)

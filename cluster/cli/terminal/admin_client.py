@@ -178,7 +178,7 @@ def _find_fleet(model: str) -> str:
         names.append(config["model"].get("served_model_name"))
         if names[-1] == model:
             return namespace
-    served = ", ".join(str(name) for name in names) or "none"
+    served = ", ".join(str(name) for name in names if name is not None) or "none"
     raise CommandError(ExitCode.REFUSED, f"the model {model} is not served; served: {served}")
 
 

@@ -18,9 +18,9 @@ from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError
 from cluster.core.process import count_cpus
 from cluster.launch.checkpoint_check import CheckpointFacts
+from cluster.launch.model_plan import ModelPlan
 from cluster.launch.plan import (
     LaunchPlan,
-    ModelPlan,
     check_ports,
     claim_ports,
     count_gpus,

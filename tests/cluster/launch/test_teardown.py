@@ -27,6 +27,7 @@ class Leftovers:
             (SECOND, "attention-0"),
             (SECOND, CONTROLLER_NAME),
         ]
+        self.groups = [f"{FIRST}-workers", f"{SECOND}-workers-expert-3"]
         self.killed: list[tuple[str, str]] = []
         self.freed: list[str] = []
 
@@ -38,6 +39,8 @@ class Leftovers:
 def leftovers(monkeypatch: pytest.MonkeyPatch) -> Leftovers:
     made = Leftovers()
     monkeypatch.setattr(ray_tools, "live_actors", lambda: made.actors)
+    groups = lambda: [{"name": name} for name in made.groups]  # noqa: E731
+    monkeypatch.setattr(ray_tools, "live_placement_groups", groups)
     monkeypatch.setattr(ray_tools, "kill_actors", made.kill)
     monkeypatch.setattr(ray_tools, "remove_placement_groups", made.freed.append)
     return made
@@ -51,10 +54,10 @@ def test_leftovers_of_all_fleets_end_with_the_controllers_first(leftovers: Lefto
     assert sorted(leftovers.freed) == [FIRST, SECOND]
 
 
-def test_resources_of_the_first_fleet_are_freed_without_any_actor(leftovers: Leftovers) -> None:
+def test_resources_of_fleets_are_freed_without_any_actor(leftovers: Leftovers) -> None:
     leftovers.actors = []
     assert end_leftovers() == []
-    assert FIRST in leftovers.freed
+    assert sorted(leftovers.freed) == [FIRST, SECOND]
     assert not leftovers.killed
 
 
@@ -67,7 +70,7 @@ def test_fleets_are_stopped_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((method, namespace))
 
     monkeypatch.setattr(teardown, "ask_controller", ask)
-    stop_fleets([FIRST, SECOND], WAIT_S)
+    stop_fleets(WAIT_S, [FIRST, SECOND])
     assert sorted(asked) == [("stop", FIRST), ("stop", SECOND)]
 
 
@@ -82,5 +85,5 @@ def test_a_fleet_that_cannot_be_stopped_does_not_keep_the_others(
             raise NotReadyError("no cluster runs there", "not_ready", 2.0)
 
     monkeypatch.setattr(teardown, "ask_controller", ask)
-    stop_fleets([FIRST, SECOND], WAIT_S)
+    stop_fleets(WAIT_S, [FIRST, SECOND])
     assert sorted(asked) == [FIRST, SECOND]

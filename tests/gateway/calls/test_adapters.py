@@ -13,6 +13,7 @@ import pytest
 from cluster.config.api_keys import digest_of, hash_key
 from cluster.config.gateway import GatewaySection
 from cluster.core.errors import RequestError
+from gateway.calls.prompts import PromptMaker
 from gateway.calls.validate import make_requests
 from gateway.cluster.serve_replicas import ReplicaCall
 from gateway.core.call import CallKind, GenerateCall
@@ -161,7 +162,9 @@ def test_the_adapter_of_a_request_is_in_use_while_its_prompt_is_made(
     gateway = stack.gateway
     call = GenerateCall(kind=CallKind.COMPLETION, model="sql", prompts=(tuple(HELLO),))
 
-    async def make(facts: ModelFacts) -> tuple[GenerateCall, list[Request]]:
+    async def make(
+        facts: ModelFacts, prompt_maker: PromptMaker
+    ) -> tuple[GenerateCall, list[Request]]:
         await stack.controller.unload_adapter({"name": "sql"})
         if is_loaded_again:
             await stack.controller.load_adapter({"name": "sql", "path": "/adapters/other"})
