@@ -90,7 +90,8 @@ def test_both_answer_as_each_alone(server: Served, expected: dict[str, list[int]
     unknown = server.client.post("/v1/completions", json=body_of("third"))
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
     assert server.status()["models"] == [
-        {"name": model, "state": "SERVING", "num_workers": 3} for model in (FIRST, SECOND)
+        {"name": model, "revision": "1", "state": "SERVING", "num_workers": 3}
+        for model in (FIRST, SECOND)
     ]
     workers = [status_of(server, model)["workers"] for model in (FIRST, SECOND)]
     names = [[worker["name"] for worker in found] for found in workers]

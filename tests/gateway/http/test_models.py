@@ -143,8 +143,8 @@ def test_a_response_of_one_model_is_continued_with_another(tmp_path: Path) -> No
 def test_the_status_names_all_models(pair: Stack) -> None:
     status = pair.http.get("/cluster/v1/status").json()
     assert status["models"] == [
-        {"name": MODEL, "state": "SERVING", "num_workers": 3},
-        {"name": OTHER_MODEL, "state": "SERVING", "num_workers": 3},
+        {"name": MODEL, "revision": "1", "state": "SERVING", "num_workers": 3},
+        {"name": OTHER_MODEL, "revision": "1", "state": "SERVING", "num_workers": 3},
     ]
     assert status["model"]["name"] == MODEL
     named = pair.http.get("/cluster/v1/status", params={"model": OTHER_MODEL}).json()
