@@ -30,7 +30,7 @@ from gateway.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_READY_LIMIT_S = 10.0
+_READY_LIMIT_S = 5.0
 _READY_POLL_S = 0.05
 
 

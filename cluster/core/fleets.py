@@ -6,6 +6,7 @@ Each fleet has a Ray namespace of its own, so that workers of several models may
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 NAMESPACE = "expertmesh"
 """Ray namespace of the first fleet, and prefix of the namespaces of all fleets."""
@@ -14,6 +15,7 @@ CONTROLLER_NAME = "expertmesh-controller"
 MODELS_NAME = "expertmesh-models"
 """Name of the actor that keeps the table of models, in the namespace of the first fleet."""
 _NAMESPACE = re.compile(rf"{NAMESPACE}(\.model-\d+)?")
+_FLEET = re.compile(r"model-\d+")
 _GROUP = re.compile(rf"{_NAMESPACE.pattern}-workers(-.+)?")
 
 
@@ -24,6 +26,16 @@ def fleet_name(place: int) -> str:
     several.
     """
     return f"model-{place}" if place else ""
+
+
+def own_folder(folder: str, fleet: str) -> str:
+    """Return the subfolder for a fleet of ``folder``, which may be the subfolder of another one.
+
+    The first fleet uses the folder itself.
+    """
+    path = Path(folder)
+    root = path.parent if _FLEET.fullmatch(path.name) else path
+    return str(root / fleet)
 
 
 def namespace_of(fleet: str) -> str:

@@ -21,6 +21,7 @@ from cluster.core.errors import ConflictError, ModelNotFoundError
 from cluster.core.fleets import fleet_name
 
 FIRST_REVISION = "1"
+_MAX_CHARS = 128
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -80,6 +81,8 @@ class ServedModelEntry:
     canary: Canary | None = None
     is_held: bool = False
     """Whether new requests wait, because the active revision is being replaced in its place."""
+    highest: int = 1
+    """Highest number that was the name of a revision: names of ended revisions are not reused."""
 
     def find(self, name: str) -> Revision:
         """Return a revision. Raises ``ModelNotFoundError``."""
@@ -92,7 +95,8 @@ class ServedModelEntry:
     def new_name(self) -> str:
         """Return a name for a further revision: the next number."""
         numbers = [int(one.name) for one in self.revisions if one.name.isdecimal()]
-        return str(max(numbers, default=0) + 1)
+        self.highest = max(self.highest, *numbers) + 1
+        return str(self.highest)
 
 
 @dataclass(slots=True)
@@ -131,6 +135,8 @@ class ModelTable:
         """Check that a revision can be loaded now. Raises ``ConfigError`` and ``ConflictError``."""
         rule = "must be up to 64 letters, digits, ., _ and -"
         check(not revision or bool(_NAME.fullmatch(revision)), "revision", revision, rule)
+        is_name = 0 < len(model) <= _MAX_CHARS and model.isprintable()
+        check(is_name, "model", model[:_MAX_CHARS], f"must be up to {_MAX_CHARS} characters")
         if not any(one.name == model for one in self.models):
             check(not in_place, "in_place", in_place, f"needs a served model, {model} is none")
             return
@@ -165,8 +171,9 @@ class ModelTable:
 
         Raises ``ConfigError``, ``ModelNotFoundError`` and ``ConflictError``.
         """
-        check(0 <= percent <= 100, "percent", percent, "must be from 0 to 100")
+        check_percent(percent)
         entry = self.find(model)
+        self._check_not_held(entry)
         found = entry.find(revision)
         if found.name == entry.active:
             raise ConflictError(f"revision {revision} of {model} is active: it has all requests")
@@ -215,6 +222,9 @@ class ModelTable:
         """
         entry = self.find(model)
         self._check_not_held(entry)
+        for one in entry.revisions:
+            if one.state in (RevisionState.WAITING, RevisionState.LOADING):
+                raise ConflictError(f"revision {one.name} of {model} is being loaded")
         if entry.canary is not None:
             loser = entry.find(entry.canary.revision)
             entry.canary = None
@@ -223,7 +233,7 @@ class ModelTable:
             returning = entry.find(entry.previous)
             self.set_state(entry, returning, RevisionState.WAITING)
             return returning
-        elif entry.previous:
+        elif entry.previous and entry.find(entry.previous).state is RevisionState.READY:
             loser = entry.find(entry.active)
             entry.active, entry.previous = entry.previous, ""
         else:
@@ -243,6 +253,7 @@ class ModelTable:
         Raises ``ConflictError`` for the active revision, and for the only model.
         """
         entry = self.find(model)
+        self._check_not_held(entry)
         if revision:
             found = entry.find(revision)
             if found.name == entry.active:
@@ -251,7 +262,6 @@ class ModelTable:
             return entry
         if len(self.models) == 1:
             raise ConflictError(f"{model} is the only model: end the cluster instead")
-        self._check_not_held(entry)
         entry.active = ""
         for one in list(entry.revisions):
             self._retire(entry, one)
@@ -262,8 +272,6 @@ class ModelTable:
             entry.canary = None
         if entry.previous == revision.name:
             entry.previous = ""
-        if revision.state is RevisionState.WAITING:
-            raise ConflictError(f"revision {revision.name} of {entry.name} is being replaced")
         revision.state = RevisionState.RETIRING
         self.changed()
 
@@ -285,3 +293,8 @@ class ModelTable:
             entry.previous = entry.active
         entry.active, entry.is_held = active.name, False
         self.changed()
+
+
+def check_percent(percent: float) -> None:
+    """Raise ``ConfigError`` unless this is a share in percent."""
+    check(0 <= percent <= 100, "percent", percent, "must be from 0 to 100")

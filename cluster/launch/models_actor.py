@@ -33,6 +33,7 @@ from cluster.core.model_table import (
     Revision,
     RevisionState,
     ServedModelEntry,
+    check_percent,
 )
 from cluster.launch.model_plan import ModelPlan
 from cluster.launch.ray_fleets import LoadOrder, RayFleets, as_plan, renamed
@@ -41,12 +42,14 @@ from cluster.tracing import logs
 logger = logging.getLogger(__name__)
 
 _HEAD_SHARE = 0.001
-_SILENCE_S = 15.0
+_SILENCE_S = 30.0
 """Seconds after its last poll at which a gateway is taken for dead."""
-_SETTLE_S = 10.0
+_SETTLE_S = 20.0
 """Seconds for which a new actor waits for the polls of all gateways before it ends a fleet."""
 _TICK_S = 0.2
 _RETRY_S = 5.0
+_RESTART_STEP = 1 << 20
+"""Number by which a restart raises the version of the table."""
 
 
 class Fleets(Protocol):
@@ -109,6 +112,7 @@ class ModelsActor:
         self._gateways = GatewayCalls(time.monotonic())
         self._busy: set[str] = set()
         self._loading, self._restoring = asyncio.Lock(), asyncio.Lock()
+        self._keeping = asyncio.Lock()
         self._is_restored = False
 
     async def wait_table(
@@ -137,11 +141,19 @@ class ModelsActor:
         wanted = from_plain(order, LoadOrder)
         async with self._loading:
             self._table.check_load(wanted.model, wanted.revision, wanted.in_place)
+            check_percent(wanted.percent)
             rule = "must be left out with in_place: there is no room for a canary"
             check(not (wanted.in_place and wanted.percent), "percent", wanted.percent, rule)
             check(not (wanted.in_place and wanted.keys), "keys", wanted.keys, rule)
             fleet = self._table.new_fleet()
-            others = [as_plan(r.plan) for _, r in self._table if r.state in _RUNNING]
+            others = [
+                as_plan(revision.plan)
+                for model, revision in self._table
+                if revision.state in _RUNNING
+                if not (
+                    wanted.in_place and (model.name, model.active) == (wanted.model, revision.name)
+                )
+            ]
             base = self._active_plan(wanted.model)
             plan = await asyncio.to_thread(
                 self._fleets.plan, wanted, self._first, base, others, fleet
@@ -184,15 +196,20 @@ class ModelsActor:
             kept = await asyncio.to_thread(self._fleets.kept)
             if kept is not None and kept.get("cluster") == self._table.cluster:
                 self._table = from_plain(kept, ModelTable)
+                # progress is not stored: gateways may know later versions of the lost actor
+                self._table.version += _RESTART_STEP
             self._is_restored = True
         self._reconcile()
 
     async def _commit(self) -> dict[str, Any]:
         """Store the table, wake the gateways, and begin the work that it needs; return it."""
-        plain = dict(to_plain(self._table))
-        await asyncio.to_thread(self._fleets.keep, plain)
-        self._background.notify()
-        self._reconcile()
+        try:
+            async with self._keeping:
+                plain = dict(to_plain(self._table))
+                await asyncio.to_thread(self._fleets.keep, plain)
+        finally:
+            self._background.notify()
+            self._reconcile()
         return plain
 
     def _reconcile(self) -> None:
@@ -215,7 +232,10 @@ class ModelsActor:
             await asyncio.sleep(_RETRY_S)
         finally:
             self._busy.discard(_id_of(entry, revision))
-        await self._commit()
+        try:
+            await self._commit()
+        except Exception:  # the next change stores the table
+            logger.exception("the table of models could not be stored")
 
     async def _start(self, entry: ServedModelEntry, revision: Revision) -> None:
         """Start the fleet of a revision, which then serves or has failed."""

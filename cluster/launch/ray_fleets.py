@@ -15,7 +15,7 @@ from cluster.config.cluster import ClusterConfig, section_types
 from cluster.config.option_metadata import FLAG
 from cluster.core.codec import from_plain, to_plain
 from cluster.core.errors import ConfigError, ConflictError
-from cluster.core.fleets import MODELS_NAME, NAMESPACE
+from cluster.core.fleets import MODELS_NAME, NAMESPACE, own_folder
 from cluster.core.topology import Role
 from cluster.launch.checkpoint_check import CheckpointCheck
 from cluster.launch.fleet import Fleet
@@ -131,7 +131,10 @@ def as_plan(plan: Mapping[str, Any]) -> ModelPlan:
 def renamed(plan: Mapping[str, Any], fleet: str) -> dict[str, Any]:
     """Return the plan of the same revision for a new fleet."""
     known = as_plan(plan)
-    config = replace(known.config, fleet=fleet, cluster_token=secrets.token_hex(32))
+    workers = known.config.workers
+    workers = replace(workers, reserves_cpus=workers.cpus_per_worker is not None)
+    token = secrets.token_hex(32)
+    config = replace(known.config, workers=workers, fleet=fleet, cluster_token=token)
     return dict(to_plain(replace(known, config=config)))
 
 
@@ -149,10 +152,13 @@ def _make_config(
     for name, value in order.settings.items():
         section, field = _find_setting(name)
         data[section][field] = value
+    for section, name in (("kv_tiers", "kv_disk_dir"), ("observability", "trace_dir")):
+        if (folder := data[section].get(name)) is not None:
+            data[section] = {**data[section], name: own_folder(folder, fleet)}
     has_own_cpus = data["workers"].get("cpus_per_worker") is not None
     data["workers"] |= {
-        "other_pools": () if order.in_place else sorted(pools.items()),
-        "reserves_cpus": order.in_place or has_own_cpus,
+        "other_pools": sorted(pools.items()),
+        "reserves_cpus": has_own_cpus,
     }
     token = secrets.token_hex(32)
     return ClusterConfig.from_dict({**data, "fleet": fleet, "cluster_token": token})
@@ -164,6 +170,8 @@ def _find_setting(name: str) -> tuple[str, str]:
     for section, kind in section_types().items():
         for field in fields(kind):
             if field.name == wanted and field.metadata.get(FLAG) != "":
+                if wanted == "served_model_name":
+                    raise ConfigError(name, "", "is the name of the model: give it as model")
                 if section in _SHARED_SECTIONS:
                     raise ConfigError(name, "", "holds for all models, and is set at the start")
                 return section, wanted

@@ -49,9 +49,10 @@ def stop_fleets(limit_s: float, namespaces: Iterable[str] | None = None) -> None
 
     Errors are ignored: what remains is killed by ``end_leftovers``.
     """
-    from cluster.actors.ray_tools import live_actors
+    from cluster.actors.ray_tools import kill_actors, live_actors
 
     if namespaces is None:
+        kill_actors([MODELS_NAME], NAMESPACE)  # it would start further fleets
         namespaces = [space for space, name in live_actors() if name == CONTROLLER_NAME]
 
     def stop(namespace: str) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _MAX_SESSIONS = 65_536
 """Maximum number of sessions for which a gateway remembers the revision; the latest ones."""
+_MAX_SESSION_CHARS = 512
+"""Maximum length of a session id that is remembered; calls are checked later."""
 _GRAINS = 10_000
 
 
@@ -116,7 +118,7 @@ class ModelRoute:
             name = self._sessions[tenant, call.session]
         else:
             name = self._draw(call.session, caller.entry.name if caller is not None else "")
-        if call.session:
+        if 0 < len(call.session) <= _MAX_SESSION_CHARS:
             self._sessions[tenant, call.session] = name
             self._sessions.move_to_end((tenant, call.session))
             if len(self._sessions) > _MAX_SESSIONS:

@@ -97,7 +97,8 @@ class ServedModels:
         """
         named = self._routes.get(name or "")  # the name of a model is no adapter's
         for route in self._routes.values() if named is None else (named,):
-            if name is None and _may_use(route.name, route.name):
+            is_served = bool(route.revisions) or route.is_held
+            if name is None and is_served and _may_use(route.name, route.name):
                 return route
             if name is not None and route.knows(name) and _may_use(name, route.name):
                 return route
@@ -126,6 +127,8 @@ class ServedModels:
         A replica becomes ready when all its models are. From then on it stays ready while any model
         is: requests for a lost model fail alone. See ``Readiness.not_ready_reasons``.
         """
+        if self._gateways and self._gateways[0].readiness.is_leaving:
+            return self._gateways[0].readiness.not_ready_reasons(is_whole)
         found = {
             route.name: []
             if route.is_held  # its requests wait
@@ -133,6 +136,8 @@ class ServedModels:
             for route in self._routes.values()
             if route.revisions or route.is_held
         }
+        if not found:
+            return ["no model serves"]
         self._has_been_ready = self._has_been_ready or not any(found.values())
         if self._has_been_ready and not all(found.values()):
             return []

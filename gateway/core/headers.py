@@ -43,7 +43,7 @@ def with_headers(
         priority=given if call.priority is None else call.priority,
         session_id=call.session_id if is_named else _read_session(headers),
         timeout_s=timeout_s,
-        revision=headers.get(REVISION_HEADER),
+        revision=headers.get(REVISION_HEADER) or None,
     )
 
 

@@ -21,7 +21,7 @@ from cluster.config.cluster import ClusterConfig, section_types
 from cluster.config.gateway import GatewaySection
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
-from cluster.core.fleets import fleet_name
+from cluster.core.fleets import fleet_name, own_folder
 from cluster.core.process import count_cpus
 from cluster.core.topology import Role
 from cluster.launch.checkpoint_check import CheckpointFacts
@@ -122,9 +122,9 @@ def _one_of_several(place: int, configs: Sequence[ClusterConfig]) -> ClusterConf
         others.update(other.workers.pools)
     tiers, observability = config.kv_tiers, config.observability
     if fleet and tiers.kv_disk_dir is not None:
-        tiers = replace(tiers, kv_disk_dir=str(Path(tiers.kv_disk_dir) / fleet))
+        tiers = replace(tiers, kv_disk_dir=own_folder(tiers.kv_disk_dir, fleet))
     if fleet and observability.trace_dir is not None:
-        folder = str(Path(observability.trace_dir) / fleet)
+        folder = own_folder(observability.trace_dir, fleet)
         observability = replace(observability, trace_dir=folder)
     workers = replace(config.workers, other_pools=tuple(sorted(others.items())))
     return replace(
