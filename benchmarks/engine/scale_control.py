@@ -80,8 +80,9 @@ class _Gateway:
             return {"gateway-0": summary}
 
         replicas = SimpleNamespace(call=call)
+        model = SimpleNamespace(numbers=SimpleNamespace(snapshot=get))
         made = SimpleNamespace(
-            numbers=SimpleNamespace(snapshot=get),
+            shared=SimpleNamespace(models=SimpleNamespace(default=model)),
             status=SimpleNamespace(replicas=replicas, combine=lambda status, *_: status),
             counts=SimpleNamespace(ended=lambda replicas: {}),
             limits=SimpleNamespace(has_tls=False),

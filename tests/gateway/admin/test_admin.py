@@ -17,6 +17,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from cluster.config.gateway import GatewaySection
 from gateway.admin.calls import SERVICE, AdminCalls
 from gateway.admin.http import ROUTES
+from gateway.admin.revision_calls import NAMES as REVISIONS
+from gateway.admin.revision_calls import RevisionCalls
 from gateway.admin.service import AdminApi
 from protos import admin_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
@@ -225,7 +227,8 @@ def test_messages_that_cannot_be_decoded_are_refused(stack: Stack) -> None:
 
 def test_every_described_procedure_exists_and_has_a_route() -> None:
     described = {method.name: method.server_streaming for method in SERVICE.methods}
-    assert all(callable(getattr(AdminCalls, name, None)) for name in described)
+    kinds = {name: RevisionCalls if name in REVISIONS else AdminCalls for name in described}
+    assert all(callable(getattr(kind, name, None)) for name, kind in kinds.items())
     over_http = {name for _, _, name in ROUTES}
     assert over_http == {name for name, streams in described.items() if not streams}
 

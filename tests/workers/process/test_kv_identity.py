@@ -120,7 +120,8 @@ CHANGES_NO_BIT = {
     "micro_batch_prefill_threshold enforce_eager seed",
     "workers": "mode_reason num_attention_workers num_prefill_workers num_decode_workers "
     "num_expert_workers num_redundant_experts "
-    "recovery_slots cpus_per_worker has_equal_cpus threads_per_worker gpus_per_worker "
+    "recovery_slots cpus_per_worker has_equal_cpus other_pools reserves_cpus "
+    "threads_per_worker gpus_per_worker "
     "placement_file load_profile follow_nodes device_speed",
     "speculation": "num_speculative_tokens ngram_min ngram_max",
     "transport": "detection_limit_s heartbeat_s connect_timeout_s step_timeout_s",

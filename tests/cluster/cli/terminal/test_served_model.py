@@ -79,12 +79,14 @@ def test_the_status_lists_the_models(
     gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = [
-        {"name": "small", "state": "SERVING", "num_workers": 3},
-        {"name": "large", "state": "RECOVERING", "num_workers": 1},
+        {"name": "small", "revision": "1", "state": "SERVING", "num_workers": 3},
+        {"name": "large", "revision": "b", "state": "RECOVERING", "num_workers": 1},
     ]
     gateway.status = (200, {**STATUS, "models": models})
     assert main(["--url", gateway.url, "status"]) == ExitCode.OK
-    line = "models      small: SERVING, 3 workers; large: RECOVERING, 1 worker\n"
+    line = (
+        "models      small revision 1: SERVING, 3 workers; large revision b: RECOVERING, 1 worker\n"
+    )
     assert line in capsys.readouterr().out
     gateway.status = (200, STATUS)
     assert main(["--url", gateway.url, "status"]) == ExitCode.OK
