@@ -13,7 +13,6 @@ import pytest
 
 from cluster.config.cluster import EngineSection
 from cluster.config.gateway import GatewaySection
-from gateway.engines.engine_client import EngineClient
 from gateway.engines.submission import (
     MAX_RETURNS_WITHOUT_ADAPTER,
     MAX_TOTAL_UNACKNOWLEDGED_DEATHS,
@@ -237,14 +236,12 @@ def test_an_unexpected_error_of_a_stream_does_not_lose_the_worker(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, answer = _pause(workers)
-    unlucky, take = iter([True]), EngineClient.take
+    (client,) = workers.stack.engines.clients
 
-    def fail_once(client: EngineClient, message: FromEngine) -> None:
-        if next(unlucky, False):
-            raise ValueError("a fault of the gateway")
-        take(client, message)
+    def fail(message: FromEngine) -> None:
+        raise ValueError("a fault of the gateway")
 
-    monkeypatch.setattr(EngineClient, "take", fail_once)
+    monkeypatch.setattr(client, "take", fail)
     engine.pause_after = None
     assert answer.result(WAIT_S)["choices"][0]["text"] == "0abcdefghijk"
     assert engine.num_hellos == 2
