@@ -10,6 +10,7 @@ gateways follow it. A table is plain data (``to_plain``), so that it survives it
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -141,6 +142,8 @@ class ModelTable:
             check(not in_place, "in_place", in_place, f"needs a served model, {model} is none")
             return
         entry = self.find(model)
+        if not entry.active:
+            raise ConflictError(f"{model} is being unloaded")
         for one in entry.revisions:
             if one.name == revision and one.state is not RevisionState.FAILED:
                 raise ConflictError(f"{model} has a revision {revision} already: {one.state.value}")
@@ -298,3 +301,8 @@ class ModelTable:
 def check_percent(percent: float) -> None:
     """Raise ``ConfigError`` unless this is a share in percent."""
     check(0 <= percent <= 100, "percent", percent, "must be from 0 to 100")
+
+
+def cluster_id(token: str) -> str:
+    """Return the id of the cluster with this cluster token."""
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.actors.controller_client import create_controller
 from cluster.core.errors import ExpertMeshError, StartError
+from cluster.core.fleets import CONTROLLER_NAME
 from cluster.core.states import is_gone
 from cluster.launch.model_plan import ModelPlan
 
@@ -26,26 +27,18 @@ _DEAD_LIMIT_S = 5.0
 
 @dataclass(slots=True)
 class Fleet:
-    """The controller and the workers of one model that a launcher starts and watches."""
+    """The controller and the workers of one model, which a launcher starts or watches."""
 
-    model: ModelPlan
+    namespace: str
+    """Ray namespace of the fleet."""
     compute_threads: str = ""
     """Text about the workers' compute threads; set by ``start``."""
     _controller: Any = None
     _heard_at: float = field(default_factory=time.monotonic)
 
-    @property
-    def namespace(self) -> str:
-        """Ray namespace of the fleet."""
-        return self.model.config.namespace
-
-    @property
-    def has_controller(self) -> bool:
-        """Whether ``start`` has created or found the controller."""
-        return self._controller is not None
-
     def start(
         self,
+        model: ModelPlan,
         on_progress: Callable[[int, int], None],
         *,
         asked: Mapping[str, str],
@@ -57,6 +50,7 @@ class Fleet:
         """Create the controller with its workers, and return when they serve.
 
         Args:
+            model: plan of the model.
             on_progress: called with the bytes of weights that the workers have loaded, and with the
                 number of all.
             asked: the user's options by flag.
@@ -76,7 +70,6 @@ class Fleet:
 
         group = WorkerGroup(ACTOR_CLASSES, namespace=self.namespace)
         self._controller = create_controller(group, selector=selector)
-        model = self.model
         call = self._controller.start.remote(
             model.config.to_dict(),
             list(model.facts.banks),
@@ -130,12 +123,14 @@ class Fleet:
 
         limit_s = AWAY_LIMIT_S
         try:
+            if self._controller is None:
+                self._controller = ray.get_actor(CONTROLLER_NAME, namespace=self.namespace)
             snapshot = ray.get(self._controller.snapshot.remote(), timeout=CALL_LIMIT_S)
             self._heard_at = time.monotonic()
             return str(snapshot["error"]) if snapshot["state"] == "STOPPED" else None
-        except (RayError, GetTimeoutError) as err:
+        except (ValueError, RayError, GetTimeoutError) as err:
             logger.warning("the controller does not answer: %s", err)
-            if isinstance(err, ActorDiedError):
+            if isinstance(err, ValueError | ActorDiedError):
                 limit_s = _DEAD_LIMIT_S  # Ray does not restart it
         lost = time.monotonic() - self._heard_at > limit_s
         return "the controller is lost, see the log" if lost else None

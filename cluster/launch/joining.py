@@ -15,10 +15,13 @@ from cluster.actors.controller_client import ask_controller
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection, is_loopback
 from cluster.config.resources import NodeResources
+from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError, NotReadyError, StartError
-from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE
+from cluster.core.fleets import CONTROLLER_NAME, MODELS_NAME, NAMESPACE
+from cluster.core.model_table import ModelTable, RevisionState
 from cluster.core.node_labels import selector_for
 from cluster.launch.model_plan import ModelPlan
+from cluster.launch.models_actor import ask_models_actor
 from cluster.launch.plan import (
     EVERY_INTERFACE,
     LaunchPlan,
@@ -77,6 +80,10 @@ def inspect_ray(plan: LaunchPlan, address: str) -> JoinedRay:
             others = tuple(map(_as_running, plan.others))
             started = dataclasses.replace(plan, config=config, others=others)  # tokens and ports
             return dataclasses.replace(joined, plan=started, is_running=True)
+    elif (NAMESPACE, MODELS_NAME) in actors and plan.command == "up":
+        served = _served_plan(plan)
+        if served is not None:
+            return dataclasses.replace(joined, plan=served, is_running=True)
     if actors and live_actors():
         raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
     _check_ports(plan, is_here=not gateways)
@@ -157,6 +164,29 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
         rule = f"runs a cluster with other settings ({text}): expertmesh down first"
         raise ConfigError("address", plan.address, rule)
     return ClusterConfig.from_dict(origin["config"])
+
+
+def _served_plan(plan: LaunchPlan) -> LaunchPlan | None:
+    """Return the plan with the revisions that serve now; None if none does.
+
+    For a cluster where the first fleet has been replaced. The options of revisions were given with
+    each load, so that those of ``plan`` are not compared. Raises ``StartError`` if the table of
+    models cannot be read.
+    """
+    try:
+        found = ask_models_actor("table", limit_s=_ANSWER_LIMIT_S)
+    except NotReadyError as err:
+        raise StartError("models", str(err)) from err
+    table = from_plain(found, ModelTable)
+    served = [
+        from_plain(revision.plan, ModelPlan)
+        for model, revision in table
+        if revision.name == model.active and revision.state is RevisionState.READY
+    ]
+    if not served:
+        return None
+    fields = {field.name: getattr(served[0], field.name) for field in dataclasses.fields(ModelPlan)}
+    return dataclasses.replace(plan, **fields, others=tuple(served[1:]))
 
 
 def _as_running(model: ModelPlan) -> ModelPlan:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ from cluster.core.model_table import (
     RevisionState,
     ServedModelEntry,
     check_percent,
+    cluster_id,
 )
 from cluster.launch.model_plan import ModelPlan
 from cluster.launch.ray_fleets import LoadOrder, RayFleets, as_plan, renamed
@@ -46,8 +47,11 @@ _SILENCE_S = 30.0
 """Seconds after its last poll at which a gateway is taken for dead."""
 _SETTLE_S = 20.0
 """Seconds for which a new actor waits for the polls of all gateways before it ends a fleet."""
+_STALL_S = 15.0  # without a poll of any gateway: the actor may have been stopped itself
 _TICK_S = 0.2
 _RETRY_S = 5.0
+_MAX_RETURNS = 3
+"""Maximum number of starts of a replaced revision that is to serve again."""
 _RESTART_STEP = 1 << 20
 """Number by which a restart raises the version of the table."""
 
@@ -77,19 +81,29 @@ class GatewayCalls:
     """The gateways that follow the table, and the calls that they run on each fleet."""
 
     def __init__(self, now_s: float) -> None:
-        self._since_s = now_s
+        self._settled_s = now_s + _SETTLE_S
+        self._polled_s = now_s
         self._polls: dict[str, tuple[int, Mapping[str, int], float]] = {}
 
     def poll(self, gateway: str, version: int, calls: Mapping[str, int], now_s: float) -> None:
         """Record a poll of a gateway that knows the table of ``version``."""
+        self._note_time(now_s)
+        self._polled_s = now_s
         self._polls[gateway] = version, calls, now_s
 
     def have_ended(self, fleet: str, version: int, now_s: float) -> bool:
         """Whether no gateway can have a call on a fleet that gets none since ``version``."""
-        if now_s < self._since_s + _SETTLE_S:
-            return False
-        alive = [one for one in self._polls.values() if now_s < one[2] + _SILENCE_S]
-        return all(known >= version and not calls.get(fleet) for known, calls, _ in alive)
+        self._note_time(now_s)
+        polls = self._polls.values()
+        return now_s >= self._settled_s and all(
+            known >= version and not calls.get(fleet) for known, calls, _ in polls
+        )
+
+    def _note_time(self, now_s: float) -> None:
+        """Forget dead gateways; wait for the polls of all again if none could be heard."""
+        if now_s > self._polled_s + _STALL_S:
+            self._settled_s = now_s + _SETTLE_S
+        self._polls = {k: one for k, one in self._polls.items() if now_s < one[2] + _SILENCE_S}
 
 
 class ModelsActor:
@@ -107,18 +121,19 @@ class ModelsActor:
         self._fleets = fleets
         self._table = from_plain(dict(table), ModelTable)
         self._first = as_plan(self._table.models[0].revisions[0].plan)
-        self._first_fleets = {revision.fleet for _, revision in self._table}
         self._background = Background()
         self._gateways = GatewayCalls(time.monotonic())
         self._busy: set[str] = set()
+        self._returns: Counter[str] = Counter()
+        """Number of failed starts of a replaced revision that is to serve again, by model."""
         self._loading, self._restoring = asyncio.Lock(), asyncio.Lock()
         self._keeping = asyncio.Lock()
         self._is_restored = False
 
     async def wait_table(
         self, known_version: int, timeout_s: float, gateway: str, calls: dict[str, int]
-    ) -> dict[str, Any]:
-        """Return the table once its version differs from ``known_version``, or after a time.
+    ) -> dict[str, Any] | None:
+        """Return the table once its version differs from ``known_version``; None after a time.
 
         ``calls``: number of calls that the gateway runs on each fleet.
         """
@@ -126,7 +141,7 @@ class ModelsActor:
         self._gateways.poll(gateway, known_version, calls, time.monotonic())
         self._background.notify()
         await self._background.wait(lambda: self._table.version != known_version, timeout_s)
-        return dict(to_plain(self._table))
+        return None if self._table.version == known_version else dict(to_plain(self._table))
 
     async def load(self, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to load a revision; return the table.
@@ -182,11 +197,10 @@ class ModelsActor:
         await self._restore()
         return dict(to_plain(self._table))
 
-    async def later_fleets(self) -> list[str]:
-        """Return the fleets that were loaded after the start, and serve or soon may."""
+    async def fleets(self) -> dict[str, str]:
+        """Return the states of the revisions by fleet."""
         await self._restore()
-        later = [r.fleet for _, r in self._table if r.state in _RUNNING]
-        return [fleet for fleet in later if fleet not in self._first_fleets]
+        return {revision.fleet: revision.state.value for _, revision in self._table}
 
     async def _restore(self) -> None:
         """Continue with the stored table, if this actor was restarted."""
@@ -240,7 +254,9 @@ class ModelsActor:
     async def _start(self, entry: ServedModelEntry, revision: Revision) -> None:
         """Start the fleet of a revision, which then serves or has failed."""
         if entry.is_held:  # an actor that ended before may have left its fleet
-            await self._stop_fleets(entry, RevisionState.STOPPED)
+            for other in entry.revisions:
+                if other.state is RevisionState.STOPPED:
+                    await asyncio.to_thread(self._fleets.stop, namespace_of(other.fleet))
         loop = asyncio.get_running_loop()
 
         def progress(loaded: int, total: int) -> None:
@@ -256,6 +272,7 @@ class ModelsActor:
         if revision.state is RevisionState.RETIRING:
             return  # unloaded meanwhile
         if not error:
+            self._returns.pop(entry.name, None)
             self._table.set_state(entry, revision, RevisionState.READY)
             if entry.is_held:
                 self._table.release(entry, revision)
@@ -264,12 +281,17 @@ class ModelsActor:
             entry.canary = None
         self._table.set_state(entry, revision, RevisionState.FAILED, error)
         if entry.is_held:
-            self._return_to_active(entry, revision)
+            await self._return_to_active(entry, revision)
 
-    def _return_to_active(self, entry: ServedModelEntry, failed: Revision) -> None:
-        """Load the replaced revision again; if that has failed itself, end the wait of requests."""
+    async def _return_to_active(self, entry: ServedModelEntry, failed: Revision) -> None:
+        """Load the replaced revision again; if that fails repeatedly, end the wait of requests."""
         active = entry.find(entry.active)
-        if active is failed or active.state is RevisionState.READY:
+        if active is failed:
+            self._returns[entry.name] += 1
+            if self._returns[entry.name] < _MAX_RETURNS:
+                await asyncio.sleep(_RETRY_S)
+        if active.state is RevisionState.READY or self._returns[entry.name] >= _MAX_RETURNS:
+            del self._returns[entry.name]
             self._table.release(entry, active)
         else:
             active.fleet = self._table.new_fleet()
@@ -290,11 +312,6 @@ class ModelsActor:
         await self._calls_end(revision.fleet)
         await asyncio.to_thread(self._fleets.stop, namespace_of(revision.fleet))
         self._table.remove(entry, revision)
-
-    async def _stop_fleets(self, entry: ServedModelEntry, state: RevisionState) -> None:
-        for other in entry.revisions:
-            if other.state is state:
-                await asyncio.to_thread(self._fleets.stop, namespace_of(other.fleet))
 
     async def _calls_end(self, fleet: str) -> None:
         """Wait until every gateway knows the current table, and has no call on a fleet."""
@@ -339,12 +356,11 @@ def create_models_actor(
 
     table = ModelTable(
         models=[_first_entry(model) for model in models],
-        cluster=hashlib.sha256(models[0].config.cluster_token.encode()).hexdigest(),
+        cluster=cluster_id(models[0].config.cluster_token),
         num_fleets=len(models),
     )
-    where: dict[str, Any] = {"resources": {HEAD_NODE: _HEAD_SHARE}}
-    if selector:
-        where = {"label_selector": dict(selector)}
+    on_head = {"resources": {HEAD_NODE: _HEAD_SHARE}}
+    where: dict[str, Any] = {"label_selector": dict(selector)} if selector else on_head
     actor: Any = ray.remote(ModelsActor)
     actor.options(
         name=MODELS_NAME,

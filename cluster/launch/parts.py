@@ -17,10 +17,13 @@ from typing import Any
 
 from cluster.config.gateway import ShutdownStage
 from cluster.core.errors import NotReadyError, StartError
+from cluster.core.fleets import namespace_of
+from cluster.core.model_table import RevisionState
 from cluster.core.process import ProcessIdentity
 from cluster.launch.fleet import AWAY_LIMIT_S, CALL_LIMIT_S, Fleet
 from cluster.launch.joining import JoinedRay, inspect_ray, is_deployed
 from cluster.launch.local_ray import PrivateRay, join_ray
+from cluster.launch.model_plan import ModelPlan
 from cluster.launch.models_actor import ask_models_actor, create_models_actor
 from cluster.launch.plan import LaunchPlan
 from cluster.launch.readiness import wait_ready
@@ -35,6 +38,7 @@ _FAIL_LIMIT_S = 1.0
 _JOIN_PATIENCE_S = 30.0
 """Seconds for a joined Ray to accept connections, since Ray may be starting."""
 
+_LOADING = {RevisionState.LOADING.value, RevisionState.WAITING.value}
 ProgressFn = Callable[[str, int, int], None]
 """Callback for progress: stage, amount done, total amount (0 if unknown)."""
 
@@ -53,7 +57,9 @@ class ClusterParts:
         self._ray = PrivateRay(folder=Path(plan.temp_dir)) if plan.temp_dir else None
         self._joined = JoinedRay(plan=plan)
         self._fleets: list[Fleet] = []
+        """The fleets that serve, or are started."""
         self._is_connected = False
+        self._has_services = False
         self._has_app = False
         self._is_ready = False
         self._served_at = time.monotonic()
@@ -111,21 +117,28 @@ class ClusterParts:
         if len(losses) < len(self._fleets) or not losses:
             self._served_at = time.monotonic()
             return None
-        return None if self._serves_revisions() else losses[0]
+        return None if self._has_other_fleets() else losses[0]
 
-    def _serves_revisions(self) -> bool:
-        """Return whether fleets that were loaded later serve in place of the first ones.
+    def _has_other_fleets(self) -> bool:
+        """Return whether other fleets serve, or will; from now on these are watched.
 
-        The last answer holds for a while: Ray restarts a killed actor in seconds.
+        Revisions may have been loaded in other fleets since the last time. Without an answer, the
+        last one holds for a while: Ray restarts a killed actor in seconds.
         """
         try:
-            fleets: list[str] = ask_models_actor("later_fleets", limit_s=CALL_LIMIT_S)
+            states: dict[str, str] = ask_models_actor("fleets", limit_s=CALL_LIMIT_S)
         except NotReadyError as err:
             is_away = not isinstance(err.__cause__, ValueError)  # else there is no such actor
             return is_away and time.monotonic() < self._served_at + AWAY_LIMIT_S
-        if fleets:
-            self._served_at = time.monotonic()
-        return bool(fleets)
+        known = {fleet.namespace for fleet in self._fleets}
+        serving = [namespace_of(f) for f, s in states.items() if s == RevisionState.READY.value]
+        if serving:  # else the last ones are watched until another one serves
+            self._fleets = [fleet for fleet in self._fleets if fleet.namespace in serving]
+            self._fleets += [Fleet(namespace) for namespace in serving if namespace not in known]
+        is_loading = not _LOADING.isdisjoint(states.values())
+        found = is_loading or not known.issuperset(serving)
+        self._served_at = time.monotonic() if found else self._served_at
+        return found
 
     def processes(self) -> list[ProcessIdentity]:
         """Return the processes of the private Ray on this host; empty for a joined Ray."""
@@ -157,7 +170,7 @@ class ClusterParts:
             while self.send_shutdown_stage("fail") and time.monotonic() < give_up:
                 time.sleep(_POLL_S)
             _run_logged("ending the gateway", self._stop_gateway)
-        if any(fleet.has_controller for fleet in self._fleets):
+        if self._has_services:
             _run_logged("ending the workers", partial(stop_fleets, CALL_LIMIT_S))
             _run_logged("ending the controllers", end_leftovers)
 
@@ -182,7 +195,7 @@ class ClusterParts:
         """Start the fleets of all models, and return when all serve."""
         loaded: dict[str, tuple[int, int]] = {}
 
-        def start(fleet: Fleet) -> None:
+        def start(fleet: Fleet, model: ModelPlan) -> None:
             def on_progress(done: int, total: int) -> None:
                 loaded[fleet.namespace] = done, total
                 sums = [sum(amounts) for amounts in zip(*loaded.copy().values(), strict=True)]
@@ -190,6 +203,7 @@ class ClusterParts:
 
             joined = self._joined
             fleet.start(
+                model,
                 on_progress,
                 asked=self.plan.asked,
                 limit_s=self.plan.start_limit_s,
@@ -198,10 +212,13 @@ class ClusterParts:
                 is_running=joined.is_running,
             )
 
-        self._fleets = [Fleet(model) for model in self.plan.models]
-        pool = ThreadPoolExecutor(len(self._fleets))
+        models = self.plan.models
+        self._has_services = True
+        self._fleets = [Fleet(model.config.namespace) for model in models]
+        pool = ThreadPoolExecutor(len(models))
         try:
-            _wait_all([pool.submit(start, fleet) for fleet in self._fleets])
+            pairs = zip(self._fleets, models, strict=True)
+            _wait_all([pool.submit(start, fleet, model) for fleet, model in pairs])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         self.compute_threads = "; ".join(fleet.compute_threads for fleet in self._fleets)

@@ -97,7 +97,9 @@ class RayFleets:
 
     def start(self, plan: Mapping[str, Any], on_progress: Callable[[int, int], None]) -> None:
         """Start the fleet of a plan; return when it serves. Raises ``StartError``."""
-        Fleet(as_plan(plan)).start(
+        model = as_plan(plan)
+        Fleet(model.config.namespace).start(
+            model,
             on_progress,
             asked={},
             limit_s=self.start_limit_s,

@@ -10,14 +10,16 @@ import argparse
 import contextlib
 import os
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.cli.terminal.client import Client, require_full_status, validate_url
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.config.gateway import is_loopback
+from cluster.core.codec import from_plain
 from cluster.core.errors import ExpertMeshError, NotReadyError
-from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE
+from cluster.core.fleets import CONTROLLER_NAME, NAMESPACE, namespace_of
+from cluster.core.model_table import ModelTable
 
 _CALL_LIMIT_S = 10.0
 
@@ -34,7 +36,7 @@ class AdminClient:
         ``model``: name of the model to change; None: the first model.
         """
         self._admin = admin
-        self._namespace = NAMESPACE if admin is not None or model is None else _find_fleet(model)
+        self._namespace = NAMESPACE if admin is not None else _find_fleet(model)
 
     def drain(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Start a drain and return the operation; ``fields`` as in ``DrainWorkerRequest``."""
@@ -167,8 +169,25 @@ def _document(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in found.items() if k != "result"}, found["kind"]: found["result"]}
 
 
-def _find_fleet(model: str) -> str:
-    """Return the Ray namespace of a served model, in the joined Ray. Raises ``CommandError``."""
+def _find_fleet(model: str | None) -> str:
+    """Return the Ray namespace of a model's active revision, in the joined Ray; None: the first.
+
+    Raises ``CommandError``.
+    """
+    from cluster.launch.models_actor import ask_models_actor
+
+    try:
+        table = from_plain(ask_models_actor("table", limit_s=_CALL_LIMIT_S), ModelTable)
+    except NotReadyError:  # the cluster is starting
+        return NAMESPACE if model is None else _find_starting_fleet(model)
+    for entry in table.models:
+        if model in (None, entry.name) and entry.active:
+            return namespace_of(entry.find(entry.active).fleet)
+    raise _not_served(model, [entry.name for entry in table.models])
+
+
+def _find_starting_fleet(model: str) -> str:
+    """Return the Ray namespace of a model by its controller. Raises ``CommandError``."""
     from cluster.actors.ray_tools import live_actors
 
     namespaces = [space for space, name in live_actors() if name == CONTROLLER_NAME]
@@ -178,8 +197,12 @@ def _find_fleet(model: str) -> str:
         names.append(config["model"].get("served_model_name"))
         if names[-1] == model:
             return namespace
-    served = ", ".join(str(name) for name in names if name is not None) or "none"
-    raise CommandError(ExitCode.REFUSED, f"the model {model} is not served; served: {served}")
+    raise _not_served(model, [str(name) for name in names if name is not None])
+
+
+def _not_served(model: str | None, names: Sequence[str]) -> CommandError:
+    served = ", ".join(names) or "none"
+    return CommandError(ExitCode.REFUSED, f"the model {model} is not served; served: {served}")
 
 
 def _ask(method: str, *arguments: Any, namespace: str) -> Any:

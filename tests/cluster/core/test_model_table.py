@@ -188,6 +188,14 @@ def test_a_model_goes_with_its_last_revision() -> None:
     assert [model.name for model in table.models] == ["m"]
 
 
+def test_a_model_that_is_being_unloaded_loads_nothing() -> None:
+    table = make_table()
+    table.add("other", "", table.new_fleet(), {}, in_place=False)
+    table.unload("other")
+    with pytest.raises(ConflictError, match="other is being unloaded"):
+        table.check_load("other", "", in_place=False)
+
+
 def test_an_unloaded_canary_gets_no_requests() -> None:
     table = make_table("b")
     table.set_canary("m", "b", 5.0, ("team",))

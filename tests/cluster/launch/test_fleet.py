@@ -8,9 +8,9 @@ import pytest
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
+from cluster.core.fleets import NAMESPACE
 from cluster.launch import fleet
 from cluster.launch.fleet import Fleet, describe_threads
-from tests.cluster.launch.test_launch_plan import plan_of_two
 
 
 class Clock:
@@ -48,16 +48,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def make_fleet(controller: Controller) -> Fleet:
-    made = Fleet(plan_of_two().models[1])
+    made = Fleet(NAMESPACE)
     made._controller = controller
     return made
-
-
-def test_a_fleet_has_the_namespace_of_its_model() -> None:
-    first, second = (Fleet(model) for model in plan_of_two().models)
-    assert (first.namespace, second.namespace) == ("expertmesh", "expertmesh.model-1")
-    assert not first.has_controller
-    assert make_fleet(Controller()).has_controller
 
 
 @pytest.mark.parametrize("state", ["SERVING", "DEGRADED", "RECOVERING"])
@@ -90,6 +83,28 @@ def test_a_controller_is_awaited_for_a_minute(clock: Clock, error: Exception) ->
     controller.answer = error
     clock.now_s += 60.0
     assert watched.find_loss() is None, "counted from its last answer"
+
+
+def test_a_fleet_that_was_started_elsewhere_is_lost_soon_without_its_controller(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controllers = {NAMESPACE: Controller()}
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: find(namespace))
+
+    def find(namespace: str) -> Controller:
+        if namespace not in controllers:
+            raise ValueError("there is no such actor")
+        return controllers[namespace]
+
+    there, gone = Fleet(NAMESPACE), Fleet(f"{NAMESPACE}.model-1")
+    clock.now_s += 6.0
+    assert there.find_loss() is None
+    gone._heard_at = clock.now_s
+    clock.now_s += 5.0
+    assert gone.find_loss() is None, "its controller may be starting"
+    clock.now_s += 1.0
+    assert gone.find_loss() == "the controller is lost, see the log"
+    assert there.find_loss() is None
 
 
 @pytest.mark.parametrize(

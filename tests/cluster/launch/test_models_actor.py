@@ -108,7 +108,7 @@ async def follow(
     table = ModelTable(version=0)
     while not is_done(table):
         found = await actor.wait_table(table.version, 0.01, GATEWAY, dict(calls))
-        table = from_plain(found, ModelTable)
+        table = table if found is None else from_plain(found, ModelTable)
     return table
 
 
@@ -124,7 +124,8 @@ def test_a_revision_is_loaded_beside_the_active_one() -> None:
         model = table.find(MODEL)
         assert (model.active, model.canary and model.canary.percent) == (FIRST_REVISION, 5.0)
         assert fleets.events == ["start model-1"]
-        assert await actor.later_fleets() == ["model-1"]
+        assert await actor.fleets() == {"": "READY", "model-1": "READY"}
+        assert await actor.wait_table(table.version, 0.001, GATEWAY, {}) is None
 
     run(test)
 
@@ -176,6 +177,31 @@ def test_the_replaced_revision_returns_if_the_new_one_fails() -> None:
         assert (model.active, model.find(FIRST_REVISION).fleet) == (FIRST_REVISION, "model-2")
         assert await states(actor) == {FIRST_REVISION: "READY", SECOND: "FAILED"}
         assert fleets.events[-1] == "start model-2"
+
+    run(test)
+
+
+@pytest.mark.parametrize("num_failures", [2, 3])
+def test_a_replaced_revision_that_cannot_return_at_once_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, num_failures: int
+) -> None:
+    monkeypatch.setattr(models_actor, "_RETRY_S", 0.001)
+
+    async def test(fleets: RecordingFleets) -> None:
+        fleets.failing = {f"model-{number}" for number in range(1, num_failures + 2)}
+        actor = ModelsActor(first_table(), fleets)
+        await actor.load(order(in_place=True))
+        table = await follow(
+            actor, lambda table: table.version > 1 and not table.find(MODEL).is_held, {}
+        )
+        returns = num_failures < 3
+        assert table.find(MODEL).active == FIRST_REVISION
+        assert await states(actor) == {
+            FIRST_REVISION: "READY" if returns else "FAILED",
+            SECOND: "FAILED",
+        }
+        assert fleets.events.count("start model-4") == 1, "the third and last start"
+        assert "start model-5" not in fleets.events
 
     run(test)
 
@@ -255,5 +281,23 @@ def test_only_gateways_that_know_the_table_and_run_no_call_let_a_fleet_end(
     gateways.poll("a", 3, {"f": 0}, 112.0)
     assert gateways.have_ended("f", 3, 112.0)
     gateways.poll("b", 1, {"f": 1}, 112.0)
-    assert not gateways.have_ended("f", 3, 141.9)
+    for now_s in range(117, 141, 5):
+        gateways.poll("a", 3, {}, now_s)
+        assert not gateways.have_ended("f", 3, now_s)
     assert gateways.have_ended("f", 3, 142.0), "a silent gateway has ended"
+
+
+def test_after_a_pause_of_the_actor_all_gateways_are_awaited_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models_actor, "_SETTLE_S", 10.0)
+    gateways = GatewayCalls(now_s=100.0)
+    gateways.poll("a", 3, {}, 110.0)
+    gateways.poll("b", 3, {"f": 1}, 110.0)
+    gateways.poll("a", 3, {}, 160.0)  # the process was stopped for 50 s
+    assert not gateways.have_ended("f", 3, 160.0), "b has had no time to poll"
+    gateways.poll("b", 3, {"f": 1}, 162.0)
+    gateways.poll("a", 3, {}, 170.0)
+    assert not gateways.have_ended("f", 3, 170.0)
+    gateways.poll("b", 3, {}, 171.0)
+    assert gateways.have_ended("f", 3, 171.0)

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from cluster.launch.fleet import Fleet
+from cluster.core.errors import NotReadyError
+from cluster.core.fleets import NAMESPACE
+from cluster.launch import parts as parts_module
+from cluster.launch.fleet import AWAY_LIMIT_S, Fleet
 from cluster.launch.parts import ClusterParts
+from tests.cluster.launch.test_fleet import Clock
 from tests.cluster.launch.test_launch_plan import plan_of_two
 
 
@@ -22,10 +26,32 @@ class WatchedFleet(Fleet):
 
 
 def parts_with(*losses: str | None) -> ClusterParts:
-    plan = plan_of_two()
-    parts = ClusterParts(plan, lambda stage, done, total: None)
-    parts._fleets = [WatchedFleet(plan.models[1], loss=loss) for loss in losses]
+    parts = ClusterParts(plan_of_two(), lambda stage, done, total: None)
+    parts._fleets = [
+        WatchedFleet(f"{NAMESPACE}.model-{place}", loss=loss) for place, loss in enumerate(losses)
+    ]
     return parts
+
+
+class ModelsTable:
+    """Stands for the actor that keeps the table of models."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, str] = {}
+        self.error: Exception | None = ValueError("there is no such actor")
+
+    def ask(self, method: str, limit_s: float) -> dict[str, str]:
+        assert method == "fleets"
+        if self.error is not None:
+            raise NotReadyError("no table") from self.error
+        return self.states
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch: pytest.MonkeyPatch) -> ModelsTable:
+    made = ModelsTable()
+    monkeypatch.setattr(parts_module, "ask_models_actor", made.ask)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -44,3 +70,31 @@ def test_a_cluster_is_lost_when_all_its_models_are(
     losses: tuple[str | None, ...], found: str | None
 ) -> None:
     assert parts_with(*losses).find_loss() == found
+
+
+def test_fleets_that_serve_in_place_of_lost_ones_are_watched(table: ModelsTable) -> None:
+    parts = parts_with("gone")
+    table.error, table.states = None, {"model-0": "STOPPED", "model-7": "LOADING"}
+    assert parts.find_loss() is None, "another revision loads"
+    table.states = {"model-0": "STOPPED", "model-7": "FAILED"}
+    assert parts.find_loss() == "gone"
+    table.states = {"model-0": "RETIRING", "model-7": "READY", "model-8": "READY"}
+    assert parts.find_loss() is None
+    assert [fleet.namespace for fleet in parts._fleets] == [
+        f"{NAMESPACE}.model-7",
+        f"{NAMESPACE}.model-8",
+    ]
+    parts._fleets = [WatchedFleet(fleet.namespace, loss="lost") for fleet in parts._fleets]
+    assert parts.find_loss() == "lost"
+
+
+def test_an_actor_that_restarts_is_awaited(
+    table: ModelsTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(parts_module, "time", clock)
+    parts = parts_with("gone")
+    table.error = TimeoutError("away")
+    assert parts.find_loss() is None
+    clock.now_s += AWAY_LIMIT_S
+    assert parts.find_loss() == "gone"

@@ -14,7 +14,11 @@ from cluster.cli.cluster.top import parse_series
 from cluster.cli.main import main
 from cluster.cli.terminal import admin_client
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.core.codec import to_plain
+from cluster.core.errors import NotReadyError
 from cluster.core.fleets import CONTROLLER_NAME
+from cluster.core.model_table import ModelTable, Revision, RevisionState, ServedModelEntry
+from cluster.launch import models_actor
 from tests.cluster.cli.cluster.test_scale import done
 from tests.cluster.cli.fake_gateway import STATUS, FakeGateway
 from tests.cluster.cli.models.test_talk import exposition
@@ -138,6 +142,13 @@ class Fleets:
             "expertmesh.model-2": "large",
         }
         self.asked: list[tuple[str, str]] = []
+        self.table: ModelTable | None = None
+        """The table of models; None while the cluster starts."""
+
+    def ask_models(self, method: str, limit_s: float) -> Any:
+        if self.table is None:
+            raise NotReadyError("there is no table yet")
+        return to_plain(self.table)
 
     def live_actors(self) -> list[tuple[str, str]]:
         names = (CONTROLLER_NAME, "expert-0")
@@ -163,6 +174,7 @@ def fleets(monkeypatch: pytest.MonkeyPatch) -> Fleets:
     monkeypatch.setattr(admin_client, "_joined", joined)
     monkeypatch.setattr(ray_tools, "live_actors", made.live_actors)
     monkeypatch.setattr(controller_client, "ask_controller", made.ask)
+    monkeypatch.setattr(models_actor, "ask_models_actor", made.ask_models)
     return made
 
 
@@ -179,6 +191,35 @@ def test_the_controller_of_the_model_is_asked_through_ray(
 ) -> None:
     assert main(["operations", "list", "--address", "10.0.0.1:6379", *words]) == ExitCode.OK
     assert fleets.asked == [("operations", namespace)]
+
+
+@pytest.mark.parametrize(
+    ("words", "namespace"),
+    [
+        ((), "expertmesh.model-3"),
+        (("--model", "small"), "expertmesh.model-3"),
+        (("--model", "large"), "expertmesh.model-2"),
+    ],
+)
+def test_the_controller_of_the_active_revision_is_asked(
+    fleets: Fleets, words: tuple[str, ...], namespace: str
+) -> None:
+    ended = ServedModelEntry("ended", "", [Revision("1", "model-4", {}, RevisionState.RETIRING)])
+    small = ServedModelEntry("small", "2", [Revision("2", "model-3", {}, RevisionState.READY)])
+    large = ServedModelEntry("large", "1", [Revision("1", "model-2", {}, RevisionState.READY)])
+    fleets.table = ModelTable([ended, small, large])
+    assert main(["operations", "list", "--address", "10.0.0.1:6379", *words]) == ExitCode.OK
+    assert fleets.asked == [("operations", namespace)]
+
+
+def test_a_model_that_the_table_lacks_is_refused(
+    fleets: Fleets, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ServedModelEntry("small", "2", [Revision("2", "model-3", {}, RevisionState.READY)])
+    fleets.table = ModelTable([one])
+    words = ["operations", "list", "--address", "10.0.0.1:6379", "--model", "large"]
+    assert main(words) == ExitCode.REFUSED
+    assert "the model large is not served; served: small\n" in capsys.readouterr().err
 
 
 def test_a_model_that_no_fleet_serves_is_refused(
