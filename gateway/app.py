@@ -26,7 +26,7 @@ from gateway.admin.service import AdminApi
 from gateway.batches.runner import BatchRunner
 from gateway.calls.gateway import Gateway
 from gateway.calls.served_models import SharedParts
-from gateway.cluster.client import RayServeReplicas, find_models_actor
+from gateway.cluster.client import RayServeReplicas, find_models_actor, read_table
 from gateway.cluster.serve_replicas import ReplicaCall
 from gateway.cluster.table_follower import TableFollower
 from gateway.core.tuning import GatewayTuning
@@ -72,8 +72,7 @@ class GatewayReplica:
     """One replica of the gateway; Serve builds it from the configurations of the models."""
 
     async def __init__(self, configs: Sequence[dict[str, Any]]) -> None:  # type: ignore[misc]  # Serve awaits it
-        all_settings = list(map(ClusterConfig.from_dict, configs))
-        settings = all_settings[0]
+        settings = ClusterConfig.from_dict(configs[0])
         name = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
         logs.set_up(name, settings.observability.log_format)
         logs.format_library_logs("ray.serve")
@@ -81,8 +80,7 @@ class GatewayReplica:
         section, tuning = settings.gateway, GatewayTuning()
         shared = SharedParts.of(section, tuning, open_store(section, opens=False))
         self._models = ModelSet(name, node, tuning, shared)
-        for model in all_settings:
-            await self._models.add(model)
+        await self._models.add_first(configs, await read_table())
         self._gateway = next(iter(shared.models))
         await open_in_time(shared.state, shared.disk)
         replicas = self._gateway.status.replicas

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.core.model_table import (
@@ -16,6 +17,7 @@ from cluster.core.model_table import (
     Revision,
     RevisionState,
     ServedModelEntry,
+    cluster_id,
 )
 from cluster.tracing import logs
 from cluster.tracing.disks import DiskMonitor
@@ -48,6 +50,22 @@ class ModelSet:
     """Called with each gateway before it follows its controller."""
     _fleets: dict[str, Gateway] = field(default_factory=dict)
 
+    async def add_first(
+        self, configs: Sequence[Mapping[str, Any]], table: ModelTable | None
+    ) -> None:
+        """Make the first gateways: for the active revisions of ``table``.
+
+        Without a table of this cluster, for the models with which the cluster starts, ``configs``.
+        """
+        first = ClusterConfig.from_dict(configs[0])
+        if table is not None and table.cluster == cluster_id(first.cluster_token):
+            for model, revision in table:
+                if revision.name == model.active and revision.state is RevisionState.READY:
+                    await self.add(_settings(revision), revision.name)
+        if not self._fleets:
+            for config in configs:
+                await self.add(ClusterConfig.from_dict(config))
+
     async def add(self, settings: ClusterConfig, revision: str = FIRST_REVISION) -> Gateway:
         """Make the gateway of a fleet."""
         tokenizer = await asyncio.to_thread(
@@ -78,10 +96,11 @@ class ModelSet:
         """Return the number of calls on each fleet."""
         return {fleet: gateway.num_calls for fleet, gateway in self._fleets.items()}
 
-    async def apply(self, table: ModelTable) -> None:
+    async def apply(self, table: ModelTable) -> bool:
         """Add and end gateways, and divide new calls among them, as the table says.
 
-        A new revision gets calls once this replica is connected to its workers.
+        A new revision gets calls once this replica is connected to its workers. Returns whether
+        this replica has gateways of all revisions that are ready.
         """
         known = {revision.fleet: (model, revision) for model, revision in table}
         for fleet, (_, revision) in known.items():
@@ -108,6 +127,7 @@ class ModelSet:
         for fleet in list(self._fleets):
             if fleet not in known or not _keeps_gateway(*known[fleet]):
                 await self._end(self._fleets.pop(fleet))
+        return all(r.fleet in self._fleets for _, r in table if r.state is RevisionState.READY)
 
     async def close(self) -> None:
         """End all gateways."""
@@ -117,8 +137,7 @@ class ModelSet:
 
     async def _begin(self, revision: Revision) -> None:
         """Make the gateway of a new revision; return when it is connected, or after a time."""
-        settings = ClusterConfig.from_dict(revision.plan["config"])
-        gateway = await self.add(settings, revision.name)
+        gateway = await self.add(_settings(revision), revision.name)
         self._start(gateway)
         await _wait_ready(gateway)
 
@@ -131,13 +150,16 @@ class ModelSet:
 
         The first one stays without a fleet, as the servers of the replica use it.
         """
-        gateway.cluster.snapshot = None
         self.shared.models.remove(gateway)
         if all(other.metrics is not gateway.metrics for other in self.shared.models):
             del self.shared.metrics[gateway.metrics.key]
-        await gateway.cluster.leave()
+        await gateway.cluster.end()
         await gateway.engines.stop()
         await gateway.prompts.stop()
+
+
+def _settings(revision: Revision) -> ClusterConfig:
+    return ClusterConfig.from_dict(revision.plan["config"])
 
 
 def _keeps_gateway(model: ServedModelEntry, revision: Revision) -> bool:

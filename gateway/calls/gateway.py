@@ -204,6 +204,7 @@ class Gateway:
                 gateway.readiness.accepts_calls = False
         if stage == "fail":
             self.running.fail(shutdown_error())
+            self.shared.models.end_waits()
         return left
 
     async def close(self) -> None:
@@ -231,8 +232,9 @@ class Gateway:
             NotReadyError: the cluster cannot serve the call.
             DeadlineExceededError: the deadline passed before an engine received the call.
         """
+        started_s = time.monotonic()
         route = self.shared.models.route_of(call.model)
-        await route.wait_released(self.timeout_s(call.timeout_s))
+        await route.wait_released(self.timeout_s(call.timeout_s), self.limits.max_queue)
         gateway = route.pick(call)
         with ExitStack() as held:
             gateway.count_call(held)
@@ -243,21 +245,22 @@ class Gateway:
                 make = partial(gateway.requests.make, call)
                 if (trace := TRACE.get()) is not None:
                     trace.fields = call
-            return await gateway._start(call, call_id, adapter, make, held)
+            return await gateway._start(call, call_id, started_s, adapter, make, held)
 
     async def _start(
         self,
         call: GenerateCall,
         call_id: str,
+        started_s: float,
         adapter: str,
         make: MakeRequests,
         held: ExitStack,
     ) -> RunningCall:
         """Start a call with the adapter key ``adapter``; ``make`` makes its engine requests.
 
-        ``held`` has the resources that are released when the call ends.
+        ``started_s``: time of the call's arrival by ``time.monotonic``. ``held`` has the resources
+        that are released when the call ends.
         """
-        started_s = time.monotonic()
         deadline_s = started_s + self.timeout_s(call.timeout_s)
         facts, caller = self.require_facts(), CALLER.get()
         demand = CallDemand(priority=call.priority or 0)
@@ -292,7 +295,7 @@ class Gateway:
             caller=caller,
             free=self.long_work.free,
             fingerprint=self._fingerprint,
-            revision=self.revision,
+            revision=f"{self.model.name}/{self.revision}",
         )
         running.held = held.pop_all()
         try:

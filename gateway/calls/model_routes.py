@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cluster.core.errors import ModelNotFoundError, NotReadyError
+from cluster.core.errors import ModelNotFoundError, NotReadyError, QueueFullError
 from cluster.core.model_table import Canary
 from gateway.auth.auth import CALLER
 from gateway.core.call import GenerateCall
@@ -28,6 +28,7 @@ _MAX_SESSIONS = 65_536
 _MAX_SESSION_CHARS = 512
 """Maximum length of a session id that is remembered; calls are checked later."""
 _GRAINS = 10_000
+_REPLACED_RETRY_S = 5.0
 
 
 @dataclass(slots=True)
@@ -45,6 +46,7 @@ class ModelRoute:
     _sessions: OrderedDict[tuple[str, str], str] = field(default_factory=OrderedDict)
     """Revision of each session, by tenant and session id."""
     _released: asyncio.Event = field(default_factory=asyncio.Event)
+    _num_held: int = 0
 
     def __post_init__(self) -> None:
         self._released.set()
@@ -88,18 +90,32 @@ class ModelRoute:
         self.standby = standby
         (self._released.clear if is_held else self._released.set)()
 
-    async def wait_released(self, limit_s: float) -> None:
-        """Wait while the model is replaced in its place. Raises ``NotReadyError``."""
+    async def wait_released(self, limit_s: float, max_held: int) -> None:
+        """Wait while the model is replaced in its place.
+
+        Raises ``NotReadyError`` after ``limit_s`` seconds, and ``QueueFullError`` if ``max_held``
+        calls wait already.
+        """
         if self._released.is_set():
             return
+        if self._num_held >= max_held:
+            message = f"{self._num_held} calls wait for the next revision of {self.name}"
+            raise QueueFullError(f"{message}, at most {max_held}", _REPLACED_RETRY_S)
+        self._num_held += 1
         try:
             await asyncio.wait_for(self._released.wait(), limit_s)
         except TimeoutError as err:
             raise self._replaced() from err
+        finally:
+            self._num_held -= 1
+
+    def end_wait(self) -> None:
+        """Let the calls go on that wait, as the replica shuts down."""
+        self._released.set()
 
     def _replaced(self) -> NotReadyError:
         message = f"the model {self.name} is being replaced by another revision"
-        return NotReadyError(message, "not_ready", 5.0)
+        return NotReadyError(message, "not_ready", _REPLACED_RETRY_S)
 
     def pick(self, call: GenerateCall) -> Gateway:
         """Return the gateway of the revision for a call.
@@ -112,8 +128,9 @@ class ModelRoute:
                 raise ModelNotFoundError(text, REVISION_HEADER)
             return self.revisions[call.revision]
         tenant = caller.entry.tenant if (caller := CALLER.get()) is not None else ""
-        if call.last_revision in self.revisions:
-            name = call.last_revision
+        last = call.last_revision.removeprefix(f"{self.name}/")
+        if last != call.last_revision and last in self.revisions:
+            name = last
         elif call.session and self._sessions.get((tenant, call.session)) in self.revisions:
             name = self._sessions[tenant, call.session]
         else:

@@ -71,7 +71,7 @@ class RunningCall(AbstractContextManager["RunningCall"]):
     fingerprint: str = ""
     """Identity of release and configuration, as ``system_fingerprint`` of OpenAI."""
     revision: str = ""
-    """Revision of the model that serves the call."""
+    """``model/revision`` that serves the call."""
     caches_prefixes: bool = False
     """Whether the engines report how many tokens of a prompt were cached."""
     caller: KeyUsage | None = None

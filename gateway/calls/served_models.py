@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -110,6 +111,22 @@ class ServedModels:
         """Return the gateway of the active revision of ``route_of(name)``. Raises the same errors,
         and ``NotReadyError`` while no revision serves."""
         return self.route_of(name).gateway
+
+    @contextlib.contextmanager
+    def using(self, name: str | None) -> Iterator[Gateway]:
+        """Yield ``find(name)``, which counts as running a call: its fleet does not end meanwhile.
+
+        Raises the same errors.
+        """
+        with contextlib.ExitStack() as held:
+            gateway = self.find(name)
+            gateway.count_call(held)
+            yield gateway
+
+    def end_waits(self) -> None:
+        """Let the calls go on that wait for revisions, as the replica shuts down."""
+        for route in self._routes.values():
+            route.end_wait()
 
     def names(self) -> list[tuple[str, Gateway]]:
         """Return the models and adapters that the caller may use, each with its gateway."""

@@ -10,14 +10,17 @@ import ray
 from ray import serve
 from ray.exceptions import RayTaskError
 
+from cluster.core.codec import from_plain
 from cluster.core.errors import ExpertMeshError
 from cluster.core.fleets import CONTROLLER_NAME, MODELS_NAME, NAMESPACE
+from cluster.core.model_table import ModelTable
 from gateway.cluster.serve_replicas import ReplicaCall, ReplicaHandlers, own_first
 
 logger = logging.getLogger(__name__)
 
 REPLICA_LIMIT_S = 1.0
 """Time limit in seconds for the replies of the other gateway replicas."""
+_TABLE_LIMIT_S = 10.0
 
 
 class RayActor:
@@ -47,6 +50,16 @@ async def find_controller(namespace: str = NAMESPACE) -> RayActor:
 async def find_models_actor() -> RayActor:
     """Find the actor that keeps the table of models. Raises ``ValueError`` if there is none."""
     return RayActor(await asyncio.to_thread(ray.get_actor, MODELS_NAME, namespace=NAMESPACE))
+
+
+async def read_table() -> ModelTable | None:
+    """Return the table of models; None if it cannot be read, as when the cluster starts."""
+    try:
+        actor = await find_models_actor()
+        return from_plain(await asyncio.wait_for(actor.call("table"), _TABLE_LIMIT_S), ModelTable)
+    except Exception as err:  # there is no actor yet, or Ray failed
+        logger.info("the table of models is not read: %r", err)
+        return None
 
 
 class RayServeReplicas:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 _FIND_S = 5.0
 """Seconds between two searches for the actor that keeps the table. It starts after the gateways."""
+_RETRY_S = 5.0
+"""Seconds before a table is applied again if a revision could not be served."""
 _POLL_S = 5.0
 _FAST_POLL_S = 0.3
 """Timeout of a poll in seconds while a revision waits for the end of calls."""
@@ -40,16 +42,16 @@ class TableFollower:
         find: finds the actor; raises if there is none.
         name: name of this replica.
         calls: returns the number of calls that run on each fleet.
-        apply: changes the gateways of the replica. Only when it has returned, the actor learns
-            that this replica knows the table.
+        apply: changes the gateways of the replica, and returns whether all revisions that should
+            serve do. Only then the actor learns that this replica knows the table.
     """
 
     find: Callable[[], Awaitable[TableCalls]]
     name: str
     calls: Callable[[], Mapping[str, int]]
-    apply: Callable[[ModelTable], Awaitable[None]]
+    apply: Callable[[ModelTable], Coroutine[Any, Any, bool]]
     table: ModelTable | None = None
-    """The latest table; None before the first."""
+    """The latest table that this replica serves; None before the first."""
     _actor: TableCalls | None = None
     _task: asyncio.Task[None] | None = field(default=None)
 
@@ -78,23 +80,35 @@ class TableFollower:
     async def _follow(self) -> None:
         while True:
             try:
-                self._actor = self._actor or await self.find()
-                version = 0 if self.table is None else self.table.version
-                found = await asyncio.wait_for(
-                    self._actor.call(
-                        "wait_table", version, self._timeout_s, self.name, dict(self.calls())
-                    ),
-                    _POLL_S + _CALL_LIMIT_S,
-                )
-                table = from_plain(found, ModelTable)
-                if self.table is None or table.version != version:
-                    await self.apply(table)
-                    self.table = table
+                found = await self._poll(self._timeout_s)
+                if found is not None and not await self._apply(found):
+                    await asyncio.sleep(_RETRY_S)
             except Exception as err:  # the actor starts late, and may restart
                 level = logging.DEBUG if self._actor is None else logging.WARNING
                 logger.log(level, "the table of models is not followed: %r", err)
                 self._actor = None
                 await asyncio.sleep(_FIND_S)
+
+    async def _poll(self, timeout_s: float) -> ModelTable | None:
+        """Report this replica's calls; return a table that it does not serve, None after a time."""
+        self._actor = self._actor or await self.find()
+        version = 0 if self.table is None else self.table.version
+        call = self._actor.call("wait_table", version, timeout_s, self.name, dict(self.calls()))
+        found = await asyncio.wait_for(call, timeout_s + _CALL_LIMIT_S)
+        return None if found is None else from_plain(found, ModelTable)
+
+    async def _apply(self, table: ModelTable) -> bool:
+        """Apply a table, and report this replica's calls meanwhile; return whether all serve."""
+        applying = asyncio.create_task(self.apply(table))
+        try:
+            while not (await asyncio.wait([applying], timeout=_POLL_S))[0]:
+                await self._poll(0.0)
+        finally:
+            applying.cancel()
+        if applying.result():
+            self.table = table
+            return True
+        return False
 
     @property
     def _timeout_s(self) -> float:

@@ -130,6 +130,12 @@ class SnapshotFollower:
         with contextlib.suppress(ExpertMeshError):
             await self.call("gateway_leaves", self.name, limit_s=_LEAVE_LIMIT_S)
 
+    async def end(self) -> None:
+        """Leave for good, as the fleet has ended or is about to: nothing of it is kept."""
+        await self.leave()
+        self._listeners.clear()
+        self._controller = self.snapshot = None
+
     async def report_pauses(self, take: Callable[[], tuple[int, float] | None]) -> None:
         """Report pauses of client streams after a new generation to the controller, a few times.
 

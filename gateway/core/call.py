@@ -149,7 +149,8 @@ class GenerateCall:
     revision: str | None = None
     """Name of the model's revision that must serve the call; None: any."""
     last_revision: str = ""
-    """Revision of the stored response that the call continues; it serves the call if it can."""
+    """``model/revision`` of the stored response that the call continues; it serves the call if it
+    can."""
     timeout_s: float | None = None
     """The client's time limit in seconds for the whole request."""
     tool_format: ToolCallFormat | None = None

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator
 from itertools import starmap
 
@@ -52,40 +53,40 @@ class InferenceProcedures(PoolingProcedures):
             call.set_usage(running.usage)
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: GrpcCall) -> pb.TokenizeResponse:
-        gateway = await self._serving(request, call)
         is_chat = input_name(request, "prompt") == "messages"
         chat = await call.convert(grpc_chat_input, request.messages) if is_chat else None
         special = optional(request, "add_special_tokens")
         text = await call.convert(lambda: request.prompt)
-        ids = await gateway.prompts.tokenize(text, chat, special)
-        tokenizer = gateway.prompts.require_tokenizer("prompt")
-        call.response_size = len(ids)
+        with await self._using(request, call) as gateway:
+            ids = await gateway.prompts.tokenize(text, chat, special)
+            tokenizer = gateway.prompts.require_tokenizer("prompt")
+            call.response_size = len(ids)
 
-        def answer() -> pb.TokenizeResponse:
-            names = [tokenizer.token_text(i) for i in ids] if request.return_token_strs else []
-            return pb.TokenizeResponse(
-                count=len(ids),
-                max_model_len=gateway.model.facts.max_model_len if gateway.model.facts else 0,
-                tokens=ids,
-                token_strs=names,
-            )
+            def answer() -> pb.TokenizeResponse:
+                names = [tokenizer.token_text(i) for i in ids] if request.return_token_strs else []
+                return pb.TokenizeResponse(
+                    count=len(ids),
+                    max_model_len=gateway.model.facts.max_model_len if gateway.model.facts else 0,
+                    tokens=ids,
+                    token_strs=names,
+                )
 
-        return await gateway.long_work.run(len(ids), answer)
+            return await gateway.long_work.run(len(ids), answer)
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, call: GrpcCall
     ) -> pb.DetokenizeResponse:
-        gateway = await self._serving(request, call)
-        facts = gateway.require_facts()
-        tokens = await call.convert(copy_numbers, request.tokens)
-        text = await gateway.prompts.decode(tokens, facts)
+        with await self._using(request, call) as gateway:
+            facts = gateway.require_facts()
+            tokens = await call.convert(copy_numbers, request.tokens)
+            text = await gateway.prompts.decode(tokens, facts)
         return pb.DetokenizeResponse(prompt=text)
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, call: GrpcCall
     ) -> types_pb2.ModelInfo:
-        gateway = await self._serving(request, call)
-        return _model(request.model or gateway.model.name, gateway)
+        with await self._using(request, call) as gateway:
+            return _model(request.model or gateway.model.name, gateway)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, call: GrpcCall
@@ -101,8 +102,11 @@ class InferenceProcedures(PoolingProcedures):
             check_stream(fields)
         return await self._gateway.start(fields, new_call_id(fields.kind))
 
-    async def _serving(self, request: NamesModel, call: GrpcCall) -> Gateway:
-        return self._gateway.serving(await call.convert(lambda: request.model or None))
+    async def _using(
+        self, request: NamesModel, call: GrpcCall
+    ) -> contextlib.AbstractContextManager[Gateway]:
+        name = await call.convert(lambda: request.model or None)
+        return self._gateway.shared.models.using(name)
 
 
 def _model(name: str, gateway: Gateway) -> types_pb2.ModelInfo:

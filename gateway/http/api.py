@@ -42,7 +42,7 @@ from gateway.http.middleware import (
 from gateway.http.openai_format import ChatFormat, CompletionFormat, OpenAIFormat
 from gateway.http.parse import parse_body
 from gateway.http.pooling import PoolingEndpoint
-from gateway.http.request_body import limit_time, read_json, timeout_header_s
+from gateway.http.request_body import read_json, timeout_header_s, using_model
 from gateway.http.schema import (
     ChatBody,
     ChatStreamOptionsBody,
@@ -165,8 +165,7 @@ class HttpApi:
     async def tokenize(self, request: Request) -> Response:
         gateway = self._gateway
         body, chat = await read_json(request, gateway, _read_tokenize)
-        async with limit_time(request, gateway):
-            model = gateway.serving(body.model)
+        async with using_model(request, gateway, body.model) as model:
             ids = await model.prompts.tokenize(body.prompt or "", chat, body.add_special_tokens)
             tokenizer = model.prompts.require_tokenizer("prompt")
             facts = model.model.facts
@@ -181,8 +180,7 @@ class HttpApi:
     async def detokenize(self, request: Request) -> Response:
         gateway = self._gateway
         body = await read_json(request, gateway, partial(parse_body, DetokenizeBody))
-        async with limit_time(request, gateway):
-            model = gateway.serving(body.model)
+        async with using_model(request, gateway, body.model) as model:
             text = await model.prompts.decode(body.tokens, model.require_facts())
             return _json_response(
                 await gateway.long_work.run(len(text), dump_json, {"prompt": text})

@@ -28,7 +28,7 @@ from gateway.core.protocols import MESSAGES, error_event
 from gateway.http.json_output import dump_json
 from gateway.http.middleware import CancellableEndpoint, Responder
 from gateway.http.parse import parse_body
-from gateway.http.request_body import limit_time, timeout_header_s
+from gateway.http.request_body import timeout_header_s, using_model
 from gateway.http.sse import EventStream
 
 OLDEST_VERSION = "2023-06-01"
@@ -95,8 +95,8 @@ class CountTokensEndpoint(CancellableEndpoint[tuple[str, ChatInput]]):
         self, request: Request, parsed: tuple[str, ChatInput], responder: Responder
     ) -> None:
         model, chat = parsed
-        async with limit_time(request, self._gateway):
-            count = await self._gateway.serving(model).prompts.count_tokens(chat)
+        async with using_model(request, self._gateway, model) as gateway:
+            count = await gateway.prompts.count_tokens(chat)
         await responder.json({"input_tokens": count})
 
 

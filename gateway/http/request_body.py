@@ -78,6 +78,19 @@ async def limit_time(request: Request, gateway: Gateway) -> AsyncIterator[None]:
         raise DeadlineExceededError("the request's deadline has passed", started=True) from err
 
 
+@contextlib.asynccontextmanager
+async def using_model(
+    request: Request, gateway: Gateway, name: str | None
+) -> AsyncIterator[Gateway]:
+    """Yield the gateway of a model or adapter, for a block within the request's deadline.
+
+    See ``ServedModels.using`` and ``limit_time``.
+    """
+    async with limit_time(request, gateway):
+        with gateway.shared.models.using(name) as model:
+            yield model
+
+
 async def read_body(request: Request, max_bytes: int, tuning: GatewayTuning) -> bytes:
     """Return the body. Raises ``RequestTooLargeError`` or ``DeadlineExceededError``."""
     length = request.headers.get("content-length", "")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import json
 import math
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import grpc
@@ -84,6 +86,15 @@ def tiny_backend() -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([EOS, "<|user|>", "<|assistant|>", "<|system|>"])
     return tokenizer
+
+
+def save_tiny_tokenizer(folder: Path) -> Path:
+    """Write the files of the tokenizer with its chat template to a new folder; return it."""
+    folder.mkdir()
+    tiny_backend().save(str(folder / "tokenizer.json"))
+    config = {"chat_template": CHAT_TEMPLATE, "eos_token": EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def tiny_tokenizer(template: str | None = CHAT_TEMPLATE) -> Tokenizer:

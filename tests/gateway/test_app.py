@@ -30,14 +30,12 @@ from gateway.app import APP_NAME, build_app
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.gateway.fakes import (
-    CHAT_TEMPLATE,
     CLUSTER_TOKEN,
-    EOS,
     FakeController,
     ScriptedEngine,
     attention_entry,
     expert_entry,
-    tiny_backend,
+    save_tiny_tokenizer,
 )
 from tests.gateway.sse_client import by_choice, parse_events
 
@@ -66,13 +64,6 @@ class Deployed:
     def wait_for(self, condition: Any, what: str) -> None:
         """Wait until it holds."""
         wait_until(condition, what)
-
-
-def _checkpoint(folder: Path) -> str:
-    tiny_backend().save(str(folder / "tokenizer.json"))
-    config = {"chat_template": CHAT_TEMPLATE, "eos_token": EOS}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 @contextlib.contextmanager
@@ -104,7 +95,8 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     ports = port, grpc_port, serve_port = free_ports(3)
     config = ClusterConfig(
         model=ModelSection(
-            path=_checkpoint(tmp_path_factory.mktemp("checkpoint")), served_model_name="tiny"
+            path=str(save_tiny_tokenizer(tmp_path_factory.mktemp("c") / "checkpoint")),
+            served_model_name="tiny",
         ),
         gateway=GatewaySection(port=port, grpc_port=grpc_port, request_timeout_s=LIMIT_S),
         cluster_token=CLUSTER_TOKEN,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.core.errors import ModelNotFoundError, NotReadyError
+from cluster.core.errors import ModelNotFoundError, NotReadyError, QueueFullError
 from cluster.core.model_table import Canary
 from gateway.auth.auth import CALLER, KeyRing
 from gateway.calls import model_routes
@@ -71,8 +71,9 @@ def test_a_session_stays_on_its_revision() -> None:
 
 
 def test_a_stored_response_is_continued_on_its_revision() -> None:
-    assert picked(make_route(), last_revision=OTHER) == OTHER
-    assert picked(make_route(), last_revision="gone") == ACTIVE
+    assert picked(make_route(), last_revision=f"m/{OTHER}") == OTHER
+    assert picked(make_route(), last_revision="m/gone") == ACTIVE
+    assert picked(make_route(), last_revision=f"another/{OTHER}") == ACTIVE
 
 
 def test_keys_of_the_canary_get_it() -> None:
@@ -100,13 +101,29 @@ def test_calls_wait_while_the_model_is_replaced() -> None:
         assert route.is_held
         assert route.gateway.name == ACTIVE
         with pytest.raises(NotReadyError, match="is being replaced"):
-            await route.wait_released(0.001)
-        waiting = asyncio.create_task(route.wait_released(20.0))
+            await route.wait_released(0.001, max_held=1)
+        waiting = asyncio.create_task(route.wait_released(20.0, max_held=1))
         await asyncio.sleep(0)
         assert not waiting.done()
+        with pytest.raises(QueueFullError, match=r"1 calls wait .* at most 1") as caught:
+            await route.wait_released(20.0, max_held=1)
+        assert caught.value.retry_after_s == 5.0
         route.update(OTHER, {OTHER: revision(OTHER)})
         await waiting
         assert picked(route) == OTHER
+
+    asyncio.run(wait())
+
+
+def test_calls_do_not_wait_for_a_revision_when_the_replica_ends() -> None:
+    async def wait() -> None:
+        route = make_route()
+        route.update(ACTIVE, {}, standby=route.revisions[ACTIVE], is_held=True)
+        waiting = asyncio.create_task(route.wait_released(20.0, max_held=1))
+        await asyncio.sleep(0)
+        route.end_wait()
+        await waiting
+        assert picked(route) == ACTIVE, "which then refuses it"
 
     asyncio.run(wait())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,57 @@ def test_a_leaving_replica_leaves_with_all_models() -> None:
             assert stack.http.get("/ready").status_code == 503
             stack.call(lambda: numbers.append(stack.gateway.shut_down("fail", 0.0)))
             assert '"code":"draining"' in stream.read().decode()
+
+
+def test_calls_for_a_model_that_is_replaced_wait_within_their_limits() -> None:
+    section = GatewaySection(request_timeout_s=WAIT_S, max_queue=1)
+    with running_stack(section) as stack:
+        route = stack.gateway.shared.models.route_of(MODEL)
+        revisions = dict(route.revisions)
+        stack.call(
+            lambda: route.update("1", {}, standby=stack.gateway, is_held=True)  # as in its place
+        )
+        answers: list[httpx.Response] = []
+        waiting = threading.Thread(
+            target=lambda: answers.append(post(stack, "/v1/completions", prompt="x", max_tokens=1))
+        )
+        waiting.start()
+        stack.wait_for(lambda: route._num_held == 1, "the call")
+        full = post(stack, "/v1/completions", prompt="x", max_tokens=1)
+        assert (full.status_code, full.headers["retry-after"]) == (429, "5")
+        stack.call(lambda: route.update("1", revisions))
+        waiting.join(WAIT_S)
+        assert answers[0].status_code == 200, answers[0].text
+        stack.call(lambda: route.update("1", {}, standby=stack.gateway, is_held=True))
+        late = stack.http.post(
+            "/v1/completions", json={"prompt": "x"}, headers={"x-request-timeout-ms": "1"}
+        )
+        assert late.status_code == 503
+        assert "is being replaced by another revision" in late.text
+
+
+def test_calls_that_wait_for_a_revision_end_with_the_replica() -> None:
+    with running_stack() as stack:
+        route = stack.gateway.shared.models.route_of(MODEL)
+        stack.call(lambda: route.update("1", {}, standby=stack.gateway, is_held=True))
+        answers: list[httpx.Response] = []
+        waiting = threading.Thread(
+            target=lambda: answers.append(post(stack, "/v1/completions", prompt="x"))
+        )
+        waiting.start()
+        stack.wait_for(lambda: route._num_held == 1, "the call")
+        stack.call(lambda: stack.gateway.shut_down("fail", 0.0))
+        waiting.join(WAIT_S)
+        assert answers[0].status_code == 503
+        assert answers[0].json()["error"]["code"] == "draining"
+
+
+def test_a_model_that_tokenizes_has_a_running_call(pair: Stack) -> None:
+    models = pair.gateway.shared.models
+    other = pair.others[OTHER_MODEL].gateway
+    with models.using(OTHER_MODEL) as found:
+        assert found is other
+        assert other.num_calls == 1
+    assert other.num_calls == 0
+    with pytest.raises(ModelNotFoundError), models.using("third"):
+        pass

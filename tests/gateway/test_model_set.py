@@ -1,0 +1,157 @@
+"""Which gateways a replica makes and ends as the table of models says."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.gateway import GatewaySection
+from cluster.core.model_table import (
+    FIRST_REVISION,
+    ModelTable,
+    Revision,
+    RevisionState,
+    ServedModelEntry,
+    cluster_id,
+)
+from gateway import model_set
+from gateway.calls.served_models import SharedParts
+from gateway.core.tuning import GatewayTuning
+from gateway.model_set import ModelSet
+from tests.gateway.fakes import FakeController, save_tiny_tokenizer
+from tests.gateway.stack import WAIT_S
+
+TOKEN = "first"
+MODEL, SECOND = "m", "b"
+
+
+def config_of(folder: Path, fleet: str = "", token: str = TOKEN) -> dict[str, Any]:
+    model = ModelSection(path=str(folder), served_model_name=MODEL)
+    return dict(ClusterConfig(model=model, cluster_token=token, fleet=fleet).to_dict())
+
+
+def revision_of(folder: Path, name: str, fleet: str, state: RevisionState) -> Revision:
+    return Revision(name, fleet, {"config": config_of(folder, fleet)}, state)
+
+
+def table_of(*revisions: Revision, active: str, token: str = TOKEN) -> ModelTable:
+    return ModelTable([ServedModelEntry(MODEL, active, list(revisions))], cluster_id(token))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny_tokenizer(tmp_path / "checkpoint")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Controllers are fakes whose clusters have no workers; gateways do not wait for these."""
+
+    async def find(namespace: str) -> FakeController:
+        return FakeController()
+
+    monkeypatch.setattr(model_set, "find_controller", find)
+    monkeypatch.setattr(model_set, "_READY_LIMIT_S", 0.0)
+
+
+def run(test: Callable[[ModelSet], Coroutine[Any, Any, None]]) -> None:
+    async def limited() -> None:
+        tuning = GatewayTuning()
+        shared = SharedParts.of(GatewaySection(), tuning)
+        models = ModelSet("gateway-1", "127.0.0.1", tuning, shared)
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await test(models)
+        finally:
+            for gateway in list(shared.models):
+                await gateway.cluster.leave()
+            await models.close()
+
+    asyncio.run(limited())
+
+
+def test_a_restarted_replica_begins_with_the_revisions_that_serve(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The checkpoint with which the cluster started may be gone."""
+    gone = tmp_path / "gone"
+    table = table_of(
+        revision_of(folder, SECOND, "model-1", RevisionState.READY),
+        revision_of(gone, FIRST_REVISION, "", RevisionState.RETIRING),
+        active=SECOND,
+    )
+
+    async def test(models: ModelSet) -> None:
+        await models.add_first([config_of(gone)], table)
+        assert models.num_calls() == {"model-1": 0}
+        assert models.shared.models.find(MODEL).revision == SECOND
+
+    run(test)
+
+
+@pytest.mark.parametrize("case", ["no table", "of another cluster", "none ready"])
+def test_without_a_table_that_helps_the_configured_models_are_used(
+    folder: Path, tmp_path: Path, case: str
+) -> None:
+    state = RevisionState.FAILED if case == "none ready" else RevisionState.READY
+    other = "another" if case == "of another cluster" else TOKEN
+    revision = revision_of(tmp_path / "gone", SECOND, "model-1", state)
+    table = None if case == "no table" else table_of(revision, active=SECOND, token=other)
+
+    async def test(models: ModelSet) -> None:
+        await models.add_first([config_of(folder)], table)
+        assert models.num_calls() == {"": 0}
+
+    run(test)
+
+
+def test_a_revision_that_cannot_be_served_here_is_not_acknowledged(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = revision_of(folder, FIRST_REVISION, "", RevisionState.READY)
+    late = tmp_path / "late"
+    late.mkdir()
+    (late / "tokenizer.json").write_text("not whole yet")
+    table = table_of(
+        first,
+        revision_of(late, SECOND, "model-1", RevisionState.READY),
+        active=FIRST_REVISION,
+    )
+
+    async def test(models: ModelSet) -> None:
+        await models.add_first([config_of(folder)], None)
+        assert not await models.apply(table)
+        assert "revision b cannot be served" in caplog.text
+        route = models.shared.models.route_of(MODEL)
+        assert list(route.revisions) == [FIRST_REVISION]
+        shutil.copytree(folder, late, dirs_exist_ok=True)
+        assert await models.apply(table)
+        assert list(route.revisions) == [FIRST_REVISION, SECOND]
+
+    run(test)
+
+
+def test_the_gateway_of_an_ended_fleet_keeps_nothing(folder: Path) -> None:
+    first = revision_of(folder, FIRST_REVISION, "", RevisionState.READY)
+    second = revision_of(folder, SECOND, "model-1", RevisionState.READY)
+
+    async def test(models: ModelSet) -> None:
+        await models.add_first([config_of(folder)], None)
+        assert await models.apply(table_of(first, second, active=FIRST_REVISION))
+        gateways = list(models.shared.models)
+        second.state = RevisionState.RETIRING
+        assert await models.apply(table_of(first, second, active=FIRST_REVISION))
+        assert list(models.shared.models) == gateways, "calls may run on it"
+        assert await models.apply(table_of(first, active=FIRST_REVISION))
+        assert list(models.shared.models) == gateways[:1]
+        ended = gateways[1].cluster
+        assert (ended._listeners, ended.snapshot, ended._controller) == ([], None, None)
+        assert models.num_calls() == {"": 0}
+
+    run(test)
