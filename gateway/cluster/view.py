@@ -131,7 +131,7 @@ class SnapshotFollower:
             await self.call("gateway_leaves", self.name, limit_s=_LEAVE_LIMIT_S)
 
     async def end(self) -> None:
-        """Leave for good, as the fleet has ended or is about to: nothing of it is kept."""
+        """Leave, and keep nothing of a fleet that has ended or is about to end."""
         await self.leave()
         self._listeners.clear()
         self._controller = self.snapshot = None
