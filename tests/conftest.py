@@ -1,7 +1,8 @@
 """Fixtures for all tests. One compute thread, so that float32 results do not depend on the machine.
 
 The number of threads must be set before torch is imported. Kernels for GPUs run in Triton's
-interpreter where there is no GPU, which must be said before Triton is imported.
+interpreter where there is no GPU, which must be said before Triton is imported. No call starts
+a Ray by itself: tests that use Ray start it, and end it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 os.environ.setdefault("TRITON_INTERPRET", "0" if shutil.which("nvidia-smi") else "1")
 
 from tests.harness import ending

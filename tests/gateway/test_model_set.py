@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from cluster.config.cluster import ClusterConfig, ModelSection
+from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
+from cluster.config.model import ModelSection
 from cluster.core.model_table import (
     FIRST_REVISION,
     ModelTable,
