@@ -16,7 +16,6 @@ from cluster.core.model_table import (
     ModelTable,
     Revision,
     RevisionState,
-    ServedModelEntry,
     cluster_id,
 )
 from cluster.tracing import logs
@@ -115,17 +114,18 @@ class ModelSet:
                 for one in model.revisions
                 if one.state is RevisionState.READY and one.fleet in self._fleets
             }
-            active = next((r for r in model.revisions if r.name == model.active), None)
-            self.shared.models.route(model.name, model.active).update(
-                model.active,
-                serving,
-                model.canary,
-                None if active is None else self._fleets.get(active.fleet),
-                is_held=model.is_held,
+            route = self.shared.models.route(model.name, model.active)
+            standby = next(
+                (self._fleets.get(r.fleet) for r in model.revisions if r.name == model.active), None
             )
-        self.shared.models.keep_routes({model.name for model in table.models})
-        for fleet in list(self._fleets):
-            if fleet not in known or not _keeps_gateway(*known[fleet]):
+            if standby is None and model.is_held:  # the active revision returns in another fleet
+                standby = route.standby or next(iter(route.revisions.values()), None)
+            route.update(model.active, serving, model.canary, standby, is_held=model.is_held)
+        routes = self.shared.models.keep_routes({model.name for model in table.models})
+        standbys = [route.standby for route in routes]
+        for fleet, gateway in list(self._fleets.items()):
+            may_serve = fleet in known and known[fleet][1].may_serve
+            if not may_serve and gateway not in standbys:
                 await self._end(self._fleets.pop(fleet))
         return all(r.fleet in self._fleets for _, r in table if r.state is RevisionState.READY)
 
@@ -160,11 +160,6 @@ class ModelSet:
 
 def _settings(revision: Revision) -> ClusterConfig:
     return ClusterConfig.from_dict(revision.plan["config"])
-
-
-def _keeps_gateway(model: ServedModelEntry, revision: Revision) -> bool:
-    """Whether a revision may have calls, or describes a model while it is replaced."""
-    return revision.may_serve or revision.name == model.active
 
 
 async def _wait_ready(gateway: Gateway) -> None:

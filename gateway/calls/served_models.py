@@ -87,9 +87,10 @@ class ServedModels:
             self._routes[name] = ModelRoute(name, active, {})
         return self._routes[name]
 
-    def keep_routes(self, names: Collection[str]) -> None:
-        """End the routes of all other models."""
+    def keep_routes(self, names: Collection[str]) -> Collection[ModelRoute]:
+        """End the routes of all other models; return the routes that are left."""
         self._routes = {name: route for name, route in self._routes.items() if name in names}
+        return self._routes.values()
 
     def route_of(self, name: str | None) -> ModelRoute:
         """Return the route of a model or adapter; of the first usable model for None.

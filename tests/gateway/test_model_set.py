@@ -156,3 +156,30 @@ def test_the_gateway_of_an_ended_fleet_keeps_nothing(folder: Path) -> None:
         assert models.num_calls() == {"": 0}
 
     run(test)
+
+
+def test_a_model_is_described_while_its_revision_returns_in_another_fleet(folder: Path) -> None:
+    first = revision_of(folder, FIRST_REVISION, "", RevisionState.READY)
+    second = revision_of(folder, SECOND, "model-1", RevisionState.WAITING)
+    table = table_of(first, second, active=FIRST_REVISION)
+    table.models[0].is_held = True
+
+    async def test(models: ModelSet) -> None:
+        await models.add_first([config_of(folder)], None)
+        route = models.shared.models.route_of(MODEL)
+        old = route.gateway
+        for state, failed, fleet in (
+            (RevisionState.READY, RevisionState.WAITING, ""),
+            (RevisionState.STOPPED, RevisionState.LOADING, ""),
+            (RevisionState.LOADING, RevisionState.FAILED, "model-2"),
+        ):
+            first.state, second.state, first.fleet = state, failed, fleet
+            assert await models.apply(table)
+            assert route.gateway is old
+        first.state, table.models[0].is_held = RevisionState.READY, False
+        first.plan = {"config": config_of(folder, "model-2")}
+        assert await models.apply(table)
+        assert route.gateway is not old
+        assert models.num_calls() == {"model-2": 0}
+
+    run(test)
