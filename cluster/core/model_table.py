@@ -22,6 +22,8 @@ from cluster.core.errors import ConflictError, ModelNotFoundError
 from cluster.core.fleets import fleet_name
 
 FIRST_REVISION = "1"
+REVISION_HEADER = "x-model-revision"
+"""HTTP header and gRPC metadata that names the revision of the model."""
 _MAX_CHARS = 128
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.core.errors import ModelNotFoundError, NotReadyError, QueueFullError
-from cluster.core.model_table import Canary
+from cluster.core.model_table import REVISION_HEADER, Canary
 from gateway.auth.auth import CALLER
 from gateway.core.call import GenerateCall
-from gateway.core.headers import REVISION_HEADER
 
 if TYPE_CHECKING:
     from gateway.calls.gateway import Gateway

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from cluster.core.errors import RequestError
+from cluster.core.model_table import REVISION_HEADER
 from gateway.core.call import GenerateCall
 from gateway.core.field_checks import MAX_NAME_CHARS
 
@@ -16,8 +17,6 @@ SESSION_HEADER = "x-session-id"
 """HTTP header and gRPC metadata for the field ``session_id``."""
 AGENT_SESSION_HEADERS = ("x-claude-code-session-id", "session-id", "session_id")
 """Session headers of Claude Code and of Codex, including earlier versions."""
-REVISION_HEADER = "x-model-revision"
-"""HTTP header and gRPC metadata that names the revision of the model."""
 _PRIORITY_DIGITS = 10
 _SESSION = re.compile(rf"[!-~]{{1,{MAX_NAME_CHARS}}}")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.cli.models import compare
 from cluster.cli.options.config_file import SHARED_SECTIONS
 from cluster.cli.options.serve_options import OPTIONS
 from cluster.cli.terminal.admin_client import find_admin
@@ -53,6 +54,8 @@ def add_commands(commands: CommandParsers) -> None:
     unload = _add(kinds, "unload", run_unload, text)
     text = "Name of the revision (default: all of the model)"
     unload.add_argument("--revision", metavar="NAME", default="", help=text)
+    text = "compare errors, latencies and log-probabilities of two revisions"
+    compare.add_arguments(_add(kinds, "compare", run_compare, text))
     for parser in (load, rollback, unload):
         add_wait_option(parser, DEFAULT_WAIT_S)
 
@@ -124,6 +127,14 @@ def run_unload(args: argparse.Namespace) -> int:
     body = {"model": args.served, "revision": args.revision}
     models = admin.post("/admin/v1/models/unload", body)["models"]
     return _show(args, _wait(args, admin, models, lambda found: _is_settled(found, args.served)))
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Print how the active revision and another one differ."""
+    found = [model for model in _models(_admin(args)) if model["name"] == args.served]
+    if not found:
+        raise CommandError(ExitCode.REFUSED, f"the model {args.served} is not served")
+    return compare.compare(args, found[0])
 
 
 def _admin(args: argparse.Namespace, limit_s: float | None = None) -> Client:

@@ -67,11 +67,17 @@ class Client:
     """Sends requests to one URL. Errors become ``CommandError`` with the matching exit code."""
 
     def __init__(
-        self, args: argparse.Namespace, admin_url: str = "", *, key: str | None = None
+        self,
+        args: argparse.Namespace,
+        admin_url: str = "",
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """``admin_url``: admin port to call instead of the gateway of ``args``.
 
-        ``key`` replaces the keys of ``args`` and the environment; empty: send no key.
+        ``headers``: further headers of every request. ``key`` replaces the keys of ``args`` and
+        the environment; empty: send no key.
         """
         self.url = admin_url or find_url(args)
         self._timeout_s: float | None = args.timeout
@@ -79,6 +85,7 @@ class Client:
         self._key = args.api_key or os.environ.get("EXPERTMESH_API_KEY", "")
         self._admin_key = args.admin_key or os.environ.get("EXPERTMESH_ADMIN_KEY", "")
         self._is_admin = bool(admin_url)
+        self._more_headers = headers or {}
         if admin_url:
             self._key = self._admin_key or self._key
         if key is not None:
@@ -124,7 +131,7 @@ class Client:
     def headers(self) -> dict[str, str]:
         """HTTP headers of every request, with the API key."""
         key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        return {"Content-Type": "application/json", **key}
+        return {"Content-Type": "application/json", **key, **self._more_headers}
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Send a POST request and yield the ``data:`` events of the response up to ``[DONE]``.

@@ -125,7 +125,8 @@ class FakeGateway:
     paths: list[str] = field(default_factory=list)
     """What was asked for anywhere, with its query."""
     documents: dict[str, Any] = field(default_factory=dict)
-    """Answers to POST, by path; other paths are answered by ``events``."""
+    """Answers to POST, by path, and after a space the revision that a request names; other paths
+    are answered by ``events``."""
     document_status: int = 200
     """HTTP status of the answers in ``documents``."""
     metrics: list[str] = field(default_factory=list)
@@ -187,8 +188,10 @@ def fake_gateway() -> Iterator[FakeGateway]:
                 status, document = gateway.answer(self.path)
                 self._send(status, "application/json", json.dumps(document).encode())
                 return
-            if self.path in gateway.documents:
-                body = json.dumps(gateway.documents[self.path]).encode()
+            revision = self.headers.get("x-model-revision", "")
+            named = f"{self.path} {revision}".strip()
+            if named in gateway.documents:
+                body = json.dumps(gateway.documents[named]).encode()
                 self._send(gateway.document_status, "application/json", body)
                 return
             events = [f"data: {json.dumps(e)}\n\n" for e in gateway.events]
