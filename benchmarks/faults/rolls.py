@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,18 @@ class Answer:
     """One answered request."""
 
     tokens: list[int]
-    ended_at: float
-    first_s: float
-    gap_s: float
+    times: list[float]
+    """Monotonic times of the request and of each of its tokens."""
+
+    @property
+    def gaps(self) -> list[float]:
+        """Times between two tokens in seconds."""
+        return [after - before for before, after in pairwise(self.times[1:])]
+
+    @property
+    def first_s(self) -> float:
+        """Time to the first token in seconds."""
+        return self.times[1] - self.times[0]
 
 
 @dataclass(slots=True)
@@ -128,8 +138,7 @@ class Clients:
 
 def ask(client: httpx.Client, body: dict[str, Any], **headers: str) -> Answer:
     """Send a streamed completion. Raises ``RuntimeError`` with the error of the answer."""
-    began_s = last_s = time.monotonic()
-    found = Answer([], 0.0, 0.0, 0.0)
+    found = Answer([], [time.monotonic()])
     sent = {**body, "stream": True}
     with client.stream("POST", "/v1/completions", json=sent, headers=headers) as response:
         if response.status_code != 200:
@@ -139,14 +148,8 @@ def ask(client: httpx.Client, body: dict[str, Any], **headers: str) -> Answer:
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
                     raise RuntimeError(line)
-                now_s = time.monotonic()
-                if found.tokens:
-                    found.gap_s = max(found.gap_s, now_s - last_s)
-                else:
-                    found.first_s = now_s - began_s
-                last_s = now_s
+                found.times.append(time.monotonic())
                 found.tokens += [t for c in event["choices"] for t in c["token_ids"] or ()]
-    found.ended_at = last_s
     return found
 
 
@@ -264,13 +267,13 @@ def _run(runner: Rolls, roll: Roll, clients: Clients) -> None:
     began_s, num_before = time.monotonic(), len(clients.answers)
     runner.run(roll)
     wait_until(
-        lambda: sum(a.ended_at - a.first_s > began_s for a in clients.answers[num_before:]) > 1,
+        lambda: sum(a.times[0] > began_s for a in clients.answers[num_before:]) > 1,
         "answers",
     )
     answers = clients.answers[num_before:]
     roll.num_answers = len(answers)
     roll.first_s = max(a.first_s for a in answers)
-    roll.gap_s = max(a.gap_s for a in answers)
+    roll.gap_s = max(gap for a in answers for gap in a.gaps)
 
 
 def change_weights(source: Path, target: Path, seed: int) -> None:

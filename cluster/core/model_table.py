@@ -40,6 +40,10 @@ class RevisionState(Enum):
     FAILED = "FAILED"
 
 
+LOADING_STATES = (RevisionState.WAITING, RevisionState.LOADING)
+"""States of revisions that will serve, if nothing fails."""
+
+
 @dataclass(slots=True)
 class Revision:
     """One revision of a model."""
@@ -134,7 +138,9 @@ class ModelTable:
     def changed(self) -> None:
         self.version += 1
 
-    def check_load(self, model: str, revision: str, in_place: bool) -> None:
+    def check_load(
+        self, model: str, revision: str, in_place: bool, is_canary: bool = False
+    ) -> None:
         """Check that a revision can be loaded now. Raises ``ConfigError`` and ``ConflictError``."""
         rule = "must be up to 64 letters, digits, ., _ and -"
         check(not revision or bool(_NAME.fullmatch(revision)), "revision", revision, rule)
@@ -146,10 +152,12 @@ class ModelTable:
         entry = self.find(model)
         if not entry.active:
             raise ConflictError(f"{model} is being unloaded")
+        if is_canary and revision == entry.active:
+            raise ConflictError(f"revision {revision} of {model} is active: it has all requests")
         for one in entry.revisions:
             if one.name == revision and one.state is not RevisionState.FAILED:
                 raise ConflictError(f"{model} has a revision {revision} already: {one.state.value}")
-            if one.state in (RevisionState.WAITING, RevisionState.LOADING):
+            if one.state in LOADING_STATES:
                 raise ConflictError(f"revision {one.name} of {model} is being loaded")
 
     def add(
@@ -228,7 +236,7 @@ class ModelTable:
         entry = self.find(model)
         self._check_not_held(entry)
         for one in entry.revisions:
-            if one.state in (RevisionState.WAITING, RevisionState.LOADING):
+            if one.state in LOADING_STATES:
                 raise ConflictError(f"revision {one.name} of {model} is being loaded")
         if entry.canary is not None:
             loser = entry.find(entry.canary.revision)
@@ -255,7 +263,7 @@ class ModelTable:
     def unload(self, model: str, revision: str = "") -> ServedModelEntry:
         """Retire a revision other than the active one; without ``revision``, the whole model.
 
-        Raises ``ConflictError`` for the active revision, and for the only model.
+        Raises ``ConflictError`` for the active revision, and for the only model that serves.
         """
         entry = self.find(model)
         self._check_not_held(entry)
@@ -265,8 +273,9 @@ class ModelTable:
                 raise ConflictError(f"revision {revision} of {model} is active: promote another")
             self._retire(entry, found)
             return entry
-        if len(self.models) == 1:
-            raise ConflictError(f"{model} is the only model: end the cluster instead")
+        ready = [m for m, r in self if (r.name, r.state) == (m.active, RevisionState.READY)]
+        if not any(other is not entry for other in ready):
+            raise ConflictError(f"{model} is the only model that serves: end the cluster instead")
         entry.active = ""
         for one in list(entry.revisions):
             self._retire(entry, one)

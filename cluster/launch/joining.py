@@ -5,6 +5,7 @@ Options that the joined Ray cannot satisfy are rejected here, before anything is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -18,7 +19,7 @@ from cluster.config.resources import NodeResources
 from cluster.core.codec import from_plain
 from cluster.core.errors import ConfigError, NotReadyError, StartError
 from cluster.core.fleets import CONTROLLER_NAME, MODELS_NAME, NAMESPACE
-from cluster.core.model_table import ModelTable, RevisionState
+from cluster.core.model_table import LOADING_STATES, ModelTable
 from cluster.core.node_labels import selector_for
 from cluster.launch.model_plan import ModelPlan
 from cluster.launch.models_actor import ask_models_actor
@@ -57,6 +58,8 @@ class JoinedRay:
     """
     is_running: bool = False
     """Whether the planned cluster is already running or starting."""
+    has_table: bool = False
+    """Whether the cluster has started: its table of models says which fleets there are."""
 
 
 def inspect_ray(plan: LaunchPlan, address: str) -> JoinedRay:
@@ -74,16 +77,16 @@ def inspect_ray(plan: LaunchPlan, address: str) -> JoinedRay:
         plan=plan, gateway_nodes=tuple(n.address for n in gateways), selector=selector
     )
     actors = live_actors()
-    if (NAMESPACE, CONTROLLER_NAME) in actors and plan.command == "up":
+    if plan.command == "up" and (NAMESPACE, MODELS_NAME) in actors:
+        served = _served_plan(plan)
+        if served is not None:
+            return dataclasses.replace(joined, plan=served, is_running=True, has_table=True)
+    elif plan.command == "up" and (NAMESPACE, CONTROLLER_NAME) in actors:
         config = _running_config(plan)
         if config is not None:
             others = tuple(map(_as_running, plan.others))
             started = dataclasses.replace(plan, config=config, others=others)  # tokens and ports
             return dataclasses.replace(joined, plan=started, is_running=True)
-    elif (NAMESPACE, MODELS_NAME) in actors and plan.command == "up":
-        served = _served_plan(plan)
-        if served is not None:
-            return dataclasses.replace(joined, plan=served, is_running=True)
     if actors and live_actors():
         raise ConfigError("address", plan.address, "already runs an expertmesh cluster")
     _check_ports(plan, is_here=not gateways)
@@ -153,40 +156,64 @@ def _running_config(plan: LaunchPlan) -> ClusterConfig | None:
     except NotReadyError as err:
         raise StartError("controller", f"runs and does not answer: {err}") from err
     if origin["config"] is None or state == "STOPPED":
-        logger.info("ending the actors of a failed start")
-        wanted = _free_cpus() + _reserved_cpus()
-        end_leftovers()
-        wait_free_cpus(wanted, _FREE_LIMIT_S)
+        _end_failed()
         return None
-    differences = option_differences(origin["asked"] or {}, plan.asked)
+    _check_same(plan, origin["asked"])
+    return ClusterConfig.from_dict(origin["config"])
+
+
+def _end_failed() -> None:
+    """End the actors of a cluster that does not serve, and wait for their resources."""
+    logger.info("ending the actors of a failed start")
+    wanted = _free_cpus() + _reserved_cpus()
+    end_leftovers()
+    wait_free_cpus(wanted, _FREE_LIMIT_S)
+
+
+def _check_same(plan: LaunchPlan, asked: Mapping[str, str] | None) -> None:
+    """Raise ``ConfigError`` if a cluster was started with other options than ``plan``."""
+    differences = option_differences(asked or {}, plan.asked)
     if differences:
         text = "; ".join(differences)
         rule = f"runs a cluster with other settings ({text}): expertmesh down first"
         raise ConfigError("address", plan.address, rule)
-    return ClusterConfig.from_dict(origin["config"])
 
 
 def _served_plan(plan: LaunchPlan) -> LaunchPlan | None:
-    """Return the plan with the revisions that serve now; None if none does.
+    """Return the plan with the active revisions of a cluster; None if none serves or will.
 
-    For a cluster where the first fleet has been replaced. The options of revisions were given with
-    each load, so that those of ``plan`` are not compared. Raises ``StartError`` if the table of
-    models cannot be read.
+    Ends the actors of a cluster that does not serve. Raises ``ConfigError`` if the options of the
+    cluster differ from those of ``plan``, unless the first model has another revision by now, and
+    ``StartError`` if the table cannot be read.
     """
     try:
         found = ask_models_actor("table", limit_s=_ANSWER_LIMIT_S)
     except NotReadyError as err:
         raise StartError("models", str(err)) from err
     table = from_plain(found, ModelTable)
-    served = [
+    models = [
         from_plain(revision.plan, ModelPlan)
-        for model, revision in table
-        if revision.name == model.active and revision.state is RevisionState.READY
+        for entry, revision in table
+        if revision.name == entry.active
     ]
-    if not served:
+    is_loading = any(revision.state in LOADING_STATES for _, revision in table)
+    if not is_loading and all(_is_stopped(model.config.namespace) for model in models):
+        _end_failed()
         return None
-    fields = {field.name: getattr(served[0], field.name) for field in dataclasses.fields(ModelPlan)}
-    return dataclasses.replace(plan, **fields, others=tuple(served[1:]))
+    if models[0].config.namespace == NAMESPACE:
+        with contextlib.suppress(NotReadyError):  # its controller restarts, or has ended
+            _check_same(plan, ask_controller("origin", limit_s=_ANSWER_LIMIT_S)["asked"])
+    fields = {field.name: getattr(models[0], field.name) for field in dataclasses.fields(ModelPlan)}
+    return dataclasses.replace(plan, **fields, others=tuple(models[1:]))
+
+
+def _is_stopped(namespace: str) -> bool:
+    """Return whether a fleet has ended or cannot serve any more."""
+    try:
+        snapshot = ask_controller("snapshot", limit_s=_ANSWER_LIMIT_S, namespace=namespace)
+    except NotReadyError as err:
+        return isinstance(err.__cause__, ValueError)  # else it restarts
+    return bool(snapshot["state"] == "STOPPED")
 
 
 def _as_running(model: ModelPlan) -> ModelPlan:

@@ -29,6 +29,7 @@ from cluster.core.errors import (
 from cluster.core.fleets import MODELS_NAME, NAMESPACE, namespace_of
 from cluster.core.model_table import (
     FIRST_REVISION,
+    LOADING_STATES,
     ModelTable,
     Revision,
     RevisionState,
@@ -36,6 +37,8 @@ from cluster.core.model_table import (
     check_percent,
     cluster_id,
 )
+from cluster.launch import gateway_calls
+from cluster.launch.gateway_calls import GatewayCalls
 from cluster.launch.model_plan import ModelPlan
 from cluster.launch.ray_fleets import LoadOrder, RayFleets, as_plan, renamed
 from cluster.tracing import logs
@@ -43,17 +46,10 @@ from cluster.tracing import logs
 logger = logging.getLogger(__name__)
 
 _HEAD_SHARE = 0.001
-_SILENCE_S = 30.0
-"""Seconds after its last poll at which a gateway is taken for dead."""
-_SETTLE_S = 20.0
-"""Seconds for which a new actor waits for the polls of all gateways before it ends a fleet."""
-_STALL_S = 15.0  # without a poll of any gateway: the actor may have been stopped itself
 _TICK_S = 0.2
 _RETRY_S = 5.0
 _MAX_RETURNS = 3
 """Maximum number of starts of a replaced revision that is to serve again."""
-_RESTART_STEP = 1 << 20
-"""Number by which a restart raises the version of the table."""
 
 
 class Fleets(Protocol):
@@ -77,35 +73,6 @@ class Fleets(Protocol):
     def kept(self) -> dict[str, Any] | None: ...
 
 
-class GatewayCalls:
-    """The gateways that follow the table, and the calls that they run on each fleet."""
-
-    def __init__(self, now_s: float) -> None:
-        self._settled_s = now_s + _SETTLE_S
-        self._polled_s = now_s
-        self._polls: dict[str, tuple[int, Mapping[str, int], float]] = {}
-
-    def poll(self, gateway: str, version: int, calls: Mapping[str, int], now_s: float) -> None:
-        """Record a poll of a gateway that knows the table of ``version``."""
-        self._note_time(now_s)
-        self._polled_s = now_s
-        self._polls[gateway] = version, calls, now_s
-
-    def have_ended(self, fleet: str, version: int, now_s: float) -> bool:
-        """Whether no gateway can have a call on a fleet that gets none since ``version``."""
-        self._note_time(now_s)
-        polls = self._polls.values()
-        return now_s >= self._settled_s and all(
-            known >= version and not calls.get(fleet) for known, calls, _ in polls
-        )
-
-    def _note_time(self, now_s: float) -> None:
-        """Forget dead gateways; wait for the polls of all again if none could be heard."""
-        if now_s > self._polled_s + _STALL_S:
-            self._settled_s = now_s + _SETTLE_S
-        self._polls = {k: one for k, one in self._polls.items() if now_s < one[2] + _SILENCE_S}
-
-
 class ModelsActor:
     """Async Ray actor that keeps the table of models. There is one in a cluster."""
 
@@ -120,9 +87,11 @@ class ModelsActor:
             logs.set_up("models")
         self._fleets = fleets
         self._table = from_plain(dict(table), ModelTable)
+        self._stored = dict(table)
+        """The table as it was last stored, which gateways get: a restarted actor knows it."""
         self._first = as_plan(self._table.models[0].revisions[0].plan)
         self._background = Background()
-        self._gateways = GatewayCalls(time.monotonic())
+        self._gateways = GatewayCalls(time.monotonic(), gateway_calls.SETTLE_S)
         self._busy: set[str] = set()
         self._returns: Counter[str] = Counter()
         """Number of failed starts of a replaced revision that is to serve again, by model."""
@@ -140,8 +109,8 @@ class ModelsActor:
         await self._restore()
         self._gateways.poll(gateway, known_version, calls, time.monotonic())
         self._background.notify()
-        await self._background.wait(lambda: self._table.version != known_version, timeout_s)
-        return None if self._table.version == known_version else dict(to_plain(self._table))
+        await self._background.wait(lambda: self._stored["version"] != known_version, timeout_s)
+        return None if self._stored["version"] == known_version else self._stored
 
     async def load(self, order: dict[str, Any]) -> dict[str, Any]:
         """Begin to load a revision; return the table.
@@ -155,7 +124,9 @@ class ModelsActor:
     async def _load(self, order: dict[str, Any]) -> dict[str, Any]:
         wanted = from_plain(order, LoadOrder)
         async with self._loading:
-            self._table.check_load(wanted.model, wanted.revision, wanted.in_place)
+            is_canary = bool(wanted.percent or wanted.keys)
+            named = wanted.model, wanted.revision, wanted.in_place, is_canary
+            self._table.check_load(*named)
             check_percent(wanted.percent)
             rule = "must be left out with in_place: there is no room for a canary"
             check(not (wanted.in_place and wanted.percent), "percent", wanted.percent, rule)
@@ -173,9 +144,9 @@ class ModelsActor:
             plan = await asyncio.to_thread(
                 self._fleets.plan, wanted, self._first, base, others, fleet
             )
-            self._table.check_load(wanted.model, wanted.revision, wanted.in_place)
+            self._table.check_load(*named)
             added = self._table.add(wanted.model, wanted.revision, fleet, plan, wanted.in_place)
-            if (wanted.percent or wanted.keys) and base is not None:
+            if is_canary and base is not None:
                 self._table.set_canary(wanted.model, added.name, wanted.percent, wanted.keys)
             return await self._commit()
 
@@ -197,10 +168,15 @@ class ModelsActor:
         await self._restore()
         return dict(to_plain(self._table))
 
-    async def fleets(self) -> dict[str, str]:
-        """Return the states of the revisions by fleet."""
+    async def active_fleets(self) -> tuple[list[str], bool]:
+        """Return the fleets of the active revisions that are ready, and whether one is loading."""
         await self._restore()
-        return {revision.fleet: revision.state.value for _, revision in self._table}
+        ready = [
+            revision.fleet
+            for entry, revision in self._table
+            if (revision.name, revision.state) == (entry.active, RevisionState.READY)
+        ]
+        return ready, any(revision.state in LOADING_STATES for _, revision in self._table)
 
     async def _restore(self) -> None:
         """Continue with the stored table, if this actor was restarted."""
@@ -209,22 +185,34 @@ class ModelsActor:
                 return
             kept = await asyncio.to_thread(self._fleets.kept)
             if kept is not None and kept.get("cluster") == self._table.cluster:
-                self._table = from_plain(kept, ModelTable)
-                # progress is not stored: gateways may know later versions of the lost actor
-                self._table.version += _RESTART_STEP
+                self._table, self._stored = from_plain(kept, ModelTable), kept
+                self._gateways = GatewayCalls(time.monotonic(), gateway_calls.SILENCE_S)
             self._is_restored = True
         self._reconcile()
 
     async def _commit(self) -> dict[str, Any]:
-        """Store the table, wake the gateways, and begin the work that it needs; return it."""
-        try:
-            async with self._keeping:
-                plain = dict(to_plain(self._table))
+        """Store the table, wake the gateways, and begin the work that it needs; return it.
+
+        If it cannot be stored, raises the error, and tries again later.
+        """
+        async with self._keeping:
+            plain = dict(to_plain(self._table))
+            try:
                 await asyncio.to_thread(self._fleets.keep, plain)
-        finally:
-            self._background.notify()
-            self._reconcile()
+            except BaseException:
+                self._background.spawn(self._commit_later())
+                raise
+            self._stored = plain
+        self._background.notify()
+        self._reconcile()
         return plain
+
+    async def _commit_later(self) -> None:
+        await asyncio.sleep(_RETRY_S)
+        try:
+            await self._commit()
+        except Exception:  # it is tried again
+            logger.exception("the table of models could not be stored")
 
     def _reconcile(self) -> None:
         """Begin the work for each revision that is not in a final state."""
@@ -248,7 +236,7 @@ class ModelsActor:
             self._busy.discard(_id_of(entry, revision))
         try:
             await self._commit()
-        except Exception:  # the next change stores the table
+        except Exception:  # it is tried again
             logger.exception("the table of models could not be stored")
 
     async def _start(self, entry: ServedModelEntry, revision: Revision) -> None:
@@ -286,10 +274,7 @@ class ModelsActor:
     async def _return_to_active(self, entry: ServedModelEntry, failed: Revision) -> None:
         """Load the replaced revision again; if that fails repeatedly, end the wait of requests."""
         active = entry.find(entry.active)
-        if active is failed:
-            self._returns[entry.name] += 1
-            if self._returns[entry.name] < _MAX_RETURNS:
-                await asyncio.sleep(_RETRY_S)
+        self._returns[entry.name] += active is failed
         if active.state is RevisionState.READY or self._returns[entry.name] >= _MAX_RETURNS:
             del self._returns[entry.name]
             self._table.release(entry, active)
@@ -297,6 +282,8 @@ class ModelsActor:
             active.fleet = self._table.new_fleet()
             active.plan = renamed(active.plan, active.fleet)
             self._table.set_state(entry, active, RevisionState.LOADING)
+            if active is failed:  # it starts when this work has ended
+                await asyncio.sleep(_RETRY_S)
 
     async def _replace(self, entry: ServedModelEntry, revision: Revision) -> None:
         """Wait until the active revision has no calls, end its fleet, and load ``revision``."""
@@ -322,8 +309,6 @@ class ModelsActor:
     def _progressed(self, revision: Revision, loaded: int, total: int) -> None:
         if (revision.loaded_bytes, revision.total_bytes) != (loaded, total):
             revision.loaded_bytes, revision.total_bytes = loaded, total
-            self._table.changed()
-            self._background.notify()
 
     def _active_plan(self, model: str) -> ModelPlan | None:
         for entry in self._table.models:
@@ -392,7 +377,7 @@ def _first_entry(model: ModelPlan) -> ServedModelEntry:
 
 
 _Work = Callable[[ServedModelEntry, Revision], Coroutine[Any, Any, None]]
-_RUNNING = (RevisionState.READY, RevisionState.LOADING, RevisionState.WAITING)
+_RUNNING = (RevisionState.READY, *LOADING_STATES)
 """States of revisions that serve, or may soon."""
 
 

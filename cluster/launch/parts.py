@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 from cluster.config.gateway import ShutdownStage
 from cluster.core.errors import NotReadyError, StartError
 from cluster.core.fleets import namespace_of
-from cluster.core.model_table import RevisionState
 from cluster.core.process import ProcessIdentity
 from cluster.launch.fleet import AWAY_LIMIT_S, CALL_LIMIT_S, Fleet
 from cluster.launch.joining import JoinedRay, inspect_ray, is_deployed
@@ -38,7 +37,6 @@ _FAIL_LIMIT_S = 1.0
 _JOIN_PATIENCE_S = 30.0
 """Seconds for a joined Ray to accept connections, since Ray may be starting."""
 
-_LOADING = {RevisionState.LOADING.value, RevisionState.WAITING.value}
 ProgressFn = Callable[[str, int, int], None]
 """Callback for progress: stage, amount done, total amount (0 if unknown)."""
 
@@ -113,32 +111,35 @@ class ClusterParts:
 
         See ``Fleet.find_loss``. A model that is lost alone leaves the others serving.
         """
-        losses = [loss for fleet in self._fleets if (loss := fleet.find_loss()) is not None]
-        if len(losses) < len(self._fleets) or not losses:
+        lost: dict[str, str] = {}
+        for fleet in self._fleets:
+            if (loss := fleet.find_loss()) is not None:
+                lost[fleet.namespace] = loss
+        if not lost:
             self._served_at = time.monotonic()
+        if not lost or self._serves_without(lost):
             return None
-        return None if self._has_other_fleets() else losses[0]
+        return next(iter(lost.values()))
 
-    def _has_other_fleets(self) -> bool:
-        """Return whether other fleets serve, or will; from now on these are watched.
+    def _serves_without(self, lost: Collection[str]) -> bool:
+        """Return whether another fleet serves a model, or will; it is watched from now on.
 
-        Revisions may have been loaded in other fleets since the last time. Without an answer, the
-        last one holds for a while: Ray restarts a killed actor in seconds.
+        Revisions may have become active in other fleets since the last time.
         """
+        is_one_left = len(lost) < len(self._fleets)
         try:
-            states: dict[str, str] = ask_models_actor("fleets", limit_s=CALL_LIMIT_S)
+            fleets, is_loading = ask_models_actor("active_fleets", limit_s=CALL_LIMIT_S)
         except NotReadyError as err:
             is_away = not isinstance(err.__cause__, ValueError)  # else there is no such actor
-            return is_away and time.monotonic() < self._served_at + AWAY_LIMIT_S
-        known = {fleet.namespace for fleet in self._fleets}
-        serving = [namespace_of(f) for f, s in states.items() if s == RevisionState.READY.value]
-        if serving:  # else the last ones are watched until another one serves
-            self._fleets = [fleet for fleet in self._fleets if fleet.namespace in serving]
-            self._fleets += [Fleet(namespace) for namespace in serving if namespace not in known]
-        is_loading = not _LOADING.isdisjoint(states.values())
-        found = is_loading or not known.issuperset(serving)
-        self._served_at = time.monotonic() if found else self._served_at
-        return found
+            # Ray restarts a killed actor in seconds
+            return is_one_left or (is_away and time.monotonic() < self._served_at + AWAY_LIMIT_S)
+        known = {fleet.namespace: fleet for fleet in self._fleets}
+        active = list(map(namespace_of, fleets))
+        if active:  # else the last ones are watched until another one serves
+            self._fleets = [known.get(namespace) or Fleet(namespace) for namespace in active]
+        serves: bool = is_loading or any(namespace not in lost for namespace in active)
+        self._served_at = time.monotonic() if serves else self._served_at
+        return serves
 
     def processes(self) -> list[ProcessIdentity]:
         """Return the processes of the private Ray on this host; empty for a joined Ray."""
@@ -192,7 +193,12 @@ class ClusterParts:
             raise StartError("ray", f"cannot join {self.plan.address}: {err}") from err
 
     def _start_workers(self) -> None:
-        """Start the fleets of all models, and return when all serve."""
+        """Start the fleets of all models, and return when all serve.
+
+        Fleets of a cluster that has started are not touched: revisions may be replaced now.
+        """
+        if self._joined.has_table:
+            return
         loaded: dict[str, tuple[int, int]] = {}
 
         def start(fleet: Fleet, model: ModelPlan) -> None:

@@ -23,13 +23,18 @@ def test_changed_weights_have_the_same_names_and_shapes(tmp_path: Path) -> None:
         assert not any(torch.equal(t, after[k]) for k, t in before.items() if t.numel() > 1)
 
 
+def test_the_times_of_an_answer() -> None:
+    answer = Answer([5, 6, 7], [1.0, 1.5, 1.75, 3.0])
+    assert (answer.first_s, answer.gaps) == (0.5, [0.25, 1.25])
+
+
 def test_the_report_has_a_row_for_each_kind() -> None:
     rolls = [
         Roll(is_in_place=False, killed="", state="READY", took_s=2.0, num_answers=3, gap_s=0.5),
         Roll(is_in_place=False, killed="", state="READY", took_s=4.0, num_answers=2, gap_s=0.1),
         Roll(is_in_place=True, killed="Expert", state="FAILED", took_s=1.0, first_s=9.0),
     ]
-    clients = Clients("", {}, [Answer([1], 1.0, 0.1, 0.1)], ["RuntimeError: lost"])
+    clients = Clients("", {}, [Answer([1], [1.0, 1.1])], ["RuntimeError: lost"])
     text = report(rolls, clients, {"of the first": 1, "of neither": 0})
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert rows[2] == ["beside", "-", "2", "2", "5", "3.00 / 4.00", "0.00", "0.30 / 0.50"]

@@ -178,7 +178,9 @@ def _find_fleet(model: str | None) -> str:
 
     try:
         table = from_plain(ask_models_actor("table", limit_s=_CALL_LIMIT_S), ModelTable)
-    except NotReadyError:  # the cluster is starting
+    except NotReadyError as err:
+        if not isinstance(err.__cause__, ValueError):  # the actor exists, but does not answer
+            raise CommandError(ExitCode.NOT_READY, str(err)) from err
         return NAMESPACE if model is None else _find_starting_fleet(model)
     for entry in table.models:
         if model in (None, entry.name) and entry.active:

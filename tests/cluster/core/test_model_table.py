@@ -188,6 +188,17 @@ def test_a_model_goes_with_its_last_revision() -> None:
     assert [model.name for model in table.models] == ["m"]
 
 
+def test_the_last_model_that_serves_is_not_unloaded() -> None:
+    table = make_table()
+    other = table.add("other", "", "model-1", {}, in_place=False)
+    with pytest.raises(ConflictError, match="the only model that serves"):
+        table.unload("m")
+    other.state = RevisionState.READY
+    table.unload("m")
+    with pytest.raises(ConflictError, match="the only model that serves"):
+        table.unload("other")
+
+
 def test_a_model_that_is_being_unloaded_loads_nothing() -> None:
     table = make_table()
     table.add("other", "", table.new_fleet(), {}, in_place=False)

@@ -19,9 +19,9 @@ from cluster.core.model_table import (
     RevisionState,
     ServedModelEntry,
 )
-from cluster.launch import models_actor
+from cluster.launch import gateway_calls, models_actor
 from cluster.launch.model_plan import ModelPlan
-from cluster.launch.models_actor import GatewayCalls, ModelsActor
+from cluster.launch.models_actor import ModelsActor
 from cluster.launch.ray_fleets import LoadOrder
 
 MODEL, SECOND = "m", "b"
@@ -39,6 +39,8 @@ class RecordingFleets:
         self.may_start = threading.Event()
         self.may_start.set()
         self.table: dict[str, Any] | None = None
+        self.is_full = False
+        """Whether no table can be stored."""
 
     def plan(
         self,
@@ -63,6 +65,8 @@ class RecordingFleets:
         self.events.append(f"stop {namespace}")
 
     def keep(self, table: Mapping[str, Any]) -> None:
+        if self.is_full:
+            raise OSError("no room")
         self.table = dict(table)
 
     def kept(self) -> dict[str, Any] | None:
@@ -74,8 +78,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans are plain names of fleets; a new actor does not wait for gateways."""
     monkeypatch.setattr(models_actor, "as_plan", lambda plan: plan)
     monkeypatch.setattr(models_actor, "renamed", lambda plan, fleet: {"fleet": fleet})
-    monkeypatch.setattr(models_actor, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(gateway_calls, "SETTLE_S", 0.0)
     monkeypatch.setattr(models_actor, "_TICK_S", 0.001)
+    monkeypatch.setattr(models_actor, "_RETRY_S", 0.001)
 
 
 def first_table(cluster: str = "c") -> dict[str, Any]:
@@ -124,7 +129,7 @@ def test_a_revision_is_loaded_beside_the_active_one() -> None:
         model = table.find(MODEL)
         assert (model.active, model.canary and model.canary.percent) == (FIRST_REVISION, 5.0)
         assert fleets.events == ["start model-1"]
-        assert await actor.fleets() == {"": "READY", "model-1": "READY"}
+        assert await actor.active_fleets() == ([""], False)
         assert await actor.wait_table(table.version, 0.001, GATEWAY, {}) is None
 
     run(test)
@@ -183,10 +188,8 @@ def test_the_replaced_revision_returns_if_the_new_one_fails() -> None:
 
 @pytest.mark.parametrize("num_failures", [2, 3])
 def test_a_replaced_revision_that_cannot_return_at_once_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch, num_failures: int
+    num_failures: int,
 ) -> None:
-    monkeypatch.setattr(models_actor, "_RETRY_S", 0.001)
-
     async def test(fleets: RecordingFleets) -> None:
         fleets.failing = {f"model-{number}" for number in range(1, num_failures + 2)}
         actor = ModelsActor(first_table(), fleets)
@@ -202,6 +205,26 @@ def test_a_replaced_revision_that_cannot_return_at_once_is_tried_again(
         }
         assert fleets.events.count("start model-4") == 1, "the third and last start"
         assert "start model-5" not in fleets.events
+
+    run(test)
+
+
+def test_a_model_is_loading_between_two_tries_to_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its launcher would end the cluster."""
+    monkeypatch.setattr(models_actor, "_RETRY_S", WAIT_S)
+
+    async def test(fleets: RecordingFleets) -> None:
+        fleets.failing = {"model-1", "model-2"}
+        actor = ModelsActor(first_table(), fleets)
+        await actor.load(order(in_place=True))
+
+        table = await actor.table()
+        while table["models"][0]["revisions"][0]["fleet"] != "model-3":
+            await actor.wait_table(table["version"], 0.001, GATEWAY, {})
+            table = await actor.table()
+        assert await actor.active_fleets() == ([], True)
+        with pytest.raises(ConflictError, match="is being loaded"):
+            await actor.load(order(revision="c"))
 
     run(test)
 
@@ -223,6 +246,37 @@ def test_a_table_of_another_cluster_is_not_continued() -> None:
     async def test(fleets: RecordingFleets) -> None:
         await ModelsActor(first_table("old"), fleets).load(order())
         assert await states(ModelsActor(first_table("new"), fleets)) == {FIRST_REVISION: "READY"}
+
+    run(test)
+
+
+def test_gateways_get_stored_tables_only() -> None:
+    """Else a restarted actor would know less than they do."""
+
+    async def test(fleets: RecordingFleets) -> None:
+        actor = ModelsActor(first_table(), fleets)
+        fleets.is_full = True
+        with pytest.raises(OSError, match="no room"):
+            await actor.load(order())
+        assert await states(actor) == {FIRST_REVISION: "READY", SECOND: "LOADING"}
+        assert await actor.wait_table(1, 0.01, GATEWAY, {}) is None
+        assert fleets.events == [], "a restarted actor would not know the fleet"
+        fleets.is_full = False
+        await follow(actor, is_in(RevisionState.READY), {})
+        assert fleets.events == ["start model-1"]
+
+    run(test)
+
+
+def test_a_canary_cannot_have_the_name_of_the_active_revision() -> None:
+    async def test(fleets: RecordingFleets) -> None:
+        fleets.failing = {f"model-{number}" for number in range(1, 9)}
+        actor = ModelsActor(first_table(), fleets)
+        await actor.load(order(in_place=True))
+        await follow(actor, lambda table: table.version > 1 and not table.find(MODEL).is_held, {})
+        with pytest.raises(ConflictError, match="it has all requests"):
+            await actor.load(order(revision=FIRST_REVISION, percent=5.0))
+        assert await states(actor) == {FIRST_REVISION: "FAILED", SECOND: "FAILED"}
 
     run(test)
 
@@ -259,45 +313,8 @@ def test_orders_are_refused_by_name() -> None:
             with pytest.raises(RequestError) as caught:
                 await actor.load(order(**fields))
             assert caught.value.param == param
-        with pytest.raises(ConflictError, match="the only model"):
+        with pytest.raises(ConflictError, match="the only model that serves"):
             await actor.change("unload", model=MODEL)
         assert await states(actor) == {FIRST_REVISION: "READY"}
 
     run(test)
-
-
-def test_only_gateways_that_know_the_table_and_run_no_call_let_a_fleet_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(models_actor, "_SETTLE_S", 10.0)
-    gateways = GatewayCalls(now_s=100.0)
-    assert not gateways.have_ended("f", 3, 109.0), "gateways may not have polled yet"
-    assert gateways.have_ended("f", 3, 110.0)
-    gateways.poll("a", 2, {}, 110.0)
-    assert not gateways.have_ended("f", 3, 110.0), "it does not know the table"
-    gateways.poll("a", 3, {"f": 1}, 111.0)
-    assert not gateways.have_ended("f", 3, 111.0)
-    assert gateways.have_ended("other", 3, 111.0)
-    gateways.poll("a", 3, {"f": 0}, 112.0)
-    assert gateways.have_ended("f", 3, 112.0)
-    gateways.poll("b", 1, {"f": 1}, 112.0)
-    for now_s in range(117, 141, 5):
-        gateways.poll("a", 3, {}, now_s)
-        assert not gateways.have_ended("f", 3, now_s)
-    assert gateways.have_ended("f", 3, 142.0), "a silent gateway has ended"
-
-
-def test_after_a_pause_of_the_actor_all_gateways_are_awaited_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(models_actor, "_SETTLE_S", 10.0)
-    gateways = GatewayCalls(now_s=100.0)
-    gateways.poll("a", 3, {}, 110.0)
-    gateways.poll("b", 3, {"f": 1}, 110.0)
-    gateways.poll("a", 3, {}, 160.0)  # the process was stopped for 50 s
-    assert not gateways.have_ended("f", 3, 160.0), "b has had no time to poll"
-    gateways.poll("b", 3, {"f": 1}, 162.0)
-    gateways.poll("a", 3, {}, 170.0)
-    assert not gateways.have_ended("f", 3, 170.0)
-    gateways.poll("b", 3, {}, 171.0)
-    assert gateways.have_ended("f", 3, 171.0)

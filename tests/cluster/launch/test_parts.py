@@ -37,14 +37,16 @@ class ModelsTable:
     """Stands for the actor that keeps the table of models."""
 
     def __init__(self) -> None:
-        self.states: dict[str, str] = {}
+        self.active: list[str] = []
+        """Fleets of active revisions that are ready."""
+        self.is_loading = False
         self.error: Exception | None = ValueError("there is no such actor")
 
-    def ask(self, method: str, limit_s: float) -> dict[str, str]:
-        assert method == "fleets"
+    def ask(self, method: str, limit_s: float) -> tuple[list[str], bool]:
+        assert method == "active_fleets"
         if self.error is not None:
             raise NotReadyError("no table") from self.error
-        return self.states
+        return self.active, self.is_loading
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +76,11 @@ def test_a_cluster_is_lost_when_all_its_models_are(
 
 def test_fleets_that_serve_in_place_of_lost_ones_are_watched(table: ModelsTable) -> None:
     parts = parts_with("gone")
-    table.error, table.states = None, {"model-0": "STOPPED", "model-7": "LOADING"}
+    table.error, table.is_loading = None, True
     assert parts.find_loss() is None, "another revision loads"
-    table.states = {"model-0": "STOPPED", "model-7": "FAILED"}
+    table.is_loading = False
     assert parts.find_loss() == "gone"
-    table.states = {"model-0": "RETIRING", "model-7": "READY", "model-8": "READY"}
+    table.active = ["model-7", "model-8"]
     assert parts.find_loss() is None
     assert [fleet.namespace for fleet in parts._fleets] == [
         f"{NAMESPACE}.model-7",
@@ -86,6 +88,12 @@ def test_fleets_that_serve_in_place_of_lost_ones_are_watched(table: ModelsTable)
     ]
     parts._fleets = [WatchedFleet(fleet.namespace, loss="lost") for fleet in parts._fleets]
     assert parts.find_loss() == "lost"
+
+
+def test_a_revision_that_is_only_kept_does_not_serve(table: ModelsTable) -> None:
+    parts = parts_with("gone", None)
+    table.error, table.active = None, ["model-0"]
+    assert parts.find_loss() == "gone", "the second one is not active"
 
 
 def test_an_actor_that_restarts_is_awaited(

@@ -143,11 +143,12 @@ class Fleets:
         }
         self.asked: list[tuple[str, str]] = []
         self.table: ModelTable | None = None
-        """The table of models; None while the cluster starts."""
+        """The table of models; None without one."""
+        self.cause: Exception = ValueError("there is no such actor: the cluster starts")
 
     def ask_models(self, method: str, limit_s: float) -> Any:
         if self.table is None:
-            raise NotReadyError("there is no table yet")
+            raise NotReadyError("there is no table yet") from self.cause
         return to_plain(self.table)
 
     def live_actors(self) -> list[tuple[str, str]]:
@@ -210,6 +211,15 @@ def test_the_controller_of_the_active_revision_is_asked(
     fleets.table = ModelTable([ended, small, large])
     assert main(["operations", "list", "--address", "10.0.0.1:6379", *words]) == ExitCode.OK
     assert fleets.asked == [("operations", namespace)]
+
+
+def test_no_other_fleet_is_asked_while_the_table_cannot_be_read(
+    fleets: Fleets, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleets.cause = TimeoutError("the actor restarts")
+    assert main(["operations", "list", "--address", "10.0.0.1:6379"]) == ExitCode.NOT_READY
+    assert "there is no table yet" in capsys.readouterr().err
+    assert fleets.asked == []
 
 
 def test_a_model_that_the_table_lacks_is_refused(
