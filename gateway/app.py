@@ -181,6 +181,7 @@ class GatewayReplica:
         if hasattr(self, "_leaving"):
             self._leaving.cancel()
         self._gateway.leave(time.monotonic())  # responses then close their connections
+        self._gateway.shared.models.end_waits()
         if hasattr(self, "_table"):
             self._table.stop()
         await asyncio.gather(*(one.cluster.leave() for one in self._gateway.shared.models))

@@ -52,18 +52,31 @@ class ModelSet:
     async def add_first(
         self, configs: Sequence[Mapping[str, Any]], table: ModelTable | None
     ) -> None:
-        """Make the first gateways: for the active revisions of ``table``.
+        """Make the first gateways: for the active revisions of ``table``, to which others come.
 
         Without a table of this cluster, for the models with which the cluster starts, ``configs``.
         """
-        first = ClusterConfig.from_dict(configs[0])
-        if table is not None and table.cluster == cluster_id(first.cluster_token):
-            for model, revision in table:
-                if revision.name == model.active and revision.state is RevisionState.READY:
-                    await self.add(_settings(revision), revision.name)
+        if table is not None and _is_of_cluster(table, str(configs[0]["cluster_token"])):
+            await self._add_active(table)
         if not self._fleets:
             for config in configs:
-                await self.add(ClusterConfig.from_dict(config))
+                gateway = await self.add(ClusterConfig.from_dict(config))
+                route = self.shared.models.route(gateway.model.name, "")
+                route.standby = route.standby or gateway
+
+    async def _add_active(self, table: ModelTable) -> None:
+        """Begin as the table says. The replica is not ready before it has applied a table."""
+        self.shared.models.awaits_table = True
+        for model in table.models:
+            for revision in model.revisions:
+                if (revision.name, revision.state) == (model.active, RevisionState.READY):
+                    try:
+                        await self.add(_settings(revision), revision.name)
+                    except Exception:  # the other models must not wait for this one
+                        logger.exception("revision %s cannot be served", revision.name)
+            route = self.shared.models.route(model.name, model.active)
+            standby = route.revisions.get(model.active)
+            route.update(model.active, route.revisions, standby=standby, is_held=model.is_held)
 
     async def add(self, settings: ClusterConfig, revision: str = FIRST_REVISION) -> Gateway:
         """Make the gateway of a fleet."""
@@ -98,8 +111,9 @@ class ModelSet:
     async def apply(self, table: ModelTable) -> bool:
         """Add and end gateways, and divide new calls among them, as the table says.
 
-        A new revision gets calls once this replica is connected to its workers. Returns whether
-        this replica has gateways of all revisions that are ready.
+        A new revision gets calls once this replica is connected to its workers; calls that wait for
+        it go on waiting until then. Returns False if the table should be applied again, as a
+        revision is not connected or cannot be served, or as an ended one has calls.
         """
         known = {revision.fleet: (model, revision) for model, revision in table}
         for fleet, (_, revision) in known.items():
@@ -108,6 +122,7 @@ class ModelSet:
                     await self._begin(revision)
                 except Exception:  # other revisions must not wait for this one
                     logger.exception("revision %s cannot be served", revision.name)
+        is_whole = all(r.fleet in self._fleets for _, r in table if r.state is RevisionState.READY)
         for model in table.models:
             serving = {
                 one.name: self._fleets[one.fleet]
@@ -115,19 +130,27 @@ class ModelSet:
                 if one.state is RevisionState.READY and one.fleet in self._fleets
             }
             route = self.shared.models.route(model.name, model.active)
-            standby = next(
-                (self._fleets.get(r.fleet) for r in model.revisions if r.name == model.active), None
-            )
-            if standby is None and model.is_held:  # the active revision returns in another fleet
+            active = next((r for r in model.revisions if r.name == model.active), None)
+            standby = None if active is None else self._fleets.get(active.fleet)
+            is_held = model.is_held
+            if route.is_held and active is not None and active.state is RevisionState.READY:
+                is_held = is_held or standby is None or bool(standby.readiness.not_ready_reasons())
+            is_whole = is_whole and is_held == model.is_held
+            if standby is None and is_held:  # the active revision returns in another fleet
                 standby = route.standby or next(iter(route.revisions.values()), None)
-            route.update(model.active, serving, model.canary, standby, is_held=model.is_held)
+            route.update(model.active, serving, model.canary, standby, is_held=is_held)
         routes = self.shared.models.keep_routes({model.name for model in table.models})
         standbys = [route.standby for route in routes]
         for fleet, gateway in list(self._fleets.items()):
             may_serve = fleet in known and known[fleet][1].may_serve
-            if not may_serve and gateway not in standbys:
+            if may_serve or gateway in standbys:
+                continue
+            if gateway.num_calls:
+                is_whole = False
+            else:
                 await self._end(self._fleets.pop(fleet))
-        return all(r.fleet in self._fleets for _, r in table if r.state is RevisionState.READY)
+        self.shared.models.awaits_table = False
+        return is_whole
 
     async def close(self) -> None:
         """End all gateways."""
@@ -154,12 +177,19 @@ class ModelSet:
         if all(other.metrics is not gateway.metrics for other in self.shared.models):
             del self.shared.metrics[gateway.metrics.key]
         await gateway.cluster.end()
+        gateway.model.adapters.follow({})
         await gateway.engines.stop()
         await gateway.prompts.stop()
 
 
 def _settings(revision: Revision) -> ClusterConfig:
     return ClusterConfig.from_dict(revision.plan["config"])
+
+
+def _is_of_cluster(table: ModelTable, token: str) -> bool:
+    """Whether a table is that of the cluster in which a revision has this cluster token."""
+    tokens = (revision.plan["config"]["cluster_token"] for _, revision in table)
+    return table.cluster == cluster_id(token) or token in tokens
 
 
 async def _wait_ready(gateway: Gateway) -> None:

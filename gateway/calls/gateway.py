@@ -22,6 +22,7 @@ from cluster.core.errors import (
     ExpertMeshError,
     KeyLimitError,
     NotReadyError,
+    QueueFullError,
 )
 from cluster.core.model_table import FIRST_REVISION
 from cluster.core.release import RELEASE
@@ -31,6 +32,7 @@ from gateway.auth.auth import CALLER
 from gateway.calls import request_log
 from gateway.calls.admission_controller import AdmissionController
 from gateway.calls.inspection_memory import InspectionMemory
+from gateway.calls.model_routes import ModelRoute
 from gateway.calls.output_queue import OutputQueue
 from gateway.calls.prompts import PromptMaker
 from gateway.calls.readiness import Readiness, shutdown_error
@@ -190,7 +192,8 @@ class Gateway:
         """
         for gateway in self.shared.models:
             gateway.readiness.leave(now_s)
-        return sum(gateway.admission.num_requests for gateway in self.shared.models)
+        models = self.shared.models
+        return models.num_held + sum(gateway.admission.num_requests for gateway in models)
 
     def shut_down(self, stage: ShutdownStage, now_s: float) -> int:
         """Carry out one stage of the server's shutdown; return the number of running requests.
@@ -232,9 +235,11 @@ class Gateway:
             NotReadyError: the cluster cannot serve the call.
             DeadlineExceededError: the deadline passed before an engine received the call.
         """
-        started_s = time.monotonic()
+        limit_s = self.timeout_s(call.timeout_s)
+        deadline_s = time.monotonic() + limit_s
         route = self.shared.models.route_of(call.model)
-        await route.wait_released(self.timeout_s(call.timeout_s), self.limits.max_queue)
+        if route.is_held:
+            await self._wait_released(route, limit_s)
         gateway = route.pick(call)
         with ExitStack() as held:
             gateway.count_call(held)
@@ -245,23 +250,33 @@ class Gateway:
                 make = partial(gateway.requests.make, call)
                 if (trace := TRACE.get()) is not None:
                     trace.fields = call
-            return await gateway._start(call, call_id, started_s, adapter, make, held)
+            return await gateway._start(call, call_id, deadline_s, adapter, make, held)
+
+    async def _wait_released(self, route: ModelRoute, limit_s: float) -> None:
+        """Wait for the next revision of a model; counts calls that are refused."""
+        if not self.readiness.accepts_calls:
+            raise shutdown_error()
+        try:
+            await route.wait_released(limit_s, self.limits.max_queue)
+        except QueueFullError as err:
+            self.metrics.admission_rejections.labels(err.limit).inc()
+            raise
 
     async def _start(
         self,
         call: GenerateCall,
         call_id: str,
-        started_s: float,
+        deadline_s: float,
         adapter: str,
         make: MakeRequests,
         held: ExitStack,
     ) -> RunningCall:
         """Start a call with the adapter key ``adapter``; ``make`` makes its engine requests.
 
-        ``started_s``: time of the call's arrival by ``time.monotonic``. ``held`` has the resources
-        that are released when the call ends.
+        ``deadline_s``: by ``time.monotonic``. ``held`` has the resources that are released when the
+        call ends.
         """
-        deadline_s = started_s + self.timeout_s(call.timeout_s)
+        started_s = time.monotonic()
         facts, caller = self.require_facts(), CALLER.get()
         demand = CallDemand(priority=call.priority or 0)
         if caller is not None:

@@ -42,10 +42,12 @@ class ModelRoute:
     canary: Canary | None = None
     standby: Gateway | None = None
     """Gateway of the replaced revision, which describes the model while no revision serves."""
+    num_held: int = 0
+    """Number of calls that wait while the model is replaced."""
     _sessions: OrderedDict[tuple[str, str], str] = field(default_factory=OrderedDict)
     """Revision of each session, by tenant and session id."""
     _released: asyncio.Event = field(default_factory=asyncio.Event)
-    _num_held: int = 0
+    _is_ending: bool = False
 
     def __post_init__(self) -> None:
         self._released.set()
@@ -87,7 +89,10 @@ class ModelRoute:
         """Replace the revisions. New calls wait while ``is_held``."""
         self.active, self.revisions, self.canary = active, dict(revisions), canary
         self.standby = standby
-        (self._released.clear if is_held else self._released.set)()
+        if is_held and not self._is_ending:
+            self._released.clear()
+        else:
+            self._released.set()
 
     async def wait_released(self, limit_s: float, max_held: int) -> None:
         """Wait while the model is replaced in its place.
@@ -97,19 +102,20 @@ class ModelRoute:
         """
         if self._released.is_set():
             return
-        if self._num_held >= max_held:
-            message = f"{self._num_held} calls wait for the next revision of {self.name}"
+        if self.num_held >= max_held:
+            message = f"{self.num_held} calls wait for the next revision of {self.name}"
             raise QueueFullError(f"{message}, at most {max_held}", _REPLACED_RETRY_S)
-        self._num_held += 1
+        self.num_held += 1
         try:
             await asyncio.wait_for(self._released.wait(), limit_s)
         except TimeoutError as err:
             raise self._replaced() from err
         finally:
-            self._num_held -= 1
+            self.num_held -= 1
 
     def end_wait(self) -> None:
-        """Let the calls go on that wait, as the replica shuts down."""
+        """Let the calls go on that wait, and hold none any more, as the replica shuts down."""
+        self._is_ending = True
         self._released.set()
 
     def _replaced(self) -> NotReadyError:

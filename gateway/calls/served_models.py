@@ -35,6 +35,8 @@ class ServedModels:
         self._gateways: list[Gateway] = []
         self._routes: dict[str, ModelRoute] = {}
         self._has_been_ready = False
+        self.awaits_table = False
+        """Whether the replica must apply the table of models before it is ready."""
         self.table: TableFollower | None = None
         """Follows the table of models, which clients may change; None outside of Ray."""
 
@@ -115,7 +117,7 @@ class ServedModels:
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[Gateway]:
-        """Yield ``find(name)``, which counts as running a call: its fleet does not end meanwhile.
+        """Yield ``find(name)``, which counts as running a call: it does not end meanwhile.
 
         Raises the same errors.
         """
@@ -123,6 +125,11 @@ class ServedModels:
             gateway = self.find(name)
             gateway.count_call(held)
             yield gateway
+
+    @property
+    def num_held(self) -> int:
+        """Number of calls that wait for revisions."""
+        return sum(route.num_held for route in self._routes.values())
 
     def end_waits(self) -> None:
         """Let the calls go on that wait for revisions, as the replica shuts down."""
@@ -147,6 +154,8 @@ class ServedModels:
         """
         if self._gateways and self._gateways[0].readiness.is_leaving:
             return self._gateways[0].readiness.not_ready_reasons(is_whole)
+        if self.awaits_table:
+            return ["the revisions of the models are not known yet"]
         found = {
             route.name: []
             if route.is_held  # its requests wait

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import ray
@@ -20,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 REPLICA_LIMIT_S = 1.0
 """Time limit in seconds for the replies of the other gateway replicas."""
-_TABLE_LIMIT_S = 10.0
+_TABLE_LIMIT_S = 30.0
+_TABLE_CALL_S = 5.0
+_TABLE_RETRY_S = 0.5
 
 
 class RayActor:
@@ -53,13 +56,24 @@ async def find_models_actor() -> RayActor:
 
 
 async def read_table() -> ModelTable | None:
-    """Return the table of models; None if it cannot be read, as when the cluster starts."""
-    try:
-        actor = await find_models_actor()
-        return from_plain(await asyncio.wait_for(actor.call("table"), _TABLE_LIMIT_S), ModelTable)
-    except Exception as err:  # there is no actor yet, or Ray failed
-        logger.info("the table of models is not read: %r", err)
-        return None
+    """Return the table of models; None while the cluster starts, or if it cannot be read in time.
+
+    Ray restarts a killed actor in seconds.
+    """
+    end_s = time.monotonic() + _TABLE_LIMIT_S
+    while True:
+        try:
+            actor = await find_models_actor()
+        except ValueError:
+            return None
+        try:
+            found = await asyncio.wait_for(actor.call("table"), _TABLE_CALL_S)
+            return from_plain(found, ModelTable)
+        except Exception as err:  # Ray restarts the actor
+            if time.monotonic() > end_s:
+                logger.warning("the table of models cannot be read: %r", err)
+                return None
+            await asyncio.sleep(_TABLE_RETRY_S)
 
 
 class RayServeReplicas:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 _FIND_S = 5.0
 """Seconds between two searches for the actor that keeps the table. It starts after the gateways."""
-_RETRY_S = 5.0
-"""Seconds before a table is applied again if a revision could not be served."""
+_RETRY_S = 2.0
+"""Seconds before a table is applied again if that was not possible wholly."""
 _POLL_S = 5.0
 _FAST_POLL_S = 0.3
 """Timeout of a poll in seconds while a revision waits for the end of calls."""
@@ -42,8 +45,8 @@ class TableFollower:
         find: finds the actor; raises if there is none.
         name: name of this replica.
         calls: returns the number of calls that run on each fleet.
-        apply: changes the gateways of the replica, and returns whether all revisions that should
-            serve do. Only then the actor learns that this replica knows the table.
+        apply: changes the gateways of the replica. Only when it has returned, the actor learns
+            that this replica knows the table. It returns False if it should be called again.
     """
 
     find: Callable[[], Awaitable[TableCalls]]
@@ -51,8 +54,10 @@ class TableFollower:
     calls: Callable[[], Mapping[str, int]]
     apply: Callable[[ModelTable], Coroutine[Any, Any, bool]]
     table: ModelTable | None = None
-    """The latest table that this replica serves; None before the first."""
+    """The latest table that was applied; None before the first."""
     _actor: TableCalls | None = None
+    _retry_at_s: float = math.inf
+    """Monotonic time at which the latest table is applied again."""
     _task: asyncio.Task[None] | None = field(default=None)
 
     def start(self) -> None:
@@ -69,8 +74,9 @@ class TableFollower:
         """
         limit_s = LOAD_LIMIT_S if method == "load" else _CALL_LIMIT_S
         try:
-            actor = self._actor or await self.find()
-            found = await asyncio.wait_for(actor.call(method, *details, **named), limit_s)
+            async with asyncio.timeout(limit_s):
+                actor = self._actor or await self.find()
+                found = await actor.call(method, *details, **named)
         except ExpertMeshError:
             raise
         except Exception as err:  # there is no actor yet, or Ray failed
@@ -81,8 +87,10 @@ class TableFollower:
         while True:
             try:
                 found = await self._poll(self._timeout_s)
-                if found is not None and not await self._apply(found):
-                    await asyncio.sleep(_RETRY_S)
+                if found is None and time.monotonic() >= self._retry_at_s:
+                    found = self.table
+                if found is not None:
+                    await self._apply(found)
             except Exception as err:  # the actor starts late, and may restart
                 level = logging.DEBUG if self._actor is None else logging.WARNING
                 logger.log(level, "the table of models is not followed: %r", err)
@@ -90,28 +98,28 @@ class TableFollower:
                 await asyncio.sleep(_FIND_S)
 
     async def _poll(self, timeout_s: float) -> ModelTable | None:
-        """Report this replica's calls; return a table that it does not serve, None after a time."""
+        """Report this replica's calls; return a table that it does not know, None after a time."""
         self._actor = self._actor or await self.find()
         version = 0 if self.table is None else self.table.version
         call = self._actor.call("wait_table", version, timeout_s, self.name, dict(self.calls()))
         found = await asyncio.wait_for(call, timeout_s + _CALL_LIMIT_S)
         return None if found is None else from_plain(found, ModelTable)
 
-    async def _apply(self, table: ModelTable) -> bool:
-        """Apply a table, and report this replica's calls meanwhile; return whether all serve."""
+    async def _apply(self, table: ModelTable) -> None:
+        """Apply a table; report this replica's calls meanwhile, if the actor is not away."""
         applying = asyncio.create_task(self.apply(table))
         try:
             while not (await asyncio.wait([applying], timeout=_POLL_S))[0]:
-                await self._poll(0.0)
+                with contextlib.suppress(Exception):
+                    await self._poll(0.0)
         finally:
             applying.cancel()
-        if applying.result():
-            self.table = table
-            return True
-        return False
+        self._retry_at_s = math.inf if applying.result() else time.monotonic() + _RETRY_S
+        self.table = table
 
     @property
     def _timeout_s(self) -> float:
         waits = (RevisionState.WAITING, RevisionState.RETIRING)
         is_waiting = self.table is not None and any(r.state in waits for _, r in self.table)
-        return _FAST_POLL_S if is_waiting else _POLL_S
+        timeout_s = _FAST_POLL_S if is_waiting else _POLL_S
+        return timeout_s if self._retry_at_s == math.inf else min(timeout_s, _RETRY_S)

@@ -76,7 +76,7 @@ class GatewayMetrics:
         revision: str = "",
     ) -> None:
         self.labels = {"model_name": model_name, **({"revision": revision} if revision else {})}
-        self.key = "@".join(self.labels.values())
+        self.key = "\0".join(self.labels.values())
         """Key of the metrics among the metrics of other models and revisions."""
         self.prefix = prefix
         self.has_vllm_names = has_vllm_names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from cluster.config.cluster import ClusterConfig
 from cluster.config.gateway import GatewaySection
 from cluster.config.model import ModelSection
+from cluster.core.errors import NotReadyError
 from cluster.core.model_table import (
     FIRST_REVISION,
     ModelTable,
@@ -22,6 +24,7 @@ from cluster.core.model_table import (
     cluster_id,
 )
 from gateway import model_set
+from gateway.calls.gateway import Gateway
 from gateway.calls.served_models import SharedParts
 from gateway.core.tuning import GatewayTuning
 from gateway.model_set import ModelSet
@@ -103,6 +106,7 @@ def test_without_a_table_that_helps_the_configured_models_are_used(
     state = RevisionState.FAILED if case == "none ready" else RevisionState.READY
     other = "another" if case == "of another cluster" else TOKEN
     revision = revision_of(tmp_path / "gone", SECOND, "model-1", state)
+    revision.plan = {"config": config_of(tmp_path / "gone", "model-1", token=other)}
     table = None if case == "no table" else table_of(revision, active=SECOND, token=other)
 
     async def test(models: ModelSet) -> None:
@@ -112,15 +116,46 @@ def test_without_a_table_that_helps_the_configured_models_are_used(
     run(test)
 
 
-def test_a_revision_that_cannot_be_served_here_is_not_acknowledged(
+def test_a_replica_that_begins_with_a_table_is_ready_once_it_is_applied(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Before, calls for other revisions would go astray."""
+    broken = damaged(tmp_path / "broken")
+    ready = revision_of(folder, SECOND, "model-1", RevisionState.READY)
+    table = table_of(ready, active=SECOND)
+    held = revision_of(folder, FIRST_REVISION, "model-2", RevisionState.STOPPED)
+    lost = revision_of(broken, FIRST_REVISION, "model-3", RevisionState.READY)
+    table.models += [
+        ServedModelEntry("replaced", FIRST_REVISION, [held], is_held=True),
+        ServedModelEntry("broken", FIRST_REVISION, [lost]),
+    ]
+
+    async def test(models: ModelSet) -> None:
+        served = models.shared.models
+        await models.add_first([config_of(folder)], table)
+        assert models.num_calls() == {"model-1": 0}
+        assert served.route_of("replaced").is_held
+        with pytest.raises(NotReadyError):
+            served.find("broken")
+        assert served.not_ready_reasons() == ["the revisions of the models are not known yet"]
+        assert not await models.apply(table), "one model cannot be served here"
+        assert "not known yet" not in str(served.not_ready_reasons())
+
+    run(test)
+
+
+def damaged(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("not whole yet")
+    return folder
+
+
+def test_a_revision_that_cannot_be_served_here_is_tried_again(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = revision_of(folder, FIRST_REVISION, "", RevisionState.READY)
-    late = tmp_path / "late"
-    late.mkdir()
-    (late / "tokenizer.json").write_text("not whole yet")
+    late = damaged(tmp_path / "late")
     table = table_of(
-        first,
+        revision_of(folder, FIRST_REVISION, "", RevisionState.READY),
         revision_of(late, SECOND, "model-1", RevisionState.READY),
         active=FIRST_REVISION,
     )
@@ -134,6 +169,54 @@ def test_a_revision_that_cannot_be_served_here_is_not_acknowledged(
         shutil.copytree(folder, late, dirs_exist_ok=True)
         assert await models.apply(table)
         assert list(route.revisions) == [FIRST_REVISION, SECOND]
+
+    run(test)
+
+
+def test_calls_wait_until_this_replica_can_serve_the_revision_in_place(folder: Path) -> None:
+    first = revision_of(folder, FIRST_REVISION, "", RevisionState.STOPPED)
+    second = revision_of(folder, SECOND, "model-1", RevisionState.LOADING)
+    table = table_of(first, second, active=FIRST_REVISION)
+
+    async def test(models: ModelSet) -> None:
+        await models.add_first([config_of(folder)], None)
+        table.models[0].is_held = True
+        assert await models.apply(table)
+        route = models.shared.models.route_of(MODEL)
+        table.models[0].is_held, table.models[0].active = False, SECOND
+        second.state = RevisionState.READY
+        assert not await models.apply(table)
+        assert route.is_held, "no controller has answered"
+        connect(route.revisions[SECOND])
+        assert await models.apply(table)
+        assert not route.is_held
+        route.update(SECOND, route.revisions, standby=route.standby, is_held=True)
+        second.state = RevisionState.FAILED
+        assert await models.apply(table)
+        assert not route.is_held, "it will not serve"
+
+    run(test)
+
+
+def connect(gateway: Gateway) -> None:
+    """As after its controller has answered, and workers have connected."""
+    gateway.readiness.not_ready_reasons = lambda is_whole=True: []  # type: ignore[method-assign]
+
+
+def test_a_gateway_with_calls_does_not_end(folder: Path) -> None:
+    first = revision_of(folder, FIRST_REVISION, "", RevisionState.READY)
+    second = revision_of(folder, SECOND, "model-1", RevisionState.READY)
+
+    async def test(models: ModelSet) -> None:
+        await models.add_first([config_of(folder)], None)
+        assert await models.apply(table_of(first, second, active=FIRST_REVISION))
+        gateway = models.shared.models.route_of(MODEL).revisions[SECOND]
+        with ExitStack() as call:
+            gateway.count_call(call)
+            assert not await models.apply(table_of(first, active=FIRST_REVISION))
+            assert models.num_calls() == {"": 0, "model-1": 1}
+        assert await models.apply(table_of(first, active=FIRST_REVISION))
+        assert models.num_calls() == {"": 0}
 
     run(test)
 
@@ -178,7 +261,7 @@ def test_a_model_is_described_while_its_revision_returns_in_another_fleet(folder
             assert route.gateway is old
         first.state, table.models[0].is_held = RevisionState.READY, False
         first.plan = {"config": config_of(folder, "model-2")}
-        assert await models.apply(table)
+        assert not await models.apply(table), "it is not connected"
         assert route.gateway is not old
         assert models.num_calls() == {"model-2": 0}
 

@@ -124,6 +124,8 @@ def test_calls_do_not_wait_for_a_revision_when_the_replica_ends() -> None:
         route.end_wait()
         await waiting
         assert picked(route) == ACTIVE, "which then refuses it"
+        route.update(ACTIVE, {}, standby=route.standby, is_held=True)
+        assert not route.is_held, "further calls are refused too"
 
     asyncio.run(wait())
 

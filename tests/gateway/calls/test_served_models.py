@@ -289,9 +289,11 @@ def test_calls_for_a_model_that_is_replaced_wait_within_their_limits() -> None:
             target=lambda: answers.append(post(stack, "/v1/completions", prompt="x", max_tokens=1))
         )
         waiting.start()
-        stack.wait_for(lambda: route._num_held == 1, "the call")
+        stack.wait_for(lambda: route.num_held == 1, "the call")
         full = post(stack, "/v1/completions", prompt="x", max_tokens=1)
         assert (full.status_code, full.headers["retry-after"]) == (429, "5")
+        refusals = 'admission_rejections_total{model_name="tiny",reason="queue_full"} 1.0'
+        assert refusals in stack.http.get("/metrics").text
         stack.call(lambda: route.update("1", revisions))
         waiting.join(WAIT_S)
         assert answers[0].status_code == 200, answers[0].text
@@ -312,7 +314,12 @@ def test_calls_that_wait_for_a_revision_end_with_the_replica() -> None:
             target=lambda: answers.append(post(stack, "/v1/completions", prompt="x"))
         )
         waiting.start()
-        stack.wait_for(lambda: route._num_held == 1, "the call")
+        stack.wait_for(lambda: route.num_held == 1, "the call")
+        numbers: list[int] = []
+        stack.call(lambda: numbers.append(stack.gateway.shut_down("refuse", 0.0)))
+        assert numbers == [1], "a drain waits for it"
+        refused = post(stack, "/v1/completions", prompt="x")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         stack.call(lambda: stack.gateway.shut_down("fail", 0.0))
         waiting.join(WAIT_S)
         assert answers[0].status_code == 503

@@ -95,22 +95,31 @@ def test_a_replica_reports_the_table_that_it_serves_and_its_calls() -> None:
     run(test, apply)
 
 
-def test_a_table_that_is_not_served_is_tried_again_and_not_reported() -> None:
+def test_a_table_that_is_not_served_wholly_is_applied_again() -> None:
+    """The replica sends no calls to fleets that it lacks: others may end them meanwhile."""
     results = iter([False, False, True])
-    known_at: list[list[int]] = []
+    applied: list[int] = []
+    is_served = asyncio.Event()
+
+    async def apply(table: ModelTable) -> bool:
+        applied.append(table.version)
+        is_whole = next(results)
+        if is_whole:
+            is_served.set()
+        return is_whole
 
     async def test(keeper: Keeper, follower: TableFollower) -> None:
         await keeper.wait_polls(lambda known: 1 in known)
-        known = [version for version, _, _ in keeper.polls]
-        assert known[:4] == [0, 0, 0, 1]
-        assert next(results, None) is None
-
-    async def apply(table: ModelTable) -> bool:
-        known_at.append([table.version])
-        return next(results)
+        assert applied == [1]
+        await is_served.wait()
+        keeper.table.changed()
+        results_left = iter([True])
+        nonlocal results
+        results = results_left
+        await keeper.wait_polls(lambda known: 2 in known)
+        assert applied == [1, 1, 1, 2]
 
     run(test, apply)
-    assert len(known_at) == 3
 
 
 def test_a_long_change_is_no_silence() -> None:
@@ -126,6 +135,27 @@ def test_a_long_change_is_no_silence() -> None:
         assert follower.table is None
         may_end.set()
         await keeper.wait_polls(lambda known: 1 in known)
+
+    run(test, apply)
+
+
+def test_a_change_goes_on_while_the_actor_is_away() -> None:
+    may_end = asyncio.Event()
+    applied: list[int] = []
+
+    async def apply(table: ModelTable) -> bool:
+        await may_end.wait()
+        applied.append(table.version)
+        return True
+
+    async def test(keeper: Keeper, follower: TableFollower) -> None:
+        await keeper.wait_polls(lambda known: known.count(0) > 1)
+        keeper.errors += [RuntimeError("the actor has died")] * 3
+        while keeper.errors:
+            await asyncio.sleep(0.001)
+        may_end.set()
+        await keeper.wait_polls(lambda known: 1 in known)
+        assert applied == [1]
 
     run(test, apply)
 
