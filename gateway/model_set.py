@@ -187,7 +187,7 @@ def _settings(revision: Revision) -> ClusterConfig:
 
 
 def _is_of_cluster(table: ModelTable, token: str) -> bool:
-    """Whether a table is that of the cluster in which a revision has this cluster token."""
+    """Whether a table belongs to the cluster in which a revision has this cluster token."""
     tokens = (revision.plan["config"]["cluster_token"] for _, revision in table)
     return table.cluster == cluster_id(token) or token in tokens
 

@@ -114,7 +114,7 @@ class ModelRoute:
             self.num_held -= 1
 
     def end_wait(self) -> None:
-        """Let the calls go on that wait, and hold none any more, as the replica shuts down."""
+        """Let the calls go on that wait, and hold no further ones, as the replica shuts down."""
         self._is_ending = True
         self._released.set()
 
