@@ -1,17 +1,25 @@
-"""Identification of processes by process id and start time, as the system reuses process ids."""
+"""Processes of a host: their identities, ends and priorities.
+
+A process is identified by process id and start time, as the system reuses process ids.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 _POLL_S = 0.02
+_LOWEST_PRIORITY = 19
+"""Nice value of what should use idle CPUs only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,3 +77,23 @@ def count_cpus() -> int:
     except (OSError, ValueError):
         pass  # no limit
     return max(1, cores)
+
+
+def yield_cpus_to_others(pid: int) -> None:
+    """Give a process, or a thread by its native id, the lowest priority among users of the CPUs.
+
+    That cannot be undone without privileges.
+    """
+    with contextlib.suppress(OSError):  # it has ended, or may not be changed
+        os.setpriority(os.PRIO_PROCESS, pid, _LOWEST_PRIORITY)
+
+
+def import_on_idle_cpus(module: str) -> None:
+    """Import a module in a thread of its own, with the lowest priority. Raises its errors."""
+
+    def work() -> None:
+        yield_cpus_to_others(threading.get_native_id())
+        importlib.import_module(module)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()

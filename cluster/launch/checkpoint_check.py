@@ -22,6 +22,7 @@ from cluster.config.model import Quantize
 from cluster.core.codec import from_plain
 from cluster.core.errors import CheckpointError, ConfigError
 from cluster.core.load_profile import LoadProfile
+from cluster.core.process import yield_cpus_to_others
 from cluster.sizing.mode_choice import bank_sizes
 from cluster.sizing.roofline import ModelSize
 from workers.native.library import InstructionsError, runnable
@@ -131,6 +132,10 @@ class CheckpointCheck:
         if lora is not None and lora.lora_modules:
             words += [_MAX_RANK, str(lora.max_lora_rank), _LORA_MODULES, *lora.lora_modules]
         self._child = _start_child(words, environment)
+
+    def yield_cpus(self) -> None:
+        """Let models that serve on this host have the CPUs first."""
+        yield_cpus_to_others(self._child.pid)
 
     def result(self) -> CheckpointFacts:
         """Wait for the end of the check; return the facts. Raises ``CheckpointError``."""

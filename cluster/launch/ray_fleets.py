@@ -189,6 +189,7 @@ def _check_checkpoint(config: ClusterConfig) -> Any:
         config.speculation.has_predictor,
         config.lora,
     )
+    check.yield_cpus()
     return check.result()
 
 

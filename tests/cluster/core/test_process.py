@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,9 +15,11 @@ import pytest
 from cluster.core.process import (
     ProcessIdentity,
     describe_self,
+    import_on_idle_cpus,
     is_running,
     kill_process,
     wait_gone,
+    yield_cpus_to_others,
 )
 
 
@@ -52,3 +55,26 @@ def test_a_process_that_ends_by_itself_meanwhile_is_no_error(
 
 def test_waiting_for_a_process_that_stays_ends_in_time() -> None:
     assert not wait_gone(describe_self(), 0.05)
+
+
+def test_an_import_on_idle_cpus_leaves_the_priority_of_its_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "import os, threading\n"
+    text += "priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())\n"
+    (tmp_path / "imported_idly.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    import_on_idle_cpus("imported_idly")
+    assert sys.modules.pop("imported_idly").priority == 19
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        import_on_idle_cpus("no_such_module")
+
+
+def test_the_priority_of_an_ended_process_is_nothing() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield_cpus_to_others(child.pid)
+    assert os.getpriority(os.PRIO_PROCESS, child.pid) == 19
+    child.communicate()
+    yield_cpus_to_others(child.pid)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import ray
 
 from cluster.core.node_labels import NodeLabels
+from cluster.core.process import import_on_idle_cpus
 from cluster.core.topology import Role
 from cluster.tracing import logs
 from workers.transport.nccl_environment import set_nccl_environment
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_WORKER_MODULE = "workers.process.worker.worker"
 EXIT_CODE = 1
 """Exit code of a worker that failed."""
 
@@ -45,6 +47,8 @@ class WorkerActor:
         extra: Mapping[str, Any],
     ) -> None:
         set_nccl_environment()
+        if config["workers"].get("other_pools"):  # other models may serve on this host
+            import_on_idle_cpus(_WORKER_MODULE)
         from workers.process.worker_args import WorkerArgs  # imports torch
 
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
