@@ -87,7 +87,8 @@ def run_seed(seed: int, options: argparse.Namespace) -> Report:
     usual = LARGE_KINDS if options.members else KINDS
     kinds = tuple(options.kinds.split(",")) if options.kinds else bug.kinds if bug else usual
     began = time.process_time()
-    scenario = draw_scenario(seed, kinds, bug.features if bug is not None else None)
+    needed = tuple(filter(None, options.features.split(",")))
+    scenario = draw_scenario(seed, kinds, bug.features if bug is not None else None, needed)
     if options.members:
         attention, _, experts = options.members.partition("+")
         scenario = enlarged(scenario, int(attention), int(experts))
@@ -136,6 +137,7 @@ def main() -> int:
         help="attention and expert workers of each seed, in place of a few",
     )
     parser.add_argument("--kinds", default="", help="faults to draw from, by default all")
+    parser.add_argument("--features", default="", help="features that every seed has")
     parser.add_argument("--bug", default="", choices=["", *BUGS], help="a planted bug")
     parser.add_argument("--shrink", action="store_true", help="drop what a failure does not need")
     parser.add_argument("--verbose", action="store_true")

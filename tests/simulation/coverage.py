@@ -45,6 +45,7 @@ def occurrences(world: World) -> Counter[str]:
     """The same, and what the workers that live in the end have done."""
     found = requests_by_feature(world)
     found["restarted gateways"] += world.num_restarts
+    found.update(world.faults.hand_overs.done)
     if world.state is not None:
         found["stored objects"] += world.clients.state.num_stored
         found["objects read"] += world.clients.state.num_read

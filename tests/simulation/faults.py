@@ -14,6 +14,7 @@ from tests.simulation.configuration import num_prefill
 from tests.simulation.disk import files
 from tests.simulation.domains import Domains
 from tests.simulation.file_disk import FAILURES, Ailment
+from tests.simulation.hand_over_kills import HandOverKills
 from tests.simulation.kernel import Process, Thread
 from tests.simulation.nodes import HEAD, Node
 from tests.simulation.ray import Hosts
@@ -110,6 +111,7 @@ class Faults:
     def __init__(self, world: World) -> None:
         self._world = world
         self.domains = Domains(world)
+        self.hand_overs = HandOverKills(world, self._kill_in_hand_over)
         self._paused: dict[Process, float] = {}
         """Processes that were paused, and when the last of their pauses ends."""
         self._held: list[Thread] = []
@@ -301,10 +303,29 @@ class Faults:
         if not living:
             raise _NothingToHitError
         process = living[fault.where % len(living)].process
-        if len(living) > 1 or "restarts" in self._world.scenario.features:
-            process.kill()
-        else:
+        if not self._kill_one_gateway(process):
             self._pause(process, fault.lasts_s)
+
+    def _kill_one_gateway(self, process: Process) -> bool:
+        """Return whether it was killed: not the last one that is not replaced."""
+        living = [g for g in self._world.gateways if not g.process.is_dead]
+        may_die = len(living) > 1 or "restarts" in self._world.scenario.features
+        if may_die:
+            process.kill()
+        return may_die
+
+    def kill_in_hand_over(self, fault: Fault) -> None:
+        """A process dies when a request moves to the decode group; see ``HandOverKills``."""
+        self.hand_overs.wait(fault)
+
+    def _kill_in_hand_over(self, process: Process | None) -> None:
+        with suppress(_NothingToHitError):
+            if process is None:
+                self._replaceable_controller().kill()
+            elif process in [gateway.process for gateway in self._world.gateways]:
+                self._kill_one_gateway(process)
+            else:
+                self._kill(process)
 
     def pause_controller(self, fault: Fault) -> None:
         controller = self._world.ray.controller

@@ -93,13 +93,17 @@ class Scenario:
 
 
 def draw_scenario(
-    seed: int, kinds: tuple[str, ...], features: tuple[str, ...] | None = None
+    seed: int,
+    kinds: tuple[str, ...],
+    features: tuple[str, ...] | None = None,
+    needed: tuple[str, ...] = (),
 ) -> Scenario:
     """The scenario of a seed, with faults of the ``kinds``, and with these features; None: about
-    half of them.
+    half of them, and all that are ``needed``.
     """
     rng = random.Random(f"scenario {seed}")
     chosen = _draw_features(seed) if features is None else frozenset(features)
+    chosen |= frozenset(needed)
     num_gateways = rng.choice((MIN_GATEWAYS, MIN_GATEWAYS, 3))
     num_redundant = rng.choice((0, 1, 3))
     return Scenario(

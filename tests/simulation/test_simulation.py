@@ -11,6 +11,7 @@ import pytest
 from tests.harness.tiers import quick_rows
 from tests.simulation.bugs import BUGS
 from tests.simulation.coverage import OCCURRENCES
+from tests.simulation.hand_over_kills import PHASES, VICTIMS
 
 pytestmark = pytest.mark.heavy
 
@@ -74,6 +75,22 @@ def test_many_seeds_keep_every_promise(first: int) -> None:
     jobs = str(len(os.sched_getaffinity(0)))
     found = run("--seed", str(first), "--num", "100", "--jobs", jobs)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_kills_in_every_phase_of_a_hand_over() -> None:
+    jobs = str(len(os.sched_getaffinity(0)))
+    options = ("--kinds", "kill_in_hand_over", "--features", "groups", "--num", "200")
+    found = run(*options, "--jobs", jobs)
+    assert found.returncode == 0, found.stdout + found.stderr
+    missing = [
+        f"{victim} killed: {phase}"
+        for victim in VICTIMS
+        for phase in PHASES
+        if f" {victim} killed: {phase}" not in found.stdout
+    ]
+    assert not missing, found.stdout
 
 
 @pytest.mark.distributed

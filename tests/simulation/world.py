@@ -92,6 +92,7 @@ class World:
                 disk = file_disk(self.kernel, LOCAL_S)
                 self.kv_disk = self.kernel.kv_disk = held.enter_context(disk)
             held.enter_context(replaced(self.kernel, self.net))
+            held.enter_context(self.faults.hand_overs.watched())
             self._leave_blocks()
             self._start()
             for fault in self.scenario.faults:
