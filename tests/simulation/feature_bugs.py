@@ -13,6 +13,8 @@ from unittest import mock
 from msgspec.structs import replace
 
 from gateway.core.errors import StorageError
+from gateway.engines.engine_client import EngineClient
+from gateway.engines.hand_overs import HandOvers
 from gateway.engines.submission import Submission
 from gateway.state.files import as_storage_error
 from gateway.state.record import encode
@@ -265,8 +267,20 @@ def _blocking_group() -> AbstractContextManager[object]:
     return mock.patch.object(GroupSteps, "_next_group", next_group)
 
 
+def _unresumed() -> AbstractContextManager[object]:
+    """A request that no decode worker has room for stays paused on its prefill worker."""
+    real = HandOvers._hand_over
+
+    def hand_over(self: HandOvers, entry: Any, source: EngineClient) -> None:
+        if self._target(entry) is not None:
+            real(self, entry, source)
+
+    return mock.patch.object(HandOvers, "_hand_over", hand_over)
+
+
 FEATURE_BUGS: dict[str, Bug] = {
     "blocking_group": Bug(_blocking_group, _KILLS, MANY, features=("groups",)),
+    "unresumed": Bug(_unresumed, ("kill_in_hand_over",), features=("groups",)),
     "own_epoch": Bug(_own_epoch, ("rebalance", "slow_link"), MANY, features=("groups",)),
     "in_place": Bug(_in_place, ("fail_state", "kill_gateway"), features=("state", "restarts")),
     "silent_disk": Bug(_silent_disk, ("fail_state",), features=("state",)),
