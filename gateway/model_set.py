@@ -134,7 +134,7 @@ class ModelSet:
             standby = None if active is None else self._fleets.get(active.fleet)
             is_held = model.is_held
             if route.is_held and active is not None and active.state is RevisionState.READY:
-                is_held = is_held or standby is None or bool(standby.readiness.not_ready_reasons())
+                is_held = is_held or standby is None or not _is_ready(standby)
             is_whole = is_whole and is_held == model.is_held
             if standby is None and is_held:  # the active revision returns in another fleet
                 standby = route.standby or next(iter(route.revisions.values()), None)
@@ -190,6 +190,11 @@ def _is_of_cluster(table: ModelTable, token: str) -> bool:
     """Whether a table belongs to the cluster in which a revision has this cluster token."""
     tokens = (revision.plan["config"]["cluster_token"] for _, revision in table)
     return table.cluster == cluster_id(token) or token in tokens
+
+
+def _is_ready(gateway: Gateway) -> bool:
+    """Whether a gateway can serve calls now; a leaving one cannot tell, and serves them."""
+    return gateway.readiness.is_leaving or not gateway.readiness.not_ready_reasons()
 
 
 async def _wait_ready(gateway: Gateway) -> None:

@@ -198,6 +198,23 @@ def test_calls_wait_until_this_replica_can_serve_the_revision_in_place(folder: P
     run(test)
 
 
+def test_a_leaving_replica_holds_no_calls_for_readiness(folder: Path) -> None:
+    first = revision_of(folder, FIRST_REVISION, "", RevisionState.READY)
+    table = table_of(first, active=FIRST_REVISION)
+
+    async def test(models: ModelSet) -> None:
+        await models.add_first([config_of(folder)], None)
+        route = models.shared.models.route_of(MODEL)
+        route.update(FIRST_REVISION, route.revisions, standby=route.gateway, is_held=True)
+        assert not await models.apply(table)
+        assert route.is_held
+        route.gateway.leave(0.0)
+        assert await models.apply(table)
+        assert not route.is_held
+
+    run(test)
+
+
 def connect(gateway: Gateway) -> None:
     """As after its controller has answered, and workers have connected."""
     gateway.readiness.not_ready_reasons = lambda is_whole=True: []  # type: ignore[method-assign]
