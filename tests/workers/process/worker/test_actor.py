@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -56,14 +57,15 @@ class Finder:
 
 from workers.process.worker.actor import AttentionWorker
 sys.meta_path.insert(0, Finder())
-AttentionWorker({}, {}, "", {})
+AttentionWorker({"workers": json.loads(sys.argv[1])}, {}, "", {})
 """
 
 
-def test_errors_of_nccl_do_not_end_a_worker() -> None:
+@pytest.mark.parametrize("workers", [{}, {"other_pools": [["expert", 1]]}])
+def test_errors_of_nccl_do_not_end_a_worker(workers: dict[str, Any]) -> None:
     """The variables are set before torch is imported, whatever the node's environment says."""
     shown = subprocess.run(
-        [sys.executable, "-c", SHOW_ENVIRONMENT_AT_THE_IMPORT_OF_TORCH],
+        [sys.executable, "-c", SHOW_ENVIRONMENT_AT_THE_IMPORT_OF_TORCH, json.dumps(workers)],
         check=True,
         capture_output=True,
         text=True,
