@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _READY_LIMIT_S = 5.0
 _READY_POLL_S = 0.05
+_HOLD_LIMIT_S = 60.0
+"""Seconds for which calls wait until this replica is connected to the next revision."""
 
 
 @dataclass(slots=True)
@@ -48,6 +50,10 @@ class ModelSet:
     on_start: Callable[[Gateway], None] = lambda gateway: None
     """Called with each gateway before it follows its controller."""
     _fleets: dict[str, Gateway] = field(default_factory=dict)
+    _connected: set[str] = field(default_factory=set)
+    """Fleets to which this replica has been connected."""
+    _hold_until_s: dict[str, float] = field(default_factory=dict)
+    """By fleet, the monotonic time until which calls wait for it."""
 
     async def add_first(
         self, configs: Sequence[Mapping[str, Any]], table: ModelTable | None
@@ -111,9 +117,10 @@ class ModelSet:
     async def apply(self, table: ModelTable) -> bool:
         """Add and end gateways, and divide new calls among them, as the table says.
 
-        A new revision gets calls once this replica is connected to its workers; calls that wait for
-        it go on waiting until then. Returns False if the table should be applied again, as a
-        revision is not connected or cannot be served, or as an ended one has calls.
+        A new revision gets calls once this replica is connected to its workers, or if it is to no
+        other one; calls that wait for it go on waiting until then, for a time. Returns False if the
+        table should be applied again, as a revision is not connected or cannot be served, or as an
+        ended one has calls.
         """
         known = {revision.fleet: (model, revision) for model, revision in table}
         for fleet, (_, revision) in known.items():
@@ -123,18 +130,24 @@ class ModelSet:
                 except Exception:  # other revisions must not wait for this one
                     logger.exception("revision %s cannot be served", revision.name)
         is_whole = all(r.fleet in self._fleets for _, r in table if r.state is RevisionState.READY)
+        found = {f for f, g in self._fleets.items() if f in self._connected or _is_ready(g)}
+        self._connected = found
+        self._hold_until_s = {f: t for f, t in self._hold_until_s.items() if f in known}
         for model in table.models:
-            serving = {
-                one.name: self._fleets[one.fleet]
+            ready = [
+                one
                 for one in model.revisions
                 if one.state is RevisionState.READY and one.fleet in self._fleets
-            }
+            ]
+            connected = [one for one in ready if one.fleet in self._connected] or ready
+            is_whole = is_whole and connected == ready
+            serving = {one.name: self._fleets[one.fleet] for one in connected}
             route = self.shared.models.route(model.name, model.active)
             active = next((r for r in model.revisions if r.name == model.active), None)
             standby = None if active is None else self._fleets.get(active.fleet)
             is_held = model.is_held
             if route.is_held and active is not None and active.state is RevisionState.READY:
-                is_held = is_held or standby is None or not _is_ready(standby)
+                is_held = is_held or self._waits_for(active.fleet)
             is_whole = is_whole and is_held == model.is_held
             if standby is None and is_held:  # the active revision returns in another fleet
                 standby = route.standby or next(iter(route.revisions.values()), None)
@@ -151,6 +164,11 @@ class ModelSet:
                 await self._end(self._fleets.pop(fleet))
         self.shared.models.awaits_table = False
         return is_whole
+
+    def _waits_for(self, fleet: str) -> bool:
+        """Whether calls still wait until this replica is connected to a fleet."""
+        limit_s = self._hold_until_s.setdefault(fleet, time.monotonic() + _HOLD_LIMIT_S)
+        return fleet not in self._connected and time.monotonic() < limit_s
 
     async def close(self) -> None:
         """End all gateways."""

@@ -18,8 +18,9 @@ from pathlib import Path
 import psutil
 
 _POLL_S = 0.02
-_LOWEST_PRIORITY = 19
-"""Nice value of what should use idle CPUs only."""
+_LOW_PRIORITY = 10
+"""Nice value of what others should not wait for. It gets a tenth of a busy CPU: Linux gives nice 10
+the weight 110 and nice 0 the weight 1024 (``sched_prio_to_weight`` in kernel/sched/core.c)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,16 +81,16 @@ def count_cpus() -> int:
 
 
 def yield_cpus_to_others(pid: int) -> None:
-    """Give a process, or a thread by its native id, the lowest priority among users of the CPUs.
+    """Give a process, or a thread by its native id, a low priority among users of the CPUs.
 
     That cannot be undone without privileges.
     """
     with contextlib.suppress(OSError):  # it has ended, or may not be changed
-        os.setpriority(os.PRIO_PROCESS, pid, _LOWEST_PRIORITY)
+        os.setpriority(os.PRIO_PROCESS, pid, _LOW_PRIORITY)
 
 
-def import_on_idle_cpus(module: str) -> None:
-    """Import a module in a thread of its own, with the lowest priority. Raises its errors."""
+def import_at_low_priority(module: str) -> None:
+    """Import a module in a thread of its own, with a low priority. Raises its errors."""
 
     def work() -> None:
         yield_cpus_to_others(threading.get_native_id())

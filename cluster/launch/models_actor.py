@@ -145,8 +145,9 @@ class ModelsActor:
                 self._fleets.plan, wanted, self._first, base, others, fleet
             )
             self._table.check_load(*named)
+            is_known = any(one.name == wanted.model for one in self._table.models)
             added = self._table.add(wanted.model, wanted.revision, fleet, plan, wanted.in_place)
-            if is_canary and base is not None:
+            if is_canary and is_known:
                 self._table.set_canary(wanted.model, added.name, wanted.percent, wanted.keys)
             return await self._commit()
 

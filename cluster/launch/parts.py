@@ -37,6 +37,9 @@ _FAIL_LIMIT_S = 1.0
 _JOIN_PATIENCE_S = 30.0
 """Seconds for a joined Ray to accept connections, since Ray may be starting."""
 
+_REFRESH_S = 10.0
+"""Seconds after which the active revisions are looked up again."""
+
 ProgressFn = Callable[[str, int, int], None]
 """Callback for progress: stage, amount done, total amount (0 if unknown)."""
 
@@ -62,6 +65,8 @@ class ClusterParts:
         self._is_ready = False
         self._served_at = time.monotonic()
         """Time at which a model was last known to be served."""
+        self._asked_at = self._served_at
+        """Time at which the table of models was last asked for the active revisions."""
 
     def start_ray(self) -> str:
         """Start the private Ray or join the given one; return Ray's address. Main thread only.
@@ -115,16 +120,18 @@ class ClusterParts:
         for fleet in self._fleets:
             if (loss := fleet.find_loss()) is not None:
                 lost[fleet.namespace] = loss
+        now_s = time.monotonic()
         if not lost:
-            self._served_at = time.monotonic()
-        if not lost or self._serves_without(lost):
+            self._served_at = now_s
+        if not lost and now_s < self._asked_at + _REFRESH_S:
             return None
-        return next(iter(lost.values()))
+        self._asked_at = now_s
+        return None if self._serves_without(lost) or not lost else next(iter(lost.values()))
 
     def _serves_without(self, lost: Collection[str]) -> bool:
-        """Return whether another fleet serves a model, or will; it is watched from now on.
+        """Return whether another fleet serves a model, or will.
 
-        Revisions may have become active in other fleets since the last time.
+        From now on, the fleets of the active revisions are watched: others may be active by now.
         """
         is_one_left = len(lost) < len(self._fleets)
         try:

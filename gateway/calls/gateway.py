@@ -192,8 +192,7 @@ class Gateway:
         """
         for gateway in self.shared.models:
             gateway.readiness.leave(now_s)
-        models = self.shared.models
-        return models.num_held + sum(gateway.admission.num_requests for gateway in models)
+        return sum(gateway.admission.num_requests for gateway in self.shared.models)
 
     def shut_down(self, stage: ShutdownStage, now_s: float) -> int:
         """Carry out one stage of the server's shutdown; return the number of running requests.
@@ -205,9 +204,9 @@ class Gateway:
         if stage != "lead":
             for gateway in self.shared.models:
                 gateway.readiness.accepts_calls = False
+            self.shared.models.end_waits()
         if stage == "fail":
             self.running.fail(shutdown_error())
-            self.shared.models.end_waits()
         return left
 
     async def close(self) -> None:

@@ -91,7 +91,8 @@ class ServedModels:
 
     def keep_routes(self, names: Collection[str]) -> Collection[ModelRoute]:
         """End the routes of all other models; return the routes that are left."""
-        self._routes = {name: route for name, route in self._routes.items() if name in names}
+        for name in self._routes.keys() - set(names):
+            self._routes.pop(name).end_wait()
         return self._routes.values()
 
     def route_of(self, name: str | None) -> ModelRoute:
@@ -125,11 +126,6 @@ class ServedModels:
             gateway = self.find(name)
             gateway.count_call(held)
             yield gateway
-
-    @property
-    def num_held(self) -> int:
-        """Number of calls that wait for revisions."""
-        return sum(route.num_held for route in self._routes.values())
 
     def end_waits(self) -> None:
         """Let the calls go on that wait for revisions, as the replica shuts down."""

@@ -64,11 +64,10 @@ async def read_table() -> ModelTable | None:
     while True:
         try:
             actor = await find_models_actor()
-        except ValueError:
-            return None
-        try:
             found = await asyncio.wait_for(actor.call("table"), _TABLE_CALL_S)
             return from_plain(found, ModelTable)
+        except ValueError:  # there is no such actor yet
+            return None
         except Exception as err:  # Ray restarts the actor
             if time.monotonic() > end_s:
                 logger.warning("the table of models cannot be read: %r", err)

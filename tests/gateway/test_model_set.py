@@ -198,6 +198,45 @@ def test_calls_wait_until_this_replica_can_serve_the_revision_in_place(folder: P
     run(test)
 
 
+def test_calls_wait_for_a_connection_for_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_set, "_HOLD_LIMIT_S", 0.0)
+    table = table_of(
+        revision_of(folder, FIRST_REVISION, "", RevisionState.READY), active=FIRST_REVISION
+    )
+
+    async def test(models: ModelSet) -> None:
+        await models.add_first([config_of(folder)], None)
+        route = models.shared.models.route_of(MODEL)
+        route.update(FIRST_REVISION, route.revisions, standby=route.gateway, is_held=True)
+        assert await models.apply(table)
+        assert not route.is_held, "its workers may be lost"
+
+    run(test)
+
+
+def test_a_revision_that_is_not_connected_gets_no_calls_beside_one_that_is(folder: Path) -> None:
+    table = table_of(
+        revision_of(folder, FIRST_REVISION, "", RevisionState.READY),
+        revision_of(folder, SECOND, "model-1", RevisionState.READY),
+        active=SECOND,
+    )
+
+    async def test(models: ModelSet) -> None:
+        await models.add_first([config_of(folder)], None)
+        route = models.shared.models.route_of(MODEL)
+        connect(route.revisions[FIRST_REVISION])
+        assert not await models.apply(table)
+        assert list(route.revisions) == [FIRST_REVISION]
+        assert route.standby is not None
+        connect(route.standby)
+        assert await models.apply(table)
+        assert list(route.revisions) == [FIRST_REVISION, SECOND]
+
+    run(test)
+
+
 def test_a_leaving_replica_holds_no_calls_for_readiness(folder: Path) -> None:
     first = revision_of(folder, FIRST_REVISION, "", RevisionState.READY)
     table = table_of(first, active=FIRST_REVISION)

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
 from cluster.cli.terminal.output import show, table
+from cluster.config.gateway import VLLM_PREFIX
 from cluster.core.model_table import FIRST_REVISION, REVISION_HEADER
 
 _PROMPTS = (
@@ -29,10 +30,8 @@ _PROMPTS = (
 )
 """Texts of several kinds, for which the drift of log-probabilities is measured by default."""
 _HISTOGRAMS = {"ttft": "time_to_first_token_seconds", "itl": "inter_token_latency_seconds"}
-_SERIES = re.compile(
-    rf"^\w+:(request_success_total|(?:{'|'.join(_HISTOGRAMS.values())})_bucket)\{{(.*)\}} (\S+)$",
-    re.M,
-)
+_NAMES = "|".join(("request_success_total", *(f"{n}_bucket" for n in _HISTOGRAMS.values())))
+_SERIES = re.compile(rf"^([\w:]*?)({_NAMES})\{{(.*)\}} (\S+)$", re.M)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _ERRORS = ("error",)
 _QUANTILES = {"p50": 0.5, "p99": 0.99}
@@ -54,9 +53,9 @@ def compare(args: argparse.Namespace, model: Mapping[str, Any]) -> int:
     prompts = _prompts(args.prompts)
     counts = measured(Client(args).get_text("/metrics"), args.served)
     scores = [_scores(args, name, prompts) for name in names]
-    if [len(prompt) for prompt in scores[0]] != [len(prompt) for prompt in scores[1]]:
+    if [token for token, _ in scores[0]] != [token for token, _ in scores[1]]:
         raise CommandError(ExitCode.FAILED, "the revisions divide the prompts into other tokens")
-    flat = [[score for prompt in revision for score in prompt] for revision in scores]
+    flat = [[score for _, score in revision] for revision in scores]
     found = [
         {"name": name, **counts.get(name, measured_nothing()), "perplexity": _perplexity(each)}
         for name, each in zip(names, flat, strict=True)
@@ -100,17 +99,20 @@ def _prompts(path: Path | None) -> Sequence[str]:
     return found
 
 
-def _scores(args: argparse.Namespace, revision: str, prompts: Sequence[str]) -> list[list[float]]:
-    """Return the log-probability of each token of each prompt but the first one."""
+def _scores(
+    args: argparse.Namespace, revision: str, prompts: Sequence[str]
+) -> list[tuple[str, float]]:
+    """Return the tokens of all prompts but the first of each, with their log-probabilities."""
     client = Client(args, headers={REVISION_HEADER: revision})
     fields = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    found = []
+    found: list[tuple[str, float]] = []
     for prompt in prompts:
         body = {"model": args.served, "prompt": prompt, **fields}
         (choice,) = client.run_model("/v1/completions", body)["choices"]
-        tokens = [entry for entry in choice["prompt_logprobs"] if entry is not None]
-        found.append([float(next(iter(entry.values()))["logprob"]) for entry in tokens])
-    if not any(found):
+        for entry in filter(None, choice["prompt_logprobs"]):
+            token, score = next(iter(entry.items()))
+            found.append((token, float(score["logprob"])))
+    if not found:
         raise CommandError(ExitCode.USAGE, "--prompts must have a prompt of two tokens or more")
     return found
 
@@ -118,12 +120,16 @@ def _scores(args: argparse.Namespace, revision: str, prompts: Sequence[str]) -> 
 def measured(text: str, model: str) -> dict[str, dict[str, Any]]:
     """Return the numbers of each revision of a model in a Prometheus exposition.
 
-    ``requests``, the share ``errors`` of these, and by ``_HISTOGRAMS`` and ``_QUANTILES`` the
-    latencies in seconds, such as ``ttft_p50_s``; None without a request.
+    ``choices`` that ended, the share ``errors`` of these, and by ``_HISTOGRAMS`` and
+    ``_QUANTILES`` the latencies in seconds, such as ``ttft_p50_s``; None without a choice.
     """
     ended: dict[str, Counter[str]] = {}
     buckets: dict[tuple[str, str], Counter[float]] = {}
-    for name, text_of_labels, value in _SERIES.findall(text):
+    series = _SERIES.findall(text)
+    has_own = any(prefix != VLLM_PREFIX for prefix, *_ in series)
+    for prefix, name, text_of_labels, value in series:
+        if has_own and prefix == VLLM_PREFIX:
+            continue  # the same numbers again
         labels = dict(_LABEL.findall(text_of_labels))
         if labels.get("model_name") != model:
             continue
@@ -140,7 +146,7 @@ def measured(text: str, model: str) -> dict[str, dict[str, Any]]:
         errors = sum(reasons[reason] for reason in _ERRORS)
         found[revision] = {
             **measured_nothing(),
-            "requests": number,
+            "choices": number,
             "errors": errors / number if number else None,
         }
         for short, name in _HISTOGRAMS.items():
@@ -151,9 +157,9 @@ def measured(text: str, model: str) -> dict[str, dict[str, Any]]:
 
 
 def measured_nothing() -> dict[str, Any]:
-    """Return the numbers of a revision without requests."""
+    """Return the numbers of a revision without choices."""
     latencies = [f"{short}_{label}_s" for short in _HISTOGRAMS for label in _QUANTILES]
-    return {"requests": 0, "errors": None, **dict.fromkeys(latencies)}
+    return {"choices": 0, "errors": None, **dict.fromkeys(latencies)}
 
 
 def quantile(counts: Mapping[float, float], share: float) -> float | None:
@@ -181,7 +187,7 @@ def _text(document: Mapping[str, Any]) -> str:
     rows = [
         (
             one["name"],
-            one["requests"],
+            one["choices"],
             "-" if one["errors"] is None else f"{one['errors']:.2%}",
             *(_latencies(one, short) for short in _HISTOGRAMS),
             f"{one['perplexity']:.4g}",
@@ -189,7 +195,7 @@ def _text(document: Mapping[str, Any]) -> str:
         for one in document["revisions"]
     ]
     drift = document["drift"]
-    header = ("REVISION", "REQUESTS", "ERRORS", "TTFT p50 / p99", "ITL p50 / p99", "PERPLEXITY")
+    header = ("REVISION", "CHOICES", "ERRORS", "TTFT p50 / p99", "ITL p50 / p99", "PERPLEXITY")
     return (
         f"{table(header, rows)}\n"
         f"log-probabilities of {drift['tokens']} prompt tokens differ by {drift['mean']:.4g} on "

@@ -15,7 +15,7 @@ import pytest
 from cluster.core.process import (
     ProcessIdentity,
     describe_self,
-    import_on_idle_cpus,
+    import_at_low_priority,
     is_running,
     kill_process,
     wait_gone,
@@ -57,7 +57,7 @@ def test_waiting_for_a_process_that_stays_ends_in_time() -> None:
     assert not wait_gone(describe_self(), 0.05)
 
 
-def test_an_import_on_idle_cpus_leaves_the_priority_of_its_caller(
+def test_an_import_at_low_priority_leaves_the_priority_of_its_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "import os, threading\n"
@@ -65,16 +65,16 @@ def test_an_import_on_idle_cpus_leaves_the_priority_of_its_caller(
     (tmp_path / "imported_idly.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    import_on_idle_cpus("imported_idly")
-    assert sys.modules.pop("imported_idly").priority == 19
+    import_at_low_priority("imported_idly")
+    assert sys.modules.pop("imported_idly").priority == 10
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        import_on_idle_cpus("no_such_module")
+        import_at_low_priority("no_such_module")
 
 
 def test_the_priority_of_an_ended_process_is_nothing() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield_cpus_to_others(child.pid)
-    assert os.getpriority(os.PRIO_PROCESS, child.pid) == 19
+    assert os.getpriority(os.PRIO_PROCESS, child.pid) == 10
     child.communicate()
     yield_cpus_to_others(child.pid)

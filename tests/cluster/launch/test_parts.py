@@ -106,3 +106,18 @@ def test_an_actor_that_restarts_is_awaited(
     assert parts.find_loss() is None
     clock.now_s += AWAY_LIMIT_S
     assert parts.find_loss() == "gone"
+
+
+def test_the_active_revisions_are_watched_also_without_a_loss(
+    table: ModelsTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A revision that is kept for a rollback may go on while the active one is lost."""
+    clock = Clock()
+    monkeypatch.setattr(parts_module, "time", clock)
+    parts = parts_with(None)
+    table.error, table.active = None, ["model-7"]
+    assert parts.find_loss() is None
+    assert [fleet.namespace for fleet in parts._fleets] == [f"{NAMESPACE}.model-0"]
+    clock.now_s += 10.0
+    assert parts.find_loss() is None
+    assert [fleet.namespace for fleet in parts._fleets] == [f"{NAMESPACE}.model-7"]

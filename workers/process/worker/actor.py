@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import ray
 
 from cluster.core.node_labels import NodeLabels
-from cluster.core.process import import_on_idle_cpus
+from cluster.core.process import import_at_low_priority
 from cluster.core.topology import Role
 from cluster.tracing import logs
 from workers.transport.nccl_environment import set_nccl_environment
@@ -48,7 +48,7 @@ class WorkerActor:
     ) -> None:
         set_nccl_environment()
         if config["workers"].get("other_pools"):  # other models may serve on this host
-            import_on_idle_cpus(_WORKER_MODULE)
+            import_at_low_priority(_WORKER_MODULE)
         from workers.process.worker_args import WorkerArgs  # imports torch
 
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -35,9 +35,9 @@ def exposition() -> str:
     return "\n".join([*lines, other, ""])
 
 
-def scored(*scores: float) -> dict[str, Any]:
+def scored(*scores: float, first: int = 5) -> dict[str, Any]:
     """The answer of a completion with these log-probabilities of its prompt."""
-    entries = [{str(i): {"logprob": score, "rank": 1}} for i, score in enumerate(scores)]
+    entries = [{str(first + i): {"logprob": s, "rank": 1}} for i, s in enumerate(scores)]
     return {"choices": [{"text": "x", "prompt_logprobs": [None, *entries]}]}
 
 
@@ -68,8 +68,8 @@ def test_the_numbers_of_both_revisions_and_their_drift(
     assert run(served, "--json") == ExitCode.OK
     found = json.loads(capsys.readouterr().out)
     first, second = found["revisions"]
-    assert (first["name"], first["requests"], first["errors"]) == ("1", 3, 0.0)
-    assert (second["name"], second["requests"], second["errors"]) == ("b", 4, 0.25)
+    assert (first["name"], first["choices"], first["errors"]) == ("1", 3, 0.0)
+    assert (second["name"], second["choices"], second["errors"]) == ("b", 4, 0.25)
     assert (first["ttft_p50_s"], first["itl_p50_s"]) == (pytest.approx(0.1), None)
     assert first["perplexity"] == pytest.approx(math.exp(1.5))
     assert second["perplexity"] == pytest.approx(math.exp(1.75))
@@ -129,9 +129,10 @@ def test_what_cannot_be_compared(
     ):
         assert run(served, *words) == ExitCode.USAGE
         assert error in capsys.readouterr().err
-    served.documents[f"{PATH} b"] = scored(-1.0)
-    assert run(served) == ExitCode.FAILED
-    assert "divide the prompts into other tokens" in capsys.readouterr().err
+    for other in (scored(-1.0), scored(-1.0, -2.0, first=6)):
+        served.documents[f"{PATH} b"] = other
+        assert run(served) == ExitCode.FAILED
+        assert "divide the prompts into other tokens" in capsys.readouterr().err
     for revision in ("1", "b"):
         served.documents[f"{PATH} {revision}"] = scored()
     assert run(served) == ExitCode.USAGE
@@ -153,5 +154,8 @@ def test_quantiles_are_those_of_prometheus() -> None:
 def test_series_of_several_gateways_and_engines_are_summed() -> None:
     text = exposition()
     found = measured(text + text.replace('engine="0"', 'engine="1"'), "m")
-    assert {name: one["requests"] for name, one in found.items()} == {"1": 6, "b": 8}
+    assert {name: one["choices"] for name, one in found.items()} == {"1": 6, "b": 8}
     assert measured(text, "third") == {}
+    assert measured(text + text.replace("expertmesh:", "vllm:"), "m") == measured(text, "m")
+    for prefix in ("vllm:", "mine_", ""):
+        assert measured(text.replace("expertmesh:", prefix), "m") == measured(text, "m")
