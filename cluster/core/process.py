@@ -18,9 +18,10 @@ from pathlib import Path
 import psutil
 
 _POLL_S = 0.02
-_LOW_PRIORITY = 10
-"""Nice value of what others should not wait for. It gets a tenth of a busy CPU: Linux gives nice 10
-the weight 110 and nice 0 the weight 1024 (``sched_prio_to_weight`` in kernel/sched/core.c)."""
+_LOW_PRIORITY = 15
+"""Nice value of what others should not wait for, which gets a thirtieth of a busy CPU: Linux gives
+nice 15 the weight 36 and nice 0 the weight 1024 (``sched_prio_to_weight`` in
+kernel/sched/core.c)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,7 +66,7 @@ def test_an_import_at_low_priority_leaves_the_priority_of_its_caller(
     monkeypatch.syspath_prepend(tmp_path)
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     import_at_low_priority("imported_idly")
-    assert sys.modules.pop("imported_idly").priority == 10
+    assert sys.modules.pop("imported_idly").priority == 15
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         import_at_low_priority("no_such_module")
@@ -75,6 +75,6 @@ def test_an_import_at_low_priority_leaves_the_priority_of_its_caller(
 def test_the_priority_of_an_ended_process_is_nothing() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield_cpus_to_others(child.pid)
-    assert os.getpriority(os.PRIO_PROCESS, child.pid) == 10
+    assert os.getpriority(os.PRIO_PROCESS, child.pid) == 15
     child.communicate()
     yield_cpus_to_others(child.pid)
