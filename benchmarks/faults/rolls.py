@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -38,7 +37,6 @@ from benchmarks.harness.server import WAIT_S, Served, running_server
 from benchmarks.harness.stalls import wait_until
 from benchmarks.report.results import table
 from cluster.launch.model_source import bundled_checkpoint
-from cluster.launch.orphans import find_by_files
 
 MODEL = "demo"
 _PROMPT = tuple(range(10, 42))
@@ -186,9 +184,7 @@ class Rolls:
         roll.took_s = time.monotonic() - began_s
 
     def _kill(self, kind: str) -> None:
-        processes = [psutil.Process(p.pid) for p in find_by_files(self._server.folder)]
-        pids = [p.pid for p in processes if _title(p).startswith(f"ray::{kind}")]
-        if pids:
+        if pids := self._server.pids_of(kind):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._draw.choice(sorted(pids)), signal.SIGKILL)
 
@@ -215,8 +211,7 @@ class Rolls:
         found: dict[str, Any] = {}
 
         def answers() -> bool:
-            url = f"http://{self._server.status()['gateway'][0]['admin_http']}/admin/v1/{call}"
-            response = httpx.request(method, url, json=body or None, timeout=WAIT_S)
+            response = self._server.admin(method, call, **body)
             found.update(response.json())
             return response.status_code != 503
 
@@ -224,20 +219,16 @@ class Rolls:
         return found
 
 
-def _title(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return "".join(process.cmdline()[:1])
-    return ""
-
-
 def measure(case: Case) -> tuple[list[Roll], Clients, dict[str, int]]:
     """Run the rolls. Returns them, the clients, and the number of answers by checkpoint."""
     draw = random.Random(case.seed)
     body = {"model": MODEL, "prompt": list(_PROMPT), "max_tokens": case.num_tokens}
     body |= {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    kinds = [_KILLABLE[place % len(_KILLABLE)] for place in range(case.num_rolls)]
     rolls = [
-        Roll(is_in_place=bool(place % 2), killed=kinds[place // 4] if place % 4 > 1 else "")
+        Roll(
+            is_in_place=bool(place % 2),
+            killed=_KILLABLE[place // 4 % len(_KILLABLE)] if place % 4 > 1 else "",
+        )
         for place in range(case.num_rolls)
     ]
     with tempfile.TemporaryDirectory() as folder:

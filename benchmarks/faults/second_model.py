@@ -17,12 +17,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import httpx
 
 from benchmarks.faults.rolls import Clients
-from benchmarks.harness.server import WAIT_S, Served, running_server
+from benchmarks.harness.server import Served, running_server
 from benchmarks.harness.stalls import wait_until
 from benchmarks.report.results import table
 from cluster.launch.model_source import bundled_checkpoint
@@ -62,7 +59,7 @@ def measure(case: Case) -> tuple[Clients, Periods]:
     words = (str(bundled_checkpoint()), "--served-model-name", FIRST, "--kv-cache-bytes", "16M")
     periods = Periods()
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder), *words) as server:
-        wait_until(lambda: "models" in _admin(server), "the table of models")
+        wait_until(lambda: "models" in server.admin("GET", "models").json(), "the table of models")
         clients = Clients(server.http, body)
         with clients.running(case.num_streams):
             for _ in range(case.num_loads):
@@ -70,28 +67,24 @@ def measure(case: Case) -> tuple[Clients, Periods]:
                 time.sleep(case.pause_s)
                 load_s = time.monotonic()
                 periods.pauses.append((began_s, load_s))
-                _admin(server, "load", model=SECOND, path=str(bundled_checkpoint()))
+                _order(server, "load", path=str(bundled_checkpoint()))
                 wait_until(lambda: _states(server) == ["READY"], "the second model")
                 periods.loads.append((load_s, time.monotonic()))
-                _admin(server, "unload", model=SECOND)
+                _order(server, "unload")
                 wait_until(lambda: not _states(server), "the end of the second model")
     if clients.failures:
         raise RuntimeError(f"{len(clients.failures)} requests failed: {clients.failures[0]}")
     return clients, periods
 
 
-def _admin(server: Served, call: str = "", **body: Any) -> dict[str, Any]:
-    address = server.status()["gateway"][0]["admin_http"]
-    url = f"http://{address}/admin/v1/models{'/' * bool(call)}{call}"
-    method = "POST" if body else "GET"
-    found: dict[str, Any] = httpx.request(method, url, json=body or None, timeout=WAIT_S).json()
-    if body and "models" not in found:
-        raise RuntimeError(f"{call}: {found}")
-    return found
+def _order(server: Served, kind: str, **body: str) -> None:
+    found = server.admin("POST", f"models/{kind}", model=SECOND, **body).json()
+    if "models" not in found:
+        raise RuntimeError(f"{kind}: {found}")
 
 
 def _states(server: Served) -> list[str]:
-    models = _admin(server)["models"]
+    models = server.admin("GET", "models").json()["models"]
     return [r["state"] for model in models if model["name"] == SECOND for r in model["revisions"]]
 
 

@@ -140,16 +140,27 @@ class Served:
         found |= _plain_listeners("control server", self.pid_of("ControllerActor"))
         return found
 
+    def admin(self, method: str, call: str, /, **body: Any) -> httpx.Response:
+        """The response of a gateway's admin port, which moves when a gateway is replaced."""
+        url = f"http://{self.status()['gateway'][0]['admin_http']}/admin/v1/{call}"
+        return httpx.request(method, url, json=body or None, timeout=WAIT_S)
+
     def pid_of(self, actor_class: str) -> int:
         """Process of the one actor of that class."""
-        pids = [p.pid for p in find_by_files(self.folder)]
-        (pid,) = [p for p in pids if _title(p) == f"ray::{actor_class}"]
+        (pid,) = self.pids_of(actor_class)
         return pid
+
+    def pids_of(self, actor_class: str) -> list[int]:
+        """Processes of all actors of that class."""
+        pids = [p.pid for p in find_by_files(self.folder)]
+        return [p for p in pids if _title(p) == f"ray::{actor_class}"]
 
 
 def _title(pid: int) -> str:
     """First word of a command line; Ray adds the method that an actor runs."""
-    return "".join(psutil.Process(pid).cmdline()[:1]).partition(".")[0]
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+        return "".join(psutil.Process(pid).cmdline()[:1]).partition(".")[0]
+    return ""
 
 
 def parse_address(text: str) -> Address:

@@ -58,9 +58,7 @@ def server(
 
 def admin(server: Served, method: str, call: str, **body: Any) -> dict[str, Any]:
     """The response of the admin port."""
-    url = f"http://{server.status()['gateway'][0]['admin_http']}/admin/v1/{call}"
-    with httpx.Client(timeout=WAIT_S) as client:
-        found: dict[str, Any] = client.request(method, url, json=body or None).json()
+    found: dict[str, Any] = server.admin(method, call, **body).json()
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,8 @@ from typing import Any
 from cluster.cli.terminal.arguments import CommandParsers, add_served_model_option, seconds
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import ExitCode
+from cluster.cli.terminal.exposition import read_series
 from cluster.cli.terminal.output import table, write_json, write_line, write_result
-from cluster.config.gateway import VLLM_PREFIX
 from cluster.core.topology import LARGE_CLUSTER
 
 DEFAULT_INTERVAL_S = 1.0
@@ -22,8 +21,6 @@ _NAMES = (
     "num_requests_running|num_requests_waiting|kv_cache_usage_perc|iteration_tokens_total_sum|"
     "expert_worker_tokens_total|expert_worker_busy_seconds_total"
 )
-_SERIES = re.compile(rf"^([\w:]+?)({_NAMES})\{{([^}}]*)\}} (\S+)$", re.M)
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _ROWS = {
     "attention": "iteration_tokens_total_sum",
     "colocated": "iteration_tokens_total_sum",
@@ -73,20 +70,13 @@ def parse_series(text: str, model: str = "") -> dict[tuple[str, str], float]:
     """Parse a Prometheus exposition and sum the series of ``_NAMES`` by name and worker.
 
     ``model``: name of a model, to sum only its series; empty: all models.
-
-    The prefix of the names is that of ``serve --metrics-prefix``.
     """
     found: dict[tuple[str, str], float] = {}
-    series = _SERIES.findall(text)
-    has_own = any(prefix != VLLM_PREFIX for prefix, *_ in series)
-    for prefix, name, labels, value in series:
-        if has_own and prefix == VLLM_PREFIX:
+    for name, labels, value in read_series(text, _NAMES):
+        if model and labels.get("model_name") != model:
             continue
-        known = dict(_LABEL.findall(labels))
-        if model and known.get("model_name") != model:
-            continue
-        key = (name, known.get("worker", ""))
-        found[key] = found.get(key, 0.0) + float(value)
+        key = (name, labels.get("worker", ""))
+        found[key] = found.get(key, 0.0) + value
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ from typing import Any
 
 from cluster.cli.terminal.client import Client
 from cluster.cli.terminal.exit_codes import CommandError, ExitCode
+from cluster.cli.terminal.exposition import read_series
 from cluster.cli.terminal.output import show, table
-from cluster.config.gateway import VLLM_PREFIX
 from cluster.core.model_table import FIRST_REVISION, REVISION_HEADER
 
 _PROMPTS = (
@@ -31,9 +30,6 @@ _PROMPTS = (
 """Texts of several kinds, for which the drift of log-probabilities is measured by default."""
 _HISTOGRAMS = {"ttft": "time_to_first_token_seconds", "itl": "inter_token_latency_seconds"}
 _NAMES = "|".join(("request_success_total", *(f"{n}_bucket" for n in _HISTOGRAMS.values())))
-_SERIES = re.compile(rf"^([\w:]*?)({_NAMES})\{{(.*)\}} (\S+)$", re.M)
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
-_ERRORS = ("error",)
 _QUANTILES = {"p50": 0.5, "p99": 0.99}
 
 
@@ -125,34 +121,28 @@ def measured(text: str, model: str) -> dict[str, dict[str, Any]]:
     """
     ended: dict[str, Counter[str]] = {}
     buckets: dict[tuple[str, str], Counter[float]] = {}
-    series = _SERIES.findall(text)
-    has_own = any(prefix != VLLM_PREFIX for prefix, *_ in series)
-    for prefix, name, text_of_labels, value in series:
-        if has_own and prefix == VLLM_PREFIX:
-            continue  # the same numbers again
-        labels = dict(_LABEL.findall(text_of_labels))
+    for name, labels, value in read_series(text, _NAMES):
         if labels.get("model_name") != model:
             continue
         revision = labels.get("revision", FIRST_REVISION)
         if name.endswith("_bucket"):
             of_name = buckets.setdefault((revision, name.removesuffix("_bucket")), Counter())
-            of_name[float(labels["le"])] += float(value)  # type: ignore[assignment]
+            of_name[float(labels["le"])] += value  # type: ignore[assignment]
         else:
             of_revision = ended.setdefault(revision, Counter())
-            of_revision[labels["finished_reason"]] += int(float(value))
+            of_revision[labels["finished_reason"]] += int(value)
     found = {}
     for revision, reasons in ended.items():
         number = reasons.total()
-        errors = sum(reasons[reason] for reason in _ERRORS)
         found[revision] = {
             **measured_nothing(),
             "choices": number,
-            "errors": errors / number if number else None,
+            "errors": reasons["error"] / number if number else None,
         }
         for short, name in _HISTOGRAMS.items():
             for label, share in _QUANTILES.items():
-                value = quantile(buckets.get((revision, name), {}), share)
-                found[revision][f"{short}_{label}_s"] = value
+                counts = buckets.get((revision, name), Counter())
+                found[revision][f"{short}_{label}_s"] = quantile(counts, share)
     return found
 
 
