@@ -123,6 +123,12 @@ class ModelTable:
             for revision in model.revisions:
                 yield model, revision
 
+    def ready_actives(self) -> Iterator[tuple[ServedModelEntry, Revision]]:
+        """Yield each active revision that is ready, with its model."""
+        for model, revision in self:
+            if (revision.name, revision.state) == (model.active, RevisionState.READY):
+                yield model, revision
+
     def find(self, name: str) -> ServedModelEntry:
         """Return a model. Raises ``ModelNotFoundError``."""
         for model in self.models:
@@ -273,8 +279,7 @@ class ModelTable:
                 raise ConflictError(f"revision {revision} of {model} is active: promote another")
             self._retire(entry, found)
             return entry
-        ready = [m for m, r in self if (r.name, r.state) == (m.active, RevisionState.READY)]
-        if not any(other is not entry for other in ready):
+        if all(other is entry for other, _ in self.ready_actives()):
             raise ConflictError(f"{model} is the only model that serves: end the cluster instead")
         entry.active = ""
         for one in list(entry.revisions):

@@ -172,11 +172,7 @@ class ModelsActor:
     async def active_fleets(self) -> tuple[list[str], bool]:
         """Return the fleets of the active revisions that are ready, and whether one is loading."""
         await self._restore()
-        ready = [
-            revision.fleet
-            for entry, revision in self._table
-            if (revision.name, revision.state) == (entry.active, RevisionState.READY)
-        ]
+        ready = [revision.fleet for _, revision in self._table.ready_actives()]
         return ready, any(revision.state in LOADING_STATES for _, revision in self._table)
 
     async def _restore(self) -> None:
