@@ -33,7 +33,8 @@ from cluster.cli.terminal.arguments import count, positive
 from cluster.cli.terminal.output import table
 from cluster.config.cluster import EngineSection
 from cluster.launch.checkpoint_check import CheckpointCheck
-from cluster.simulation.serving import ServingSimulation, work_of
+from cluster.simulation.serving import ServingSimulation
+from cluster.simulation.step_group import work_of
 from cluster.sizing.mixed_step import PoolSizes, RankRows, StepTimes
 from cluster.sizing.roofline import DeviceSpec, HostTime, ModelSize, StepTime, activation_shares
 from cluster.workload.arrivals import Arrival

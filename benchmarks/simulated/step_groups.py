@@ -1,8 +1,9 @@
-"""Decoding streams while long prompts arrive, with one step group and with two.
+"""Decoding streams while long prompts arrive, with one step group, with two, and with two that have
+experts of their own.
 
     python -m benchmarks.simulated.step_groups [--json]
 
-Two real clusters of as many paced workers (``benchmarks.simulated.serving``) serve the same
+Real clusters of as many paced workers (``benchmarks.simulated.serving``) serve the same
 requests: streams that decode, alone at first, and then beside prompts that arrive one after
 another. Each prompt has a few output tokens. With two groups, the time from its first token to the
 second contains its hand-over.
@@ -52,6 +53,12 @@ _GROUPS: dict[str, Any] = {
     "num_prefill_workers": 1,
     "num_decode_workers": 1,
 }
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "2 attention": {},
+    "1 prefill + 1 decode": _GROUPS,
+    "the same, own experts": {**_GROUPS, "share_experts": "no"},
+}
+"""Options of the layouts; each has two expert workers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +135,8 @@ def serve(gateway: ClusterGateway, layout: str, length: int, number: int) -> Fou
 def measure(checkpoint: Path, layout: str, lengths: Sequence[int], number: int) -> Iterator[Found]:
     """Yield the times of each length of prompts on a new cluster."""
     facts = CheckpointCheck(checkpoint, os.environ).result()
-    groups = _GROUPS if layout == "1 prefill + 1 decode" else {}
-    cluster = ThreadCluster(make_config(checkpoint, 2, 2, engine=_ENGINE, workers=groups))
+    config = make_config(checkpoint, 2, 2, engine=_ENGINE, workers=LAYOUTS[layout])
+    cluster = ThreadCluster(config)
     with serving(cluster), gateway_of(cluster) as gateway:
         model = facts.size("auto", None)
         pools = PoolSizes(num_attention=2, num_experts=2)
@@ -144,6 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulated.step_groups")
     parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--prompts", type=count, default=5, metavar="N", help="of a length (5)")
+    parser.add_argument("--layouts", choices=LAYOUTS, nargs="+", help="by default all")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each row")
     return parser
 
@@ -153,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     rows = []
     with random_model(MODEL) as checkpoint:
-        for layout in ("2 attention", "1 prefill + 1 decode"):
+        for layout in args.layouts or LAYOUTS:
             for found in measure(checkpoint, layout, args.lengths, args.prompts):
                 if args.json:
                     print(json.dumps(asdict(found)), flush=True)

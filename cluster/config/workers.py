@@ -21,6 +21,7 @@ from cluster.core.topology import Member, Role
 Mode = Literal["disaggregated", "colocated", "local", "auto"]
 Device = Literal["auto", "cpu", "cuda"]
 DeviceSpeed = Literal["given", "measured"]
+ShareExperts = Literal["yes", "no", "auto"]
 Kernels = Literal["auto", "torch"]
 
 
@@ -33,7 +34,8 @@ class WorkersSection:
     both; ``local``: one worker does both; ``auto``: the faster of the first two, chosen at
     start."""
     mode_reason: str = field(default="", metadata=INTERNAL)
-    """Reason why ``auto`` chose this mode; empty if the mode was given."""
+    """Reason why ``auto`` chose this mode, or this value of ``share_experts``; empty if both were
+    given."""
     num_attention_workers: int | None = None
     """Number of attention workers; by default 1, in colocated mode ``num_expert_workers``."""
     num_prefill_workers: int | None = None
@@ -41,6 +43,9 @@ class WorkersSection:
     together with ``num_decode_workers``. By default all attention workers are one group."""
     num_decode_workers: int | None = None
     """Number of attention workers that decode; see ``num_prefill_workers``."""
+    share_experts: ShareExperts = "yes"
+    """Whether the step groups share all expert workers: ``no`` divides these in proportion to the
+    attention workers, so that each group has all experts once; ``auto`` chooses at start."""
     num_expert_workers: int = 2
     """Number of expert workers; in colocated mode of all workers, in local mode without effect."""
     num_redundant_experts: int = 0
@@ -84,6 +89,7 @@ class WorkersSection:
         check_choice("device", self.device, Device)
         check_choice("kernels", self.kernels, Kernels)
         check_choice("device_speed", self.device_speed, DeviceSpeed)
+        check_choice("share_experts", self.share_experts, ShareExperts)
         self._check_groups()
         at_least_one = (
             ("num_attention_workers", self.num_attention_ranks),
@@ -114,13 +120,20 @@ class WorkersSection:
 
     def _check_groups(self) -> None:
         prefill, decode = self.num_prefill_workers, self.num_decode_workers
+        shared, is_shared = self.share_experts, self.share_experts == "yes"
         if prefill is None and decode is None:
+            rule = "must be yes without num_prefill_workers and num_decode_workers"
+            check(is_shared, "share_experts", shared, rule)
             return
         for name, value in (("num_prefill_workers", prefill), ("num_decode_workers", decode)):
             check(value is not None, name, value, "must be given, as the other step group is")
         check_each(self, "num_prefill_workers num_decode_workers", is_at_least_1, "must be >= 1")
         rule = "must be disaggregated with num_prefill_workers"
         check(self.mode == "disaggregated", "mode", self.mode, rule)
+        rule = "must not be no with one expert worker: each step group needs one"
+        check(shared != "no" or self.num_expert_workers > 1, "share_experts", shared, rule)
+        rule = "must be yes with placement_file, which assigns the experts"
+        check(is_shared or self.placement_file is None, "share_experts", shared, rule)
         rule = "must be left out with num_prefill_workers and num_decode_workers"
         value = self.num_attention_workers
         check(value is None, "num_attention_workers", value, rule)
@@ -131,12 +144,20 @@ class WorkersSection:
         return 1 if self.num_prefill_workers is None else 2
 
     def with_group(self, member: Member) -> Member:
-        """Return a worker with its step group at the start: the first attention ranks compute
-        prompts. A worker that has a group keeps it."""
-        number = self.num_prefill_workers
-        if number is None or member.group or not member.runs_attention:
+        """Return a worker with its step group at the start: the first ranks compute prompts, also
+        of expert workers that a group has for itself. A worker that has a group keeps it."""
+        number = self.num_prefill_workers if member.runs_attention else self.num_prefill_experts
+        if not number or member.group:
             return member
         return replace(member, group="prefill" if member.rank < number else "decode")
+
+    @property
+    def num_prefill_experts(self) -> int:
+        """Number of expert workers of the prefill group alone; 0 if the groups share them."""
+        if self.share_experts != "no" or self.num_prefill_workers is None:
+            return 0
+        share = self.num_expert_workers * self.num_prefill_workers / self.num_attention_ranks
+        return min(max(round(share), 1), self.num_expert_workers - 1)
 
     @property
     def num_attention_ranks(self) -> int:

@@ -160,6 +160,9 @@ class Scaling:
                 rule = f"must not exceed the {most} experts of a bank"
                 raise RequestError(f"{field} ({count}) {rule}", field)
             wanted[role] = pools[role] if count is None else count
+        if wanted.get("expert") != pools.get("expert") and cluster.places.have_own_experts:
+            rule = "must be left out if step groups have expert workers of their own"
+            raise RequestError(f"expert ({command.expert}) {rule}", "expert")
         return wanted
 
     def _num_prefill(self, command: ScaleCommand) -> int:

@@ -119,10 +119,7 @@ def load_profile(path: Path) -> LoadProfile:
 
 def device_loads(placement: BankPlacement, counts: Sequence[float]) -> tuple[float, ...]:
     """Return the number of tokens of each device, if an expert's tokens are divided among its
-    copies by split weight.
-
-    ``counts``: tokens of each expert. Devices without any copy (lost ones) are left out.
-    """
+    copies by split weight. ``counts``: tokens of each expert."""
     return tuple(
         sum(
             share * counts[expert]
@@ -130,5 +127,4 @@ def device_loads(placement: BankPlacement, counts: Sequence[float]) -> tuple[flo
             if expert != FREE_SLOT
         )
         for slots, shares in zip(placement.physical_to_logical, placement.split, strict=True)
-        if any(expert != FREE_SLOT for expert in slots)
     )

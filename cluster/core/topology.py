@@ -16,7 +16,8 @@ Role = Literal["attention", "expert", "colocated"]
 """Role of a worker. A ``colocated`` worker has both roles, and the same rank in both pools."""
 StepGroup = Literal["", "decode", "prefill"]
 """Step group of an attention worker: the workers of a group run steps together, with a leader of
-their own. Empty if all attention workers run steps together, and for expert workers."""
+their own. Empty if all attention workers run steps together, and for expert workers that serve all
+groups."""
 
 
 def runs_attention(role: Role) -> bool:
@@ -49,7 +50,7 @@ class Member(Message, frozen=True, kw_only=True):
     """Link class of the worker's node: nodes of one class have fast links to each other; empty: the
     node is a link class of its own."""
     group: StepGroup = ""
-    """Step group of an attention worker."""
+    """Step group of an attention worker, or of an expert worker that serves only one group."""
     speed: float = 1.0
     """Relative speed of the worker's device in computing experts."""
     pid: int = 0
@@ -127,6 +128,11 @@ class Generation(Message, frozen=True, kw_only=True):
         for member in self.attention:
             found.setdefault(member.group, []).append(member)
         return tuple(tuple(found[group]) for group in sorted(found))
+
+    @property
+    def group_names(self) -> tuple[StepGroup, ...]:
+        """The step groups that have attention workers, in the order of ``groups``."""
+        return tuple(ranks[0].group for ranks in self.groups)
 
     def group_of(self, name: str) -> int:
         """Return the index in ``groups`` of an attention worker's step group; 0 for others."""

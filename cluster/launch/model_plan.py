@@ -16,7 +16,7 @@ from cluster.core.errors import ConfigError
 from cluster.core.load_profile import LoadProfile, load_profile
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.sizing.gpus import gpu_spec
-from cluster.sizing.mode_choice import resolve_mode
+from cluster.sizing.mode_choice import resolve_mode, resolve_sharing
 from cluster.sizing.start_plan import matches_banks
 
 logger = logging.getLogger(__name__)
@@ -33,15 +33,17 @@ class ModelPlan:
     """Load profile (token counts of experts) for the first placement; None without a profile."""
 
     def resolved(self, nodes: Sequence[NodeResources], free_cpus: float | None = None) -> Self:
-        """Return the plan with ``--mode auto`` resolved for these nodes. Raises ``ConfigError``."""
-        if self.config.workers.mode != "auto":
+        """Return the plan with ``--mode auto`` and ``--share-experts auto`` resolved for these
+        nodes. Raises ``ConfigError``."""
+        if "auto" not in (self.config.workers.mode, self.config.workers.share_experts):
             return self
         profile = LoadProfile.from_dict(self.profile) if self.profile else None
         kind = self.config.engine.kv_cache_dtype
         size = self.facts.size(self.config.model.dtype, profile, kind)
         gpu = gpu_spec(self.facts.gpu, self.facts.gpu_bandwidth_bytes_s)
         length = self.facts.context_tokens
-        config = resolve_mode(self.config, size, length, nodes, free_cpus, gpu)
+        resolve = resolve_mode if self.config.workers.mode == "auto" else resolve_sharing
+        config = resolve(self.config, size, length, nodes, free_cpus, gpu)
         return dataclasses.replace(self, config=config)
 
 

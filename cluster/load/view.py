@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.core.group_placement import is_apart
 from cluster.core.load_profile import LoadProfile, device_loads
 from cluster.core.load_report import BankKey
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
@@ -54,7 +55,7 @@ def achieved_loads(
     newest, epoch = load.windows[-1] if load.windows else None, placement.epoch
     copies = newest.copies if newest and newest.epoch == epoch else load.copies(epoch)
     return {
-        key: _of_holders(bank, [sum(row) for row in slot_tokens(bank, copies[key], phase)])
+        key: _of_holders(bank, [sum(row) for row in slot_tokens(bank, copies[key], phase)], phase)
         for bank in placement.banks
         if (key := (bank.bank, bank.layer)) in copies
     }
@@ -80,9 +81,9 @@ def expected_loads(
             total = [0.0] * bank.num_devices
             for expert, device in enumerate(bank.decode_device):
                 total[device] += counts[expert]
-            found[bank.bank, bank.layer] = _of_holders(bank, total)
         else:
-            found[bank.bank, bank.layer] = device_loads(bank, counts)
+            total = [*device_loads(bank, counts)]
+        found[bank.bank, bank.layer] = _of_holders(bank, total, phase)
     return found
 
 
@@ -215,10 +216,18 @@ def _balancedness(
     }
 
 
-def _of_holders(bank: BankPlacement, loads: Sequence[float]) -> list[float]:
-    """Return ``loads`` by device without devices that hold no experts (lost ones)."""
-    rows = zip(loads, bank.physical_to_logical, strict=True)
-    return [load for load, row in rows if any(expert != FREE_SLOT for expert in row)]
+def _of_holders(bank: BankPlacement, loads: Sequence[float], phase: Phase | None) -> list[float]:
+    """Return ``loads`` by device without devices that hold no experts (lost ones).
+
+    If step groups have devices of their own, only those of the group of ``phase``.
+    """
+    rows = enumerate(bank.physical_to_logical)
+    held = [d for d, row in rows if any(expert != FREE_SLOT for expert in row)]
+    if phase is not None and is_apart(bank):
+        decoding = set(bank.decode_device)
+        prompts = {d for d, shares in enumerate(bank.split) if any(share > 0 for share in shares)}
+        held = [d for d in held if d in (decoding if phase == "decode" else prompts)]
+    return [loads[d] for d in held]
 
 
 def _numbers(counts: Floats) -> list[float]:

@@ -46,7 +46,9 @@ class PlacedGroup:
     slot_loads: Floats
     """Load of each slot according to the placement's split weights, as a share of the bank's."""
     speeds: Floats
-    """Relative speeds of the devices, [num_devices], with sum 1."""
+    """Relative speeds of the devices in computing prompts, [num_devices], with sum 1."""
+    decode_speeds: Floats
+    """The same in decode steps, which differ if step groups have devices of their own."""
 
 
 def placed_groups(
@@ -71,7 +73,8 @@ def placed_groups(
             slots=slots,
             primary=primary,
             slot_loads=_slot_loads(banks, slots, load),
-            speeds=topology.speeds(experts),
+            speeds=topology.speeds(experts, "prefill"),
+            decode_speeds=topology.speeds(experts, "decode"),
         )
 
 
@@ -93,7 +96,7 @@ def assess(
         balance |= {(b.bank, b.layer): value for b, value in zip(group.loads, found, strict=True)}
         for rows in PREDICTED_ROWS:
             over = cost.slots_over_floor(
-                group.load, group.primary, group.speeds, profile.top_k, rows
+                group.load, group.primary, group.decode_speeds, profile.top_k, rows
             )
             peaks[rows] += over * len(group.loads) / len(profile.banks)
     moves: list[Move] = []

@@ -12,6 +12,7 @@ The utilization of a device is its load over its speed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +22,10 @@ import numpy.typing as npt
 
 from cluster.core.checks import check
 from cluster.core.errors import ConfigError
+from cluster.core.group_placement import GroupDevices, own_devices
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
-from cluster.core.topology import Member
+from cluster.core.topology import Member, StepGroup
 from cluster.planner.stages import held_by
 
 Floats = npt.NDArray[np.float64]
@@ -44,6 +46,8 @@ class PlannedDevice:
     """Failure domain of the device; empty if the node is the failure domain."""
     link_class: str = ""
     """Link class, a set of devices with fast links between them; empty if the node is the set."""
+    group: StepGroup = ""
+    """The only step group that the device serves; empty if it serves all."""
 
     def __post_init__(self) -> None:
         count = self.num_expert_slots
@@ -96,6 +100,15 @@ class PlannedTopology:
         return len(self.devices)
 
     @property
+    def groups(self) -> GroupDevices | None:
+        """The devices of each step group; None if all groups share the devices."""
+        return own_devices([device.group for device in self.devices])
+
+    def shared(self) -> PlannedTopology:
+        """Return the topology in which all step groups share the devices."""
+        return replace(self, devices=tuple(replace(d, group="") for d in self.devices))
+
+    @property
     def nodes(self) -> Ints:
         """Index of each device's node, [num_devices]."""
         return _indices([d.node for d in self.devices])
@@ -123,17 +136,24 @@ class PlannedTopology:
 
         Raises ``ConfigError`` if the devices have too few slots in total.
         """
-        share = -(-num_experts // self.num_devices) + self.num_redundant
-        own = [share if d.num_expert_slots is None else d.num_expert_slots for d in self.devices]
+        sizes = Counter(d.group for d in self.devices)
+        own = [
+            -(-num_experts // sizes[d.group]) + self.num_redundant
+            if d.num_expert_slots is None
+            else d.num_expert_slots
+            for d in self.devices
+        ]
         total = sum(min(slots, num_experts) for slots in own)
         rule = f"must be at least num_experts ({num_experts}) in total"
         check(total >= num_experts, "num_expert_slots", total, rule)
         return np.array(own)
 
-    def speeds(self, num_experts: int) -> Floats:
-        """Return relative speeds, [num_devices], with sum 1; 0 for a device without slots."""
+    def speeds(self, num_experts: int, group: StepGroup = "") -> Floats:
+        """Return relative speeds, [num_devices], with sum 1; 0 for a device without slots, and for
+        a device that does not serve ``group``."""
+        serves = [not group or d.group in ("", group) for d in self.devices]
         speed = np.array([d.speed for d in self.devices])
-        speed = np.where(self.capacities(num_experts) > 0, speed, 0.0)
+        speed = np.where((self.capacities(num_experts) > 0) & serves, speed, 0.0)
         return np.asarray(speed / speed.sum())
 
 
@@ -223,6 +243,7 @@ def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevic
         node=member.node,
         domain=member.domain,
         link_class=member.link_class,
+        group=member.group if member.role == "expert" else "",
     )
 
 
@@ -233,7 +254,8 @@ def planned_topology(
 
     A device that holds more experts (for example after a recovery) has a slot for each of them. A
     device without a worker in ``experts`` has no slots. If all workers are in one failure domain,
-    each worker becomes its own.
+    each worker becomes its own. Step groups share the devices if those of a group have too few
+    slots.
     """
     by_device = {m.device: m for m in experts}
     is_spread = len({m.domain or m.node for m in experts}) > 1
@@ -247,7 +269,13 @@ def planned_topology(
         else PlannedDevice(num_expert_slots=0)
         for d in range(placement.num_devices)
     )
-    return PlannedTopology(devices=devices, has_one_domain=not is_spread)
+    topology = PlannedTopology(devices=devices, has_one_domain=not is_spread)
+    most = max((bank.num_experts for bank in placement.banks), default=0)
+    rooms = [
+        sum(devices[d].num_expert_slots or 0 for d in own)
+        for own in (topology.groups or {}).values()
+    ]
+    return topology if rooms and min(rooms) >= most else topology.shared()
 
 
 def equally_large(profile: LoadProfile) -> Iterator[tuple[BankLoad, ...]]:

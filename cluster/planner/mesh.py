@@ -36,6 +36,7 @@ from cluster.planner.base import (
 )
 from cluster.planner.edits import Limits
 from cluster.planner.fill import can_use_two_nodes, fill
+from cluster.planner.groups import plan_groups
 from cluster.planner.moves import aligned
 from cluster.planner.peak import lower_peaks
 from cluster.planner.search import (
@@ -87,11 +88,19 @@ def plan(
     """Plan a balanced placement for a load; with ``current``, one within the move limit.
 
     ``options`` has the limit. Deterministic. No bank becomes less balanced than in ``current``,
-    except to give experts a missing copy on a second node. Raises ``ConfigError`` if there are too
-    few slots, or if ``current`` has other banks or devices.
+    except to give experts a missing copy on a second node. Step groups with devices of their own
+    are planned separately. Raises ``ConfigError`` if there are too few slots, or if ``current`` has
+    other banks or devices.
     """
     options = options or PlanOptions()
-    old = None
+    apart = plan_groups(
+        topology,
+        current,
+        lambda _, own, part: plan(profile, own, part, options, coactivation).placement,
+    )
+    if apart is not None:
+        return assess(profile, topology, apart, current)
+    topology, old = topology.shared(), None
     if current is not None:
         old = list(placed_groups(profile, topology, current, "current placement"))
     budget = move_budget(current, options)

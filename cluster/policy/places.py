@@ -127,7 +127,9 @@ class Places:
         self._places = {
             place_name(m.role, m.rank): _Place(member=m, number=_number_of(m.name)) for m in by_age
         }
-        self.num_prefill = sum(p.member.group == "prefill" for p in self._places.values())
+        self.num_prefill = sum(
+            p.member.group == "prefill" and p.member.runs_attention for p in self._places.values()
+        )
         """Number of attention workers that compute prompts; 0 without step groups."""
         self._alive: NodeIds = {}
 
@@ -242,6 +244,11 @@ class Places:
     def devices(self) -> frozenset[int]:
         """Return the devices that hold experts if every place is filled."""
         return frozenset(p.member.device for p in self._present() if p.member.holds_experts)
+
+    @property
+    def have_own_experts(self) -> bool:
+        """Whether each step group has expert workers of its own."""
+        return any(p.member.group and p.member.role == "expert" for p in self._places.values())
 
     def workers_of(self, names: Iterable[str]) -> list[str]:
         """Return the name of the newest worker of each of these places."""

@@ -19,12 +19,15 @@ from typing import Literal
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.expert_load import RebalanceSection
+from cluster.core.group_placement import is_apart
 from cluster.core.load_profile import LoadProfile
 from cluster.core.placement import ExpertPlacement
+from cluster.core.topology import StepGroup
 from cluster.load.view import balancedness_of, expected_loads
 from cluster.planner import decode_moves, mesh
 from cluster.planner.assess import assess
 from cluster.planner.base import Plan, PlannedTopology, PlanOptions
+from cluster.planner.groups import plan_groups
 from cluster.sizing.replay import ExpertStepCost, simulate_window
 
 Action = Literal["none", "split", "move"]
@@ -115,13 +118,17 @@ def decide_placement(
 def mixed_balancedness(placement: ExpertPlacement, load: CurrentLoad) -> float | None:
     """Return the balancedness of a placement under a load of prompts and decodes; None if no load.
 
-    Prompt rows are divided by split weights, and decode rows go to the decode device.
+    Prompt rows are divided by split weights, and decode rows go to the decode device. With devices
+    of their own, the result is the weighted mean of both step groups.
     """
     by_share = expected_loads(placement, load.profile, "prefill")
     by_table = expected_loads(placement, load.profile, "decode")
     part = load.prefill_share
-    pairs = (zip(by_share[key], by_table[key], strict=True) for key in by_share)
-    return balancedness_of([[part * p + (1.0 - part) * d for p, d in each] for each in pairs])
+    if not any(map(is_apart, placement.banks)):
+        pairs = (zip(by_share[key], by_table[key], strict=True) for key in by_share)
+        return balancedness_of([[part * p + (1.0 - part) * d for p, d in each] for each in pairs])
+    found = [balancedness_of([*loads.values()]) or 0.0 for loads in (by_share, by_table)]
+    return part * found[0] + (1.0 - part) * found[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +152,31 @@ class _CandidateEvaluator:
             return plans
         plans.append(mesh.plan(profile, topology, self.current, moving))
         for plan in tuple(plans):
-            moved = decode_moves.improved(
-                profile,
-                topology,
-                plan.placement,
-                budget=budget - len(plan.moves),
-                rows=rows,
-                slot_tokens=self.step.slot_s / max(self.step.token_s, 1e-12),
-            )
+            moved = self._for_decodes(plan, budget - len(plan.moves))
             solved = mesh.plan(profile, topology, moved, still).placement
             plans.append(assess(profile, topology, solved, self.current))
         return plans
+
+    def _for_decodes(self, plan: Plan, budget: int) -> ExpertPlacement:
+        """Return the placement of ``plan`` with moves for decodes."""
+
+        def improved(
+            group: StepGroup, topology: PlannedTopology, placement: ExpertPlacement | None
+        ) -> ExpertPlacement:
+            assert placement is not None
+            if group == "prefill":
+                return placement
+            return decode_moves.improved(
+                self.load.profile,
+                topology,
+                placement,
+                budget=budget,
+                rows=self.step.decode_tokens,
+                slot_tokens=self.step.slot_s / max(self.step.token_s, 1e-12),
+            )
+
+        apart = plan_groups(self.topology, plan.placement, improved)
+        return improved("", self.topology, plan.placement) if apart is None else apart
 
     def weighed(self, plan: Plan, time_now: float) -> RebalanceDecision:
         time_then = self.seconds(plan.placement)

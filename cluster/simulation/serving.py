@@ -5,6 +5,11 @@ attention worker with its KV blocks, and the leader's decision on each step. Onl
 is computed (``cluster.sizing.mixed_step``). All ranks of a step end together, and requests that
 arrive meanwhile have rows from the next step on.
 
+With step groups, each group runs its own steps (``cluster.simulation.step_group``). A request is
+handed over after its first token, and its blocks have arrived by then. If the groups share expert
+workers, their steps take longer (``cluster.sizing.group_steps``); the waits of decode steps are
+drawn at random.
+
 Left out: prefixes shared by prompts, drafts, limits of the gateway, the time of gateways and of the
 messages between hosts outside the exchange with experts, faults and rebalancing.
 """
@@ -14,30 +19,24 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from cluster.config.cluster import EngineSection
-from cluster.sizing.mixed_step import RankRows, StepTimes
+from cluster.simulation.step_group import RunningStep, StepGroupSimulation
+from cluster.sizing.group_steps import GroupSteps
+from cluster.sizing.mixed_step import StepTimes
 from cluster.sizing.roofline import StepTime
 from cluster.workload.arrivals import Arrival
 from cluster.workload.tally import CompletedRequest, Tally
-from gateway.engines.router import RoutingPolicy, WorkerLoad, pick_worker
-from workers.engine.leader import decide_header
 from workers.engine.micro_batches import MicroBatchRule
-from workers.engine.prefill_cap import PrefillCap
-from workers.engine.step_proposals import ProposalTable, StepProposal
-from workers.kv.block_pool import BlockPool
 from workers.requests.request import Request, SamplingParams
 from workers.requests.sequence import SequenceState
-from workers.requests.step_header import StepHeader
-from workers.scheduling.scheduler import Scheduler
-from workers.scheduling.step_intent import Restriction
-from workers.scheduling.step_plan import StepPlan
 
 _TOKEN = 5
 _MAX_EMPTY = 100
 """Steps without rows in a row, for example after preemptions; more are an endless loop."""
-_NO_RESTRICTION = Restriction()
 
 
 @dataclass(slots=True)
@@ -54,11 +53,11 @@ class StepShares:
     num_rows: int = 0
     """Rows of all steps and workers."""
 
-    def add(self, step: StepTime, num_rows: int) -> None:
-        """Add a step."""
+    def add(self, step: StepTime, num_rows: int, more_s: float) -> None:
+        """Add a step, which took ``more_s`` longer because of another group."""
         self.num_steps += 1
         self.num_rows += num_rows
-        self.busy_s += step.step_s
+        self.busy_s += step.step_s + more_s
         self.host_s += step.host_s
         for part in ("attention_s", "experts_s", "exchange_s"):
             seconds = step.num_micro_batches * getattr(step, part)
@@ -70,6 +69,7 @@ class _Served:
     """A request at an attention worker."""
 
     arrival: Arrival
+    group: int
     rank: int
     sent_s: float
     tokens_s: list[float] = field(default_factory=list)
@@ -90,31 +90,39 @@ class ServingSimulation:
         micro_batches: MicroBatchRule,
         max_concurrency: int | None = None,
         entry_s: float = 0.0,
+        groups: GroupSteps | None = None,
+        seed: int = 0,
     ) -> None:
         """``num_kv_blocks``: of each attention worker. ``max_concurrency``: of requests.
 
-        ``entry_s``: seconds from a client to a worker and back, in addition to steps.
+        ``entry_s``: seconds from a client to a worker and back, in addition to steps. ``groups``,
+        if not None, replaces ``times`` and ``num_attention``; ``seed`` is of the waits for experts
+        that they share.
         """
         self.shares = StepShares()
         self.now_s = 0.0
-        self._times = times
-        self._micro_batches = micro_batches
         self._entry_s = entry_s
         self._max_in_flight = max_concurrency or math.inf
-        self._prefill_cap = PrefillCap.of(engine)
-        self._proposals = ProposalTable(range(num_attention))
-        self._loads = [WorkerLoad(name=str(rank)) for rank in range(num_attention)]
-        self._schedulers = [
-            Scheduler(
-                BlockPool(num_kv_blocks),
-                block_size=engine.block_size_tokens,
-                max_num_seqs=engine.max_num_seqs,
-                max_num_batched_tokens=engine.step_tokens,
+        self._steps = groups
+        self._draw = np.random.default_rng(seed)
+        sizes = [(times, engine, num_attention)]
+        if groups is not None:
+            # Prompts of the decode group take no time: their blocks are there.
+            free = replace(engine, max_num_batched_tokens=1 << 30, itl_target_ms=None)
+            sizes = [
+                (groups.prefill, engine, groups.sizes.num_prefill),
+                (groups.decode, free, groups.sizes.num_decode),
+            ]
+        self._groups = [
+            StepGroupSimulation(
+                own_times,
+                own_engine,
+                num_attention=number,
+                num_kv_blocks=num_kv_blocks,
                 max_model_len=max_model_len,
-                eos_token_ids=(),
-                enable_prefix_caching=False,
+                micro_batches=micro_batches,
             )
-            for _ in range(num_attention)
+            for own_times, own_engine, number in sizes
         ]
         self._served: dict[SequenceState, _Served] = {}
         self._num_arrived = 0
@@ -128,8 +136,14 @@ class ServingSimulation:
         waiting, num_empty = deque(arrivals), 0
         while waiting or self._served:
             self._take(waiting, tally)
-            if self._step(tally):
+            for index, group in enumerate(self._groups):
+                if group.running is None and (step := group.next_step(self.now_s)) is not None:
+                    self._begin(index, step)
+            ends = [group.running.ends_s for group in self._groups if group.running is not None]
+            if ends:
                 num_empty = 0
+                self._pass_time(min(ends), waiting)
+                self._end_steps(tally)
             else:
                 num_empty += bool(self._served)
                 assert num_empty < _MAX_EMPTY, "requests are served, but none gets rows"
@@ -150,79 +164,67 @@ class ServingSimulation:
             if arrival.input_len + arrival.output_len > self._max_tokens:
                 tally.fail("too_long")
                 continue
-            route = pick_worker(self._loads, RoutingPolicy.KV, number, arrival.input_len)
-            route.load.queued_tokens += arrival.input_len
-            request = Request(
-                request_id=str(number),
-                prompt=(_TOKEN,) * arrival.input_len,
-                params=SamplingParams(max_tokens=arrival.output_len, ignore_eos=True),
-            )
-            sequence = SequenceState(request, 0, number, math.inf)
-            rank = int(route.load.name)
-            self._served[sequence] = _Served(arrival, rank, sent_s)
-            self._schedulers[rank].add(sequence)
+            self._send(number, _Served(arrival, 0, 0, sent_s))
 
-    def _step(self, tally: Tally) -> bool:
-        """Run the next step; return False if no request can have rows."""
-        intents = [scheduler.intent(_NO_RESTRICTION) for scheduler in self._schedulers]
-        wanted = enumerate(intent.wanted for intent in intents)
-        self._proposals.put(StepProposal.of(rank, rows) for rank, rows in wanted)
-        decode_rows = sum(intent.wanted.decode_rows for intent in intents)
-        header = decide_header(
-            self._proposals,
-            generation=1,
-            step=self.shares.num_steps,
-            epoch=1,
-            oldest_epoch=1,
-            max_prefill_rows=self._prefill_cap.rows(decode_rows, len(intents)),
-            micro_batches=self._micro_batches,
+    def _send(self, number: int, served: _Served) -> None:
+        """Send a request to a worker of its group."""
+        arrival, done = served.arrival, len(served.tokens_s)
+        request = Request(
+            request_id=str(number),
+            prompt=(_TOKEN,) * (arrival.input_len + done),
+            params=SamplingParams(max_tokens=arrival.output_len - done, ignore_eos=True),
         )
-        if header is None:
-            return False
-        plans = [
-            scheduler.plan(intent, header.grant(rank))
-            for rank, (scheduler, intent) in enumerate(zip(self._schedulers, intents, strict=True))
-        ]
-        if not any(plan.rows for plan in plans):
-            return False
-        self._pass_time(header, plans)
-        for scheduler, plan in zip(self._schedulers, plans, strict=True):
-            self._commit(scheduler, plan, tally)
-        return True
+        sequence = SequenceState(request, 0, number, math.inf)
+        served.rank = self._groups[served.group].add(sequence, is_computed=done > 0)
+        self._served[sequence] = served
 
-    def _pass_time(self, header: StepHeader, plans: Sequence[StepPlan]) -> None:
-        ranks = [work_of(plan) for plan in plans if plan.rows]
-        step = self._times.step(
-            ranks,
-            has_prefill=bool(header.prefill_rows),
-            num_micro_batches=header.num_micro_batches,
-        )
-        self._prefill_cap.observe(header.decode_rows, header.prefill_rows, step.step_s)
-        self.shares.add(step, sum(rank.num_rows for rank in ranks))
-        self.now_s += step.step_s
+    def _begin(self, index: int, step: RunningStep) -> None:
+        """Begin a step of a group, which takes longer if another one uses the same experts."""
+        more_s = 0.0
+        steps, other = self._steps, self._groups[-1 - index].running
+        if steps is not None and other is not None and steps.is_shared:
+            if index == 1:
+                more_s = self._wait_s(steps, step.time, other.time)
+            else:
+                more_s = steps.prefill_s(step.time, other.time) - step.time.step_s
+        step.ends_s = self.now_s + step.time.step_s + more_s
+        self._groups[index].begin(step)
+        self.shares.add(step.time, step.num_rows, more_s)
 
-    def _commit(self, scheduler: Scheduler, plan: StepPlan, tally: Tally) -> None:
-        """End a step on one worker: its sequences have new tokens."""
-        drawing = [rows.sequence for rows in plan.rows if rows.samples_token]
-        endings = scheduler.commit(plan, dict.fromkeys(drawing, (_TOKEN,)), ())
-        for sequence in drawing:
-            served = self._served[sequence]
-            load = self._loads[served.rank]
-            if not served.tokens_s:
-                load.queued_tokens -= served.arrival.input_len
-                load.num_decoding += 1
-            served.tokens_s.append(self.now_s - served.sent_s)
-        for sequence in endings:
-            served = self._served.pop(sequence)
-            self._loads[served.rank].num_decoding -= 1
-            lengths = served.arrival.input_len, len(served.tokens_s)
-            tally.take(CompletedRequest(served.tokens_s, served.tokens_s[-1], *lengths))
+    def _wait_s(self, steps: GroupSteps, decode: StepTime, prefill: StepTime) -> float:
+        """Return how long a decode step waits for parts of the prompts of a prefill step."""
+        number = self._draw.binomial(steps.num_exchanges, steps.chance(decode, prefill))
+        mean_s = steps.late_s(decode, prefill)
+        least_s = max(0.0, 2 * mean_s - steps.part_s(prefill))
+        return float(self._draw.uniform(least_s, 2 * mean_s - least_s, number).sum())
 
+    def _pass_time(self, end_s: float, waiting: deque[Arrival]) -> None:
+        """Advance to the end of a step, or to an arrival before it that begins one."""
+        is_idle = self._groups[0].running is None and len(self._served) < self._max_in_flight
+        due_s = waiting[0].due_s + self._entry_s if waiting and is_idle else math.inf
+        self.now_s = max(self.now_s, min(end_s, due_s))
 
-def work_of(plan: StepPlan) -> RankRows:
-    """Return the work of a plan that has rows."""
-    return RankRows(
-        num_rows=sum(rows.count for rows in plan.rows),
-        num_drawn=sum(rows.samples_token for rows in plan.rows),
-        context_tokens=sum(rows.first + rows.count for rows in plan.rows),
-    )
+    def _end_steps(self, tally: Tally) -> None:
+        for group in self._groups:
+            if group.running is not None and group.running.ends_s <= self.now_s:
+                drawing, endings = group.end()
+                for served in map(self._served.__getitem__, drawing):
+                    served.tokens_s.append(self.now_s - served.sent_s)
+                for sequence in endings:
+                    self._complete(self._served.pop(sequence), tally)
+                if group is not self._groups[-1]:
+                    for sequence in drawing:
+                        self._hand_over(sequence)
+
+    def _complete(self, served: _Served, tally: Tally) -> None:
+        lengths = served.arrival.input_len, len(served.tokens_s)
+        tally.take(CompletedRequest(served.tokens_s, served.tokens_s[-1], *lengths))
+
+    def _hand_over(self, sequence: SequenceState) -> None:
+        """Send a request that has its first token to the decode group."""
+        served = self._served.pop(sequence, None)
+        if served is None:
+            return
+        self._groups[served.group].remove(sequence, served.rank)
+        served.group += 1
+        self._send(int(sequence.request.request_id), served)

@@ -1,4 +1,4 @@
-"""``--mode auto``: chooses the layout that serves a model faster on the same workers. Pure.
+"""``--mode auto``: chooses the layout that serves a model faster on the same workers.
 
 The given workers form either two pools or one: 1 attention and 2 expert workers, or 3 colocated
 workers. The layout with the faster decode step of a full batch wins (``cluster.sizing.roofline``).
@@ -16,6 +16,7 @@ from cluster.config.workers import WorkersSection
 from cluster.core.load_profile import LoadProfile
 from cluster.sizing.devices import worker_device
 from cluster.sizing.gpus import UNKNOWN_GPU
+from cluster.sizing.group_steps import choose_sharing
 from cluster.sizing.roofline import (
     BankSize,
     DeviceSpec,
@@ -51,6 +52,31 @@ def resolve_mode(
         batch=config.workers.num_attention_ranks * config.engine.max_num_seqs,
         context_tokens=context,
         device=worker_device(share, len(nodes), gpu),
+    )
+    return replace(config, workers=workers)
+
+
+def resolve_sharing(
+    config: ClusterConfig,
+    size: ModelSize,
+    max_model_len: int,
+    nodes: Sequence[NodeResources],
+    free_cpus: float | None = None,
+    gpu: DeviceSpec = UNKNOWN_GPU,
+) -> ClusterConfig:
+    """Return the configuration with ``share_experts`` auto replaced; else as ``resolve_mode``."""
+    import psutil
+
+    share = plan_shares(config.workers, nodes, free_cpus)
+    engine = config.engine
+    workers = choose_sharing(
+        config.workers,
+        size,
+        num_seqs=engine.max_num_seqs,
+        step_tokens=engine.step_tokens,
+        context_tokens=_CONTEXT_SHARE * (config.model.max_model_len or max_model_len),
+        device=worker_device(share, len(nodes), gpu),
+        memory_bytes=psutil.virtual_memory().available * len(nodes),
     )
     return replace(config, workers=workers)
 

@@ -141,7 +141,7 @@ def simulate_window(
         balance += float(cost.balancedness(group.slot_loads, speeds).sum())
         prefill_s += _prefill_s(group.slot_loads, speeds, load.top_k, step)
         active = cost.activation(group.load, load.top_k, step.decode_tokens)
-        peaks = cost.expected_peak(active, group.primary, speeds)
+        peaks = cost.expected_peak(active, group.primary, group.decode_speeds)
         tokens = np.zeros((len(group.loads), len(speeds)))
         np.add.at(tokens, (np.arange(len(tokens))[:, None], group.primary), group.load)
         pairs = float(tokens.max(1).sum()) * load.top_k * step.decode_tokens

@@ -12,16 +12,18 @@ from typing import Any
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.resources import NodeResources, WorkerShare, plan_shares, resolved_share
+from cluster.config.workers import WorkersSection
 from cluster.core.checks import check
 from cluster.core.codec import to_plain
 from cluster.core.holders import ExpertHolder
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.node_labels import ROLE
-from cluster.core.placement import ExpertPlacement, contiguous
+from cluster.core.placement import BankShape, ExpertPlacement, contiguous
 from cluster.core.placement_file import load_placement
 from cluster.core.topology import Member
 from cluster.planner import mesh
 from cluster.planner.base import PlannedDevice, PlannedTopology, planned_device
+from cluster.planner.groups import plan_groups
 
 WorkerArguments = tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]
 """Constructor arguments of a worker actor: config, member, controller address, other arguments."""
@@ -62,7 +64,7 @@ class StartPlan:
     def with_members(self, members: Sequence[Member]) -> StartPlan:
         """Return the plan with a placement for ``members``, now that their nodes are known."""
         holders = sorted((m for m in members if m.holds_experts), key=lambda m: m.device)
-        devices = [planned_device(m) for m in holders]
+        devices = [planned_device(self.config.workers.with_group(m)) for m in holders]
         if not devices or self.load is None:
             return self
         return replace(self, placement=first_placement(self.config, self.load, devices))
@@ -94,7 +96,7 @@ def plan_start(
     _check_labels(config, nodes)
     expected = expected_load(config, banks, profile)
     share = plan_shares(config.workers, nodes, free_cpus)
-    somewhere = [PlannedDevice()] * config.workers.num_expert_workers
+    somewhere = [planned_device(member) for member in _first_experts(config.workers)]
     placement = first_placement(config, expected, somewhere)
     slots = max((len(s) for b in placement.banks for s in b.physical_to_logical), default=0)
     # the number of threads determines how torch splits sums
@@ -178,11 +180,24 @@ def first_placement(
         return contiguous(shapes, 1)
     if workers.placement_file is not None:
         return load_placement(Path(workers.placement_file), shapes, workers.num_expert_workers)
-    plain = contiguous(shapes, workers.num_expert_workers, workers.num_redundant_experts)
     topology = PlannedTopology(devices=tuple(devices), num_redundant=workers.num_redundant_experts)
+    plain = plan_groups(topology, None, lambda _, own, __: _contiguous(shapes, own))
+    if plain is None:
+        plain = _contiguous(shapes, topology)
     follows_load = config.rebalance.enable_eplb or workers.load_profile is not None
     spreads = topology.num_redundant > 0 and len(set(topology.domains.tolist())) > 1
     speeds_differ = len({d.speed for d in topology.devices}) > 1
     if (follows_load and load.tokens > 0) or spreads or speeds_differ:
         return mesh.plan(load, topology).placement
     return plain
+
+
+def _contiguous(shapes: Sequence[BankShape], topology: PlannedTopology) -> ExpertPlacement:
+    return contiguous(shapes, topology.num_devices, topology.num_redundant)
+
+
+def _first_experts(workers: WorkersSection) -> list[Member]:
+    """Return the expert workers of a start, before their nodes are known."""
+    ranks = range(workers.num_expert_workers)
+    members = (Member(name="", role="expert", rank=rank, device=rank) for rank in ranks)
+    return [workers.with_group(member) for member in members]

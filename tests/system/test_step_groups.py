@@ -45,6 +45,39 @@ def test_groups_with_a_step_each_have_the_tokens_of_one_group(
         assert len(cluster.snapshot()["history"]) == 1, "a worker was lost"
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_each_group_has_expert_workers_of_its_own(golden: AnyGolden, kernels: str) -> None:
+    """An expert worker gets rows of its group only; the tokens are those of one group."""
+    variant = "olmoe-norm-gqa-clip"
+    config = config_of(golden, variant, kernels=kernels, share_experts="no")
+    with serving(ThreadCluster(config)) as cluster:
+
+        def num_rows() -> list[float]:
+            roles = (cluster.group.workers[f"expert-{rank}"].roles.experts for rank in range(2))
+            return [
+                sum(float(counts.sum()) for counts in role.servers[0].counters.token_counts)
+                for role in roles
+                if role is not None
+            ]
+
+        groups = {w["name"]: w["group"] for w in cluster.snapshot()["workers"]}
+        assert (groups["expert-0"], groups["expert-1"]) == ("prefill", "decode")
+        before = num_rows()
+        for rank, used in ((0, 0), (1, 1), (2, 1)):
+            stream = cluster.stream(rank)
+            for i, request in enumerate(requests(golden(variant))):
+                own = replace(request, request_id=f"{rank}-{i}")
+                stream.send(own)
+                tokens = stream.collect([own])[own.request_id].tokens[0]
+                assert tuple(tokens) == golden(variant).greedy(i)
+            stream.close()
+            after = num_rows()
+            assert [a > b for a, b in zip(after, before, strict=True)] == [used == 0, used == 1]
+            before = after
+        check_greedy(cluster, golden(variant))
+        assert len(cluster.snapshot()["history"]) == 1, "a worker was lost"
+
+
 def test_exchanges_of_attention_are_interleaved_too(golden: AnyGolden) -> None:
     with serving(ThreadCluster(config_of(golden, "jetmoe-tied"))) as cluster:
         check_greedy(cluster, golden("jetmoe-tied"))

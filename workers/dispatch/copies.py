@@ -70,7 +70,8 @@ class CopyTables:
     """Exclusive upper ends of ranges of a 32-bit hash, [experts, copies] int64; the range that
     contains the hash of a prefill row and the expert selects the copy."""
     has_choice: bool
-    """Whether any expert has several copies, so that prefill rows must choose one."""
+    """Whether prefill rows must choose among copies: not if the first copy of each expert serves
+    all rows."""
 
     @classmethod
     def build(
@@ -80,10 +81,11 @@ class CopyTables:
 
         ``device_index``: index in the list of expert ranks by device number of the placement.
 
-        Raises ``ProtocolError`` if a device that holds a copy is not among the ranks.
+        Raises ``ProtocolError`` if a device with a copy that serves rows is not among the ranks.
         """
         copies = [bank.logical_to_physical(e) for e in range(bank.num_experts)]
-        missing = {d for c in copies for d, _ in c} - set(device_index)
+        used = {d for c in copies for d, s in c if bank.split[d][s] > 0}
+        missing = used.union(bank.decode_device) - set(device_index)
         if missing:
             raise ProtocolError(
                 f"placement of bank {bank.bank} layer {bank.layer} uses device {min(missing)}, "
@@ -97,14 +99,16 @@ class CopyTables:
         has_choice = False
         for expert, places in enumerate(copies):
             total = 0.0
+            used_copies = [i for i, (at, s) in enumerate(places) if bank.split[at][s] > 0]
             for i, (at, s) in enumerate(places):
                 total += bank.split[at][s]
-                rank[expert, i] = device_index[at]
+                rank[expert, i] = device_index.get(at, -1)
                 slot[expert, i] = s
-                ends[expert, i] = _SCALE if i + 1 == len(places) else round(total * _SCALE)
+                ends[expert, i] = round(total * _SCALE) if i < used_copies[-1] else _SCALE
                 if at == bank.decode_device[expert]:
                     decode[device_index[at], expert] = s
-            has_choice |= len(places) > 1
+            # Without a choice, all rows use the decode copy, and count as those of copy 0.
+            has_choice |= used_copies != [0] or places[0][0] != bank.decode_device[expert]
         return cls(
             decode_slots=decode.to(device),
             copy_rank=rank.to(device),
@@ -121,7 +125,7 @@ class CopyTables:
 
         topk_ids [T, k] int64, is_prefill [T] bool, row_key [T] int64 (hash of each row's identity).
         The slots are [ranks, T, k] int32, -1 if another rank serves the pair. The choices are valid
-        for prefill rows only. If no expert has several copies, or no row is a prefill row,
+        for prefill rows only. Without ``has_choice``, or if no row is a prefill row,
         ``decode_slots[:, topk_ids]`` gives the same slots faster.
         """
         fixed = self.decode_slots[:, topk_ids]

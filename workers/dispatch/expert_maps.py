@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cluster.config.cluster import CombineMode
+from cluster.core.group_placement import bank_of, serves
 from cluster.core.placement import BankPlacement, ExpertPlacement
-from cluster.core.topology import Generation
+from cluster.core.topology import Generation, StepGroup
 from workers.dispatch.copies import ChosenCopies, CopyTables, EpochTables
 from workers.dispatch.dispatcher import BatchRows
 from workers.dispatch.recording import FixedTables
@@ -17,6 +19,13 @@ from workers.model.layers import Dispatch
 from workers.native.exchange import sent_slots
 from workers.native.library import Library
 from workers.requests.step_header import StepHeader
+
+
+class _Maps(NamedTuple):
+    """Maps of one placement epoch."""
+
+    ranks: tuple[int, ...]
+    tables: Sequence[CopyTables]
 
 
 class ExpertMaps:
@@ -36,35 +45,38 @@ class ExpertMaps:
         """Combine mode of the current generation: ``per_slot`` (one output for each row and expert)
         or ``sum`` (one partial sum for each row)."""
         self.ranks: tuple[int, ...] = ()
-        """The expert ranks of the current generation, in ascending order."""
-        self._epochs = EpochTables[list[CopyTables]]()
+        """The expert ranks that take part in the exchanges of the current step, ascending."""
+        self._epochs = EpochTables[_Maps]()
         self._built: dict[int, tuple[BankPlacement, Mapping[int, int], CopyTables]] = {}
-        self._tables: list[CopyTables] = []
+        self._tables: Sequence[CopyTables] = ()
         self._fixed = FixedTables()
         self._decode_slots: Sequence[Tensor] = ()
         self._micro_batches: Sequence[BatchRows] = ()
         self._has_prompts = False
         self._is_row: Tensor | None = None
 
-    def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
+    def set_placement(
+        self, placement: ExpertPlacement, generation: Generation, group: StepGroup = ""
+    ) -> None:
         """Add the maps of a placement's epoch, and drop the maps of earlier generations.
 
-        Raises ``ProtocolError`` if the placement uses a device that no expert worker of the
-        generation has.
+        ``group``: step group whose steps use the maps. Raises ``ProtocolError`` if the placement
+        uses a device that no expert worker of the generation has.
         """
-        device_index = {m.device: i for i, m in enumerate(generation.experts)}
-        tables = [self._table(i, b, device_index) for i, b in enumerate(placement.banks)]
-        self.ranks = tuple(m.rank for m in generation.experts)
+        own = [m for m in generation.experts if serves(placement, m.device, group)]
+        device_index = {m.device: i for i, m in enumerate(own)}
+        tables = [self._table(i, b, device_index, group) for i, b in enumerate(placement.banks)]
+        self.ranks = tuple(m.rank for m in own)
         self.combine_mode = "per_slot" if generation.returns_slots else self._configured_mode
-        self._epochs.add(generation.number, placement.epoch, tables)
+        self._epochs.add(generation.number, placement.epoch, _Maps(self.ranks, tables))
 
     def _table(
-        self, index: int, bank: BankPlacement, device_index: Mapping[int, int]
+        self, index: int, bank: BankPlacement, device_index: Mapping[int, int], group: StepGroup
     ) -> CopyTables:
         """Return the tables of a bank; reuse the previous ones if placement and ranks are equal."""
         known = self._built.get(index)
         if known is None or known[:2] != (bank, device_index):
-            tables = CopyTables.build(bank, device_index, self._device)
+            tables = CopyTables.build(bank_of(bank, group), device_index, self._device)
             known = self._built[index] = bank, device_index, tables
         return known[2]
 
@@ -80,7 +92,7 @@ class ExpertMaps:
         [micro-batches, T] int64, in a captured step only: 0 for a row without a request, which gets
         no slots.
         """
-        self._tables = self._epochs.begin_step(header)
+        self.ranks, self._tables = self._epochs.begin_step(header)
         self._micro_batches, self._is_row = micro_batches, is_row
         self._has_prompts = header.exact or header.prefill_rows > 0
         self._decode_slots = [own.decode_slots for own in self._tables]

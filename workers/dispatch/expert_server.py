@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from cluster.config.cluster import CombineMode
+from cluster.core.group_placement import serves
 from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Generation
 from workers.dispatch.captured_serving import CapturedServes, CapturedServing
@@ -37,6 +39,14 @@ from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport
 
 
+class _EpochSlots(NamedTuple):
+    """What a placement epoch means for one expert rank and step group."""
+
+    filled: Sequence[FilledSlots]
+    has_rows: bool
+    """Whether the rank takes part in the exchanges of the step group."""
+
+
 class ExpertServer:
     """Serves the exchanges of each step on one expert rank. Data thread only."""
 
@@ -54,6 +64,7 @@ class ExpertServer:
         timer: StepTimer | None = None,
         max_kept_rows: int = 0,
         yields: bool = False,
+        group: int = 0,
         counters: ExpertCounters | None = None,
     ) -> None:
         """``slots``: expert slots by ``BankSpec.index``. ``device_index``: this worker's device
@@ -62,6 +73,7 @@ class ExpertServer:
         On a GPU, steps with known sizes (``has_known_sizes``) are captured as CUDA graphs.
         ``max_kept_rows``: captured steps are kept up to this total number of rows; with 0, one step
         is kept. ``yields``: whether the worker also serves other step groups, between exchanges.
+        ``group``: index in ``Generation.groups`` of the step group.
         ``counters``: counters that several servers share; by default the server has its own.
         """
         self.timer = timer or StepTimer()
@@ -75,8 +87,9 @@ class ExpertServer:
         self._configured_mode = self._combine_mode = combine_mode
         self._has_graphs = device.type == "cuda"
         self._yields = yields
+        self._group = group
         self._interleaving: Interleaving | None = None
-        self._epochs = EpochTables[list[FilledSlots]]()
+        self._epochs = EpochTables[_EpochSlots]()
         self._fixed = FixedTables()
         self._filled_source: Sequence[FilledSlots] = ()
         """Tables of an epoch, from which ``_filled`` was made."""
@@ -119,7 +132,9 @@ class ExpertServer:
         """
         experts = [bank.physical_to_logical[self._device_index] for bank in placement.banks]
         tables = [FilledSlots.of(i, slots, self._device) for i, slots in enumerate(experts)]
-        self._epochs.add(generation.number, placement.epoch, tables)
+        own = generation.group_names[self._group : self._group + 1]
+        has_rows = all(serves(placement, self._device_index, group) for group in own)
+        self._epochs.add(generation.number, placement.epoch, _EpochSlots(tables, has_rows))
         self._combine_mode = "per_slot" if generation.returns_slots else self._configured_mode
         self.counters.resize([len(slots) for slots in experts])
 
@@ -258,12 +273,14 @@ class ExpertServer:
 
     def _step_of(self, header: StepHeader, *, is_timed: bool) -> ServedStep:
         self._slot_checker.begin()
-        filled: Sequence[FilledSlots] = self._epochs.begin_step(header)
+        filled, has_rows = self._epochs.begin_step(header)
         if self._has_graphs:
             filled = self._at_fixed_addresses(filled)
         ranks = header.grants.positions
         counts = (header.edge_counts(i) for i in range(header.num_micro_batches))
         granted = [{r: n for r, n in zip(ranks, own, strict=True) if n} for own in counts]
+        if not has_rows:
+            granted = [{}] * len(granted)
         return ServedStep(
             header,
             self._combine_mode,

@@ -113,7 +113,8 @@ class RemoteDispatcher(TimedDispatcher):
 
         Raises ``ProtocolError`` if the placement uses a device that no expert worker has.
         """
-        self._maps.set_placement(placement, generation)
+        groups = [m.group for m in generation.attention if m.rank == self.rank]
+        self._maps.set_placement(placement, generation, *groups)
         if generation.number != self._placement_seen[0]:
             self._edge_rows.forget()
         self._edge_rows.can_limit = (

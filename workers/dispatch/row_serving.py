@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cluster.config.cluster import CombineMode
+from cluster.core.group_placement import PART_ROWS_PER_EXPERT
 from workers.dispatch.dispatcher import SlotBank
 from workers.dispatch.expert_counters import ExpertCounters, ReceivedRows, UsedRows
 from workers.dispatch.slot_checker import FilledSlots, SlotChecker, UsedSlots, joined
@@ -24,10 +25,6 @@ from workers.metrics.step_timer import StepTimer
 from workers.model.config import BankSpec, ExchangeSpec
 from workers.requests.step_header import StepHeader
 from workers.transport.transport import DataTransport, ExpectedMessage, PartShape, RowMessage, Tag
-
-_PART_ROWS_PER_EXPERT = 8
-"""Mean number of rows of each expert in a part of an exchange. With this number, CPUs take longer
-to compute the rows than to read the weights, which each part reads again."""
 
 
 class Interleaving(NamedTuple):
@@ -54,7 +51,7 @@ class ExpertSide:
 
 def part_rows(bank: BankSpec) -> int:
     """Return the number of rows of a part of an exchange."""
-    return max(1, _PART_ROWS_PER_EXPERT * bank.num_experts // bank.top_k)
+    return max(1, PART_ROWS_PER_EXPERT * bank.num_experts // bank.top_k)
 
 
 class ServedPlace(NamedTuple):

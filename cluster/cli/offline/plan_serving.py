@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from statistics import mean
+from typing import Any, get_args
 
 from cluster.cli.offline.plan_size import add_hardware, device_text, model_size, read_hardware
 from cluster.cli.options.workload_options import (
@@ -17,9 +18,11 @@ from cluster.cli.terminal.arguments import count, count_or_0, positive
 from cluster.cli.terminal.output import show, table
 from cluster.cli.terminal.progress import Progress
 from cluster.config.cluster import EngineSection
+from cluster.config.workers import ShareExperts, WorkersSection
 from cluster.core.checks import check
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.simulation.serving import ServingSimulation, StepShares
+from cluster.sizing.group_steps import GroupSizes, GroupSteps, choose_sharing
 from cluster.sizing.mixed_step import PoolSizes, StepTimes
 from cluster.workload.arrivals import Arrival
 from cluster.workload.tally import MEASURES, Tally
@@ -42,7 +45,14 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     add_arrival_options(parser, _TRACE)
     pools = parser.add_argument_group("cluster, as in serve")
     text = "Number of attention workers, or of colocated workers"
-    pools.add_argument("--num-attention-workers", type=count, default=1, help=text)
+    pools.add_argument("--num-attention-workers", type=count, help=f"{text} (1)")
+    text = "Number of attention workers of a step group that computes prompts"
+    pools.add_argument("--num-prefill-workers", type=count, help=text)
+    text = "Number of attention workers of a step group that decodes"
+    pools.add_argument("--num-decode-workers", type=count, help=text)
+    text = "Whether step groups share all expert workers"
+    choices = get_args(ShareExperts)
+    pools.add_argument("--share-experts", choices=choices, default="yes", help=text)
     text = "Number of expert workers; 0: colocated workers hold the experts"
     pools.add_argument("--num-expert-workers", type=count_or_0, default=2, help=text)
     text = "Maximum number of running sequences of an attention worker"
@@ -61,19 +71,30 @@ def run_serving(args: argparse.Namespace) -> int:
     """Simulate the requests and print what ``bench serve`` would measure."""
     arrivals, most = make_arrivals(args), max_concurrency(args)
     source, facts, device = read_hardware(args)
-    pools = _pools(args, facts)
     on_gpus = bool(device.kernel_s)
     engine = EngineSection(
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         itl_target_ms=args.itl_target_ms,
     )
+    pools, groups = _pools(args, facts), None
     engine = engine.on_gpus(pools.num_attention) if on_gpus else engine
     has_own_core = on_gpus or args.cores >= 1
+    size, layout, reason = model_size(args, facts), pools.text, ""
+    if (workers := _groups(args)) is not None:
+        workers = choose_sharing(
+            workers,
+            size,
+            num_seqs=engine.max_num_seqs,
+            step_tokens=engine.step_tokens,
+            context_tokens=mean(arrival.input_len for arrival in arrivals),
+            device=device,
+        )
+        sizes, reason = GroupSizes.of(workers), workers.mode_reason
+        layout = sizes.text
+        groups = GroupSteps(size, sizes, device, balancedness=args.balancedness, seed=args.seed)
     simulation = ServingSimulation(
-        StepTimes(
-            model_size(args, facts), pools, device, balancedness=args.balancedness, seed=args.seed
-        ),
+        StepTimes(size, pools, device, balancedness=args.balancedness, seed=args.seed),
         engine,
         num_attention=pools.num_attention,
         num_kv_blocks=_num_kv_blocks(args, facts, engine, arrivals),
@@ -84,6 +105,8 @@ def run_serving(args: argparse.Namespace) -> int:
             prefill_threshold=engine.micro_batch_prefill_threshold,
         ),
         max_concurrency=most,
+        groups=groups,
+        seed=args.seed,
     )
     tally = Tally(dict(args.goodput))
     with Progress() as progress:
@@ -94,28 +117,45 @@ def run_serving(args: argparse.Namespace) -> int:
 
         simulation.run(arrivals, tally, tick)
     results = tally.results(simulation.now_s)
-    results["steps"] = _steps(simulation.shares, simulation.now_s)
+    num_groups = 1 if groups is None else 2  # their steps run at the same time
+    results["steps"] = _steps(simulation.shares, num_groups * simulation.now_s)
     document = {
         "schema": 1,
         "model": source.name,
-        "layout": pools.text,
+        "layout": layout,
+        "layout_reason": reason,
         "device": asdict(device),
         "results": results,
     }
-    heading = f"{source.name} on {pools.text} of one {device.name} each: {device_text(device)}"
+    heading = f"{source.name} on {layout} of one {device.name} each: {device_text(device)}"
+    heading = f"{heading}\n{reason}" if reason else heading
     return show(args, document, lambda: _text(results), heading)
+
+
+def _groups(args: argparse.Namespace) -> WorkersSection | None:
+    """Return the workers of a cluster with step groups; None without groups."""
+    given = (args.num_prefill_workers, args.num_decode_workers)
+    if given == (None, None) and args.share_experts == "yes":
+        return None
+    return WorkersSection(
+        mode="disaggregated" if args.num_expert_workers else "colocated",
+        num_attention_workers=args.num_attention_workers,
+        num_prefill_workers=args.num_prefill_workers,
+        num_decode_workers=args.num_decode_workers,
+        num_expert_workers=args.num_expert_workers,
+        share_experts=args.share_experts,
+    )
 
 
 def _pools(args: argparse.Namespace, facts: CheckpointFacts) -> PoolSizes:
     is_colocated = args.num_expert_workers == 0
-    number = args.num_attention_workers if is_colocated else args.num_expert_workers
+    num_attention = args.num_attention_workers or 1
+    number = num_attention if is_colocated else args.num_expert_workers
     experts = min((bank["num_experts"] for bank in facts.banks), default=0)
     check(experts > 0, "model", "no expert bank", "must have experts")
     name = "num_attention_workers" if is_colocated else "num_expert_workers"
     check(number <= experts, name, number, f"must not exceed the {experts} experts of a bank")
-    return PoolSizes(
-        num_attention=args.num_attention_workers, num_experts=number, is_colocated=is_colocated
-    )
+    return PoolSizes(num_attention=num_attention, num_experts=number, is_colocated=is_colocated)
 
 
 def _num_kv_blocks(

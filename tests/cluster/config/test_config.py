@@ -39,6 +39,10 @@ BROKEN: list[tuple[str, Callable[[], object]]] = [
     ("num_prefill_workers", lambda: _groups(num_prefill_workers=0)),
     ("num_attention_workers", lambda: _groups(num_attention_workers=2)),
     ("mode", lambda: _groups(mode="colocated")),
+    ("share_experts", lambda: _groups(share_experts="maybe")),
+    ("share_experts", lambda: _groups(share_experts="no", num_expert_workers=1)),
+    ("share_experts", lambda: _groups(share_experts="no", placement_file="p.json")),
+    ("share_experts", lambda: WorkersSection(share_experts="no")),
     (
         "num_prefill_workers",
         lambda: make_config(

@@ -340,10 +340,12 @@ def test_one_that_is_cancelled_at_the_last_moment_drains_nobody() -> None:
     assert members(cluster) >= {"attention-0", "attention-1", "expert-2"}
 
 
-def with_groups(num_attention: int, num_prefill: int) -> FakeCluster:
+def with_groups(num_attention: int, num_prefill: int, **workers: Any) -> FakeCluster:
     """The first workers compute prompts, the others decode."""
     section = WorkersSection(
-        num_prefill_workers=num_prefill, num_decode_workers=num_attention - num_prefill
+        num_prefill_workers=num_prefill,
+        num_decode_workers=num_attention - num_prefill,
+        **workers,
     )
     config = dataclasses.replace(CONFIG, workers=section)
     cluster = FakeCluster(num_attention, 2, config=config)
@@ -444,6 +446,18 @@ def test_an_empty_place_of_the_prefill_group_goes_and_another_worker_computes_pr
     pass_time(cluster, 0.5)
     assert operation.state is OperationState.SUCCEEDED
     assert groups(cluster) == {"attention-1": "prefill", "attention-2": "decode"}
+
+
+def test_expert_workers_of_a_group_alone_keep_their_number() -> None:
+    """Only attention workers change their groups."""
+    cluster = with_groups(3, 1, share_experts="no")
+    found = {m.name: m.group for m in cluster.known.generation.experts}
+    assert found == {"expert-0": "prefill", "expert-1": "decode"}
+    with pytest.raises(RequestError, match=r"expert \(3\) must be left out if step groups have"):
+        scale(cluster, expert=3)
+    scale(cluster, prefill=2, decode=1, expert=2)
+    assert [*groups(cluster).values()] == ["prefill", "prefill", "decode"]
+    assert {m.name: m.group for m in cluster.known.generation.experts} == found
 
 
 @pytest.mark.parametrize(

@@ -92,4 +92,4 @@ def test_load_follows_the_copies_shares() -> None:
         physical_to_logical=[[0, 1], [1, 2], [-1, -1]],
         split=[[1.0, 0.25], [0.75, 1.0], [0.0, 0.0]],
     )
-    assert device_loads(bank, [10, 40, 30]) == (20, 60)
+    assert device_loads(bank, [10, 40, 30]) == (20, 60, 0)

@@ -228,6 +228,14 @@ def test_auto_is_decided_once_and_says_why() -> None:
     assert plan().resolved(asked.private_nodes) == plan()
 
 
+def test_sharing_experts_is_decided_once_too() -> None:
+    groups = WorkersSection(num_prefill_workers=1, num_decode_workers=1, share_experts="auto")
+    asked = replace(plan(), config=replace(plan().config, workers=groups))
+    workers = asked.resolved(asked.private_nodes).config.workers
+    assert workers.share_experts in ("yes", "no")
+    assert workers.mode_reason.startswith("step groups")
+
+
 def test_there_is_a_cpu() -> None:
     assert count_cpus() >= 1
 

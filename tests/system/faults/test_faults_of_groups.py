@@ -31,11 +31,21 @@ GROUPS: dict[str, Any] = {
 }
 """``attention-0`` is the prefill group and its leader, ``attention-1`` leads the decode group."""
 VICTIMS = ("attention", 0), ("attention", 1), ("attention", 2), ("expert", 1)
+OWN_EXPERTS = {**GROUPS, "share_experts": "no"}
+"""``expert-0`` belongs to the prefill group, ``expert-1`` and ``expert-2`` to the decode group."""
 
 
-@pytest.mark.parametrize("victim", VICTIMS, ids=lambda v: f"{v[0]}-{v[1]}")
-def test_a_worker_of_threads(victim: tuple[str, int]) -> None:
-    config = quiet_config(3, 3, num_redundant=22, workers=GROUPS)
+@pytest.mark.parametrize(
+    ("workers", "victim"),
+    [
+        *(pytest.param(GROUPS, victim, id=f"{victim[0]}-{victim[1]}") for victim in VICTIMS),
+        pytest.param(OWN_EXPERTS, ("expert", 0), id="own-expert-0"),
+        pytest.param(OWN_EXPERTS, ("expert", 2), id="own-expert-2"),
+        pytest.param(OWN_EXPERTS, ("attention", 0), id="own-attention-0"),
+    ],
+)
+def test_a_worker_of_threads(workers: dict[str, Any], victim: tuple[str, int]) -> None:
+    config = quiet_config(3, 3, num_redundant=22, workers=workers)
     cluster = ThreadCluster(config)
     with serving(cluster):
         before = cluster.snapshot()

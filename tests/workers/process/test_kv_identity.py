@@ -119,6 +119,7 @@ CHANGES_NO_BIT = {
     "num_cached_states kv_fetch_limit_s num_micro_batches micro_batch_decode_threshold "
     "micro_batch_prefill_threshold enforce_eager seed",
     "workers": "mode_reason num_attention_workers num_prefill_workers num_decode_workers "
+    "share_experts "
     "num_expert_workers num_redundant_experts "
     "recovery_slots cpus_per_worker has_equal_cpus other_pools reserves_cpus "
     "threads_per_worker gpus_per_worker "

@@ -68,8 +68,8 @@ class ExpertRole:
         self.servers = [
             self._make_server(transport, banks, counters, context.new_timer()),
             *(
-                self._make_server(other, banks, counters, context.fork_timer())
-                for other in context.group_transports
+                self._make_server(other, banks, counters, context.fork_timer(), group)
+                for group, other in enumerate(context.group_transports, start=1)
             ),
         ]
         """Server of the steps of each step group, in the order of ``Generation.groups``."""
@@ -101,6 +101,7 @@ class ExpertRole:
         banks: Sequence[SlotBank],
         counters: ExpertCounters,
         timer: StepTimer,
+        group: int = 0,
     ) -> ExpertServer:
         context, args, family = self._context, self._context.args, self._context.family
         return ExpertServer(
@@ -116,6 +117,7 @@ class ExpertRole:
             max_kept_rows=kept_rows(captured_sizes(args, family))
             * args.config.workers.num_attention_ranks,
             yields=context.group_channels is not None,
+            group=group,
             counters=counters,
         )
 

@@ -48,9 +48,34 @@ def test_colocated_workers_and_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 colocated workers" in text.err
 
 
+@pytest.mark.parametrize("share", ["yes", "no", "auto"])
+def test_step_groups_are_predicted(capsys: pytest.CaptureFixture[str], share: str) -> None:
+    layout = ["--num-prefill-workers", "2", "--num-decode-workers", "2", "--share-experts", share]
+    found = predict(capsys, *layout, "--num-expert-workers", "4", "--goodput", "itl:1000")
+    expected = {
+        "yes": ["2 prefill + 2 decode + 4 expert workers"],
+        "no": ["2 prefill + 2 decode + 2 + 2 expert workers"],
+    }
+    assert found["layout"] in expected.get(share, expected["yes"] + expected["no"])
+    assert bool(found["layout_reason"]) == (share == "auto")
+    assert found["results"]["successful"] == 100
+    assert found["results"]["good_requests_per_s"] > 0
+    assert 0 < found["results"]["steps"]["experts_share"] < 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--num-prefill-workers", "1"], "num_decode_workers"),
+        (["--share-experts", "no"], "--share-experts (no) must be yes without"),
+        (
+            ["--num-prefill-workers=1", "--num-decode-workers=1", "--num-attention-workers=2"],
+            "num_attention_workers",
+        ),
+        (
+            ["--num-prefill-workers=1", "--num-decode-workers=1", "--num-expert-workers=0"],
+            "mode (colocated) must be disaggregated",
+        ),
         (["--num-expert-workers", "1000"], "num_expert_workers"),
         (["--num-expert-workers", "0", "--num-attention-workers", "999"], "num_attention_workers"),
         (["--kv-cache-bytes", "1"], "--kv-cache-bytes (1) must hold 16 tokens"),
