@@ -219,7 +219,7 @@ def _balancedness(
 def _of_holders(bank: BankPlacement, loads: Sequence[float], phase: Phase | None) -> list[float]:
     """Return ``loads`` by device without devices that hold no experts (lost ones).
 
-    If step groups have devices of their own, only those of the group of ``phase``.
+    If step groups have devices of their own, only the devices of the group of ``phase``.
     """
     rows = enumerate(bank.physical_to_logical)
     held = [d for d, row in rows if any(expert != FREE_SLOT for expert in row)]

@@ -254,8 +254,7 @@ def planned_topology(
 
     A device that holds more experts (for example after a recovery) has a slot for each of them. A
     device without a worker in ``experts`` has no slots. If all workers are in one failure domain,
-    each worker becomes its own. Step groups share the devices if those of a group have too few
-    slots.
+    each worker becomes its own. Step groups share the devices if a group has too few slots.
     """
     by_device = {m.device: m for m in experts}
     is_spread = len({m.domain or m.node for m in experts}) > 1

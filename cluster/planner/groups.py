@@ -19,7 +19,7 @@ def plan_groups(
 ) -> ExpertPlacement | None:
     """Return a placement in which each step group has its own devices.
 
-    None if the groups share the devices, or if those of a group do not hold all experts in
+    None if the groups share the devices, or if a group's devices do not hold all experts in
     ``current``: then the placement is planned as a whole. ``plan_part`` gets only the devices of a
     group, numbered from 0. Raises its errors.
     """

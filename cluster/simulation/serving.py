@@ -6,9 +6,8 @@ is computed (``cluster.sizing.mixed_step``). All ranks of a step end together, a
 arrive meanwhile have rows from the next step on.
 
 With step groups, each group runs its own steps (``cluster.simulation.step_group``). A request is
-handed over after its first token, and its blocks have arrived by then. If the groups share expert
-workers, their steps take longer (``cluster.sizing.group_steps``); the waits of decode steps are
-drawn at random.
+handed over after its first token, with its blocks. If the groups share expert workers, their steps
+take longer (``cluster.sizing.group_steps``); the waits of decode steps are drawn at random.
 
 Left out: prefixes shared by prompts, drafts, limits of the gateway, the time of gateways and of the
 messages between hosts outside the exchange with experts, faults and rebalancing.

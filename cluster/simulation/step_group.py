@@ -73,13 +73,13 @@ class StepGroupSimulation:
         self._prompts: set[SequenceState] = set()
         """Sequences without a token of this group."""
         self._computed: set[SequenceState] = set()
-        """Those whose prompts another group has computed."""
+        """Sequences without a token of this group, with prompts that another one has computed."""
         self._num_steps = 0
         self._num_added = 0
 
     def add(self, sequence: SequenceState, *, is_computed: bool) -> int:
-        """Send a sequence to a worker; return its rank. ``is_computed``: whether its prompt, but
-        for the last token, takes no time."""
+        """Send a sequence to a worker; return its rank. ``is_computed``: whether its prompt, except
+        the last token, takes no time."""
         length = len(sequence.request.prompt)
         route = pick_worker(self._loads, RoutingPolicy.KV, self._num_added, length)
         self._num_added += 1

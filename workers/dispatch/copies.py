@@ -107,7 +107,7 @@ class CopyTables:
                 ends[expert, i] = round(total * _SCALE) if i < used_copies[-1] else _SCALE
                 if at == bank.decode_device[expert]:
                     decode[device_index[at], expert] = s
-            # Without a choice, all rows use the decode copy, and count as those of copy 0.
+            # Without a choice, all rows use the decode copy, and count as rows of copy 0.
             has_choice |= used_copies != [0] or places[0][0] != bank.decode_device[expert]
         return cls(
             decode_slots=decode.to(device),

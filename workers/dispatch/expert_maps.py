@@ -60,7 +60,7 @@ class ExpertMaps:
     ) -> None:
         """Add the maps of a placement's epoch, and drop the maps of earlier generations.
 
-        ``group``: step group whose steps use the maps. Raises ``ProtocolError`` if the placement
+        ``group``: step group that uses the maps. Raises ``ProtocolError`` if the placement
         uses a device that no expert worker of the generation has.
         """
         own = [m for m in generation.experts if serves(placement, m.device, group)]
