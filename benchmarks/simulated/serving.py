@@ -35,6 +35,7 @@ from cluster.config.cluster import EngineSection
 from cluster.launch.checkpoint_check import CheckpointCheck
 from cluster.simulation.serving import ServingSimulation
 from cluster.simulation.step_group import work_of
+from cluster.sizing.group_steps import GroupSizes, GroupSteps
 from cluster.sizing.mixed_step import PoolSizes, RankRows, StepTimes
 from cluster.sizing.roofline import DeviceSpec, HostTime, ModelSize, StepTime, activation_shares
 from cluster.workload.arrivals import Arrival
@@ -44,8 +45,8 @@ from workers.engine.micro_batches import MicroBatchRule
 from workers.engine.model_runner import ModelRunner
 from workers.process.roles.experts import ExpertRole
 
-LAYOUTS = ((1, 1), (1, 2), (2, 3))
-"""Attention and expert workers."""
+LAYOUTS = ("1+1", "1+2", "2+3", "2+1+2")
+"""Attention and expert workers; or prefill, decode and expert workers."""
 MODEL = replace(TINY, experts=16, top_k=4)
 ENGINE: dict[str, Any] = {
     "max_num_seqs": 16,
@@ -160,19 +161,20 @@ class PacedCluster:
         self._cluster = cluster
         self._gateway = gateway
         self._pace = pace
+        self._num_served = 0
         for rank in range(self._num_ranks):
             _pace_attention(cluster.group.attention(f"attention-{rank}").engine.runner, pace)
         for role in self._experts():
             _pace_experts(role, pace)
 
-    def measure_hosts(self) -> tuple[tuple[HostTime, ...], float]:
+    def measure_hosts(self, num_workers: int) -> tuple[tuple[HostTime, ...], float]:
         """Measure how much longer steps take than their paces: with a row on one worker, on two and
-        so on, and with many rows on each.
+        so on up to ``num_workers``, and with many rows on each.
 
         Returns also the seconds from a client to a worker and back, outside of steps.
         """
-        ones_s = [self._host_s(1, number) for number in range(1, self._num_ranks + 1)]
-        many_s = self._host_s(_HOST_ROWS, self._num_ranks)
+        ones_s = [self._host_s(1, number) for number in range(1, num_workers + 1)]
+        many_s = self._host_s(_HOST_ROWS, num_workers)
         row_s = max(0.0, many_s - ones_s[-1]) / (_HOST_ROWS - 1)
         first_s = statistics.median(self._first_s(number) for number in range(_NUM_FIRST))
         prompt = RankRows(num_rows=_PROMPT_LEN, num_drawn=1, context_tokens=_PROMPT_LEN)
@@ -201,13 +203,15 @@ class PacedCluster:
 
     async def _serve(self, arrivals: Sequence[Arrival], name: str) -> Served:
         clock, tally = time.monotonic, Tally({})
-        start = clock() + 0.05
+        start, first = clock() + 0.05, self._num_served  # no prompt comes twice
+        self._num_served += len(arrivals)
 
         async def serve_one(number: int, arrival: Arrival) -> None:
             await asyncio.sleep(start + arrival.due_s - clock())
             began = clock()
             tally.begin(began - start - arrival.due_s)
-            answer = await self._gateway.serve(make_call(arrival, number), f"{name}-{number}")
+            call = make_call(arrival, first + number)
+            answer = await self._gateway.serve(call, f"{name}-{number}")
             pieces = [at - began for at in answer.times]
             lengths = arrival.input_len, answer.num_tokens
             tally.take(CompletedRequest(pieces, pieces[-1], *lengths))
@@ -298,6 +302,7 @@ def simulated(
     arrivals: Sequence[Arrival],
     kv_bytes_per_token: int,
     entry_s: float,
+    groups: GroupSteps | None = None,
 ) -> Served:
     """Predict what the clients measure."""
     engine = EngineSection(**ENGINE)
@@ -309,6 +314,7 @@ def simulated(
         max_model_len=MODEL.max_positions,
         micro_batches=MicroBatchRule(),
         entry_s=entry_s,
+        groups=groups,
     )
     tally = Tally({})
     simulation.run(arrivals, tally, lambda: None)
@@ -316,12 +322,32 @@ def simulated(
 
 
 def measure(
-    checkpoint: Path, pools: PoolSizes, rates: Sequence[float], number: int, repeats: int
+    checkpoint: Path,
+    pools: PoolSizes,
+    num_prefill: int,
+    rates: Sequence[float],
+    number: int,
+    repeats: int,
 ) -> Iterator[Comparison]:
-    """Yield each rate's median of the repeats, real and predicted."""
+    """Yield each rate's median of the repeats, real and predicted.
+
+    ``num_prefill``: attention workers of a prefill group; 0 without step groups.
+    """
     facts = CheckpointCheck(checkpoint, os.environ).result()
+    engine, workers, num_decode = ENGINE, {}, pools.num_attention - num_prefill
+    if num_prefill:
+        engine = ENGINE | {"enable_prefix_caching": True}
+        workers = {
+            "num_attention_workers": None,
+            "num_prefill_workers": num_prefill,
+            "num_decode_workers": num_decode,
+        }
+    sizes = GroupSizes(num_prefill, num_decode, pools.num_experts)
+    text = sizes.text if num_prefill else pools.text
     cluster = ThreadCluster(
-        make_config(checkpoint, pools.num_attention, pools.num_experts, engine=ENGINE)
+        make_config(
+            checkpoint, pools.num_attention, pools.num_experts, engine=engine, workers=workers
+        )
     )
     with serving(cluster), gateway_of(cluster) as gateway:
         model = facts.size("auto", None)
@@ -336,12 +362,14 @@ def measure(
             real, predicted = [], []
             for repeat in range(repeats):
                 arrivals = make_arrivals(number, rate, repeat)
-                hosts, entry_s = paced.measure_hosts()
+                hosts, entry_s = paced.measure_hosts(1 if num_prefill else pools.num_attention)
                 real.append(paced.serve(arrivals, f"{rate}-{repeat}"))
                 times = SharedCores(model, pools, DEVICE, hosts)
-                kv_bytes = facts.kv_bytes_per_token("auto")
-                predicted.append(simulated(times, pools, arrivals, kv_bytes, entry_s))
-            yield Comparison(pools.text, rate, hosts, _median(real), _median(predicted))
+                kv_bytes, groups = facts.kv_bytes_per_token("auto"), None
+                if num_prefill:
+                    groups = GroupSteps(model, sizes, replace(DEVICE, host=hosts[0]))
+                predicted.append(simulated(times, pools, arrivals, kv_bytes, entry_s, groups))
+            yield Comparison(text, rate, hosts, _median(real), _median(predicted))
 
 
 def _median(runs: Sequence[Served]) -> Served:
@@ -353,16 +381,19 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulated.serving")
     parser.add_argument("--rates", type=positive, nargs="+", default=RATES, metavar="REQUESTS/S")
-    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="A+E", type=_layout)
+    default = [*map(_layout, LAYOUTS)]
+    parser.add_argument("--layouts", nargs="+", default=default, metavar="A+E", type=_layout)
     parser.add_argument("--requests", type=count, default=60, metavar="N", help="of a run (60)")
     parser.add_argument("--repeats", type=count, default=5, metavar="N", help="of a rate (5)")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each row")
     return parser
 
 
-def _layout(text: str) -> tuple[int, int]:
-    attention, _, experts = text.partition("+")
-    return count(attention), count(experts)
+def _layout(text: str) -> tuple[int, ...]:
+    numbers = tuple(map(count, text.split("+")))
+    if len(numbers) not in (2, 3):
+        raise argparse.ArgumentTypeError("must be A+E or P+D+E")
+    return numbers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -370,12 +401,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     rows = []
     with random_model(MODEL) as checkpoint:
-        for attention, experts in args.layouts:
-            pools = PoolSizes(num_attention=attention, num_experts=experts)
-            for found in measure(checkpoint, pools, args.rates, args.requests, args.repeats):
+        for *attention, experts in args.layouts:
+            pools = PoolSizes(num_attention=sum(attention), num_experts=experts)
+            num_prefill = attention[0] if len(attention) > 1 else 0
+            runs = args.rates, args.requests, args.repeats
+            for found in measure(checkpoint, pools, num_prefill, *runs):
                 if args.json:
                     print(json.dumps(asdict(found)), flush=True)
-                rows.append([f"{attention} + {experts}", f"{found.rate_per_s:g}", *found.columns()])
+                rows.append([found.layout, f"{found.rate_per_s:g}", *found.columns()])
     if not args.json:
         heads = [f"{name}: REAL, PREDICTED, RATIO" for name in ("TOKENS/S", "TTFT MS", "ITL MS")]
         sys.stdout.write(table(["LAYOUT", "REQUESTS/S", *heads], rows))

@@ -34,7 +34,12 @@ def _attention_workers(scenario: Scenario) -> dict[str, Any]:
     number, prefill = scenario.num_attention, num_prefill(scenario)
     if not prefill:
         return {"num_attention_workers": number}
-    return {"num_prefill_workers": prefill, "num_decode_workers": number - prefill}
+    has_own = scenario.num_experts > 1 and scenario.seed % 2
+    return {
+        "num_prefill_workers": prefill,
+        "num_decode_workers": number - prefill,
+        "share_experts": "no" if has_own else "yes",
+    }
 
 
 def cluster_config(

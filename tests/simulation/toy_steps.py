@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cluster.core.errors import TransportError
+from cluster.core.group_placement import bank_of, serves
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation
 from tests.simulation.kernel import Kernel
@@ -100,20 +101,21 @@ class ToyDispatcher:
     ) -> None:
         self._transport, self._rank, self._activity = transport, rank, activity
         self._timer = timer
-        self._epochs = EpochTables[list[Places]]()
+        self._epochs = EpochTables[tuple[tuple[int, ...], list[Places]]]()
         self._tables: list[Places] = []
         self._ranks: tuple[int, ...] = ()
         self._header: StepHeader | None = None
 
     def set_placement(self, placement: ExpertPlacement, generation: Generation) -> None:
-        members = generation.experts
+        (group,) = (m.group for m in generation.attention if m.rank == self._rank)
+        members = [m for m in generation.experts if serves(placement, m.device, group)]
         rank_of = {m.device: m.rank for m in members}
-        self._ranks = tuple(m.rank for m in members)
-        tables = [_places(bank, rank_of) for bank in placement.banks]
-        self._epochs.add(generation.number, placement.epoch, tables)
+        tables = [_places(bank_of(bank, group), rank_of) for bank in placement.banks]
+        ranks = tuple(m.rank for m in members)
+        self._epochs.add(generation.number, placement.epoch, (ranks, tables))
 
     def begin_step(self, header: StepHeader) -> None:
-        self._tables = self._epochs.begin_step(header)
+        self._ranks, self._tables = self._epochs.begin_step(header)
         self._timer.begin_step(header)
         self._header = header
         self._transport.begin_step(header)
@@ -176,7 +178,7 @@ def _places(bank: BankPlacement, rank_of: Mapping[int, int]) -> Places:
     for expert in range(bank.num_experts):
         first = bank.decode_device[expert]
         copies = sorted(bank.logical_to_physical(expert), key=lambda place: place[0] != first)
-        found[expert] = [(rank_of[device], slot) for device, slot in copies]
+        found[expert] = [(rank_of[device], slot) for device, slot in copies if device in rank_of]
     return found
 
 
