@@ -83,7 +83,7 @@ def expected_loads(
                 total[device] += counts[expert]
         else:
             total = [*device_loads(bank, counts)]
-        found[bank.bank, bank.layer] = _of_holders(bank, total, phase)
+        found[bank.bank, bank.layer] = _of_holders(bank, total, phase or "prefill")
     return found
 
 

@@ -47,7 +47,7 @@ class ExpertMaps:
         self.ranks: tuple[int, ...] = ()
         """The expert ranks that take part in the exchanges of the current step, ascending."""
         self._epochs = EpochTables[_Maps]()
-        self._built: dict[int, tuple[BankPlacement, Mapping[int, int], CopyTables]] = {}
+        self._built: dict[int, tuple[BankPlacement, Mapping[int, int], StepGroup, CopyTables]] = {}
         self._tables: Sequence[CopyTables] = ()
         self._fixed = FixedTables()
         self._decode_slots: Sequence[Tensor] = ()
@@ -75,10 +75,10 @@ class ExpertMaps:
     ) -> CopyTables:
         """Return the tables of a bank; reuse the previous ones if placement and ranks are equal."""
         known = self._built.get(index)
-        if known is None or known[:2] != (bank, device_index):
+        if known is None or known[:3] != (bank, device_index, group):
             tables = CopyTables.build(bank_of(bank, group), device_index, self._device)
-            known = self._built[index] = bank, device_index, tables
-        return known[2]
+            known = self._built[index] = bank, device_index, group, tables
+        return known[3]
 
     def begin_step(
         self,

@@ -336,7 +336,7 @@ def test_an_interrupt_ends_native_waits() -> None:
 def test_a_slot_without_an_expert_is_blamed_on_its_sender(slot: int, calls: Calls) -> None:
     with native_mesh(1, 1) as mesh:
         dispatcher, server = sides(mesh)
-        tables = dispatcher._maps._built[0][2]
+        tables = dispatcher._maps._built[0][-1]
         lie = replace(tables, decode_slots=torch.full_like(tables.decode_slots, slot))
         header = make_header(ROWS[:1])
         rows, ids, weights = make_rows(BANKS[0], ROWS[0], 1, DTYPE)
