@@ -50,10 +50,11 @@ def test_each_group_has_expert_workers_of_its_own(golden: AnyGolden, kernels: st
     """An expert worker gets rows of its group only; the tokens are those of one group."""
     variant = "olmoe-norm-gqa-clip"
     config = config_of(golden, variant, kernels=kernels, share_experts="no")
-    with serving(ThreadCluster(config)) as cluster:
+    threads = ThreadCluster(config)
+    with serving(threads) as cluster:
 
         def num_rows() -> list[float]:
-            roles = (cluster.group.workers[f"expert-{rank}"].roles.experts for rank in range(2))
+            roles = (threads.group.workers[f"expert-{rank}"].roles.experts for rank in range(2))
             return [
                 sum(float(counts.sum()) for counts in role.servers[0].counters.token_counts)
                 for role in roles

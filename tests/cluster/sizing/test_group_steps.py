@@ -72,7 +72,7 @@ def test_the_larger_product_of_rates_wins() -> None:
     other = "no" if found.share_experts == "yes" else "yes"
     rates = {}
     for value in ("yes", "no"):
-        section = replace(SECTION, share_experts=value)  # type: ignore[arg-type]
+        section = replace(SECTION, share_experts=value)
         steps = GroupSteps(OLMOE, GroupSizes.of(section), CPU_CORE)
         decode = steps.decode.step(DECODE, has_prefill=False)
         prefill = steps.prefill.step([RankRows(256, 1, 500)], has_prefill=True)
@@ -105,5 +105,5 @@ def test_groups_share_what_cannot_be_divided(
 
 def test_a_given_value_stays() -> None:
     for value in ("yes", "no"):
-        workers = replace(SECTION, share_experts=value)  # type: ignore[arg-type]
+        workers = replace(SECTION, share_experts=value)
         assert chosen(workers) is workers
