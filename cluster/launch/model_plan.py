@@ -16,7 +16,7 @@ from cluster.core.errors import ConfigError
 from cluster.core.load_profile import LoadProfile, load_profile
 from cluster.launch.checkpoint_check import CheckpointFacts
 from cluster.sizing.gpus import gpu_spec
-from cluster.sizing.mode_choice import resolve_mode, resolve_sharing
+from cluster.sizing.mode_choice import resolve_mode
 from cluster.sizing.start_plan import matches_banks
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,7 @@ class ModelPlan:
         size = self.facts.size(self.config.model.dtype, profile, kind)
         gpu = gpu_spec(self.facts.gpu, self.facts.gpu_bandwidth_bytes_s)
         length = self.facts.context_tokens
-        resolve = resolve_mode if self.config.workers.mode == "auto" else resolve_sharing
-        config = resolve(self.config, size, length, nodes, free_cpus, gpu)
+        config = resolve_mode(self.config, size, length, nodes, free_cpus, gpu)
         return dataclasses.replace(self, config=config)
 
 

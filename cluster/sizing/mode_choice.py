@@ -39,46 +39,32 @@ def resolve_mode(
     free_cpus: float | None = None,
     gpu: DeviceSpec = UNKNOWN_GPU,
 ) -> ClusterConfig:
-    """Return the configuration with mode ``auto`` replaced by the mode for these nodes.
+    """Return the configuration with ``auto`` of mode, or else of ``share_experts``, replaced by
+    the value for these nodes.
 
     ``max_model_len`` is the model's own limit, used if the configuration has none; ``gpu`` is the
     GPU of workers on CUDA. Raises ``ConfigError`` as ``plan_shares`` does.
     """
-    share = plan_shares(config.workers, nodes, free_cpus)
-    context = _CONTEXT_SHARE * (config.model.max_model_len or max_model_len)
-    workers = choose_mode(
-        config.workers,
-        size,
-        batch=config.workers.num_attention_ranks * config.engine.max_num_seqs,
-        context_tokens=context,
-        device=worker_device(share, len(nodes), gpu),
-    )
-    return replace(config, workers=workers)
-
-
-def resolve_sharing(
-    config: ClusterConfig,
-    size: ModelSize,
-    max_model_len: int,
-    nodes: Sequence[NodeResources],
-    free_cpus: float | None = None,
-    gpu: DeviceSpec = UNKNOWN_GPU,
-) -> ClusterConfig:
-    """Return the configuration with ``share_experts`` auto replaced; else as ``resolve_mode``."""
     import psutil
 
-    share = plan_shares(config.workers, nodes, free_cpus)
-    engine = config.engine
-    workers = choose_sharing(
-        config.workers,
-        size,
-        num_seqs=engine.max_num_seqs,
-        step_tokens=engine.step_tokens,
-        context_tokens=_CONTEXT_SHARE * (config.model.max_model_len or max_model_len),
-        device=worker_device(share, len(nodes), gpu),
-        memory_bytes=psutil.virtual_memory().available * len(nodes),
-    )
-    return replace(config, workers=workers)
+    workers, num_seqs = config.workers, config.engine.max_num_seqs
+    context = _CONTEXT_SHARE * (config.model.max_model_len or max_model_len)
+    share = plan_shares(workers, nodes, free_cpus)
+    device = worker_device(share, len(nodes), gpu)
+    if workers.mode == "auto":
+        batch = workers.num_attention_ranks * num_seqs
+        chosen = choose_mode(workers, size, batch=batch, context_tokens=context, device=device)
+    else:
+        chosen = choose_sharing(
+            workers,
+            size,
+            num_seqs=num_seqs,
+            step_tokens=config.engine.step_tokens,
+            context_tokens=context,
+            device=device,
+            memory_bytes=psutil.virtual_memory().available * len(nodes),
+        )
+    return replace(config, workers=chosen)
 
 
 def choose_mode(
