@@ -157,7 +157,7 @@ class WorkersSection:
         if self.share_experts != "no" or self.num_prefill_workers is None:
             return 0
         share = self.num_expert_workers * self.num_prefill_workers / self.num_attention_ranks
-        return min(max(round(share), 1), self.num_expert_workers - 1)
+        return min(max(int(share + 0.5), 1), self.num_expert_workers - 1)
 
     @property
     def num_attention_ranks(self) -> int:

@@ -31,7 +31,7 @@ from cluster.controller.running_rebalance import RunningRebalance
 from cluster.core.errors import ConflictError
 from cluster.core.frames import ControlFrame
 from cluster.load.tracker import LoadWindow
-from cluster.load.view import achieved_loads, balancedness_of
+from cluster.load.view import achieved_balancedness
 from cluster.policy.rebalance import (
     CurrentLoad,
     RebalanceDecision,
@@ -248,7 +248,7 @@ class Rebalancing:
         last.is_proved = True
         if not window.epoch == placement.epoch == last.report["epoch"]:
             return  # the placement changed again before the window ended
-        found = balancedness_of(list(achieved_loads(placement, self._cluster.load).values()))
+        found = achieved_balancedness(placement, self._cluster.load)
         balancedness = last.report["balancedness"]
         balancedness["achieved"] = found
         before, predicted = balancedness["before"], balancedness["predicted"]

@@ -304,7 +304,8 @@ class Recovery:
 
     def _start_workers(self, now: float) -> None:
         is_stalled = self._cluster.round.phase is Phase.STALLED
-        for member in self._cluster.places.take_due(now, is_stalled):
+        due = self._cluster.places.take_due(now, is_stalled)
+        for member in map(self._cluster.config.workers.with_group, due):
             self._cluster.workers.add(member, now, self._cluster.desired)
             logger.info("start %s", member.name)
             self._cluster.touch()

@@ -127,7 +127,8 @@ class RunningRebalance:
         """Begin the next stage, or end the rebalancing if no stage is left."""
         cluster, target = self._cluster, self.decision.target
         devices = frozenset(m.device for m in cluster.generation.experts)
-        stage = next_stage(cluster.placement, target, cluster.num_slots, devices)
+        groups = self._plans.topology(cluster.placement).groups
+        stage = next_stage(cluster.placement, target, cluster.num_slots, devices, groups)
         if stage is None and self.num_stages == 0 and is_reached(cluster.placement, target):
             shared = cluster.placement.with_shares(target)  # shares and decode devices only
             self._start_stage(Stage(fills=(), placement=shared), now)

@@ -255,7 +255,7 @@ class WorkerRecord:
             runs_attention=self.member.runs_attention,
             stalled_s=self.stalled_s,
             waits_for=self.waits_for,
-            group=self.member.group,
+            group=self.member.group if self.member.runs_attention else "",
         )
 
     def to_dict(self, num_slots: int) -> dict[str, Any]:

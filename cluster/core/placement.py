@@ -192,26 +192,26 @@ class BankPlacement(Message, frozen=True, kw_only=True):
     def with_slots(
         self, rows: Sequence[Sequence[int]], decode_device: Sequence[int] | None = None
     ) -> BankPlacement:
-        """Return a placement with other slot contents, in which copies that stay on their device
-        keep their roles.
+        """Return a placement with other slots; copies that stay on their device keep their roles.
 
-        ``rows``: ``[device][slot]``, with every expert; tuples are kept. Shares of removed copies
-        go to the other copies of the expert in proportion. If the decode device of an expert no
-        longer holds it, the lowest device that holds the expert becomes the decode device.
-        ``decode_device``, if given, sets all decode devices.
+        ``rows``: ``[device][slot]``, with every expert; tuples are kept. The other copies get the
+        shares of removed ones in proportion. The lowest device with an expert replaces a decode
+        device that lost it; if that had no prompts, at best one without. ``decode_device``: all.
         """
         maps = tuple(row if isinstance(row, tuple) else tuple(map(int, row)) for row in rows)
+        idle = {d for d, shares in enumerate(self.split) if not any(shares)}  # no prompts
         decode = decode_device or [
-            d if expert in maps[d] else next(i for i, row in enumerate(maps) if expert in row)
-            for expert, d in enumerate(self.decode_device)
+            d
+            if e in maps[d]
+            else min(((i in idle) != (d in idle), i) for i, row in enumerate(maps) if e in row)[1]
+            for e, d in enumerate(self.decode_device)
         ]
         return replace(
             self, physical_to_logical=maps, split=self._shares(maps), decode_device=tuple(decode)
         )
 
     def _shares(self, rows: Sequence[tuple[int, ...]]) -> tuple[tuple[float, ...], ...]:
-        """Return the shares of copies in other slots. The shares of an expert stay the same if its
-        copies do."""
+        """Return the shares of copies in other slots. Experts that do not move keep theirs."""
         slots, split = self.physical_to_logical, self.split
         pairs = (pair for pair in zip_longest(slots, rows, fillvalue=()) if pair[0] != pair[1])
         moved = set(chain.from_iterable(chain.from_iterable(pairs))) - {FREE_SLOT}

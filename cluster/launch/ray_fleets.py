@@ -220,10 +220,11 @@ def _check_room(plan: ModelPlan, num_nodes: int, gpus: float, cpus: float) -> No
 
 
 def _weight_bytes(plan: ModelPlan) -> Iterable[float]:
-    """Yield the bytes of the weights of each attention worker, and of all experts."""
+    """Yield the bytes of the weights of each attention worker, and of all experts, once for each
+    step group that has its own."""
     facts, workers = plan.facts, plan.config.workers
     itemsize = facts.itemsize(plan.config.model.dtype)
     yield facts.attention_weights * itemsize * workers.num_attention_ranks
     for bank in facts.banks:
         each = bank["expert_bytes"] or bank["expert_values"] * itemsize
-        yield each * bank["num_experts"]
+        yield each * bank["num_experts"] * (2 if workers.num_prefill_experts else 1)

@@ -11,6 +11,7 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from cluster.core.group_placement import is_apart
 from cluster.core.load_profile import LoadProfile, device_loads
@@ -207,13 +208,35 @@ def _balancedness(
         "achieved": achieved_loads(placement, load, phase),
     }
     keys = [(bank.bank, bank.layer) for bank in placement.banks]
-    return {
+    found = {
         key: {
             name: balancedness_of(list(loads.values()) if key is None else [loads.get(key, ())])
             for name, loads in names.items()
         }
         for key in (None, *keys)
     }
+    if phase is None and any(map(is_apart, placement.banks)):
+        for key in found:
+            banks = (b for b in placement.banks if key in (None, (b.bank, b.layer)))
+            found[key]["achieved"] = achieved_balancedness(
+                replace(placement, banks=tuple(banks)), load
+            )
+    return found
+
+
+def achieved_balancedness(placement: ExpertPlacement, load: LoadTracker) -> float | None:
+    """Return the balancedness by ``achieved_loads``; None without load.
+
+    If step groups have devices of their own, it is the mean of both groups, weighted by tokens.
+    """
+    if not any(map(is_apart, placement.banks)):
+        return balancedness_of([*achieved_loads(placement, load).values()])
+    found, total = 0.0, 0.0
+    for phase in PHASES:
+        loads = [*achieved_loads(placement, load, phase).values()]
+        tokens = sum(map(sum, loads))
+        found, total = found + tokens * (balancedness_of(loads) or 0.0), total + tokens
+    return found / total if total else None
 
 
 def _of_holders(bank: BankPlacement, loads: Sequence[float], phase: Phase | None) -> list[float]:

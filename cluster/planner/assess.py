@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.core.checks import check
+from cluster.core.group_placement import is_apart
 from cluster.core.load_profile import BankLoad, LoadProfile
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement, contiguous
 from cluster.planner import cost
@@ -66,6 +67,7 @@ def placed_groups(
         banks = tuple(placed[b.bank, b.layer] for b in loads)
         slots, primary = slot_arrays(banks, topology.capacities(experts))
         load = normalised([b.counts for b in loads])
+        is_whole = not all(map(is_apart, banks))  # as after the loss of a device
         yield PlacedGroup(
             loads=loads,
             banks=banks,
@@ -73,8 +75,8 @@ def placed_groups(
             slots=slots,
             primary=primary,
             slot_loads=_slot_loads(banks, slots, load),
-            speeds=topology.speeds(experts, "prefill"),
-            decode_speeds=topology.speeds(experts, "decode"),
+            speeds=topology.speeds(experts, "" if is_whole else "prefill"),
+            decode_speeds=topology.speeds(experts, "" if is_whole else "decode"),
         )
 
 

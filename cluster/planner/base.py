@@ -250,26 +250,31 @@ def planned_device(member: Member, num_slots: int | None = None) -> PlannedDevic
 def planned_topology(
     experts: Sequence[Member], placement: ExpertPlacement, num_slots: int
 ) -> PlannedTopology:
-    """Return the devices of a placement, each with ``num_slots`` slots per bank.
+    """Return the devices of a placement, each with ``num_slots`` slots per bank, or fewer in a step
+    group that has more devices of its own than the other one.
 
     A device that holds more experts (for example after a recovery) has a slot for each of them. A
     device without a worker in ``experts`` has no slots. If all workers are in one failure domain,
     each worker becomes its own. Step groups share the devices if a group has too few slots.
     """
     by_device = {m.device: m for m in experts}
+    most = max((bank.num_experts for bank in placement.banks), default=0)
+    sizes = Counter(m.group for m in experts)
+    parts = {group: -(-most // size) for group, size in sizes.items()}
+    spare = max(num_slots - max(parts.values(), default=0), 0)
+    slots = {group: min(spare + part, num_slots) for group, part in parts.items()}
     is_spread = len({m.domain or m.node for m in experts}) > 1
     domains = {m.device: m.domain if is_spread else m.name for m in experts}
     held = [
         max(len(held_by(bank, d)) for bank in placement.banks) for d in range(placement.num_devices)
     ]
     devices = tuple(
-        replace(planned_device(by_device[d], max(num_slots, held[d])), domain=domains[d])
-        if d in by_device
+        replace(planned_device(m, max(slots[m.group], held[d])), domain=domains[d])
+        if (m := by_device.get(d)) is not None
         else PlannedDevice(num_expert_slots=0)
         for d in range(placement.num_devices)
     )
     topology = PlannedTopology(devices=devices, has_one_domain=not is_spread)
-    most = max((bank.num_experts for bank in placement.banks), default=0)
     rooms = [
         sum(devices[d].num_expert_slots or 0 for d in own)
         for own in (topology.groups or {}).values()

@@ -16,11 +16,14 @@ target keeps is dropped for one stage.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from cluster.core.group_placement import GroupDevices
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
+from cluster.core.topology import StepGroup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,16 +53,22 @@ class Stage:
 
 
 def next_stage(
-    current: ExpertPlacement, target: ExpertPlacement, num_slots: int, devices: frozenset[int]
+    current: ExpertPlacement,
+    target: ExpertPlacement,
+    num_slots: int,
+    devices: frozenset[int],
+    groups: GroupDevices | None = None,
 ) -> Stage | None:
     """Return the next stage from ``current`` to ``target``; None if no stage is left or possible.
 
     Only the set of experts on each of ``devices`` (the live ones) matters, not their slots;
     ``num_slots`` is the number of slots per bank of each device. The placement of the stage has the
-    epoch after that of ``current``.
+    epoch after that of ``current``. ``groups``: devices of step groups that have their own; each
+    group keeps a copy of an expert if it has one.
     """
+    group_of = {d: group for group, own in (groups or {}).items() for d in own}
     changes = [
-        _BankChange(now, then, num_slots, devices)
+        _BankChange(now, then, num_slots, devices, group_of)
         for now, then in zip(current.banks, target.banks, strict=True)
     ]
     fills = [fill for index, change in enumerate(changes) for fill in change.fill(index)]
@@ -92,15 +101,24 @@ class _BankChange:
     """One bank during one stage of a placement change: its maps, and the wanted experts."""
 
     def __init__(
-        self, now: BankPlacement, then: BankPlacement, num_slots: int, devices: frozenset[int]
+        self,
+        now: BankPlacement,
+        then: BankPlacement,
+        num_slots: int,
+        devices: frozenset[int],
+        group_of: Mapping[int, StepGroup],
     ) -> None:
+        """``group_of``: the step group of a device that serves only one; empty for no device."""
         self._now = now
+        self._group_of = group_of
         self._devices = sorted(devices)
         self._rows = [list(row) for row in now.physical_to_logical]
         for device in self._devices:
             self._rows[device] += [FREE_SLOT] * (num_slots - len(self._rows[device]))
         self._wanted = [held_by(then, d) for d in range(now.num_devices)]
-        self._copies = Counter(e for row in self._rows for e in row if e != FREE_SLOT)
+        self._copies = Counter(
+            self._key(d, e) for d, row in enumerate(self._rows) for e in row if e != FREE_SLOT
+        )
         self.is_changed = False
         """Whether the contents of any slot of the bank have changed in this stage."""
 
@@ -115,17 +133,22 @@ class _BankChange:
         for device in self._devices:
             row = self._rows[device]
             free = [slot for slot, expert in enumerate(row) if expert == FREE_SLOT]
-            lacking = self._wanted[device] - set(row)
-            missing = sorted(lacking, key=lambda e: (e not in displaced, e))
+            lacking = [self._key(device, e) for e in self._wanted[device] - set(row)]
+            ordered = sorted(lacking, key=lambda key: (key not in displaced, key))
+            missing = [expert for _, expert in ordered]
             for slot, expert in zip(free, missing, strict=False):
                 sources = self._now.holders(expert)
                 fills.append(
                     SlotFill(bank=index, device=device, slot=slot, expert=expert, sources=sources)
                 )
                 row[slot] = expert
-                self._copies[expert] += 1
+                self._copies[self._key(device, expert)] += 1
                 self.is_changed = True
         return fills
+
+    def _key(self, device: int, expert: int) -> tuple[StepGroup, int]:
+        """Return what counts the copies of an expert: by step group if these have devices."""
+        return self._group_of.get(device, ""), expert
 
     def drop_replaced(self) -> None:
         """Empty the slots of unwanted copies, for experts whose wanted copies are all in place.
@@ -133,8 +156,9 @@ class _BankChange:
         Therefore an expert never has fewer copies during the change than before or after it. The
         last copy of an expert stays.
         """
-        missing = {e for d in self._devices for e in self._wanted[d] - set(self._rows[d])}
-        self._drop(missing)
+        self._drop(
+            {self._key(d, e) for d in self._devices for e in self._wanted[d] - set(self._rows[d])}
+        )
 
     def drop_unwanted(self) -> None:
         """Empty the slots of all unwanted copies, for experts that have another copy.
@@ -143,10 +167,11 @@ class _BankChange:
         """
         self._drop(set())
 
-    def _drop(self, kept: set[int]) -> None:
+    def _drop(self, kept: set[tuple[StepGroup, int]]) -> None:
         for device in self._devices:
             for slot, expert in enumerate(self._rows[device]):
-                if expert not in kept and expert not in self._wanted[device]:
+                is_kept = self._key(device, expert) in kept
+                if not is_kept and expert not in self._wanted[device]:
                     self._empty(device, slot)
 
     def make_room(self) -> None:
@@ -158,22 +183,27 @@ class _BankChange:
         displaced = self._displaced()
         for device in self._devices:
             row = self._rows[device]
-            if FREE_SLOT in row or not displaced & (self._wanted[device] - set(row)):
+            lacking = {self._key(device, e) for e in self._wanted[device] - set(row)}
+            if FREE_SLOT in row or not displaced & lacking:
                 continue
-            several = [(self._copies[e], -s) for s, e in enumerate(row) if self._copies[e] > 1]
-            if several:
+            copies = [(self._copies[self._key(device, e)], -s) for s, e in enumerate(row)]
+            if several := [found for found in copies if found[0] > 1]:
                 self._empty(device, -max(several)[1])
                 break
 
-    def _displaced(self) -> set[int]:
+    def _displaced(self) -> set[tuple[StepGroup, int]]:
         """Return the experts that a device holds, but should not hold in the target placement."""
-        unwanted = (set(self._rows[d]) - self._wanted[d] for d in self._devices)
-        return set().union(*unwanted) - {FREE_SLOT}
+        return {
+            self._key(d, e)
+            for d in self._devices
+            for e in set(self._rows[d]) - self._wanted[d] - {FREE_SLOT}
+        }
 
     def _empty(self, device: int, slot: int) -> None:
         expert = self._rows[device][slot]
-        if expert != FREE_SLOT and self._copies[expert] > 1:
-            self._copies[expert] -= 1
+        key = self._key(device, expert)
+        if expert != FREE_SLOT and self._copies[key] > 1:
+            self._copies[key] -= 1
             self._rows[device][slot] = FREE_SLOT
             self.is_changed = True
 

@@ -194,6 +194,7 @@ class _Bank:
         self._desired = holdings.desired.banks[index]
         self._current = holdings.current.banks[index]
         self._weights = weights
+        self._idle = {d for d, shares in enumerate(self._desired.split) if not any(shares)}
         self._room = self._desired.num_experts if holdings.room is None else holdings.room
         self._loaders = sorted(present - holdings.barred)
         slots, held = self._desired.physical_to_logical, self._held(holdings, present)
@@ -283,13 +284,17 @@ class _Bank:
         """Return the decode device for an expert that the desired device does not hold.
 
         The current device comes first, then the device that serves the fewest of the earlier
-        experts, by ``num_served``. ``held``: experts of each device.
+        experts, by ``num_served``. If the desired device has no prompts, as in a step group with
+        devices of its own, others without prompts come before both. ``held``: experts of each
+        device.
         """
         current = self._current.decode_device[expert]
-        if current < len(held) and expert in held[current]:
-            return current
+        idle = self._idle
+        has_prompts = self._desired.decode_device[expert] not in idle
         places = (device for device, experts in enumerate(held) if expert in experts)
-        return min(places, key=lambda d: (num_served[d], d))
+        return min(
+            places, key=lambda d: ((d in idle) is has_prompts, d != current, num_served[d], d)
+        )
 
 
 def _used(held: Sequence[int], desired: Sequence[int], wanted: set[int]) -> Sequence[int]:

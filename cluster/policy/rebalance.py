@@ -7,8 +7,9 @@ and moves of single experts within the budget. With the times of experts (``clus
     cost              = most bytes into a device / rate x _MOVE_SLOWDOWN + stages x _SWITCH_S
 
 The change with the largest ``gain x horizon - cost`` > 0 is made if its gain is >= _LEAST_GAIN.
-A change that leaves fewer experts with all copies in one failure domain takes precedence, whatever
-it gains: recovery from the loss of a domain reads the experts at risk from disk.
+A change that gives a step group with devices of its own the experts that it lacks takes precedence,
+whatever it gains; so does one that leaves fewer experts with all copies in one failure domain, as
+recovery from the loss of a domain reads the experts at risk from disk.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from cluster.load.view import balancedness_of, expected_loads
 from cluster.planner import decode_moves, mesh
 from cluster.planner.assess import assess
 from cluster.planner.base import Plan, PlannedTopology, PlanOptions
-from cluster.planner.groups import plan_groups
+from cluster.planner.groups import num_incomplete, plan_groups
 from cluster.sizing.replay import ExpertStepCost, simulate_window
 
 Action = Literal["none", "split", "move"]
@@ -106,6 +107,8 @@ def decide_placement(
     time_now = scales.seconds(scales.current)
     found = [scales.weighed(plan, time_now) for plan in scales.candidates()]
     best = max(found, key=lambda d: (-scales.num_at_risk(d.target), d.gain_s - d.cost_s))
+    if num_incomplete(topology, scales.current) > num_incomplete(topology, best.target):
+        return replace(best, reason="each step group gets all experts on its own devices")
     num_spread = scales.num_at_risk(scales.current) - scales.num_at_risk(best.target)
     if num_spread > 0:
         return replace(best, reason=f"{num_spread} experts get a copy in a second failure domain")

@@ -10,7 +10,9 @@ handed over after its first token, with its blocks. If the groups share expert w
 take longer (``cluster.sizing.group_steps``); the waits of decode steps are drawn at random.
 
 Left out: prefixes shared by prompts, drafts, limits of the gateway, the time of gateways and of the
-messages between hosts outside the exchange with experts, faults and rebalancing.
+messages between hosts outside the exchange with experts, faults and rebalancing; with step groups
+also the limits of steps in which a decode worker computes a preempted request again, and requests
+that decode at a prefill worker while no decode worker has enough KV blocks.
 """
 
 from __future__ import annotations

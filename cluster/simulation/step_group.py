@@ -126,11 +126,10 @@ class StepGroupSimulation:
         ranks = [work_of(plan, self._computed) for plan in plans if plan.rows]
         every = (rows for plan in plans for rows in plan.rows)
         num_free = sum(rows.count for rows in every if rows.sequence in self._computed)
-        time = self._times.step(
-            ranks,
-            has_prefill=header.prefill_rows > num_free,
-            num_micro_batches=header.num_micro_batches,
-        )
+        has_prefill, number = header.prefill_rows > num_free, header.num_micro_batches
+        if num_free:
+            number = self._micro_batches.choose(max(r.num_rows for r in ranks), has_prefill)
+        time = self._times.step(ranks, has_prefill=has_prefill, num_micro_batches=number)
         self._prefill_cap.observe(header.decode_rows, header.prefill_rows, time.step_s)
         self._num_steps += 1
         return RunningStep(plans, time, sum(rank.num_rows for rank in ranks), now_s + time.step_s)

@@ -86,7 +86,7 @@ class GroupSteps:
     def part_s(self, prefill: StepTime) -> float:
         """Return the seconds that an expert worker computes a prompt's exchange without serving
         decodes."""
-        whole_s = experts_s(prefill) / self.num_exchanges
+        whole_s = prefill.experts_s / self.num_exchanges
         if self._part_rows is None:
             return whole_s
         return min(whole_s, self.prefill.experts_s(self._part_rows) / self.num_exchanges)

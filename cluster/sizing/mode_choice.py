@@ -47,22 +47,25 @@ def resolve_mode(
     """
     import psutil
 
-    workers, num_seqs = config.workers, config.engine.max_num_seqs
+    workers, engine = config.workers, config.engine
     context = _CONTEXT_SHARE * (config.model.max_model_len or max_model_len)
     share = plan_shares(workers, nodes, free_cpus)
     device = worker_device(share, len(nodes), gpu)
     if workers.mode == "auto":
-        batch = workers.num_attention_ranks * num_seqs
+        batch = workers.num_attention_ranks * engine.max_num_seqs
         chosen = choose_mode(workers, size, batch=batch, context_tokens=context, device=device)
     else:
+        memory_bytes = psutil.virtual_memory().available * len(nodes)
+        if on_gpu := share.device == "cuda":
+            engine = engine.on_gpus(workers.num_attention_ranks)
         chosen = choose_sharing(
             workers,
             size,
-            num_seqs=num_seqs,
-            step_tokens=config.engine.step_tokens,
+            num_seqs=engine.max_num_seqs,
+            step_tokens=engine.step_tokens,
             context_tokens=context,
             device=device,
-            memory_bytes=psutil.virtual_memory().available * len(nodes),
+            memory_bytes=None if on_gpu else memory_bytes,
         )
     return replace(config, workers=chosen)
 

@@ -121,7 +121,7 @@ class RemoteDispatcher(TimedDispatcher):
             self._native is None
             and not returns_pairs(self._banks, self._maps.combine_mode)
             and not any(e.per_slot_input for bank in self._banks for e in bank.exchanges)
-            and len(generation.experts) > max(bank.top_k for bank in self._banks)
+            and len(self._maps.ranks) > max(bank.top_k for bank in self._banks)
         )
 
     def begin_step(self, header: StepHeader, micro_batches: Sequence[BatchRows]) -> None:

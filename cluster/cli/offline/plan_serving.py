@@ -77,11 +77,12 @@ def run_serving(args: argparse.Namespace) -> int:
         max_num_batched_tokens=args.max_num_batched_tokens,
         itl_target_ms=args.itl_target_ms,
     )
-    pools, groups = _pools(args, facts), None
-    engine = engine.on_gpus(pools.num_attention) if on_gpus else engine
+    pools, workers, groups = _pools(args, facts), _groups(args), None
+    num_attention = pools.num_attention if workers is None else workers.num_attention_ranks
+    engine = engine.on_gpus(num_attention) if on_gpus else engine
     has_own_core = on_gpus or args.cores >= 1
     size, layout, reason = model_size(args, facts), pools.text, ""
-    if (workers := _groups(args)) is not None:
+    if workers is not None:
         workers = choose_sharing(
             workers,
             size,

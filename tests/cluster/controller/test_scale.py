@@ -455,6 +455,8 @@ def test_expert_workers_of_a_group_alone_keep_their_number() -> None:
     assert found == {"expert-0": "prefill", "expert-1": "decode"}
     with pytest.raises(RequestError, match=r"expert \(3\) must be left out if step groups have"):
         scale(cluster, expert=3)
+    progress = cluster.known.workers["expert-0"].step_progress()
+    assert not progress.group, "its empty steps of the other group show no progress of its own"
     scale(cluster, prefill=2, decode=1, expert=2)
     assert [*groups(cluster).values()] == ["prefill", "prefill", "decode"]
     assert {m.name: m.group for m in cluster.known.generation.experts} == found

@@ -14,6 +14,8 @@ from cluster.core.placement import ExpertPlacement
 from cluster.core.topology import Member, StepGroup
 from cluster.planner import mesh
 from cluster.planner.base import PlannedDevice, PlannedTopology, PlanOptions, planned_topology
+from cluster.planner.groups import num_incomplete
+from cluster.planner.stages import is_reached, next_stage
 from cluster.policy.rebalance import CurrentLoad, decide_placement, mixed_balancedness
 from cluster.sizing.replay import ExpertStepCost
 
@@ -87,6 +89,46 @@ def test_rebalancing_keeps_the_groups_apart(prefill_share: float) -> None:
     assert (mixed_balancedness(decision.target, load) or 0) > (mixed_balancedness(first, load) or 1)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 5])
+def test_stages_keep_all_experts_in_each_group(seed: int) -> None:
+    """Slots change in several stages; none takes the last copy of a group."""
+    first = mesh.plan(make_profile(seed), make_topology()).placement
+    topology = with_slots(9)
+    options = PlanOptions(max_move_fraction=0.5)
+    target = mesh.plan(make_profile(seed + 100), topology, first, options).placement
+    now, stages = first, 0
+    while (stage := next_stage(now, target, 9, frozenset(range(4)), topology.groups)) is not None:
+        now = mesh.resolved(make_profile(seed + 100), topology, stage.placement)
+        check_apart(now)
+        stages += 1
+        assert stages < 20
+    assert is_reached(now, target)
+    assert stages > 1
+
+
+def test_a_group_gets_back_the_experts_that_it_lacks() -> None:
+    """As after rebalancing without one of its devices. It takes precedence over any gain."""
+    shared = mesh.plan(make_profile(1), make_topology().shared()).placement
+    topology = with_slots(9)
+    assert num_incomplete(topology, shared) == 6
+    load = CurrentLoad(profile=make_profile(1), prefill_share=0.5)
+    decision = decide_placement(load, topology, shared, RebalanceSection(), STEP)
+    assert decision.reason == "each step group gets all experts on its own devices"
+    check_apart(decision.target)
+
+
+def test_the_larger_group_has_fewer_slots_each() -> None:
+    groups: tuple[StepGroup, ...] = ("prefill", "decode", "decode", "decode")
+    devices = tuple(PlannedDevice(node=f"node-{d}", group=g) for d, g in enumerate(groups))
+    topology = PlannedTopology(devices=devices, num_redundant=1)
+    first = mesh.plan(make_profile(1), topology).placement
+    members = [
+        Member(name=str(d), role="expert", rank=d, device=d, group=g) for d, g in enumerate(groups)
+    ]
+    found = planned_topology(members, first, 17)
+    assert [device.num_expert_slots for device in found.devices] == [17, 7, 7, 7]
+
+
 def test_the_groups_share_what_is_left_if_one_has_too_few_slots() -> None:
     first = mesh.plan(make_profile(1), make_topology()).placement
     members = [
@@ -109,10 +151,7 @@ def replace_group(member: Member) -> Member:
     return Member(name=f"{member.name}.2", role="expert", rank=2, device=2, group="decode")
 
 
-def test_a_placement_without_all_experts_in_a_group_is_planned_as_a_whole() -> None:
-    """Until the devices hold them again."""
-    shared = mesh.plan(make_profile(1), make_topology().shared()).placement
-    slots = [replace(device, num_expert_slots=9) for device in make_topology().devices]
-    topology = PlannedTopology(devices=tuple(slots))
-    plan = mesh.plan(make_profile(1), topology, shared.packed(), PlanOptions(max_move_fraction=0))
-    assert plan.moves == ()
+def with_slots(num_slots: int) -> PlannedTopology:
+    """Devices with as many slots each, as those of a running cluster."""
+    devices = (replace(device, num_expert_slots=num_slots) for device in make_topology().devices)
+    return PlannedTopology(devices=tuple(devices))

@@ -370,3 +370,21 @@ def test_a_pool_without_workers_is_named_too() -> None:
     assert describe_pools({"attention": 1}) == "1 attention and 0 expert workers"
     assert describe_pools({"expert": 1}) == "0 attention and 1 expert worker"
     assert describe_pools({"colocated": 1}) == "1 colocated worker"
+
+
+def test_decodes_stay_with_devices_that_decode() -> None:
+    """Device 2 is lost; device 3 decodes too and holds all experts, as devices of prompts do."""
+    bank = BankPlacement.from_maps(
+        bank="mlp",
+        layer=0,
+        num_experts=4,
+        physical_to_logical=[(0, 1, 2, 3)] * 4,
+        split=[(0.5,) * 4, (0.5,) * 4, (0.0,) * 4, (0.0,) * 4],
+        decode_device=(2, 3, 2, 3),
+    )
+    placement = ExpertPlacement(epoch=1, banks=(bank,))
+    stage = covered(ExpertHoldings(current=placement, desired=placement), {0, 1, 3}, 2)
+    assert stage.placement.banks[0].decode_device == (3, 3, 3, 3)
+    left = placement.without_devices(frozenset({2}), 2)
+    assert left is not None
+    assert left.banks[0].decode_device == (3, 3, 3, 3)

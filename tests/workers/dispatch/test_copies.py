@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from cluster.core.errors import ProtocolError
-from cluster.core.placement import BankPlacement
+from cluster.core.group_placement import serves
+from cluster.core.placement import BankPlacement, ExpertPlacement
+from cluster.core.topology import Generation, Member
 from workers.dispatch.copies import CopyTables, EpochTables, mix64
+from workers.dispatch.expert_maps import ExpertMaps
 from workers.requests.step_header import Grant, Grants, StepHeader
 
 CPU = torch.device("cpu")
@@ -179,3 +183,37 @@ def test_another_generation_has_tables_of_its_own() -> None:
     assert tables.begin_step(make_header(6, 1)) == "of 6"
     with pytest.raises(ProtocolError, match="known are"):
         tables.begin_step(make_header(5, 1))
+
+
+def test_maps_follow_the_step_group_of_a_worker() -> None:
+    """Both sides agree which ranks serve a group, and a worker that changes its group has other
+    tables, although ranks and placement are the same."""
+    bank = BankPlacement.from_maps(
+        bank="mlp",
+        layer=0,
+        num_experts=2,
+        physical_to_logical=[[0, 1], [1, 0], [0, 1]],
+        split=[[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]],
+        decode_device=[2, 2],
+    )
+    members = [
+        Member(name="a", role="attention", rank=0, group="prefill"),
+        *(Member(name=f"e{d}", role="expert", rank=d, device=d) for d in range(3)),
+    ]
+    generation = Generation(number=1, members=tuple(members))
+    maps = ExpertMaps("sum", CPU, None)
+    for epoch, banks, group, ranks, has_choice in (
+        (1, (bank,), "prefill", (0, 1), True),
+        (2, (bank,), "decode", (2,), True),
+        (3, (replace(bank, decode_device=(0, 1)),), "decode", (0, 1), True),
+        (4, (replace(bank, decode_device=(0, 1)),), "prefill", (0, 1), True),
+        (5, (replace(bank, decode_device=(0, 0)),), "decode", (0,), False),
+    ):
+        placement = ExpertPlacement(epoch=epoch, banks=banks)
+        maps.set_placement(placement, generation, group)  # type: ignore[arg-type]
+        assert maps.ranks == ranks
+        assert [d for d in range(3) if serves(placement, d, group)] == [*ranks]  # type: ignore[arg-type]
+        (tables,) = maps._epochs.begin_step(make_header(epoch, epoch)).tables
+        assert tables.has_choice == has_choice
+        if group == "decode":
+            assert tables.thresholds.tolist() != [[1 << 31, 1 << 32, 1 << 32]] * 2
