@@ -7,7 +7,7 @@ rows. If no device has copies of both kinds, each group has expert workers of it
     prefill         0 1         2 3
     decode                                  0 1 2 3
 
-Once a device is lost, its copies are replaced by copies of the other group, as of any expert.
+Once a device is lost, copies of its group replace its copies, or else copies of the other group.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ decodes. With this number, CPUs take longer to compute the rows than to read the
 part reads again."""
 GroupDevices = Mapping[StepGroup, Sequence[int]]
 """Devices with the experts of each step group, ascending."""
+
+
+def prompt_devices(bank: BankPlacement) -> frozenset[int]:
+    """Return the devices that compute prompt rows of a bank, by its split weights."""
+    return frozenset(d for d, shares in enumerate(bank.split) if any(share > 0 for share in shares))
 
 
 def serves(placement: ExpertPlacement, device: int, group: StepGroup) -> bool:
@@ -123,4 +128,4 @@ def own_devices(groups: Sequence[StepGroup]) -> GroupDevices | None:
 
 def is_apart(bank: BankPlacement) -> bool:
     """Return whether no device of the bank serves both prompts and decodes."""
-    return not any(any(share > 0 for share in bank.split[d]) for d in set(bank.decode_device))
+    return prompt_devices(bank).isdisjoint(bank.decode_device)

@@ -11,9 +11,8 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-from msgspec.structs import replace
 
-from cluster.core.group_placement import is_apart
+from cluster.core.group_placement import is_apart, prompt_devices
 from cluster.core.load_profile import LoadProfile, device_loads
 from cluster.core.load_report import BankKey
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
@@ -216,11 +215,9 @@ def _balancedness(
         for key in (None, *keys)
     }
     if phase is None and any(map(is_apart, placement.banks)):
+        by_phase = [achieved_loads(placement, load, phase) for phase in PHASES]
         for key in found:
-            banks = (b for b in placement.banks if key in (None, (b.bank, b.layer)))
-            found[key]["achieved"] = achieved_balancedness(
-                replace(placement, banks=tuple(banks)), load
-            )
+            found[key]["achieved"] = _mean_of_groups(by_phase, keys if key is None else [key])
     return found
 
 
@@ -231,9 +228,16 @@ def achieved_balancedness(placement: ExpertPlacement, load: LoadTracker) -> floa
     """
     if not any(map(is_apart, placement.banks)):
         return balancedness_of([*achieved_loads(placement, load).values()])
+    by_phase = [achieved_loads(placement, load, phase) for phase in PHASES]
+    return _mean_of_groups(by_phase, [(bank.bank, bank.layer) for bank in placement.banks])
+
+
+def _mean_of_groups(by_phase: Sequence[DeviceLoads], keys: Sequence[BankKey]) -> float | None:
+    """Return the mean balancedness of the phases in some banks, weighted by tokens; None without
+    load."""
     found, total = 0.0, 0.0
-    for phase in PHASES:
-        loads = [*achieved_loads(placement, load, phase).values()]
+    for by_bank in by_phase:
+        loads = [by_bank.get(key, ()) for key in keys]
         tokens = sum(map(sum, loads))
         found, total = found + tokens * (balancedness_of(loads) or 0.0), total + tokens
     return found / total if total else None
@@ -247,9 +251,8 @@ def _of_holders(bank: BankPlacement, loads: Sequence[float], phase: Phase | None
     rows = enumerate(bank.physical_to_logical)
     held = [d for d, row in rows if any(expert != FREE_SLOT for expert in row)]
     if phase is not None and is_apart(bank):
-        decoding = set(bank.decode_device)
-        prompts = {d for d, shares in enumerate(bank.split) if any(share > 0 for share in shares)}
-        held = [d for d in held if d in (decoding if phase == "decode" else prompts)]
+        own = set(bank.decode_device) if phase == "decode" else prompt_devices(bank)
+        held = [d for d in held if d in own]
     return [loads[d] for d in held]
 
 

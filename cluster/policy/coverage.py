@@ -23,6 +23,7 @@ from itertools import chain
 from msgspec import structs
 
 from cluster.core.errors import ConflictError
+from cluster.core.group_placement import prompt_devices
 from cluster.core.placement import FREE_SLOT, BankPlacement, ExpertPlacement
 from cluster.core.topology import Member, Role
 from cluster.planner.stages import SlotFill, Stage
@@ -194,7 +195,7 @@ class _Bank:
         self._desired = holdings.desired.banks[index]
         self._current = holdings.current.banks[index]
         self._weights = weights
-        self._idle = {d for d, shares in enumerate(self._desired.split) if not any(shares)}
+        self._prompts = prompt_devices(self._desired)
         self._room = self._desired.num_experts if holdings.room is None else holdings.room
         self._loaders = sorted(present - holdings.barred)
         slots, held = self._desired.physical_to_logical, self._held(holdings, present)
@@ -289,11 +290,11 @@ class _Bank:
         device.
         """
         current = self._current.decode_device[expert]
-        idle = self._idle
-        has_prompts = self._desired.decode_device[expert] not in idle
+        prompts = self._prompts
+        has_prompts = self._desired.decode_device[expert] in prompts
         places = (device for device, experts in enumerate(held) if expert in experts)
         return min(
-            places, key=lambda d: ((d in idle) is has_prompts, d != current, num_served[d], d)
+            places, key=lambda d: ((d in prompts) != has_prompts, d != current, num_served[d], d)
         )
 
 

@@ -67,11 +67,10 @@ class StepShares:
 
 @dataclass(slots=True, eq=False)
 class _Served:
-    """A request at an attention worker."""
+    """A request at an attention worker of a step group."""
 
     arrival: Arrival
     group: int
-    rank: int
     sent_s: float
     tokens_s: list[float] = field(default_factory=list)
     """Times of the tokens, after ``sent_s``."""
@@ -138,7 +137,7 @@ class ServingSimulation:
         while waiting or self._served:
             self._take(waiting, tally)
             for index, group in enumerate(self._groups):
-                if group.running is None and (step := group.next_step(self.now_s)) is not None:
+                if group.running is None and (step := group.next_step()) is not None:
                     self._begin(index, step)
             ends = [group.running.ends_s for group in self._groups if group.running is not None]
             if ends:
@@ -165,7 +164,7 @@ class ServingSimulation:
             if arrival.input_len + arrival.output_len > self._max_tokens:
                 tally.fail("too_long")
                 continue
-            self._send(number, _Served(arrival, 0, 0, sent_s))
+            self._send(number, _Served(arrival, 0, sent_s))
 
     def _send(self, number: int, served: _Served) -> None:
         """Send a request to a worker of its group."""
@@ -176,7 +175,7 @@ class ServingSimulation:
             params=SamplingParams(max_tokens=arrival.output_len - done, ignore_eos=True),
         )
         sequence = SequenceState(request, 0, number, math.inf)
-        served.rank = self._groups[served.group].add(sequence, is_computed=done > 0)
+        self._groups[served.group].add(sequence, is_computed=done > 0)
         self._served[sequence] = served
 
     def _begin(self, index: int, step: RunningStep) -> None:
@@ -188,8 +187,7 @@ class ServingSimulation:
                 more_s = self._wait_s(steps, step.time, other.time)
             else:
                 more_s = steps.prefill_s(step.time, other.time) - step.time.step_s
-        step.ends_s = self.now_s + step.time.step_s + more_s
-        self._groups[index].begin(step)
+        self._groups[index].begin(step, self.now_s + step.time.step_s + more_s)
         self.shares.add(step.time, step.num_rows, more_s)
 
     def _wait_s(self, steps: GroupSteps, decode: StepTime, prefill: StepTime) -> float:
@@ -226,6 +224,6 @@ class ServingSimulation:
         served = self._served.pop(sequence, None)
         if served is None:
             return
-        self._groups[served.group].remove(sequence, served.rank)
+        self._groups[served.group].remove(sequence)
         served.group += 1
         self._send(int(sequence.request.request_id), served)

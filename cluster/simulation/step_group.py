@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
@@ -33,7 +34,8 @@ class RunningStep:
     time: StepTime
     """Time that the step takes alone."""
     num_rows: int
-    ends_s: float
+    ends_s: float = math.inf
+    """Time of its end, once it has begun."""
 
 
 class StepGroupSimulation:
@@ -77,9 +79,9 @@ class StepGroupSimulation:
         self._num_steps = 0
         self._num_added = 0
 
-    def add(self, sequence: SequenceState, *, is_computed: bool) -> int:
-        """Send a sequence to a worker; return its rank. ``is_computed``: whether its prompt, except
-        the last token, takes no time."""
+    def add(self, sequence: SequenceState, *, is_computed: bool) -> None:
+        """Send a sequence to a worker. ``is_computed``: whether its prompt, except the last token,
+        takes no time."""
         length = len(sequence.request.prompt)
         route = pick_worker(self._loads, RoutingPolicy.KV, self._num_added, length)
         self._num_added += 1
@@ -90,14 +92,13 @@ class StepGroupSimulation:
         if is_computed:
             self._computed.add(sequence)
         self._schedulers[rank].add(sequence)
-        return rank
 
-    def remove(self, sequence: SequenceState, rank: int) -> None:
+    def remove(self, sequence: SequenceState) -> None:
         """Remove a sequence that has a token, which continues elsewhere."""
-        self._schedulers[rank].remove(sequence)
+        self._schedulers[self._ranks[sequence]].remove(sequence)
         self._forget(sequence)
 
-    def next_step(self, now_s: float) -> RunningStep | None:
+    def next_step(self) -> RunningStep | None:
         """Return the next step; None if no request can have rows."""
         intents = [scheduler.intent(_NO_RESTRICTION) for scheduler in self._schedulers]
         wanted = enumerate(intent.wanted for intent in intents)
@@ -120,9 +121,9 @@ class StepGroupSimulation:
         ]
         if not any(plan.rows for plan in plans):
             return None
-        return self._timed(header, plans, now_s)
+        return self._timed(header, plans)
 
-    def _timed(self, header: StepHeader, plans: Sequence[StepPlan], now_s: float) -> RunningStep:
+    def _timed(self, header: StepHeader, plans: Sequence[StepPlan]) -> RunningStep:
         ranks = [work_of(plan, self._computed) for plan in plans if plan.rows]
         every = (rows for plan in plans for rows in plan.rows)
         num_free = sum(rows.count for rows in every if rows.sequence in self._computed)
@@ -132,10 +133,10 @@ class StepGroupSimulation:
         time = self._times.step(ranks, has_prefill=has_prefill, num_micro_batches=number)
         self._prefill_cap.observe(header.decode_rows, header.prefill_rows, time.step_s)
         self._num_steps += 1
-        return RunningStep(plans, time, sum(rank.num_rows for rank in ranks), now_s + time.step_s)
+        return RunningStep(plans, time, sum(rank.num_rows for rank in ranks))
 
-    def begin(self, step: RunningStep) -> None:
-        self.running = step
+    def begin(self, step: RunningStep, ends_s: float) -> None:
+        self.running, step.ends_s = step, ends_s
 
     def end(self) -> tuple[list[SequenceState], list[SequenceState]]:
         """End the running step; return the sequences that have a new token, and those that have

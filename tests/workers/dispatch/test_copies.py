@@ -7,7 +7,7 @@ import torch
 from msgspec.structs import replace
 
 from cluster.core.errors import ProtocolError
-from cluster.core.group_placement import serves
+from cluster.core.group_placement import bank_of, serves
 from cluster.core.placement import BankPlacement, ExpertPlacement
 from cluster.core.topology import Generation, Member
 from workers.dispatch.copies import CopyTables, EpochTables, mix64
@@ -215,5 +215,7 @@ def test_maps_follow_the_step_group_of_a_worker() -> None:
         assert [d for d in range(3) if serves(placement, d, group)] == [*ranks]  # type: ignore[arg-type]
         (tables,) = maps._epochs.begin_step(make_header(epoch, epoch)).tables
         assert tables.has_choice == has_choice
-        if group == "decode":
-            assert tables.thresholds.tolist() != [[1 << 31, 1 << 32, 1 << 32]] * 2
+        index = {rank: i for i, rank in enumerate(ranks)}
+        fresh = CopyTables.build(bank_of(banks[0], group), index, CPU)  # type: ignore[arg-type]
+        assert torch.equal(tables.thresholds, fresh.thresholds)
+        assert torch.equal(tables.decode_slots, fresh.decode_slots)
